@@ -1,0 +1,30 @@
+"""Quantize PyTorch models without touching their code.
+
+``with quantize_modules(): model = build()`` and every layer built inside comes out quantized; when the
+block ends, PyTorch is exactly what it was.
+"""
+
+from quantpatch.descriptor import QuantDescriptor, Recipe
+from quantpatch.entries import Entry
+from quantpatch.errors import QuantPatchError, QuantPatchWarning
+from quantpatch.hookspecs import hookimpl
+from quantpatch.layers import QuantizedLayer
+from quantpatch.quantizer import TensorQuantizer
+from quantpatch.registry import registry
+from quantpatch.scope import keep_float, quantize_modules
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Entry",
+    "QuantDescriptor",
+    "QuantPatchError",
+    "QuantPatchWarning",
+    "QuantizedLayer",
+    "Recipe",
+    "TensorQuantizer",
+    "hookimpl",
+    "keep_float",
+    "quantize_modules",
+    "registry",
+]

@@ -1,0 +1,66 @@
+"""The built-in plugin: quantpatch's own layers, recipes, formats and calibrators, by the public hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from quantpatch.calibrators import BUILTIN_CALIBRATORS, Calibrator
+from quantpatch.descriptor import Recipe
+from quantpatch.entries import Entry
+from quantpatch.formats import BUILTIN_FORMATS, NumberFormat
+from quantpatch.hookspecs import hookimpl
+from quantpatch.recipes import BUILTIN_RECIPES
+
+# A file of quantpatch.layers each, and the classes of torch.nn that it has quantized versions of.
+FAMILIES = {
+    "linear": ("Linear", "Bilinear", "LazyLinear"),
+    "conv": (
+        *(f"Conv{n}d" for n in (1, 2, 3)),
+        *(f"ConvTranspose{n}d" for n in (1, 2, 3)),
+        *(f"LazyConv{n}d" for n in (1, 2, 3)),
+        *(f"LazyConvTranspose{n}d" for n in (1, 2, 3)),
+    ),
+    "recurrent": ("LSTM", "LSTMCell"),
+    "pooling": tuple(
+        f"{kind}{n}d" for kind in ("AvgPool", "AdaptiveAvgPool", "MaxPool", "AdaptiveMaxPool") for n in (1, 2, 3)
+    ),
+    "norm": tuple(f"InstanceNorm{n}d" for n in (1, 2, 3)),
+    "embedding": ("Embedding", "EmbeddingBag"),
+}
+
+# Max pooling picks a value that is quantized already in most networks, and embedding tables are often
+# kept in full precision: both are there for those who ask.
+ON_REQUEST = frozenset(
+    name
+    for family in ("pooling", "embedding")
+    for name in FAMILIES[family]
+    if "Max" in name or family == "embedding"
+)
+
+
+@hookimpl
+def quantpatch_entries() -> Iterable[Entry]:
+    """One entry for each class in ``FAMILIES``."""
+    return [
+        Entry("torch.nn", name, f"quantpatch.layers.{family}:Quant{name}", default=name not in ON_REQUEST)
+        for family, names in FAMILIES.items()
+        for name in names
+    ]
+
+
+@hookimpl
+def quantpatch_recipes() -> Mapping[str, Recipe]:
+    """The recipes of ``quantpatch.recipes``."""
+    return BUILTIN_RECIPES
+
+
+@hookimpl
+def quantpatch_formats() -> Mapping[str, NumberFormat]:
+    """The formats of ``quantpatch.formats``."""
+    return BUILTIN_FORMATS
+
+
+@hookimpl
+def quantpatch_calibrators() -> Mapping[str, type[Calibrator]]:
+    """The calibrators of ``quantpatch.calibrators``."""
+    return BUILTIN_CALIBRATORS

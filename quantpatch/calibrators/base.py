@@ -1,0 +1,224 @@
+"""The calibrator: it sees the tensors of one quantizer and turns what it saw into a range.
+
+What every calibrator must get right is here once: values that are not finite, empty batches, kept
+axes, inference mode, several processes. A calibrator of one's own is left with its statistics.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quantpatch.errors import CalibrationError
+from quantpatch.fake_quant import reduce_amax
+from quantpatch.formats import NumberFormat
+
+__all__ = ["AllReduce", "Calibrator"]
+
+AllReduce = Callable[[Tensor, dist.ReduceOp.RedOpType], Tensor]
+"""Reduces a tensor over the ranks and returns the result; the argument is left alone."""
+
+
+class Calibrator(abc.ABC):
+    """Collects statistics of the tensors one quantizer sees and turns them into its range.
+
+    A subclass keeps its statistics in tensors and implements four methods, which need not look after
+    gradients, finiteness, empty batches or the number of processes:
+
+    * ``_start(shape, device)``: make the statistics of no data, for ranges of ``shape``;
+    * ``_update(x, amax)``: take in a batch; ``amax`` is its largest magnitude, of ``shape``;
+    * ``_range()``: the range that the statistics give, of ``shape``;
+    * ``_reduce(all_reduce)``: make the statistics those of all ranks.
+
+    Options of its own are keyword-only arguments of its ``__init__``.
+
+    Args:
+        format: The number format that the range is for.
+        axis: The axes that are *kept*, each of their positions having a range of its own (``0`` for
+            the weight of a linear or convolution layer); negative ones count from the end. None: one
+            range for the whole tensor.
+
+    Attributes:
+        format: The number format.
+        axis: The kept axes, as given.
+        batches: Number of batches given to :meth:`collect` since the last :meth:`reset`.
+    """
+
+    def __init__(self, format: NumberFormat, axis: int | tuple[int, ...] | None = None) -> None:
+        self.format = format
+        self.axis = axis
+        self.batches = 0
+        self._shape: torch.Size | None = None
+        self._device = torch.device("cpu")
+
+    @property
+    def saw_data(self) -> bool:
+        """Whether there are statistics: a batch that was not empty, here or on another rank."""
+        return self._shape is not None
+
+    def collect(self, x: Tensor) -> None:
+        """Takes in one batch. An empty one counts as no data.
+
+        Args:
+            x: Of any shape that has the kept axes, dtype and device. It is read in float32, without
+                gradient, and not kept.
+
+        Raises:
+            CalibrationError: A value is NaN or infinite (in float32), the tensor does not have the
+                kept axes, or their lengths are not those of the batches before. The statistics are
+                as before the call.
+        """
+        self.batches += 1
+        if x.numel() == 0:
+            return
+        with _plain_tensors():
+            if not x.is_floating_point():
+                x = x.to(torch.float32)
+            amax = self._amax_of(x)
+            if self._shape is None:
+                self._begin(amax.shape, amax.device)
+            self._update(x, amax.to(self._device))
+
+    def compute_amax(self) -> Tensor:
+        """The range that the statistics give. They are not consumed: more can be collected.
+
+        Returns:
+            Float32, 0-dim per tensor; with kept axes of the shape of ``x`` whose other axes are 1,
+            such as ``(C, 1, 1, 1)``. A tensor of its own, which no later batch changes.
+
+        Raises:
+            CalibrationError: No data was seen.
+        """
+        shape = self._range_shape()
+        with _plain_tensors():
+            return self._range().to(torch.float32, copy=True).reshape(shape)
+
+    def reset(self) -> None:
+        """Forgets all that was collected."""
+        self.batches = 0
+        self._shape = None
+
+    def synchronize(self, group: dist.ProcessGroup | None = None) -> None:
+        """Makes the statistics those of the data of all ranks.
+
+        Every rank of the group must call it, also one without data. Do so once, when all batches are
+        in: what is collected afterwards would be weighed against statistics that already count the
+        other ranks. Without ``torch.distributed`` initialised there is nothing to do.
+
+        Args:
+            group: The process group; None for the default one.
+
+        Raises:
+            CalibrationError: The ranks saw kept axes of different lengths (raised on every rank).
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        shapes: list[torch.Size | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(shapes, self._shape, group=group)
+        seen = sorted({shape for shape in shapes if shape is not None})
+        if not seen:
+            return
+        if len(seen) > 1:
+            raise CalibrationError(
+                f"the ranks saw ranges of different shapes {', '.join(str(tuple(s)) for s in seen)} "
+                f"for axis={self.axis!r}: they must run the same model"
+            )
+        with _plain_tensors():
+            if self._shape is None:
+                self._begin(seen[0], self._device)
+            self._reduce(lambda tensor, op: _all_reduce(tensor, op, group))
+
+    @abc.abstractmethod
+    def _start(self, shape: torch.Size, device: torch.device) -> None:
+        """Makes the statistics of no data.
+
+        Args:
+            shape: Shape of the ranges: ``()`` per tensor, else such as ``(C, 1, 1, 1)``.
+            device: Where to keep them.
+        """
+
+    @abc.abstractmethod
+    def _update(self, x: Tensor, amax: Tensor) -> None:
+        """Takes in a batch.
+
+        Args:
+            x: Not empty, finite, floating point; read only.
+            amax: ``max |x|`` over the axes not kept; float32, of the shape and on the device given
+                to ``_start``.
+        """
+
+    @abc.abstractmethod
+    def _range(self) -> Tensor:
+        """The range; a tensor with as many values as the shape given to ``_start`` has."""
+
+    @abc.abstractmethod
+    def _reduce(self, all_reduce: AllReduce) -> None:
+        """Makes the statistics those of all ranks.
+
+        Args:
+            all_reduce: Reduces a tensor over the ranks. Every rank must call it equally often, with
+                tensors of equal shape.
+        """
+
+    def _range_shape(self) -> torch.Size:
+        """Shape of the range; CalibrationError if no data was seen."""
+        if self._shape is None:
+            raise CalibrationError(
+                f"{type(self).__name__} saw no data ({self.batches} batches, none with a value in it), "
+                "so it cannot give a range. Run batches through the layer first."
+            )
+        return self._shape
+
+    def _begin(self, shape: torch.Size, device: torch.device) -> None:
+        self._start(shape, device)
+        self._shape, self._device = shape, device
+
+    def _amax_of(self, x: Tensor) -> Tensor:
+        """``max |x|`` over the axes not kept, once it is known to be usable."""
+        axes = () if self.axis is None else (self.axis,) if isinstance(self.axis, int) else self.axis
+        if any(not -x.dim() <= axis < x.dim() for axis in axes):
+            raise CalibrationError(
+                f"batch {self.batches} has shape {tuple(x.shape)}, which has no axis {self.axis!r} to keep"
+            )
+        amax = reduce_amax(x, self.axis)
+        if self._shape is not None and amax.shape != self._shape:
+            raise CalibrationError(
+                f"batch {self.batches} of shape {tuple(x.shape)} gives ranges of shape {tuple(amax.shape)} "
+                f"for axis={self.axis!r}, but the batches before gave {tuple(self._shape)}. Keep only axes "
+                "whose length does not change, or calibrate per tensor (axis=None)."
+            )
+        if not bool(torch.isfinite(amax).all()):
+            count = int((~torch.isfinite(x.to(torch.float32))).sum())
+            raise CalibrationError(
+                f"{count} of the {x.numel()} values of batch {self.batches} are NaN or infinite in float32: "
+                "no range can be computed from them. Look for the layer or the input that makes them.",
+                batch=self.batches,
+                count=count,
+            )
+        return amax
+
+
+def _plain_tensors() -> AbstractContextManager[Any]:
+    """No gradients, and ordinary tensors even where the model runs in inference mode.
+
+    A tensor made in inference mode could neither be updated by a later batch outside of it nor serve
+    as the range of a layer in training.
+    """
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.no_grad())
+    return stack
+
+
+def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> Tensor:
+    # NCCL takes CUDA tensors only; the statistics of a layer that runs on the CPU are not.
+    nccl = dist.get_backend(group) == dist.Backend.NCCL
+    result = tensor.to("cuda" if nccl and not tensor.is_cuda else tensor.device, copy=True)
+    dist.all_reduce(result, op=op, group=group)
+    return result.to(tensor.device)

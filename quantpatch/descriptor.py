@@ -1,0 +1,144 @@
+"""How a tensor is quantized (``QuantDescriptor``) and how a layer is (``Recipe``), as values."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal
+
+import attrs
+
+from quantpatch.errors import DescriptorError
+from quantpatch.formats import Float, Integer, NumberFormat
+
+__all__ = ["CHANNEL", "Axis", "QuantDescriptor", "Recipe"]
+
+#: Stands in a descriptor for the axis of a layer's output channels, which each layer knows.
+CHANNEL: Literal["channel"] = "channel"
+
+Axis = int | tuple[int, ...] | None
+
+
+def _axis(given: Any) -> Any:
+    return tuple(given) if isinstance(given, list) else given
+
+
+@attrs.frozen(kw_only=True, cache_hash=True)
+class QuantDescriptor:
+    """How one tensor is quantized.
+
+    Attributes:
+        num_bits: Bits of an integer format, 2 to 8; or ``(exponent, mantissa)`` bits of a float format,
+            such as ``(4, 3)`` for FP8 E4M3. Not used when ``format`` is given.
+        axis: Axes that are *kept*, with a range for each index along them; None is one range for the
+            whole tensor, ``"channel"`` the layer's output channels. For formats in blocks: the axis
+            that blocks run along.
+        unsigned: No negative values.
+        narrow_range: Leave out the most negative integer, so that the grid is symmetric.
+        amax: A range known beforehand, in the tensor's own units.
+        learn_amax: Train the range, once it is known, with the gradient of LSQ.
+        scale_amax: Factor on every range that calibration finds.
+        calib_method: Name of the calibrator that ``calibrate`` uses unless told otherwise.
+        format: A number format or the name of one (``"fp8_e4m3"``), instead of ``num_bits``, ``unsigned``
+            and ``narrow_range``.
+        dynamic: Take the range from each tensor as it comes; never calibrated.
+
+    Raises:
+        DescriptorError: A field has an impossible value, or two contradict each other.
+    """
+
+    num_bits: int | tuple[int, int] = 8
+    axis: int | tuple[int, ...] | Literal["channel"] | None = attrs.field(default=None, converter=_axis)
+    unsigned: bool = False
+    narrow_range: bool = False
+    amax: float | None = None
+    learn_amax: bool = False
+    scale_amax: float | None = None
+    calib_method: str = "max"
+    format: NumberFormat | str | None = None
+    dynamic: bool = False
+    #: The format itself; None while it is only a name, which the registry knows.
+    number_format: NumberFormat | None = attrs.field(init=False, eq=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        valid_axis = self.axis in (None, CHANNEL) or all(isinstance(axis, int) for axis in axes)
+        self._demand(valid_axis, "axis", "an int, a tuple of ints, 'channel' or None")
+        for field in ("amax", "scale_amax"):
+            value = getattr(self, field)
+            good = value is None or (isinstance(value, (int, float)) and math.isfinite(value) and value > 0)
+            self._demand(good, field, "a positive finite number or None")
+        self._demand(
+            isinstance(self.calib_method, str), "calib_method", "a calibrator's name, such as 'max'"
+        )
+        self._demand(
+            self.format is None or isinstance(self.format, (str, NumberFormat)),
+            "format",
+            "a NumberFormat, the name of one, or None",
+        )
+        object.__setattr__(self, "number_format", self._make_format())
+        if self.dynamic:
+            clash = [f for f in ("amax", "learn_amax", "scale_amax") if getattr(self, f)]
+            if clash:
+                raise DescriptorError(
+                    f"QuantDescriptor(dynamic=True, {clash[0]}={getattr(self, clash[0])!r}): a dynamic range "
+                    f"comes from each tensor; leave out {clash[0]} or dynamic",
+                    field=clash[0],
+                    value=getattr(self, clash[0]),
+                )
+
+    def _demand(self, condition: bool, field: str, expected: str) -> None:
+        if not condition:
+            value = getattr(self, field)
+            raise DescriptorError(
+                f"QuantDescriptor({field}={value!r}): expected {expected}", field=field, value=value
+            )
+
+    def _make_format(self) -> NumberFormat | None:
+        if self.format is not None:
+            return None if isinstance(self.format, str) else self.format
+        if isinstance(self.num_bits, (tuple, list)):
+            self._demand(len(self.num_bits) == 2, "num_bits", "an int, or (exponent, mantissa) bits")
+            self._demand(not self.unsigned, "unsigned", "False, since float formats are signed")
+            return Float(*self.num_bits)
+        self._demand(
+            isinstance(self.num_bits, int) and not isinstance(self.num_bits, bool),
+            "num_bits",
+            "an int from 2 to 8, or (exponent, mantissa) bits",
+        )
+        return Integer(self.num_bits, unsigned=self.unsigned, narrow_range=self.narrow_range)
+
+    @property
+    def kept_axes(self) -> Axis:
+        """``axis``, once a layer has filled in ``"channel"`` (before that: None)."""
+        return None if self.axis == CHANNEL else self.axis  # type: ignore[return-value]
+
+    def for_channel_axis(self, axis: int | None) -> QuantDescriptor:
+        """This descriptor with ``"channel"`` replaced by a layer's axis (None: per tensor)."""
+        return _with_axis(self, axis) if self.axis == CHANNEL else self
+
+
+@functools.lru_cache(maxsize=1024)
+def _with_axis(descriptor: QuantDescriptor, axis: int | None) -> QuantDescriptor:
+    return attrs.evolve(descriptor, axis=axis)
+
+
+@attrs.frozen(kw_only=True)
+class Recipe:
+    """How layers are quantized: one descriptor for each kind of operand, None to leave it float.
+
+    Attributes:
+        name: What users ask for, and what reports show.
+        input: Activations that come into a layer.
+        weight: Weights.
+        output: Activations that leave a layer.
+        include: Names of targets that blocks leave float by default and this recipe wants replaced.
+    """
+
+    name: str
+    input: QuantDescriptor | None = attrs.field(factory=QuantDescriptor)
+    weight: QuantDescriptor | None = attrs.field(
+        factory=lambda: QuantDescriptor(axis=CHANNEL, narrow_range=True)
+    )
+    output: QuantDescriptor | None = None
+    include: tuple[str, ...] = ()

@@ -1,0 +1,183 @@
+"""Every error quantpatch raises, so that ``except QuantPatchError`` catches them all.
+
+Each type carries its culprit as data (the entry, the plugin, the quantizers …), so that a program
+can react to what went wrong without reading the message. The message is for the person: what was
+given, what was expected, whose it is, and what to write instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = [
+    "CalibrationError",
+    "DescriptorError",
+    "EntryConflictError",
+    "EntryError",
+    "MissingExtraError",
+    "PluginError",
+    "QuantPatchError",
+    "QuantPatchWarning",
+    "RangeError",
+    "ScopeError",
+    "UnknownNameError",
+    "near_misses",
+]
+
+
+class QuantPatchWarning(UserWarning):
+    """Something was left float, or cannot be vouched for; the message names it."""
+
+
+class QuantPatchError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        message: What was given, what was expected, and what to write instead.
+        **culprit: What the error is about; becomes attributes of the error.
+    """
+
+    def __init__(self, message: str, **culprit: Any) -> None:
+        super().__init__(message)
+        # Attributes rather than extra positional arguments: Exception's own pickling then keeps them.
+        self.__dict__.update(culprit)
+
+
+class EntryError(QuantPatchError):
+    """An entry ``(module, name, replacement)`` cannot be used.
+
+    Attributes:
+        entry: The entry, or what was given in its place.
+        plugin: Name of the plugin it came from, or None when it was given to the scope.
+    """
+
+    entry: Any = None
+    plugin: str | None = None
+
+
+class EntryConflictError(QuantPatchError):
+    """Two plugins want to replace the same target.
+
+    Attributes:
+        target: Dotted name of the target.
+        plugins: Names of the plugins, sorted.
+        entries: Their entries, in the same order.
+    """
+
+    target: str = ""
+    plugins: tuple[str, ...] = ()
+    entries: tuple[Any, ...] = ()
+
+
+class PluginError(QuantPatchError):
+    """A plugin cannot be imported, or one of its hooks failed or returned the wrong thing.
+
+    Attributes:
+        plugin: Name of the plugin (the name of its entry point).
+        distribution: Name and version of the distribution it came with, or None.
+        hook: Name of the hook concerned, or None.
+    """
+
+    plugin: str = ""
+    distribution: str | None = None
+    hook: str | None = None
+
+
+class UnknownNameError(QuantPatchError, LookupError):
+    """A name (of a layer, recipe, calibrator, format, plugin …) that nothing answers to.
+
+    Attributes:
+        kind: What the name was meant to name, such as ``"recipe"``.
+        name: The name given.
+        known: The names that exist, sorted.
+    """
+
+    kind: str = ""
+    name: str = ""
+    known: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, kind: str, name: object, known: Iterable[str], hint: str = "") -> UnknownNameError:
+        """The error for an unknown name, with near misses (or, of a short list, all names)."""
+        names = tuple(sorted(set(known)))
+        message = f"unknown {kind} {name!r}. {near_misses(str(name), names)}{hint}"
+        return cls(message.rstrip(), kind=kind, name=str(name), known=names)
+
+
+class ScopeError(QuantPatchError, RuntimeError):
+    """A scope was used in a way that cannot work, such as ``stop()`` without ``start()``."""
+
+
+class DescriptorError(QuantPatchError, ValueError):
+    """A quantization descriptor, format or recipe that contradicts itself.
+
+    Attributes:
+        field: Name of the field concerned.
+        value: What was given for it.
+    """
+
+    field: str = ""
+    value: Any = None
+
+
+class RangeError(QuantPatchError, ValueError):
+    """A range (amax) that is negative, not finite, or of the wrong shape.
+
+    Attributes:
+        quantizer: Name of the quantizer, where it is known.
+        value: What was given.
+    """
+
+    quantizer: str | None = None
+    value: Any = None
+
+
+class CalibrationError(QuantPatchError, RuntimeError):
+    """Calibration cannot give ranges; the model is as it was before.
+
+    Attributes:
+        quantizers: Names of the quantizers concerned.
+    """
+
+    quantizers: tuple[str, ...] = ()
+
+
+class MissingExtraError(QuantPatchError, ImportError):
+    """An optional dependency is not installed.
+
+    Attributes:
+        extra: The extra that brings it.
+        package: The package that could not be imported.
+    """
+
+    extra: str = ""
+    package: str = ""
+
+    @classmethod
+    def of(cls, extra: str, package: str, purpose: str) -> MissingExtraError:
+        """The error for a missing package, with the line that installs it."""
+        message = f"{purpose} needs {package}, which is not installed. Write: pip install 'quantpatch[{extra}]'"
+        return cls(message, extra=extra, package=package)
+
+
+def near_misses(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """A sentence that says which known names come nearest to ``name``.
+
+    Names are compared without regard to case and by their last part, so that ``linear`` finds
+    ``torch.nn.Linear``.
+    """
+    names = list(known)
+    if not names:
+        return "There are none. "
+    wanted = name.lower()
+    spelled = {n.lower(): n for n in names} | {n.rsplit(".", 1)[-1].lower(): n for n in names}
+    close = difflib.get_close_matches(wanted, spelled, n=limit, cutoff=0.6)
+    close += [key for key in spelled if wanted and (wanted in key) and key not in close]
+    found = list(dict.fromkeys(spelled[key] for key in close))[:limit]
+    if found:
+        return f"Did you mean {' or '.join(repr(n) for n in found)}? "
+    if len(names) <= 12:
+        return f"There are: {', '.join(repr(n) for n in names)}. "
+    return ""

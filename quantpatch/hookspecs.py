@@ -1,0 +1,104 @@
+"""The plugin manual: every hook a plugin can implement.
+
+A plugin is a module (or any object) with functions marked ``@quantpatch.hookimpl``, named in its
+distribution's entry-point group ``quantpatch``; the entry point's name is the plugin's name. Hooks
+return values and change nothing. quantpatch's own layers, recipes, formats and calibrators come in
+through these same hooks, from the plugin ``quantpatch.builtin``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from quantpatch.calibrators import Calibrator
+    from quantpatch.descriptor import Recipe
+    from quantpatch.entries import EntryLike
+    from quantpatch.formats import NumberFormat
+
+__all__ = [
+    "PROJECT",
+    "hookimpl",
+    "quantpatch_calibrators",
+    "quantpatch_entries",
+    "quantpatch_formats",
+    "quantpatch_recipes",
+]
+
+PROJECT = "quantpatch"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def quantpatch_entries() -> Iterable[EntryLike]:
+    """What this plugin replaces: entries, or plain tuples ``(module, name, replacement)``.
+
+    Called once, when the first block opens (or the plugins are listed). Name the module and the
+    replacement as text, so that nothing is imported before the user has imported the target::
+
+        @quantpatch.hookimpl
+        def quantpatch_entries():
+            return [("my_package.layers", "MyConv", "my_plugin.layers:QuantMyConv")]
+
+    An entry replaces the built-in one for the same target. Two plugins that replace one target are a
+    conflict, which the user settles with ``skip``, ``custom`` or by blocking one of them.
+
+    Returns:
+        The entries, in any order.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def quantpatch_recipes() -> Mapping[str, Recipe]:
+    """Recipes that users can ask for by name: ``quantize_modules(recipe="name")``.
+
+    Called once, when a recipe is first looked up::
+
+        @quantpatch.hookimpl
+        def quantpatch_recipes():
+            weight = quantpatch.QuantDescriptor(num_bits=4, axis="channel", narrow_range=True)
+            return {"my-w4": quantpatch.Recipe(name="my-w4", input=None, weight=weight)}
+
+    Returns:
+        Recipe by name. A name that another plugin uses already is an error that names both.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def quantpatch_formats() -> Mapping[str, NumberFormat]:
+    """Number formats that descriptors can ask for by name: ``QuantDescriptor(format="name")``.
+
+    Called once, when a format is first looked up::
+
+        @quantpatch.hookimpl
+        def quantpatch_formats():
+            return {"power_of_two": PowerOfTwo(bits=4)}
+
+    Returns:
+        Format by name. A name that another plugin uses already is an error that names both.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def quantpatch_calibrators() -> Mapping[str, type[Calibrator]]:
+    """Calibrators that users can ask for by name: ``calibrate(model, batches, method="name")``.
+
+    Called once, when a calibrator is first looked up::
+
+        @quantpatch.hookimpl
+        def quantpatch_calibrators():
+            return {"three_sigma": ThreeSigmaCalibrator}
+
+    Returns:
+        Subclass of ``quantpatch.calibrators.Calibrator`` by name. A name that another plugin uses
+        already is an error that names both.
+    """
+    raise NotImplementedError

@@ -1,0 +1,385 @@
+"""Stand between a caller and a class it constructs (or a function it calls), and leave no trace after.
+
+The requirement: while somebody is interested, ``Target(...)`` may come out as an instance of another
+class, in the contexts that asked for it and in no other; afterwards every class and module dictionary
+is what it was, keys in order and values by identity, whatever happened in between. This file knows
+nothing of quantization and imports no torch.
+
+A *slot* is the one attribute that carries a hook: ``__init__`` in a class's own dictionary, or a
+function's name in its module. A hook asks the *activation* in force in its context which replacement
+applies. Activations form a stack through their ``parent``; one that was closed is passed over, so
+scopes may end in any order, in other threads, tasks and generators, and none outlives its end.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, Final
+
+__all__ = ["Activation", "Binding", "Slot", "current", "start", "stop"]
+
+
+class _Missing:
+    """What a slot held before, when its owner had no such attribute of its own: absent is a value."""
+
+
+_MISSING: Final = _Missing()
+
+# Held only while hooks are put in or taken out, never while user code runs. Re-entrant, because the
+# garbage collector may close a generator, and so a scope, at any allocation.
+_lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # a thread that held the lock does not exist in the child
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+class Binding(abc.ABC):
+    """What an activation decides about one slot."""
+
+    @abc.abstractmethod
+    def replacement_for(self, cls: type | None) -> Any | None:
+        """The replacement to use now, or None to leave the target alone.
+
+        Args:
+            cls: The exact class under construction (the target or one of its subclasses); None when
+                the slot is a function's.
+        """
+
+
+class Activation:
+    """One opening of a scope.
+
+    Attributes:
+        bindings: What it decides, by slot. May grow while it is open (a target imported later).
+        payload: Whatever the scope wants to find again through ``current()``.
+        parent: The activation in force where this one was opened.
+        closed: Set once, when the scope ends; a closed activation decides nothing.
+    """
+
+    __slots__ = ("__weakref__", "bindings", "closed", "parent", "payload")
+
+    def __init__(self, bindings: Mapping[Slot, Binding], payload: Any = None) -> None:
+        self.bindings: dict[Slot, Binding] = {}
+        self.payload = payload
+        self.parent: Activation | None = None
+        self.closed = False
+        try:
+            for slot, binding in bindings.items():
+                self.bind(slot, binding)
+        except BaseException:
+            self._release()
+            raise
+
+    def bind(self, slot: Slot, binding: Binding) -> None:
+        """Installs the slot's hook and decides about it from now on."""
+        with _lock:
+            if self.closed:
+                return
+            if slot not in self.bindings:
+                slot.install()
+            self.bindings[slot] = binding
+
+    def enter(self) -> None:
+        """Takes force in the current context (and those copied from it later)."""
+        self.parent = current_in_context()
+        _in_context.set(self)
+
+    def close(self) -> None:
+        """Ends it everywhere, and takes out the hooks that nobody else needs."""
+        with _lock:
+            if self.closed:
+                return
+            self.closed = True
+            self._release()
+        _in_context.set(current_in_context())
+
+    def _release(self) -> None:
+        with _lock:
+            for slot in self.bindings:
+                slot.uninstall()
+            Slot.sweep()
+
+
+_in_context: ContextVar[Activation | None] = ContextVar("quantpatch_activation", default=None)
+_process_wide: list[Activation] = []
+# Targets whose replacement is being built or called here: what it needs of its own target is float.
+_within: ContextVar[tuple[Slot, Any] | None] = ContextVar("quantpatch_within", default=None)
+
+
+def current_in_context() -> Activation | None:
+    """The innermost open activation of this context alone."""
+    activation = _in_context.get()
+    while activation is not None and activation.closed:
+        activation = activation.parent
+    return activation
+
+
+def current() -> Activation | None:
+    """The activation in force: this context's, or else the last one started process-wide."""
+    activation = _in_context.get()
+    while activation is not None:
+        if not activation.closed:
+            return activation
+        activation = activation.parent
+    return _process_wide[-1] if _process_wide else None
+
+
+def start(activation: Activation) -> None:
+    """Puts an activation in force in every context that has none of its own."""
+    _process_wide.append(activation)
+
+
+def stop(activation: Activation) -> None:
+    """Undoes ``start``."""
+    _process_wide.remove(activation)
+    activation.close()
+
+
+def _is_within(slot: Slot, link: tuple[Slot, Any] | None) -> bool:
+    while link is not None:
+        if link[0] is slot:
+            return True
+        link = link[1]
+    return False
+
+
+class _Hook:
+    """A function of ours in a slot, and what it displaced."""
+
+    __slots__ = ("displaced", "function")
+
+    def __init__(self, slot: Slot, displaced: Any) -> None:
+        self.displaced = displaced
+        self.function = slot.make_hook(displaced)
+
+
+class Slot(abc.ABC):
+    """An attribute of a class or module that can carry a hook. One object for each, while in use.
+
+    If somebody else has wrapped a hook when its last user leaves, it stays where it is, passes every
+    call through, and is taken out once it is on top again.
+    """
+
+    _all: weakref.WeakValueDictionary[tuple[int, str], Slot] = weakref.WeakValueDictionary()
+    _buried: set[Slot] = set()
+
+    __slots__ = ("__weakref__", "_hooks", "_spare", "_users", "attribute", "owner", "target")
+
+    def __init__(self, owner: Any, attribute: str, target: Any) -> None:
+        self.owner = owner
+        self.attribute = attribute
+        self.target = target
+        self._users = 0
+        self._hooks: list[_Hook] = []  # put in and not taken out yet
+        self._spare: _Hook | None = None  # from the last time: making one is most of the cost
+
+    @staticmethod
+    def of(module: ModuleType, name: str) -> Slot:
+        """The slot of a module's class or function.
+
+        Raises:
+            AttributeError: The module has no such name.
+            TypeError: It is neither a class nor a function, or a class that cannot carry a hook.
+        """
+        target = getattr(module, name)
+        is_class = isinstance(target, type)
+        owner, attribute = (target, "__init__") if is_class else (module, name)
+        with _lock:
+            # A function that is hooked already is known by its slot, not by the hook seen from outside.
+            slot = Slot._all.get((id(owner), attribute))
+            if slot is None:  # it will keep its owner alive, so the id stays the owner's
+                slot = (_ClassSlot if is_class else _FunctionSlot)(owner, attribute, target)
+                Slot._all[id(owner), attribute] = slot
+            return slot
+
+    def install(self) -> None:
+        """Makes sure that a hook is in place, for one more user."""
+        with _lock:
+            found = self._read()
+            if not any(found is hook.function for hook in self._hooks):
+                # Nobody's yet, or somebody has written over ours since: one more on top does no harm.
+                spare = self._spare
+                hook = spare if spare is not None and spare.displaced is found else _Hook(self, found)
+                self._write(hook.function)
+                self._hooks.append(hook)
+            self._users += 1
+
+    def uninstall(self) -> None:
+        """Gives back what the hook displaced once its last user leaves."""
+        with _lock:
+            self._users -= 1
+            if self._users == 0:
+                self._take_out()
+
+    def is_displaced(self) -> bool:
+        """Whether somebody else's value stands where a hook of ours should."""
+        found = self._read()
+        return self._users > 0 and not any(found is hook.function for hook in self._hooks)
+
+    @classmethod
+    def sweep(cls) -> None:
+        """Takes out every idle hook that was buried under somebody else's and has come up again."""
+        for slot in list(cls._buried):
+            if slot._users == 0:
+                slot._take_out()
+
+    def _take_out(self) -> None:
+        while True:
+            found = self._read()
+            hook = next((hook for hook in self._hooks if hook.function is found), None)
+            if hook is None:
+                break
+            self._write(hook.displaced)
+            self._hooks.remove(hook)
+            self._spare = hook
+        (Slot._buried.add if self._hooks else Slot._buried.discard)(self)
+
+    def _read(self) -> Any:
+        return vars(self.owner).get(self.attribute, _MISSING)
+
+    @abc.abstractmethod
+    def check(self, replacement: Any) -> None:
+        """Raises TypeError, saying why, if the replacement cannot take the target's place."""
+
+    @abc.abstractmethod
+    def make_hook(self, displaced: Any) -> Callable[..., Any]:
+        """A hook that asks the current activation, and otherwise does what ``displaced`` does."""
+
+    @abc.abstractmethod
+    def _write(self, value: Any) -> None:
+        """Sets the owner's own attribute, or removes it if the value is ``_MISSING``."""
+
+
+def _shared_bases(first: type, second: type) -> set[type]:
+    return (set(first.__mro__) & set(second.__mro__)) - {object}
+
+
+class _ClassSlot(Slot):
+    """``__init__`` of a class: construction turns the new object into the replacement's before it runs."""
+
+    __slots__ = ()
+
+    def __init__(self, owner: Any, attribute: str, target: Any) -> None:
+        heap, immutable = 1 << 9, 1 << 8  # Py_TPFLAGS_HEAPTYPE, Py_TPFLAGS_IMMUTABLETYPE
+        if not target.__flags__ & heap or target.__flags__ & immutable:
+            raise TypeError(f"{target.__qualname__} is implemented in C and cannot be replaced")
+        super().__init__(owner, attribute, target)
+
+    def check(self, replacement: Any) -> None:
+        target = self.target
+        if not isinstance(replacement, type):
+            raise TypeError(f"{replacement!r} is no class")
+        if replacement is target:
+            raise TypeError("it is the target itself")
+        if issubclass(target, replacement):
+            raise TypeError(f"{replacement.__qualname__} is a base class of the target")
+        if not issubclass(replacement, target) and not _shared_bases(replacement, target):
+            raise TypeError(
+                f"{replacement.__qualname__} is no subclass of {target.__qualname__} and shares no base with it"
+            )
+        probe = object.__new__(target)
+        try:
+            object.__setattr__(probe, "__class__", replacement)
+        except TypeError as error:
+            raise TypeError(
+                f"an object of {target.__qualname__} cannot become a {replacement.__qualname__} ({error})"
+            ) from None
+
+    def _write(self, value: Any) -> None:
+        if value is _MISSING:
+            type.__delattr__(self.owner, self.attribute)
+        else:
+            type.__setattr__(self.owner, self.attribute, value)
+
+    def make_hook(self, displaced: Any) -> Callable[..., Any]:
+        slot, target = self, self.target
+        become = object.__setattr__
+        if displaced is _MISSING:
+
+            def base_init(self: Any, *args: Any, **kwargs: Any) -> None:
+                super(target, self).__init__(*args, **kwargs)
+        else:
+            base_init = displaced
+
+        @functools.wraps(target.__init__)
+        def __init__(self: Any, /, *args: Any, **kwargs: Any) -> None:
+            activation = current()
+            if activation is not None:
+                within = _within.get()
+                if within is not None and within[0] is slot and type(self) is not target:
+                    # The replacement has come to its base: what the base builds inside is replaced again.
+                    token = _within.set(within[1])
+                    try:
+                        return base_init(self, *args, **kwargs)
+                    finally:
+                        _within.reset(token)
+                binding = activation.bindings.get(slot)
+                if binding is not None and not _is_within(slot, within):
+                    replacement = binding.replacement_for(type(self))
+                    if replacement is not None:
+                        become(self, "__class__", replacement)
+                        token = _within.set((slot, within))
+                        try:
+                            return replacement.__init__(self, *args, **kwargs)
+                        finally:
+                            _within.reset(token)
+            return base_init(self, *args, **kwargs)
+
+        return __init__
+
+
+class _FunctionSlot(Slot):
+    """A function under its name in a module: a dispatcher stands in its place."""
+
+    __slots__ = ()
+
+    def __init__(self, owner: Any, attribute: str, target: Any) -> None:
+        if not callable(target):
+            raise TypeError(f"it is {target!r}, neither a class nor a function")
+        super().__init__(owner, attribute, target)
+
+    def check(self, replacement: Any) -> None:
+        if isinstance(replacement, type) or not callable(replacement):
+            raise TypeError(f"the target is a function, and {replacement!r} is none")
+        if replacement is self.target:
+            raise TypeError("it is the target itself")
+
+    def _write(self, value: Any) -> None:
+        if value is _MISSING:
+            del vars(self.owner)[self.attribute]
+        else:
+            vars(self.owner)[self.attribute] = value
+
+    def make_hook(self, displaced: Any) -> Callable[..., Any]:
+        slot, original = self, (self.target if displaced is _MISSING else displaced)
+
+        @functools.wraps(original)
+        def dispatch(*args: Any, **kwargs: Any) -> Any:
+            activation = current()
+            if activation is not None:
+                binding = activation.bindings.get(slot)
+                within = _within.get()
+                if binding is not None and not _is_within(slot, within):
+                    replacement = binding.replacement_for(None)
+                    if replacement is not None:
+                        token = _within.set((slot, within))
+                        try:
+                            return replacement(*args, **kwargs)
+                        finally:
+                            _within.reset(token)
+            return original(*args, **kwargs)
+
+        return dispatch

@@ -1,0 +1,154 @@
+"""``QuantizedLayer``: what makes a float layer's class a quantized one.
+
+``class QuantLinear(QuantizedLayer, nn.Linear)`` is all there is to a layer: the mixin quantizes the
+operands and hands them to the forward of the float class, which is not copied. So everything that the
+float class can do (keywords, padding modes, devices …), the quantized one can.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from types import MethodType
+from typing import Any, ClassVar
+
+from torch import nn
+
+from quantpatch.descriptor import QuantDescriptor, Recipe
+from quantpatch.quantizer import TensorQuantizer
+from quantpatch.recipes import active_recipe
+
+__all__ = ["QuantizedLayer", "quantizer_name"]
+
+
+def quantizer_name(operand: str) -> str:
+    """Name of the submodule that quantizes an operand."""
+    return f"{operand}_quantizer"
+
+
+class QuantizedLayer:
+    """Mixin that quantizes a layer's operands; name it before the float class.
+
+    A subclass says what its operands are; quantizers are submodules named after them
+    (``input_quantizer``, ``weight_quantizer`` …). With all of them disabled the layer computes what its
+    float class computes, bit for bit.
+
+    Attributes:
+        inputs: Names of the parameters of ``forward`` that are activations, in their order.
+        weights: The axis of the output channels of each weight, by its attribute name; None for a
+            weight that always has one range.
+        float_class: The class this one stands for (found by itself).
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ("input",)
+    weights: ClassVar[Mapping[str, int | None]] = {"weight": 0}
+    float_class: ClassVar[type[nn.Module]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        floats = [c for c in cls.__mro__ if issubclass(c, nn.Module) and not issubclass(c, QuantizedLayer)]
+        if not floats or floats[0] is nn.Module:
+            return  # a mixin of its own, to be combined with a float class later
+        cls.float_class = floats[0]
+        if "__init__" not in vars(cls):
+            # The mixin takes whatever the float class takes; tools that ask shall see its parameters.
+            cls.__signature__ = inspect.signature(cls.float_class)  # type: ignore[attr-defined]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_quantizers(active_recipe())
+
+    # --- quantizers ----------------------------------------------------------------------------
+
+    def weight_axes(self) -> Mapping[str, int | None]:
+        """``weights``, for a layer whose weights depend on its arguments."""
+        return self.weights
+
+    def add_quantizers(self, recipe: Recipe) -> None:
+        """Gives the layer its quantizers; an operand that the recipe leaves float gets none."""
+        modules: dict[str, nn.Module | None] = self._modules  # type: ignore[attr-defined]
+        for name, descriptor in self.descriptors(recipe):
+            modules[quantizer_name(name)] = TensorQuantizer(descriptor)
+
+    def descriptors(self, recipe: Recipe) -> Iterable[tuple[str, QuantDescriptor]]:
+        """Each operand that a recipe quantizes, with its descriptor."""
+        if recipe.input is not None:
+            for name in self.inputs:
+                yield name, recipe.input.for_channel_axis(None)
+        if recipe.weight is not None:
+            for name, axis in self.weight_axes().items():
+                yield name, recipe.weight.for_channel_axis(axis)
+        if recipe.output is not None:
+            yield "output", recipe.output.for_channel_axis(None)
+
+    def quantizer(self, operand: str) -> TensorQuantizer | None:
+        """The quantizer of an operand, or None if the operand is left float."""
+        modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
+        return modules.get(f"{operand}_quantizer")
+
+    # --- computing -----------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The float class's forward, with quantized operands."""
+        args, kwargs = self.quantize_inputs(args, kwargs)
+        operands = self.quantize_weights()
+        subject = _WithOperands(self, operands) if operands else self
+        output = self.float_class.forward(subject, *args, **kwargs)  # type: ignore[arg-type]
+        quantizer = self.quantizer("output")
+        return output if quantizer is None else quantizer(output)
+
+    def quantize_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of ``forward``, with each activation quantized."""
+        for position, name in enumerate(self.inputs):
+            quantizer = self.quantizer(name)
+            if quantizer is None:
+                continue
+            if position < len(args):
+                args = (*args[:position], quantizer(args[position]), *args[position + 1 :])
+            elif name in kwargs:
+                kwargs = {**kwargs, name: quantizer(kwargs[name])}
+        return args, kwargs
+
+    def quantize_weights(self) -> dict[str, Any]:
+        """Each weight that comes out of its quantizer changed, by name."""
+        operands: dict[str, Any] = {}
+        for name in self.weight_axes():
+            quantizer = self.quantizer(name)
+            if quantizer is not None and quantizer.is_active:
+                weight = getattr(self, name)
+                quantized = quantizer(weight)
+                if quantized is not weight:
+                    operands[name] = quantized
+        return operands
+
+
+class _WithOperands:
+    """A layer as its own forward sees it, with some attributes standing in for others.
+
+    The layer itself is not touched, so threads can share it. Its methods, called through this, see the
+    same stand-ins.
+    """
+
+    def __init__(self, layer: Any, operands: dict[str, Any]) -> None:
+        self.__dict__.update(operands)
+        self.__dict__["_layer"] = layer
+
+    @property
+    def __class__(self) -> Any:  # so that super() and isinstance work inside the float class's forward
+        return type(self._layer)
+
+    def __getattr__(self, name: str) -> Any:
+        layer = self.__dict__["_layer"]
+        value = getattr(layer, name)
+        if isinstance(value, MethodType) and value.__self__ is layer:
+            return MethodType(value.__func__, self)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            self.__dict__[name] = value
+        else:
+            setattr(self.__dict__["_layer"], name, value)
+

@@ -1,0 +1,29 @@
+"""Instance normalization."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from quantpatch.layers.base import QuantizedLayer
+
+__all__ = [
+    "QuantInstanceNorm1d",
+    "QuantInstanceNorm2d",
+    "QuantInstanceNorm3d",
+]
+
+
+class _QuantizedNorm(QuantizedLayer):
+    weights = {}  # its affine weight scales the output and is no operand of a product
+
+
+class QuantInstanceNorm1d(_QuantizedNorm, nn.InstanceNorm1d):
+    """``nn.InstanceNorm1d`` with quantized input."""
+
+
+class QuantInstanceNorm2d(_QuantizedNorm, nn.InstanceNorm2d):
+    """``nn.InstanceNorm2d`` with quantized input."""
+
+
+class QuantInstanceNorm3d(_QuantizedNorm, nn.InstanceNorm3d):
+    """``nn.InstanceNorm3d`` with quantized input."""

@@ -1,0 +1,74 @@
+"""Average and max pooling: TensorRT runs them in 8 bits if their input is."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from quantpatch.layers.base import QuantizedLayer
+
+__all__ = [
+    "QuantAdaptiveAvgPool1d",
+    "QuantAdaptiveAvgPool2d",
+    "QuantAdaptiveAvgPool3d",
+    "QuantAdaptiveMaxPool1d",
+    "QuantAdaptiveMaxPool2d",
+    "QuantAdaptiveMaxPool3d",
+    "QuantAvgPool1d",
+    "QuantAvgPool2d",
+    "QuantAvgPool3d",
+    "QuantMaxPool1d",
+    "QuantMaxPool2d",
+    "QuantMaxPool3d",
+]
+
+
+class _QuantizedPooling(QuantizedLayer):
+    weights = {}  # pooling has none
+
+
+class QuantAvgPool1d(_QuantizedPooling, nn.AvgPool1d):
+    """``nn.AvgPool1d`` with quantized input."""
+
+
+class QuantAvgPool2d(_QuantizedPooling, nn.AvgPool2d):
+    """``nn.AvgPool2d`` with quantized input."""
+
+
+class QuantAvgPool3d(_QuantizedPooling, nn.AvgPool3d):
+    """``nn.AvgPool3d`` with quantized input."""
+
+
+class QuantAdaptiveAvgPool1d(_QuantizedPooling, nn.AdaptiveAvgPool1d):
+    """``nn.AdaptiveAvgPool1d`` with quantized input."""
+
+
+class QuantAdaptiveAvgPool2d(_QuantizedPooling, nn.AdaptiveAvgPool2d):
+    """``nn.AdaptiveAvgPool2d`` with quantized input."""
+
+
+class QuantAdaptiveAvgPool3d(_QuantizedPooling, nn.AdaptiveAvgPool3d):
+    """``nn.AdaptiveAvgPool3d`` with quantized input."""
+
+
+class QuantMaxPool1d(_QuantizedPooling, nn.MaxPool1d):
+    """``nn.MaxPool1d`` with quantized input."""
+
+
+class QuantMaxPool2d(_QuantizedPooling, nn.MaxPool2d):
+    """``nn.MaxPool2d`` with quantized input."""
+
+
+class QuantMaxPool3d(_QuantizedPooling, nn.MaxPool3d):
+    """``nn.MaxPool3d`` with quantized input."""
+
+
+class QuantAdaptiveMaxPool1d(_QuantizedPooling, nn.AdaptiveMaxPool1d):
+    """``nn.AdaptiveMaxPool1d`` with quantized input."""
+
+
+class QuantAdaptiveMaxPool2d(_QuantizedPooling, nn.AdaptiveMaxPool2d):
+    """``nn.AdaptiveMaxPool2d`` with quantized input."""
+
+
+class QuantAdaptiveMaxPool3d(_QuantizedPooling, nn.AdaptiveMaxPool3d):
+    """``nn.AdaptiveMaxPool3d`` with quantized input."""

@@ -1,0 +1,251 @@
+"""Which entry wins for which target: ``custom`` before plugins before built-ins, less what is skipped.
+
+A table maps each target to a choice: the entry that applies, or the reason why the target stays float.
+Targets whose module is not imported yet are known by name alone; the others by their slot, so that two
+dotted names of one class are one target.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import attrs
+
+from quantpatch.entries import Entry, EntryLike
+from quantpatch.errors import EntryConflictError, EntryError, ScopeError, UnknownNameError, near_misses
+from quantpatch.interception import Slot
+from quantpatch.registry import BUILTIN, Offer
+
+__all__ = ["Choice", "Key", "Pattern", "Table", "compose", "load_checked", "slot_of"]
+
+Pattern = str | type
+Key = Slot | str
+
+
+@attrs.frozen
+class Choice:
+    """What applies to one target.
+
+    Attributes:
+        offer: The entry, and whose it is.
+        float_because: Why the target stays float all the same; empty if it is replaced.
+    """
+
+    offer: Offer
+    float_because: str = ""
+
+
+Table = dict[Key, Choice]
+
+
+def entry_error(offer: Offer, what: str, hint: str = "") -> EntryError:
+    """The error for an entry that cannot be used, naming it and whose it is."""
+    return EntryError(
+        f"{offer.source}: entry {offer.entry} cannot be used: {what}. {hint}".rstrip(),
+        entry=offer.entry,
+        plugin=offer.plugin,
+    )
+
+
+def slot_of(offer: Offer) -> Slot | None:
+    """The slot of an entry's target, or None while its module is not imported.
+
+    Raises:
+        EntryError: The module has no such name, or what it names cannot be replaced.
+    """
+    entry = offer.entry
+    module = entry.loaded_module()
+    if module is None:
+        return None
+    try:
+        return Slot.of(module, entry.name)
+    except AttributeError:
+        hint = near_misses(entry.name, (name for name in dir(module) if not name.startswith("_")))
+        raise entry_error(offer, f"module {entry.module_name} has no {entry.name!r}", hint) from None
+    except TypeError as error:
+        raise entry_error(offer, str(error)) from error
+
+
+def load_checked(offer: Offer, slot: Slot) -> Any:
+    """The entry's replacement, imported and fit to take the target's place.
+
+    Raises:
+        EntryError: It is not.
+    """
+    try:
+        replacement = offer.entry.load_replacement()
+    except EntryError as error:
+        raise entry_error(offer, str(error)) from error
+    try:
+        slot.check(replacement)
+    except TypeError as error:
+        name = offer.entry.name
+        hint = (
+            f"Write a subclass: class Quant{name}(quantpatch.QuantizedLayer, {name}): ..."
+            if isinstance(slot.target, type)
+            else f"Write a function that takes the arguments of {name}"
+        )
+        raise entry_error(offer, f"the replacement cannot take the target's place: {error}", hint) from error
+    return replacement
+
+
+def _key(offer: Offer) -> Key:
+    return slot_of(offer) or offer.entry.dotted
+
+
+def compose(
+    enclosing: Table,
+    offers: Iterable[Offer],
+    *,
+    plugins: Sequence[str] | None = None,
+    skip: Sequence[Pattern] = (),
+    include: Sequence[Pattern] = (),
+    custom: Sequence[EntryLike] = (),
+) -> Table:
+    """The table of a block.
+
+    Args:
+        enclosing: The table of the block around it (empty if there is none). Its choices stand where
+            ``offers`` has nothing for a target.
+        offers: What the active plugins offer, built-ins first.
+        plugins: If given, choices of the enclosing table from other plugins fall away.
+        skip: Targets to leave float.
+        include: Targets to replace although they are left float by default (or skipped outside).
+        custom: Entries that override all others.
+
+    Raises:
+        EntryError: An entry cannot be used.
+        EntryConflictError: Two plugins want the same target.
+        UnknownNameError: A pattern matches no target.
+    """
+    table: Table = {}
+    for key, choice in enclosing.items():
+        if plugins is None or choice.offer.plugin in (None, BUILTIN, *plugins):
+            known = key if isinstance(key, Slot) else _key(choice.offer)
+            table[known] = choice
+    rivals: dict[Key, list[Offer]] = {}
+    for offer in offers:
+        key = _key(offer)
+        if offer.plugin == BUILTIN:
+            because = "" if offer.entry.default else f"not replaced by default; write include=[{offer.entry.name!r}]"
+            table.setdefault(key, Choice(offer, because))
+        elif key in enclosing and enclosing[key].offer.plugin is None:
+            continue  # a custom entry of the block around it
+        else:
+            rivals.setdefault(key, []).append(offer)
+            table[key] = Choice(offer, "" if offer.entry.default else "not replaced by default")
+
+    for key in _matching(table, include, "include"):
+        table[key] = attrs.evolve(table[key], float_because="")
+    skipped = _matching(table, skip, "skip")
+    for key, pattern in skipped.items():
+        table[key] = attrs.evolve(table[key], float_because=f"skip={pattern!r}")
+    given = _customized(custom)
+    table.update(given)
+
+    for key, several in rivals.items():
+        if len(several) > 1 and key not in skipped and key not in given:
+            raise _conflict(several)
+    return table
+
+
+def _conflict(several: list[Offer]) -> EntryConflictError:
+    several = sorted(several, key=lambda offer: str(offer.plugin))
+    target = several[0].entry.dotted
+    names = tuple(str(offer.plugin) for offer in several)
+    return EntryConflictError(
+        f"{len(several)} plugins replace {target}: "
+        + "; ".join(f"{offer.plugin!r} by {offer.entry.replacement}" for offer in several)
+        + f". Choose one: skip=[{target!r}] leaves it float, custom=[(module, name, replacement)] decides "
+        f"for it, QUANTPATCH_BLOCK={names[-1]} switches one plugin off",
+        target=target,
+        plugins=names,
+        entries=tuple(offer.entry for offer in several),
+    )
+
+
+# --- patterns ----------------------------------------------------------------------------------
+
+
+def _resolve_dotted(dotted: str) -> Any:
+    """The object that a dotted name means in the modules imported so far, or None."""
+    module, _, name = dotted.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _matches(pattern: Pattern, key: Key, entry: Entry) -> bool:
+    target = key.target if isinstance(key, Slot) else None
+    if isinstance(pattern, type):
+        return target is pattern
+    if any(fnmatch.fnmatchcase(name, pattern) for name in (entry.name, entry.dotted)):
+        return True
+    return "." in pattern and target is not None and _resolve_dotted(pattern) is target
+
+
+def _matching(table: Table, patterns: Sequence[Pattern], argument: str) -> dict[Key, Pattern]:
+    found: dict[Key, Pattern] = {}
+    for pattern in patterns:
+        if not isinstance(pattern, (str, type)):
+            raise ScopeError(
+                f"{argument} takes class names, dotted names, globs or classes, not {pattern!r}; "
+                f"write, for instance: {argument}=['Linear', 'torch.nn.Conv2d', 'AvgPool*', nn.LSTM]"
+            )
+        keys = [key for key, choice in table.items() if _matches(pattern, key, choice.offer.entry)]
+        if not keys:
+            given = pattern if isinstance(pattern, str) else f"{pattern.__module__}.{pattern.__qualname__}"
+            known = [choice.offer.entry.name for choice in table.values()]
+            raise UnknownNameError.of(
+                f"layer in {argument}",
+                given,
+                known,
+                "`quantpatch layers` lists what a block can replace",
+            )
+        found.update(dict.fromkeys(keys, pattern))
+    return found
+
+
+# --- custom ------------------------------------------------------------------------------------
+
+
+def _customized(custom: Sequence[EntryLike]) -> Table:
+    table: Table = {}
+    for given in custom:
+        offer = Offer(Entry.of(given), None)
+        key = _key(offer)
+        if isinstance(key, str):
+            _demand_module(offer)
+        if key in table:
+            raise entry_error(offer, "custom has another entry for the same target")
+        table[key] = Choice(offer)
+    return table
+
+
+def _demand_module(offer: Offer) -> None:
+    """Raises EntryError if the module of an entry is neither imported nor to be found.
+
+    Looks as far as it can without importing anything: a parent that is not imported yet is taken at
+    its word.
+    """
+    name = offer.entry.module_name
+    parent, _, _ = name.rpartition(".")
+    root = name if not parent or parent in sys.modules else name.partition(".")[0]
+    try:
+        found = root in sys.modules or importlib.util.find_spec(root) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        raise entry_error(offer, f"there is no module {root!r}", near_misses(name, sys.modules))
+
+
+def replaced_slots(table: Table) -> dict[Slot, Choice]:
+    """The part of a table whose targets are imported."""
+    return {key: choice for key, choice in table.items() if isinstance(key, Slot)}
+
+
+def pending_modules(table: Table) -> frozenset[str]:
+    """Names of the modules that targets of a table wait for."""
+    return frozenset(c.offer.entry.module_name for key, c in table.items() if not isinstance(key, Slot))

@@ -22,7 +22,9 @@ FAMILIES = {
     ),
     "recurrent": ("LSTM", "LSTMCell"),
     "pooling": tuple(
-        f"{kind}{n}d" for kind in ("AvgPool", "AdaptiveAvgPool", "MaxPool", "AdaptiveMaxPool") for n in (1, 2, 3)
+        f"{kind}{n}d"
+        for kind in ("AvgPool", "AdaptiveAvgPool", "MaxPool", "AdaptiveMaxPool")
+        for n in (1, 2, 3)
     ),
     "norm": tuple(f"InstanceNorm{n}d" for n in (1, 2, 3)),
     "embedding": ("Embedding", "EmbeddingBag"),

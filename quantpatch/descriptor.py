@@ -68,9 +68,7 @@ class QuantDescriptor:
             value = getattr(self, field)
             good = value is None or (isinstance(value, (int, float)) and math.isfinite(value) and value > 0)
             self._demand(good, field, "a positive finite number or None")
-        self._demand(
-            isinstance(self.calib_method, str), "calib_method", "a calibrator's name, such as 'max'"
-        )
+        self._demand(isinstance(self.calib_method, str), "calib_method", "a calibrator's name, such as 'max'")
         self._demand(
             self.format is None or isinstance(self.format, (str, NumberFormat)),
             "format",

@@ -158,7 +158,9 @@ class MissingExtraError(QuantPatchError, ImportError):
     @classmethod
     def of(cls, extra: str, package: str, purpose: str) -> MissingExtraError:
         """The error for a missing package, with the line that installs it."""
-        message = f"{purpose} needs {package}, which is not installed. Write: pip install 'quantpatch[{extra}]'"
+        message = (
+            f"{purpose} needs {package}, which is not installed. Write: pip install 'quantpatch[{extra}]'"
+        )
         return cls(message, extra=extra, package=package)
 
 

@@ -218,7 +218,9 @@ class Registry:
     def _call(self, candidate: _Candidate, hook: str) -> Any:
         """What one plugin's hook returned (None if it has no such hook); called once, then remembered."""
         if hook not in candidate.results:
-            others = [c.plugin for c in self._candidates.values() if c is not candidate and c.plugin is not None]
+            others = [
+                c.plugin for c in self._candidates.values() if c is not candidate and c.plugin is not None
+            ]
             try:
                 returned = self._manager.subset_hook_caller(hook, others)()
             except (Exception, SystemExit) as error:
@@ -246,7 +248,9 @@ class Registry:
             try:
                 entries.append(Entry.of(given))
             except EntryError as error:
-                raise candidate.error(f"returned something else than entries from {hook}: {error}", hook) from error
+                raise candidate.error(
+                    f"returned something else than entries from {hook}: {error}", hook
+                ) from error
         targets = [entry.dotted for entry in entries]
         doubled = sorted({target for target in targets if targets.count(target) > 1})
         if doubled:
@@ -288,10 +292,13 @@ class Registry:
                 good = isinstance(value, kind) or (isinstance(value, type) and issubclass(value, kind))
                 if not isinstance(name, str) or not good:
                     raise candidate.error(
-                        f"returned {name!r}: {value!r} from {hook}, expected a name and a {kind.__name__}", hook
+                        f"returned {name!r}: {value!r} from {hook}, expected a name and a {kind.__name__}",
+                        hook,
                     )
                 if name in found:
-                    raise candidate.error(f"returned {name!r} from {hook}, which {owner[name]!r} has already", hook)
+                    raise candidate.error(
+                        f"returned {name!r} from {hook}, which {owner[name]!r} has already", hook
+                    )
                 found[name], owner[name] = value, candidate.name
         return found
 

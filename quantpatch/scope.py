@@ -203,7 +203,9 @@ class Scope:
     def __repr__(self) -> str:
         if self._floats_all:
             return "keep_float()"
-        given = {name: getattr(self, f"_{name}") for name in ("skip", "custom", "recipe", "plugins", "include")}
+        given = {
+            name: getattr(self, f"_{name}") for name in ("skip", "custom", "recipe", "plugins", "include")
+        }
         shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value not in ((), None))
         return f"quantize_modules({shown})"
 

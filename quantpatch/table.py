@@ -131,7 +131,11 @@ def compose(
     for offer in offers:
         key = _key(offer)
         if offer.plugin == BUILTIN:
-            because = "" if offer.entry.default else f"not replaced by default; write include=[{offer.entry.name!r}]"
+            because = (
+                ""
+                if offer.entry.default
+                else f"not replaced by default; write include=[{offer.entry.name!r}]"
+            )
             table.setdefault(key, Choice(offer, because))
         elif key in enclosing and enclosing[key].offer.plugin is None:
             continue  # a custom entry of the block around it

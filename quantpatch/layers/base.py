@@ -7,11 +7,13 @@ float class can do (keywords, padding modes, devices …), the quantized one can
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Mapping
-from types import MethodType
+from types import FunctionType
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from quantpatch.descriptor import QuantDescriptor, Recipe
@@ -92,8 +94,12 @@ class QuantizedLayer:
         """The float class's forward, with quantized operands."""
         args, kwargs = self.quantize_inputs(args, kwargs)
         operands = self.quantize_weights()
-        subject = _WithOperands(self, operands) if operands else self
-        output = self.float_class.forward(subject, *args, **kwargs)  # type: ignore[arg-type]
+        subject: Any = self
+        if operands:
+            # torch.compile cannot follow an object that says it is of another class.
+            view = _WithOperands if torch.compiler.is_compiling() else _Impersonating
+            subject = view(self, operands)
+        output = self.float_class.forward(subject, *args, **kwargs)
         quantizer = self.quantizer("output")
         return output if quantizer is None else quantizer(output)
 
@@ -135,16 +141,15 @@ class _WithOperands:
         self.__dict__.update(operands)
         self.__dict__["_layer"] = layer
 
-    @property
-    def __class__(self) -> Any:  # so that super() and isinstance work inside the float class's forward
-        return type(self._layer)
-
     def __getattr__(self, name: str) -> Any:
-        layer = self.__dict__["_layer"]
-        value = getattr(layer, name)
-        if isinstance(value, MethodType) and value.__self__ is layer:
-            return MethodType(value.__func__, self)
-        return value
+        layer = self._layer
+        value = getattr(type(layer), name, None)
+        # Methods and properties run on this object, so that they see the operands as well.
+        if isinstance(value, FunctionType):
+            return functools.partial(value, self)
+        if isinstance(value, property) and value.fget is not None:
+            return value.fget(self)
+        return getattr(layer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__:
@@ -152,3 +157,10 @@ class _WithOperands:
         else:
             setattr(self.__dict__["_layer"], name, value)
 
+
+class _Impersonating(_WithOperands):
+    """The same, passing for an object of the layer's class, as ``super()`` in its methods demands."""
+
+    @property
+    def __class__(self) -> Any:
+        return type(self._layer)

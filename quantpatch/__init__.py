@@ -4,6 +4,7 @@
 block ends, PyTorch is exactly what it was.
 """
 
+from quantpatch.calibration import calibrate, calibrating
 from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.entries import Entry
 from quantpatch.errors import QuantPatchError, QuantPatchWarning
@@ -11,6 +12,7 @@ from quantpatch.hookspecs import hookimpl
 from quantpatch.layers import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.registry import registry
+from quantpatch.report import summary
 from quantpatch.scope import keep_float, quantize_modules
 
 __version__ = "0.1.0"
@@ -23,8 +25,11 @@ __all__ = [
     "QuantizedLayer",
     "Recipe",
     "TensorQuantizer",
+    "calibrate",
+    "calibrating",
     "hookimpl",
     "keep_float",
     "quantize_modules",
     "registry",
+    "summary",
 ]

@@ -139,9 +139,11 @@ class CalibrationError(QuantPatchError, RuntimeError):
 
     Attributes:
         quantizers: Names of the quantizers concerned.
+        quantizer: The quantizer whose data was at fault, where it is one.
     """
 
     quantizers: tuple[str, ...] = ()
+    quantizer: Any = None
 
 
 class MissingExtraError(QuantPatchError, ImportError):

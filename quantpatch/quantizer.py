@@ -179,10 +179,13 @@ class TensorQuantizer(nn.Module):
         """
         if self.calibrator is None:
             raise CalibrationError(f"{self} collects no statistics; call enable_calib() and run the model")
-        amax = self.calibrator.compute_amax()
-        if self.descriptor.scale_amax is not None:
-            amax = amax * self.descriptor.scale_amax
-        self.amax = amax
+        self.amax = self.range_from(self.calibrator)
+
+    def range_from(self, calibrator: Calibrator) -> Tensor:
+        """The range that a calibrator's statistics give this quantizer; nothing is changed."""
+        amax = calibrator.compute_amax()
+        scale = self.descriptor.scale_amax
+        return amax if scale is None else amax * scale
 
     # --- passing tensors -----------------------------------------------------------------------
 
@@ -200,7 +203,11 @@ class TensorQuantizer(nn.Module):
         if self.disabled:
             return x
         if self.calibrating and self.calibrator is not None:
-            self.calibrator.collect(x.detach())
+            try:
+                self.calibrator.collect(x.detach())
+            except CalibrationError as error:
+                error.quantizer = self
+                raise
         if not self.quantizing:
             return x
         descriptor = self.descriptor

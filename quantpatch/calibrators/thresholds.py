@@ -17,7 +17,7 @@ from quantpatch.formats import NumberFormat
 
 __all__ = ["entropy_threshold", "mse_threshold", "percentile_threshold", "sqnr_threshold"]
 
-_CHUNK = 1 << 18  # elements of intermediate results at a time: bounds the memory, and fits a CPU's cache
+_CHUNK = 1 << 18  # elements of intermediate results at a time: bounds the memory, near a CPU's cache
 # Candidates whose figures differ by less than rounding does are equally good.
 _KL_TIE = 1e-12
 _ERROR_TIE = 1e-9
@@ -190,14 +190,16 @@ def _level_starts(candidates: Tensor, format: NumberFormat) -> Tensor:
     """
     grid = _magnitudes(format)
     levels = len(grid)
+    candidate = candidates[:, None].double()
+    # Of exact products, one rounded quotient: it is at a bin's edge or centre only where that is exact.
     if grid == tuple(range(levels)):
         # Bin j lies in level floor(j * levels / candidate).
-        scaled = candidates[:, None] * torch.arange(levels + 1, device=candidates.device)
-        return (scaled + levels - 1) // levels
+        starts = candidate * torch.arange(levels + 1, dtype=torch.float64, device=candidates.device) / levels
+        return starts.ceil_().to(torch.int64)
     values = torch.tensor(grid, dtype=torch.float64, device=candidates.device)
-    between = (values[1:] + values[:-1]) / (2 * values[-1])
-    inner = torch.ceil(candidates[:, None] * between - 0.5).to(torch.int64)
-    return torch.cat([torch.zeros_like(candidates)[:, None], inner, candidates[:, None]], dim=1)
+    between = candidate * (values[1:] + values[:-1]) / (2 * values[-1])
+    inner = between.sub_(0.5).ceil_()
+    return torch.cat([torch.zeros_like(candidate), inner, candidate], dim=1).to(torch.int64)
 
 
 def _least_divergence(
@@ -212,30 +214,29 @@ def _least_divergence(
     where ``new`` is constant on the bins of a level that are not empty. So both sums come from prefix
     sums over the bins, taken at the starts of the levels.
     """
-    zero = b.new_zeros(len(b), 1)
-    below = torch.cat([zero, b.cumsum(1)], dim=1)  # values below each edge: exact
-    filled = torch.cat([zero, (b > 0).cumsum(1)], dim=1)  # bins that are not empty below each edge
-    within = torch.cat([zero, torch.special.xlogy(b, b.double()).cumsum(1)], dim=1)
+    # Whole numbers, exact in float64 up to 2**53.
+    below = _sum_below(b).double()  # values
+    filled = _sum_below((b > 0).to(torch.int64)).double()  # bins that are not empty
+    within = _sum_below(torch.special.xlogy(b, b.double()))
 
     total = below[:, -1:]
     inside = below[:, candidates]
     above = total - inside
     last = b[:, candidates - 1]
-    reference = within[:, candidates - 1] + torch.special.xlogy(last + above, (last + above).double())
+    reference = within[:, candidates - 1] + torch.special.xlogy(last + above, last + above)
 
     parts = []
     for edges, level in zip(torch.split(starts, step), torch.split(last_level, step), strict=True):
-        values = below[:, edges].diff(dim=2).double()
+        values = below[:, edges].diff(dim=2)
         # An empty level adds nothing: its 0 values are multiplied by the logarithm of 1.
-        mean = values / filled[:, edges].diff(dim=2).clamp_min_(1)
-        logs = mean.clamp_min_(1.0).log_()
+        logs = (values / filled[:, edges].diff(dim=2).clamp_min_(1.0)).clamp_min_(1.0).log_()
         cross = torch.linalg.vecdot(values, logs)
         parts.append((cross, logs.gather(2, level.expand(len(b), -1, 1)).squeeze(2)))
     cross = torch.cat([part[0] for part in parts], dim=1)
     last_log = torch.cat([part[1] for part in parts], dim=1)
 
-    n = total.double().clamp_min(1.0)
-    kl = (reference - cross - above * last_log) / n + torch.log(inside.clamp_min(1) / n)
+    n = total.clamp_min(1.0)
+    kl = (reference - cross - above * last_log) / n + torch.log(inside.clamp_min(1.0) / n)
     # Clipped values in a bin that Q leaves empty: P is not absolutely continuous with regard to Q.
     kl = kl.masked_fill((last == 0) & (above > 0), torch.inf)
     kl = kl.masked_fill((candidates > top[:, None]), torch.inf)
@@ -258,8 +259,13 @@ def _clipping_error(b: Tensor, candidates: Tensor, bounds: Tensor) -> Tensor:
     return 2 * second + 2 * first + 0.25 * count - 2 * off * (first + 0.5 * count) + off * off * count
 
 
+def _sum_below(x: Tensor) -> Tensor:
+    """Sums from the start to each position along dimension 1, the empty sum first."""
+    return torch.nn.functional.pad(x.cumsum(1), (1, 0))
+
+
 def _sum_from(x: Tensor) -> Tensor:
-    """Sums from each position to the end along dimension 1, up to the empty sum."""
+    """Sums from each position to the end along dimension 1, the empty sum last."""
     return torch.nn.functional.pad(x.flip(1).cumsum(1).flip(1), (0, 1))
 
 
@@ -272,14 +278,18 @@ def _rounding_error(b: Tensor, candidates: Tensor, scales: Tensor, format: Numbe
     weights = b.double()
     centres = torch.arange(bins, dtype=torch.float32, device=b.device) + 0.5
     step = max(1, _CHUNK // bins)
+    errors = torch.empty(step * bins, dtype=torch.float32, device=b.device)
     squares = torch.empty(step * bins, dtype=torch.float64, device=b.device)
     parts = []
-    for chunk, scale in zip(torch.split(candidates, step), torch.split(scales, step), strict=True):
-        width = int(chunk[-1])
+    chunks = zip(torch.split(candidates[:, None], step), torch.split(scales[:, None], step), strict=True)
+    for candidate, scale in chunks:
+        width = int(candidate[-1])
+        inside = width - len(candidate)  # bins below every candidate of the chunk, or one fewer
         centre = centres[:width]
-        error = centre / scale[:, None]
-        format.round_(error).mul_(scale[:, None]).sub_(centre)
-        error.masked_fill_(centre > chunk[:, None], 0.0)  # clipped
-        square = squares[: error.numel()].view(error.shape).copy_(error).square_()
-        parts.append(weights[:, :width] @ square.T)
+        error = errors[: len(candidate) * width].view(-1, width)
+        square = squares[: error.numel()].view(-1, width)
+        # Subtracting is exact, as a number and its rounding are near each other.
+        format.round_(torch.div(centre, scale, out=error)).mul_(scale).sub_(centre)
+        error[:, inside:].masked_fill_(centre[inside:] > candidate, 0.0)  # clipped
+        parts.append(weights[:, :width] @ square.copy_(error).square_().T)
     return torch.cat(parts, dim=1)

@@ -1,0 +1,289 @@
+"""Find the ranges of a model's quantizers from data: ``calibrate`` and ``calibrating``.
+
+The model runs in float and in eval mode while statistics are collected. At the end every range is set,
+or, if anything is wrong, none is and the model is as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from quantpatch.calibrators import Calibrator
+from quantpatch.errors import CalibrationError, QuantPatchWarning
+from quantpatch.layers.base import QuantizedLayer
+from quantpatch.quantizer import TensorQuantizer
+
+__all__ = ["calibrate", "calibrating", "named_quantizers"]
+
+Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
+
+
+def named_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
+    """Every quantizer of a model by its qualified name; one that is shared, by its first name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, TensorQuantizer)}
+
+
+def _weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:
+    layers = (m for m in model.modules() if isinstance(m, QuantizedLayer))
+    found = (layer.quantizer(name) for layer in layers for name in layer.weight_axes())
+    return {quantizer for quantizer in found if quantizer is not None}
+
+
+def _listing(names: Iterable[str], limit: int = 10) -> str:
+    names = list(names)
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+@contextlib.contextmanager
+def calibrating(
+    model: nn.Module,
+    method: str | None = None,
+    *,
+    weight_method: str | None = None,
+    overwrite: bool = False,
+    strict: bool = True,
+    **options: Any,
+) -> Iterator[None]:
+    """A block in which the model runs in float and its quantizers collect statistics.
+
+    ::
+
+        with calibrating(model, method="entropy"):
+            for images, _ in loader:
+                model(images)
+
+    Ranges are set when the block ends. If it raises, or a range cannot be told, none is set and every
+    quantizer and module is in the state it was in. With ``torch.distributed`` initialised, statistics
+    are put together over all ranks first.
+
+    Args:
+        model: Holds the quantizers.
+        method: Name of the calibrator for activations, such as ``"max"``, ``"entropy"``, ``"mse"``,
+            ``"percentile"``; default: what each quantizer's descriptor says.
+        weight_method: The same for weights.
+        overwrite: Replace ranges that are known already; otherwise they are an error.
+        strict: Quantizers that saw no data, or only zeros, are an error; otherwise a warning names
+            them, and they go on taking the range of each tensor.
+        **options: Handed to the calibrators of activations, such as ``percentile=99.9``.
+
+    Raises:
+        CalibrationError: There is nothing to calibrate, ranges are known already, the data holds NaN
+            or infinity, or (``strict``) a quantizer saw no data or only zeros.
+        UnknownNameError: There is no calibrator of that name.
+    """
+    quantizers = _to_calibrate(model, overwrite)
+    of_weights = _weight_quantizers(model)
+    calibrators = {
+        name: quantizer.make_calibrator(weight_method)
+        if quantizer in of_weights
+        else quantizer.make_calibrator(method, **options)
+        for name, quantizer in quantizers.items()
+    }
+    with _restored(model):
+        model.eval()
+        for name, quantizer in quantizers.items():
+            quantizer.enable_calib(calibrators[name])
+            quantizer.disable_quant()
+        try:
+            with torch.no_grad():
+                yield
+        except CalibrationError as error:
+            raise _named(error, quantizers) from error
+        ranges = _ranges(calibrators, quantizers, of_weights, strict)
+    for name, amax in ranges.items():
+        quantizer = quantizers[name]
+        if quantizer.amax is not None and quantizer.amax.shape != amax.shape:
+            quantizer.amax = None
+        quantizer.amax = amax
+
+
+def _to_calibrate(model: nn.Module, overwrite: bool) -> dict[str, TensorQuantizer]:
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise CalibrationError(
+            "nn.DataParallel runs copies of the quantizers, whose statistics are lost: calibrate model.module"
+        )
+    found = named_quantizers(model)
+    if not found:
+        raise CalibrationError(
+            f"{type(model).__name__} holds no quantizer; build it inside `with quantize_modules():`"
+        )
+    wanted = {
+        name: q
+        for name, q in found.items()
+        if not q.disabled and not q.descriptor.dynamic and q.descriptor.amax is None
+    }
+    if not wanted:
+        raise CalibrationError(
+            f"none of the {len(found)} quantizers of {type(model).__name__} can be calibrated: they are "
+            f"disabled, dynamic, or have a range of their own"
+        )
+    busy = [name for name, q in wanted.items() if q.calibrating]
+    if busy:
+        raise CalibrationError(
+            f"these quantizers are being calibrated already: {_listing(busy)}; end that calibration first",
+            quantizers=tuple(busy),
+        )
+    known = [name for name, q in wanted.items() if q.amax is not None]
+    if known and not overwrite:
+        raise CalibrationError(
+            f"{len(known)} quantizers have a range already: {_listing(known)}. Pass overwrite=True to "
+            f"calibrate again from nothing",
+            quantizers=tuple(known),
+        )
+    return wanted
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Puts train/eval modes and the stages of quantizers back, whatever happens inside."""
+    modes = [(module, module.training) for module in model.modules()]
+    stages = [(q, q.calibrating, q.quantizing, q.calibrator) for q in named_quantizers(model).values()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for quantizer, calibrating_, quantizing, calibrator in stages:
+            quantizer.calibrating, quantizer.quantizing = calibrating_, quantizing
+            quantizer.calibrator = calibrator
+
+
+def _named(error: CalibrationError, quantizers: Mapping[str, TensorQuantizer]) -> CalibrationError:
+    """The error with the qualified name of the quantizer it came from."""
+    culprit = getattr(error, "quantizer", None)
+    names = tuple(name for name, quantizer in quantizers.items() if quantizer is culprit)
+    if not names:
+        return error
+    return CalibrationError(f"{names[0]}: {error}", quantizers=names)
+
+
+def _ranges(
+    calibrators: Mapping[str, Calibrator],
+    quantizers: Mapping[str, TensorQuantizer],
+    of_weights: set[TensorQuantizer],
+    strict: bool,
+) -> dict[str, Tensor]:
+    """The range of every quantizer that can have one."""
+    ranges: dict[str, Tensor] = {}
+    unseen: list[str] = []
+    zero: list[str] = []
+    for name, calibrator in calibrators.items():  # the same order on every rank
+        calibrator.synchronize()
+        if not calibrator.saw_data:
+            unseen.append(name)
+            continue
+        quantizer = quantizers[name]
+        amax = quantizer.range_from(calibrator)
+        # A weight may be all zero, as layers that start as identities are; data that is says nothing.
+        if quantizer not in of_weights and not amax.any():
+            zero.append(name)
+        else:
+            ranges[name] = amax
+    problems = []
+    if unseen:
+        problems.append(
+            f"{len(unseen)} of {len(calibrators)} quantizers saw no data, because their layers did not run: "
+            f"{_listing(unseen)}"
+        )
+    if zero:
+        problems.append(f"{len(zero)} of {len(calibrators)} quantizers saw only zeros: {_listing(zero)}")
+    if problems:
+        message = "; ".join(problems)
+        if strict:
+            raise CalibrationError(
+                f"{message}. No range was set. Give batches that reach them, disable them, or pass "
+                f"strict=False to let them take the range of each tensor",
+                quantizers=(*unseen, *zero),
+            )
+        message += ". They go on taking the range of each tensor"
+        warnings.warn(message, QuantPatchWarning, stacklevel=4)
+    return ranges
+
+
+def calibrate(
+    model: nn.Module,
+    data: Batches | Callable[[nn.Module], Any],
+    method: str | None = None,
+    *,
+    weight_method: str | None = None,
+    overwrite: bool = False,
+    strict: bool = True,
+    progress: bool = True,
+    **options: Any,
+) -> None:
+    """Runs the model over data, in float, and sets the range of every quantizer.
+
+    ::
+
+        calibrate(model, (images for images, _ in loader), method="entropy")
+        calibrate(model, lambda model: evaluate(model, loader))
+
+    Args:
+        model: Holds the quantizers.
+        data: Batches, each a tensor, a tuple of the model's arguments or a dict of its keywords; or a
+            function that gets the model and runs it.
+        method: As in ``calibrating``, like the rest.
+        weight_method: See there.
+        overwrite: See there.
+        strict: See there.
+        progress: Whether to show a progress bar (on a terminal only).
+        **options: See ``calibrating``.
+
+    Raises:
+        CalibrationError: See ``calibrating``; also if there is no batch.
+    """
+    # A compiled model would be compiled anew for a run that is over after a few batches.
+    runner = getattr(model, "_orig_mod", model)
+    with calibrating(
+        model,
+        method,
+        weight_method=weight_method,
+        overwrite=overwrite,
+        strict=strict,
+        **options,
+    ):
+        if callable(data) and not isinstance(data, Iterable):
+            data(runner)
+            return
+        if isinstance(data, Tensor):
+            data = [data]  # one batch, not one batch a row
+        if not isinstance(data, Iterable):
+            raise CalibrationError(
+                f"data is {type(data).__name__}, expected batches (tensors, tuples of arguments or dicts "
+                f"of keywords) or a function that runs the model"
+            )
+        total = len(data) if hasattr(data, "__len__") else None
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
+            count = 0
+            for batch in bar.track(data, total=total, description="Calibrating"):
+                _run(runner, batch)
+                count += 1
+        if not count:
+            raise CalibrationError("the data holds no batch, so there is nothing to calibrate from")
+
+
+def _run(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        try:
+            model(*batch)
+        except TypeError as error:
+            if len(batch) > 1:
+                raise TypeError(
+                    f"{error} (a batch of {len(batch)} is taken as that many arguments of the model; for a "
+                    f"loader of inputs with labels write: calibrate(model, (x for x, _ in loader)))"
+                ) from error
+            raise
+    else:
+        model(batch)

@@ -1,0 +1,136 @@
+"""``summary``: a table with a line for each quantizer of a model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import attrs
+from rich.table import Table
+from torch import nn
+
+from quantpatch.layers.base import QuantizedLayer
+from quantpatch.quantizer import TensorQuantizer
+from quantpatch.report.render import as_text
+
+__all__ = ["QuantizerRow", "Summary", "summary"]
+
+
+@attrs.frozen
+class QuantizerRow:
+    """A line of a summary.
+
+    Attributes:
+        name: Qualified name of the quantizer.
+        layer: Class of the module that holds it.
+        format: Name of the number format.
+        bits: Bits an element.
+        axis: Kept axes; empty for one range per tensor.
+        ranges: How many ranges it has (0 while they are not known).
+        amax_min: The smallest of them, or None.
+        amax_max: The largest of them, or None.
+        state: What it does with a tensor, such as ``"calibrated"`` or ``"dynamic (not calibrated)"``.
+    """
+
+    name: str
+    layer: str
+    format: str
+    bits: int
+    axis: tuple[int, ...]
+    ranges: int
+    amax_min: float | None
+    amax_max: float | None
+    state: str
+
+
+@attrs.frozen
+class Summary:
+    """The quantizers of a model; prints as a table.
+
+    Attributes:
+        model: Class of the model.
+        rows: A row for each quantizer, in the model's order.
+        float_layers: Qualified name and class of each module that has parameters of its own and no
+            quantizer.
+    """
+
+    model: str
+    rows: tuple[QuantizerRow, ...]
+    float_layers: tuple[tuple[str, str], ...]
+
+    def to_json(self) -> str:
+        """The same as JSON."""
+        return json.dumps(attrs.asdict(self), indent=2)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.model}: {len(self.rows)} quantizers", caption=self._caption())
+        table.add_column("quantizer", overflow="fold")
+        for heading in ("layer", "format"):
+            table.add_column(heading)
+        for heading in ("bits", "axis", "amax"):
+            table.add_column(heading, justify="right")
+        table.add_column("state")
+        for row in self.rows:
+            axis = ", ".join(map(str, row.axis)) or "-"
+            table.add_row(row.name, row.layer, row.format, str(row.bits), axis, _range(row), row.state)
+        return table
+
+    def _caption(self) -> str:
+        states = Counter(row.state for row in self.rows)
+        parts = [f"{count} {state}" for state, count in states.most_common()]
+        if self.float_layers:
+            kinds = Counter(kind for _, kind in self.float_layers)
+            left = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+            parts.append(f"without quantizers: {left}")
+        return "; ".join(parts)
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def _range(row: QuantizerRow) -> str:
+    if row.amax_min is None or row.amax_max is None:
+        return "-"
+    if row.ranges == 1:
+        return f"{row.amax_max:.4g}"
+    return f"{row.amax_min:.4g} .. {row.amax_max:.4g}"
+
+
+def _row(name: str, holder: nn.Module, quantizer: TensorQuantizer) -> QuantizerRow:
+    amax = quantizer.amax
+    known = amax is not None and not amax.is_meta and amax.numel() > 0
+    axis = quantizer.descriptor.kept_axes
+    return QuantizerRow(
+        name=name,
+        layer=type(holder).__name__,
+        format=quantizer.format.name,
+        bits=quantizer.format.bits,
+        axis=() if axis is None else axis if isinstance(axis, tuple) else (axis,),
+        ranges=0 if amax is None else amax.numel(),
+        amax_min=float(amax.min()) if amax is not None and known else None,
+        amax_max=float(amax.max()) if amax is not None and known else None,
+        state=quantizer.state,
+    )
+
+
+def summary(model: nn.Module) -> Summary:
+    """What quantizers a model has, what they do, and which layers have none.
+
+    Args:
+        model: Any model; it is not run.
+
+    Returns:
+        A value to print, to look through, or to keep as JSON.
+    """
+    modules = dict(model.named_modules())
+    rows = tuple(
+        _row(name, modules[name.rpartition(".")[0]] if name else model, module)
+        for name, module in modules.items()
+        if isinstance(module, TensorQuantizer)
+    )
+    without = tuple(
+        (name, type(module).__name__)
+        for name, module in modules.items()
+        if not isinstance(module, (QuantizedLayer, TensorQuantizer)) and module._parameters
+    )
+    return Summary(type(model).__name__, rows, without)

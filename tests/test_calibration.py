@@ -1,0 +1,362 @@
+"""``calibrate`` and ``calibrating``: all ranges or none, and every state as before."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+import quantpatch as qp
+from quantpatch.calibration import named_quantizers
+from quantpatch.errors import CalibrationError, QuantPatchWarning, UnknownNameError
+
+
+def build():
+    torch.manual_seed(0)
+    with qp.quantize_modules():
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(72, 4)
+        )
+
+
+class TwoBranches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x, *, twice=False):
+        y = self.used(x)
+        return self.used(y) if twice else y
+
+
+def two_branches():
+    with qp.quantize_modules():
+        return TwoBranches()
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(3)]
+
+
+def ranges(model):
+    return {name: q.amax for name, q in named_quantizers(model).items()}
+
+
+def states(model):
+    return {
+        name: (q.state, q.calibrating, q.quantizing, q.calibrator)
+        for name, q in named_quantizers(model).items()
+    }
+
+
+def test_input_range_is_the_largest_magnitude_of_all_batches(batches):
+    model = build()
+    qp.calibrate(model, batches)
+    assert model[0].input_quantizer.amax == torch.cat(batches).abs().max()
+
+
+def test_weight_range_is_the_largest_magnitude_of_each_output_channel(batches):
+    model = build()
+    qp.calibrate(model, batches)
+    expected = model[0].weight.detach().abs().amax((1, 2, 3), keepdim=True)
+    assert torch.equal(model[0].weight_quantizer.amax, expected)
+
+
+def test_later_layers_see_the_float_activations_of_the_layers_before(batches):
+    model = build()
+    twin = copy.deepcopy(model).eval()
+    for quantizer in named_quantizers(twin).values():
+        quantizer.disable()
+    qp.calibrate(model, batches)
+    with torch.no_grad():
+        hidden = torch.cat([twin[:5](batch) for batch in batches])
+    assert model[5].input_quantizer.amax == hidden.abs().max()
+
+
+def test_batch_norm_statistics_do_not_move_and_training_modes_come_back_module_by_module(batches):
+    model = build().train()
+    model[1].eval()
+    before = model[1].running_mean.clone()
+    qp.calibrate(model, batches)
+    assert torch.equal(model[1].running_mean, before)
+    assert model.training
+    assert model[0].training
+    assert not model[1].training
+
+
+def test_ranges_are_calibrated_and_quantizing_afterwards(batches):
+    model = build()
+    qp.calibrate(model, batches)
+    assert {q.state for q in named_quantizers(model).values()} == {"calibrated"}
+
+
+@pytest.mark.parametrize("method", ["max", "moving_average", "entropy", "mse", "percentile", "sqnr"])
+def test_every_built_in_method_gives_a_range_within_the_data(method, batches):
+    model = build()
+    qp.calibrate(model, batches, method)
+    amax = model[0].input_quantizer.amax
+    assert 0 < amax <= torch.cat(batches).abs().max() * (1 + 1 / 1024)
+
+
+def test_options_reach_the_calibrators_of_activations_only(batches):
+    model = build()
+    qp.calibrate(model, batches, "percentile", percentile=50.0)
+    values = torch.cat(batches).abs()
+    assert model[0].input_quantizer.amax == pytest.approx(values.median().item(), rel=0.01)
+    assert torch.equal(
+        model[0].weight_quantizer.amax, model[0].weight.detach().abs().amax((1, 2, 3), keepdim=True)
+    )
+
+
+def test_a_batch_may_be_a_tuple_of_arguments_or_a_dict_of_keywords():
+    model = two_branches()
+    x = torch.randn(2, 4)
+    with pytest.warns(QuantPatchWarning, match="unused"):
+        qp.calibrate(model, [(x,), {"x": 3 * x}], strict=False)
+    assert model.used.input_quantizer.amax == (3 * x).abs().max()
+
+
+def test_a_bare_tensor_is_one_batch(batches):
+    model = build()
+    qp.calibrate(model, batches[0])
+    assert model[0].input_quantizer.amax == batches[0].abs().max()
+
+
+def test_a_callable_gets_the_model_and_runs_it_without_gradients(batches):
+    model = build()
+    seen = []
+
+    def run(given):
+        seen.append((given is model, torch.is_grad_enabled(), given.training))
+        given(batches[0])
+
+    qp.calibrate(model, run)
+    assert seen == [(True, False, False)]
+    assert model[0].input_quantizer.amax == batches[0].abs().max()
+
+
+def test_the_block_leaves_the_loop_to_the_user(batches):
+    model = build()
+    with qp.calibrating(model, "max"):
+        for batch in batches:
+            model(batch)
+    assert model[0].input_quantizer.amax == torch.cat(batches).abs().max()
+
+
+def assert_untouched(model, before, modes):
+    assert states(model) == before
+    assert all(amax is None for amax in ranges(model).values())
+    assert [m.training for m in model.modules()] == modes
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_nothing_is_set_and_everything_is_restored_when_the_data_source_raises(where, batches):
+    model = build()
+    before, modes = states(model), [m.training for m in model.modules()]
+
+    def source():
+        if where == "last":
+            yield from batches
+        raise KeyError("disk")
+
+    with pytest.raises(KeyError, match="disk"):
+        qp.calibrate(model, source())
+    assert_untouched(model, before, modes)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_an_error_that_names_the_quantizer(bad, batches):
+    model = build()
+    before, modes = states(model), [m.training for m in model.modules()]
+    batches[1][0, 0, 0, 0] = bad
+    with pytest.raises(CalibrationError, match=r"0\.input_quantizer.*batch 2") as caught:
+        qp.calibrate(model, batches)
+    assert caught.value.quantizers == ("0.input_quantizer",)
+    assert_untouched(model, before, modes)
+
+
+def test_only_zeros_are_an_error_that_names_the_quantizer():
+    model = build()
+    before, modes = states(model), [m.training for m in model.modules()]
+    with pytest.raises(CalibrationError, match="only zeros: 0.input_quantizer") as caught:
+        qp.calibrate(model, [torch.zeros(2, 3, 8, 8)])
+    assert caught.value.quantizers == ("0.input_quantizer",)
+    assert_untouched(model, before, modes)
+
+
+def test_a_weight_that_is_all_zero_is_fine(batches):
+    model = build()
+    nn.init.zeros_(model[5].weight)
+    qp.calibrate(model, batches)
+    assert not model[5].weight_quantizer.amax.any()
+    assert torch.isfinite(model(batches[0])).all()
+
+
+def test_layers_that_saw_no_data_are_an_error_that_names_them():
+    model = two_branches()
+    with pytest.raises(CalibrationError) as caught:
+        qp.calibrate(model, [torch.randn(2, 4)])
+    assert caught.value.quantizers == ("unused.input_quantizer", "unused.weight_quantizer")
+    assert model.used.input_quantizer.amax is None
+
+
+def test_not_strict_sets_the_others_and_warns_of_those_without_data():
+    model = two_branches()
+    with pytest.warns(QuantPatchWarning, match=r"unused\.input_quantizer, unused\.weight_quantizer"):
+        qp.calibrate(model, [torch.randn(2, 4)], strict=False)
+    assert model.used.input_quantizer.amax is not None
+    assert model.unused.input_quantizer.state == "dynamic (not calibrated)"
+
+
+def test_empty_data_is_an_error_and_sets_nothing():
+    model = build()
+    with pytest.raises(CalibrationError, match="no batch"):
+        qp.calibrate(model, [])
+    assert all(amax is None for amax in ranges(model).values())
+
+
+def test_empty_batches_are_no_data():
+    model = two_branches()
+    with pytest.raises(CalibrationError, match="saw no data"):
+        qp.calibrate(model, [torch.randn(0, 4)])
+
+
+def test_a_second_calibration_is_an_error_that_says_how_to_ask_for_it(batches):
+    model = build()
+    qp.calibrate(model, batches[:1])
+    first = model[0].input_quantizer.amax.clone()
+    with pytest.raises(CalibrationError, match="overwrite=True"):
+        qp.calibrate(model, [10 * batches[0]])
+    assert model[0].input_quantizer.amax == first
+    qp.calibrate(model, [10 * batches[0]], overwrite=True)
+    assert model[0].input_quantizer.amax == 10 * first
+
+
+def test_overwrite_keeps_the_old_ranges_if_it_fails(batches):
+    model = build()
+    qp.calibrate(model, batches)
+    before = {name: amax.clone() for name, amax in ranges(model).items()}
+    with pytest.raises(CalibrationError):
+        qp.calibrate(model, [torch.full((1, 3, 8, 8), torch.nan)], overwrite=True)
+    assert all(torch.equal(amax, before[name]) for name, amax in ranges(model).items())
+
+
+def test_calibrating_inside_calibrating_is_an_error(batches):
+    model = build()
+    with (
+        pytest.raises(CalibrationError, match="being calibrated already"),
+        qp.calibrating(model),
+        qp.calibrating(model),
+    ):
+        pass
+    assert {q.state for q in named_quantizers(model).values()} == {"dynamic (not calibrated)"}
+
+
+def test_an_unknown_method_is_an_error_with_near_misses(batches):
+    model = build()
+    with pytest.raises(UnknownNameError, match="Did you mean 'entropy'"):
+        qp.calibrate(model, batches, "entropi")
+    assert states(model) == states(build())
+
+
+def test_a_float_model_is_an_error_that_says_what_to_write():
+    with pytest.raises(CalibrationError, match="with quantize_modules"):
+        qp.calibrate(nn.Linear(2, 2), [torch.randn(1, 2)])
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(CalibrationError, match=r"model\.module"):
+        qp.calibrate(nn.DataParallel(build()), [])
+
+
+def test_a_pair_of_input_and_label_is_explained(batches):
+    model = build()
+    with pytest.raises(TypeError, match="for x, _ in loader"):
+        qp.calibrate(model, [(batches[0], torch.zeros(4))])
+
+
+def test_disabled_quantizers_and_given_ranges_are_left_alone(batches):
+    recipe = qp.Recipe(name="fixed", input=qp.QuantDescriptor(amax=7.0))
+    with qp.quantize_modules(recipe=recipe):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight_quantizer.disable()
+    qp.calibrate(model, [torch.randn(2, 4)])
+    assert model[0].input_quantizer.amax == 7.0
+    assert model[0].weight_quantizer.amax is not None
+    assert model[1].weight_quantizer.amax is None
+
+
+def test_scale_amax_scales_the_range_once():
+    recipe = qp.Recipe(name="half", input=qp.QuantDescriptor(scale_amax=0.5))
+    with qp.quantize_modules(recipe=recipe):
+        model = nn.Linear(4, 4)
+    x = torch.randn(2, 4)
+    qp.calibrate(model, [x])
+    qp.calibrate(model, [x], overwrite=True)
+    assert model.input_quantizer.amax == 0.5 * x.abs().max()
+
+
+def test_a_shared_layer_is_calibrated_over_all_its_calls():
+    model = two_branches()
+    x = torch.randn(2, 4)
+    model.unused = nn.Identity()
+    qp.calibrate(model, [{"x": x, "twice": True}])
+    with torch.no_grad():
+        second = nn.functional.linear(x, model.used.weight, model.used.bias)
+    assert model.used.input_quantizer.amax == torch.cat([x, second]).abs().max()
+
+
+def test_a_compiled_model_is_calibrated_without_compiling(batches):
+    model = build()
+
+    def refuse(graph, inputs):
+        raise AssertionError("compiled")
+
+    qp.calibrate(torch.compile(model, backend=refuse), batches)
+    assert model[0].input_quantizer.amax is not None
+
+
+RANK = """
+    import sys, torch, torch.distributed as dist, quantpatch as qp
+    from torch import nn
+    rank, world, rendezvous, method = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    torch.manual_seed(0)
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    data = torch.randn(8, 16, 6, generator=torch.Generator().manual_seed(2))
+    if world > 1:
+        dist.init_process_group("gloo", init_method="file://" + rendezvous, rank=rank, world_size=world)
+    qp.calibrate(model, list(data[rank::world]), method)
+    print([q.amax.flatten().tolist() for q in (model[0].input_quantizer, model[2].input_quantizer,
+                                               model[2].weight_quantizer)])
+    if world > 1:
+        dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("method", ["max", "percentile"])
+def test_two_processes_get_the_ranges_of_one_that_saw_everything(method, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(textwrap.dedent(RANK))
+
+    def launch(rank, world):
+        arguments = [sys.executable, str(script), str(rank), str(world), str(tmp_path / "meet"), method]
+        return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+
+    alone = launch(0, 1)
+    ranks = [launch(rank, 2) for rank in range(2)]
+    printed = [process.communicate(timeout=120)[0].strip().splitlines()[-1] for process in (alone, *ranks)]
+    if method == "max":
+        assert printed[0] == printed[1] == printed[2]
+    else:  # the first batch decides the width of a bin, which differs by rank
+        assert printed[1] == printed[2]
+        one, two = (torch.tensor(eval(text)[0]) for text in printed[:2])
+        torch.testing.assert_close(one, two, rtol=2 / 1024, atol=0)

@@ -5,11 +5,13 @@ block ends, PyTorch is exactly what it was.
 """
 
 from quantpatch.calibration import calibrate, calibrating
+from quantpatch.configure import configure
 from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.entries import Entry
 from quantpatch.errors import QuantPatchError, QuantPatchWarning
 from quantpatch.hookspecs import hookimpl
 from quantpatch.layers import QuantizedLayer
+from quantpatch.models import convert, quantized, revert
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.registry import registry
 from quantpatch.report import summary
@@ -27,9 +29,13 @@ __all__ = [
     "TensorQuantizer",
     "calibrate",
     "calibrating",
+    "configure",
+    "convert",
     "hookimpl",
     "keep_float",
     "quantize_modules",
+    "quantized",
     "registry",
+    "revert",
     "summary",
 ]

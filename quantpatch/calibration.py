@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -261,7 +261,7 @@ def calibrate(
                 f"data is {type(data).__name__}, expected batches (tensors, tuples of arguments or dicts "
                 f"of keywords) or a function that runs the model"
             )
-        total = len(data) if hasattr(data, "__len__") else None
+        total = len(data) if isinstance(data, Sized) else None
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
             count = 0

@@ -13,6 +13,7 @@ from typing import Any
 
 __all__ = [
     "CalibrationError",
+    "ConversionError",
     "DescriptorError",
     "EntryConflictError",
     "EntryError",
@@ -21,6 +22,7 @@ __all__ = [
     "QuantPatchError",
     "QuantPatchWarning",
     "RangeError",
+    "RuleError",
     "ScopeError",
     "UnknownNameError",
     "near_misses",
@@ -106,8 +108,30 @@ class UnknownNameError(QuantPatchError, LookupError):
         return cls(message.rstrip(), kind=kind, name=str(name), known=names)
 
 
+class RuleError(QuantPatchError, ValueError):
+    """A rule of ``configure`` cannot be followed; the model is as it was.
+
+    Attributes:
+        rule: The rule, or its pattern.
+    """
+
+    rule: Any = None
+
+
 class ScopeError(QuantPatchError, RuntimeError):
     """A scope was used in a way that cannot work, such as ``stop()`` without ``start()``."""
+
+
+class ConversionError(QuantPatchError, RuntimeError):
+    """An existing model cannot be converted or reverted; it is as it was.
+
+    Attributes:
+        layers: Qualified names of the layers concerned.
+        entry: The entry concerned, or None.
+    """
+
+    layers: tuple[str, ...] = ()
+    entry: Any = None
 
 
 class DescriptorError(QuantPatchError, ValueError):

@@ -142,7 +142,7 @@ class Integer(NumberFormat):
 
     def round_(self, y: Tensor) -> Tensor:
         """See :meth:`NumberFormat.round_`."""
-        return y.clamp_(self.min, self.max).add_(_MAGIC).sub_(_MAGIC)
+        return y.round_().clamp_(self.min, self.max)
 
 
 # (exponent bits, mantissa bits) -> largest finite value. Only the formats of the OCP specifications: E4M3

@@ -9,6 +9,7 @@ and every count is exactly what binning all data at once with the final width wo
 from __future__ import annotations
 
 import abc
+import math
 
 import torch
 import torch.distributed as dist
@@ -129,6 +130,9 @@ class EntropyCalibrator(HistogramCalibrator):
         axis: The axes kept; None for one range.
         num_bins: Number of bins.
         start_bin: The smallest candidate, in bins.
+
+    Raises:
+        ValueError: An option is out of range.
     """
 
     def __init__(
@@ -140,7 +144,7 @@ class EntropyCalibrator(HistogramCalibrator):
         start_bin: int = 128,
     ) -> None:
         super().__init__(format, axis, num_bins=num_bins)
-        self.start_bin = start_bin
+        self.start_bin = _checked_start_bin(start_bin)
 
     def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
         return entropy_threshold(counts, bin_width, self.format, start_bin=self.start_bin)
@@ -156,6 +160,9 @@ class MSECalibrator(HistogramCalibrator):
         axis: The axes kept; None for one range.
         num_bins: Number of bins.
         start_bin: The smallest candidate, in bins.
+
+    Raises:
+        ValueError: An option is out of range.
     """
 
     def __init__(
@@ -167,7 +174,7 @@ class MSECalibrator(HistogramCalibrator):
         start_bin: int = 1,
     ) -> None:
         super().__init__(format, axis, num_bins=num_bins)
-        self.start_bin = start_bin
+        self.start_bin = _checked_start_bin(start_bin)
 
     def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
         return mse_threshold(counts, bin_width, self.format, start_bin=self.start_bin)
@@ -184,6 +191,9 @@ class SQNRCalibrator(HistogramCalibrator):
         num_bins: Number of bins.
         start_bin: The smallest candidate, in bins.
         clip_weight: How much the noise of clipped values counts; 1 gives the range of ``mse``.
+
+    Raises:
+        ValueError: An option is out of range.
     """
 
     def __init__(
@@ -196,7 +206,9 @@ class SQNRCalibrator(HistogramCalibrator):
         clip_weight: float = 3.0,
     ) -> None:
         super().__init__(format, axis, num_bins=num_bins)
-        self.start_bin = start_bin
+        self.start_bin = _checked_start_bin(start_bin)
+        if not 0.0 <= clip_weight < math.inf:
+            raise ValueError(f"clip_weight must be finite and not negative, got {clip_weight!r}")
         self.clip_weight = clip_weight
 
     def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
@@ -217,7 +229,7 @@ class PercentileCalibrator(HistogramCalibrator):
         percentile: The percentage, from 0 to 100; 100 is the largest magnitude.
 
     Raises:
-        ValueError: The percentage is out of range.
+        ValueError: An option is out of range.
     """
 
     def __init__(
@@ -235,6 +247,13 @@ class PercentileCalibrator(HistogramCalibrator):
 
     def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
         return percentile_threshold(counts, bin_width, percentile=self.percentile)
+
+
+def _checked_start_bin(start_bin: int) -> int:
+    """Complains before the data is collected, not after."""
+    if start_bin < 1:
+        raise ValueError(f"start_bin must be at least 1, got {start_bin!r}")
+    return start_bin
 
 
 def _width_exponent(amax: Tensor, num_bins: int) -> Tensor:

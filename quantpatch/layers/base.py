@@ -88,6 +88,11 @@ class QuantizedLayer:
         modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
         return modules.get(f"{operand}_quantizer")
 
+    def quantizers(self) -> dict[str, TensorQuantizer]:
+        """The layer's quantizers by the name of the submodule, such as ``"input_quantizer"``."""
+        modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
+        return {name: module for name, module in modules.items() if isinstance(module, TensorQuantizer)}
+
     # --- computing -----------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

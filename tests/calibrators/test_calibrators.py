@@ -306,7 +306,9 @@ def test_max_equals_the_observer_of_torch(axis):
     for x in batches():
         observer(x)
     expected = torch.maximum(observer.max_val, -observer.min_val)
-    assert torch.equal(calibrated(MaxCalibrator, batches(), axis).compute_amax().flatten(), expected.flatten())
+    assert torch.equal(
+        calibrated(MaxCalibrator, batches(), axis).compute_amax().flatten(), expected.flatten()
+    )
 
 
 def test_max_takes_the_largest_of_all_batches_whatever_their_order():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -40,14 +39,13 @@ def collected(data, axis=None, num_bins=16):
 
 def reference_histogram(values: list[float], num_bins: int) -> tuple[list[int], float]:
     """Bins ``(j * width, (j + 1) * width]``, zeros in the first; the smallest power of two as width."""
-    largest = max(abs(v) for v in values)
-    exponent = -126
-    while num_bins * Fraction(2) ** exponent < Fraction(largest):
-        exponent += 1
+    width = 2.0**-126  # all arithmetic is exact: float32 values in Python's float64
+    while num_bins * width < max(abs(v) for v in values):
+        width *= 2
     counts = [0] * num_bins
     for v in values:
-        counts[max(math.ceil(Fraction(abs(v)) / Fraction(2) ** exponent) - 1, 0)] += 1
-    return counts, 2.0**exponent
+        counts[max(math.ceil(abs(v) / width) - 1, 0)] += 1
+    return counts, width
 
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -56,7 +54,7 @@ edges = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 3.0, 16.0, 1 + 2**-23, 
 values = st.lists(st.one_of(finite, usual, edges), min_size=1, max_size=40)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(values, st.sampled_from([2, 3, 16, 100]))
 def test_every_value_is_counted_in_its_bin(values, num_bins):
     counts, width = collected([torch.tensor(values)], num_bins=num_bins).histogram()
@@ -65,7 +63,7 @@ def test_every_value_is_counted_in_its_bin(values, num_bins):
     assert counts.tolist() == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(values, min_size=1, max_size=5), st.randoms(use_true_random=False))
 def test_counts_depend_on_neither_the_batches_nor_their_order(data, random):
     whole = collected([torch.tensor([v for batch in data for v in batch])])
@@ -76,7 +74,7 @@ def test_counts_depend_on_neither_the_batches_nor_their_order(data, random):
     assert torch.equal(whole.compute_amax(), parts.compute_amax())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.one_of(usual, edges), min_size=4, max_size=4), min_size=1, max_size=6))
 def test_each_channel_has_the_histogram_it_would_have_alone(rows):
     x = torch.tensor(rows)
@@ -100,18 +98,18 @@ def test_chunks_do_not_show(chunk, axis, dtype, monkeypatch):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("num_bins", [2**15, 2**15 + 1, 2**17])
-def test_indices_of_many_bins_do_not_overflow(num_bins):
-    x = torch.rand(40, 50, generator=torch.Generator().manual_seed(0))
-    x[0, 0] = 1.0
-    expected = np.bincount(np.maximum(np.ceil(x.flatten().double().numpy() * num_bins) - 1, 0).astype(int))
-    counts, width = collected([x], num_bins=num_bins).histogram()
-    if num_bins == 2**15 + 1:
-        assert counts.sum() == x.numel()
-    else:
-        assert width.item() == 1 / num_bins
-        assert np.array_equal(counts.numpy(), np.pad(expected, (0, num_bins - len(expected))))
-    assert collected([x], 0, num_bins=num_bins).histogram()[0].sum(1).tolist() == [[50]] * 40 or True
+@pytest.mark.parametrize("num_bins", [2**15, 2**16, 2**17])
+@pytest.mark.parametrize("axis", [None, 0])
+def test_indices_of_many_bins_do_not_overflow(num_bins, axis):
+    x = torch.rand(12, 50, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 1.0
+    counts, width = collected([x], axis, num_bins=num_bins).histogram()
+    index = np.maximum(np.ceil(x.double().numpy() * num_bins) - 1, 0).astype(np.int64)
+    expected = np.stack([np.bincount(row, minlength=num_bins) for row in index])
+    assert bool((width == 1 / num_bins).all())
+    assert np.array_equal(
+        counts.numpy().reshape(-1, num_bins), expected.sum(0)[None] if axis is None else expected
+    )
 
 
 def test_a_batch_ten_thousand_times_larger_widens_the_bins_and_loses_nothing():
@@ -151,8 +149,9 @@ def test_an_all_zero_first_batch_fixes_no_range(kind):
 
 
 def test_counts_are_exact_beyond_what_float32_holds():
-    calibrator = collected([torch.ones(1).expand(2**24), torch.ones(3), torch.ones(1).expand(2**24)])
-    assert calibrator.histogram()[0].max().item() == 2**25 + 3
+    x = torch.ones(1, dtype=torch.float16)
+    calibrator = collected([x.expand(2**24), x.expand(3)])
+    assert calibrator.histogram()[0].max().item() == 2**24 + 3
 
 
 def test_a_zero_channel_among_others_stays_zero():
@@ -167,7 +166,7 @@ def test_a_zero_channel_among_others_stays_zero():
 
 
 @pytest.mark.parametrize("kind", HISTOGRAMS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(values=values)
 def test_the_range_is_at_most_the_largest_magnitude(kind, values):
     calibrator = kind(INT8, num_bins=64)
@@ -195,7 +194,10 @@ def test_the_range_of_the_percentile_holds_that_share_of_the_values():
 @pytest.mark.parametrize(
     ("calibrator", "threshold"),
     [
-        (EntropyCalibrator(INT8, num_bins=256, start_bin=30), lambda c, w: entropy_threshold(c, w, INT8, start_bin=30)),
+        (
+            EntropyCalibrator(INT8, num_bins=256, start_bin=30),
+            lambda c, w: entropy_threshold(c, w, INT8, start_bin=30),
+        ),
         (MSECalibrator(INT8, num_bins=256, start_bin=5), lambda c, w: mse_threshold(c, w, INT8, start_bin=5)),
         (
             SQNRCalibrator(INT8, num_bins=256, clip_weight=9.0),
@@ -228,13 +230,23 @@ def test_there_is_no_histogram_without_data():
         PercentileCalibrator(INT8).histogram()
 
 
-@pytest.mark.parametrize("num_bins", [0, 1, 2**24 + 1])
-def test_a_number_of_bins_out_of_range_is_an_error(num_bins):
-    with pytest.raises(ValueError, match="num_bins"):
-        MSECalibrator(INT8, num_bins=num_bins)
-
-
-@pytest.mark.parametrize("percentile", [-1.0, 100.5, math.nan])
-def test_a_percentile_out_of_range_is_an_error(percentile):
-    with pytest.raises(ValueError, match="percentile"):
-        PercentileCalibrator(INT8, percentile=percentile)
+@pytest.mark.parametrize(
+    ("kind", "option", "value"),
+    [
+        (MSECalibrator, "num_bins", 0),
+        (MSECalibrator, "num_bins", 1),
+        (MSECalibrator, "num_bins", 2**24 + 1),
+        (PercentileCalibrator, "percentile", -1.0),
+        (PercentileCalibrator, "percentile", 100.5),
+        (PercentileCalibrator, "percentile", math.nan),
+        (EntropyCalibrator, "start_bin", 0),
+        (MSECalibrator, "start_bin", -3),
+        (SQNRCalibrator, "start_bin", 0),
+        (SQNRCalibrator, "clip_weight", -1.0),
+        (SQNRCalibrator, "clip_weight", math.inf),
+        (SQNRCalibrator, "clip_weight", math.nan),
+    ],
+)
+def test_an_option_out_of_range_is_an_error_before_data_is_collected(kind, option, value):
+    with pytest.raises(ValueError, match=option):
+        kind(INT8, **{option: value})

@@ -214,9 +214,7 @@ def test_entropy_does_not_look_at_bin_zero():
 )
 def test_sqnr_equals_the_reference_loop(counts, width, start_bin, name, clip_weight):
     format = BUILTIN_FORMATS[name]
-    actual = sqnr_threshold(
-        torch.tensor(counts), width, format, start_bin=start_bin, clip_weight=clip_weight
-    )
+    actual = sqnr_threshold(torch.tensor(counts), width, format, start_bin=start_bin, clip_weight=clip_weight)
     assert actual.item() == reference_sqnr(counts, width, format, start_bin, clip_weight)
 
 

@@ -1,0 +1,184 @@
+"""Set the quantizers of a model by their names: ``configure(model, rules)``."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import attrs
+from torch import nn
+
+from quantpatch.descriptor import QuantDescriptor, Recipe
+from quantpatch.errors import RuleError, near_misses
+from quantpatch.layers.base import QuantizedLayer, quantizer_name
+from quantpatch.quantizer import TensorQuantizer
+from quantpatch.registry import registry
+
+__all__ = ["configure"]
+
+Matcher = str | type | Callable[[str, nn.Module], bool]
+Value = QuantDescriptor | Recipe | str | None
+
+
+@attrs.frozen
+class _Operand:
+    """A place where a layer has, or could have, a quantizer."""
+
+    layer_name: str
+    layer: QuantizedLayer
+    name: str
+
+    @property
+    def quantizer_name(self) -> str:
+        return ".".join(filter(None, (self.layer_name, quantizer_name(self.name))))
+
+
+def configure(model: nn.Module, rules: Mapping[Matcher, Value] | Iterable[tuple[Matcher, Value]]) -> None:
+    """Changes the quantizers of a model by ordered rules; for each quantizer the last match wins.
+
+    ::
+
+        configure(model, {
+            "encoder.*": "int4",                         # a recipe
+            "re:.*\\\\.out_proj\\\\.input_quantizer": QuantDescriptor(unsigned=True),
+            nn.LSTM: None,                               # float
+            "head": None,
+        })
+
+    Args:
+        model: Holds quantized layers.
+        rules: Pairs of a pattern and a value. A pattern is a glob on the qualified name of a module
+            (and then of all quantizers in it) or of a quantizer, a regular expression for either
+            (``"re:..."``, matched whole), a class of layers, or a function of a layer's name and the
+            layer. A value is None (float: the quantizer is disabled), a descriptor, a recipe or a
+            recipe's name. A quantizer whose descriptor changes loses its range.
+
+    Raises:
+        RuleError: A pattern matches nothing, stands twice with different values, or is malformed; a
+            value is none of these. Nothing has changed then.
+        UnknownNameError: There is no recipe, or no format, of a name.
+    """
+    pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
+    operands = list(_operands(model))
+    if not operands:
+        raise RuleError(
+            f"{type(model).__name__} holds no quantized layer; build it inside `with quantize_modules():` "
+            f"or convert(model) first"
+        )
+    values = _checked(pairs)
+    decided: dict[str, Value] = {}
+    for matcher, value in values:
+        matched = [o for o in operands if _matches(matcher, o) and _is_meant(o, matcher, value)]
+        if not matched:
+            raise _unmatched(matcher, operands)
+        decided.update({operand.quantizer_name: value for operand in matched})
+    new = [
+        (operand, _quantizer_for(operand, decided[operand.quantizer_name]))
+        for operand in operands
+        if operand.quantizer_name in decided
+    ]
+    for operand, quantizer in new:
+        _put(operand, quantizer)
+
+
+def _operands(model: nn.Module) -> Iterable[_Operand]:
+    everything = Recipe(name="everything", output=QuantDescriptor())
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer):
+            for operand, _ in layer.descriptors(everything):
+                yield _Operand(name, layer, operand)
+
+
+def _checked(pairs: list[Any]) -> list[tuple[Matcher, Value]]:
+    checked: list[tuple[Matcher, Value]] = []
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise RuleError(f"{pair!r} is no rule; write ('encoder.*', 'int8') or ('head', None)", rule=pair)
+        matcher, value = pair
+        if not (isinstance(matcher, (str, type)) or callable(matcher)):
+            raise RuleError(
+                f"rule {pair!r}: a pattern is a glob, 're:' and a regular expression, a class or a function "
+                f"of a layer's name and the layer",
+                rule=pair,
+            )
+        if isinstance(value, str):
+            value = registry.recipe(value)
+        if not (value is None or isinstance(value, (QuantDescriptor, Recipe))):
+            raise RuleError(
+                f"rule {pair!r}: a value is None (float), a QuantDescriptor, a Recipe or a recipe's name",
+                rule=pair,
+            )
+        for earlier, other in checked:
+            if earlier == matcher and other != value:
+                raise RuleError(
+                    f"two rules for {matcher!r} contradict each other: {other!r} and {value!r}", rule=pair
+                )
+        checked.append((matcher, value))
+    return checked
+
+
+def _matches(matcher: Matcher, operand: _Operand) -> bool:
+    layer: Any = operand.layer
+    if isinstance(matcher, type):
+        return isinstance(layer, matcher)
+    if not isinstance(matcher, str):
+        return bool(matcher(operand.layer_name, layer))
+    # The quantizer, its layer, and every module around them; '' is the model itself.
+    parts = operand.layer_name.split(".") if operand.layer_name else []
+    names = [operand.quantizer_name, *(".".join(parts[:n]) for n in range(len(parts) + 1))]
+    if matcher.startswith("re:"):
+        try:
+            pattern = re.compile(matcher[3:])
+        except re.error as error:
+            raise RuleError(f"{matcher!r} is no regular expression: {error}", rule=matcher) from error
+        return any(pattern.fullmatch(name) for name in names if name)
+    return any(fnmatch.fnmatchcase(name, matcher) for name in names if name)
+
+
+def _is_meant(operand: _Operand, matcher: Matcher, value: Value) -> bool:
+    """Whether a rule for a whole layer speaks of this operand.
+
+    One descriptor for a layer changes the quantizers that are there. A new one is made only where the
+    rule names it (``"head.output_quantizer"``) or a recipe has a descriptor for it.
+    """
+    if operand.layer.quantizer(operand.name) is not None or not isinstance(value, QuantDescriptor):
+        return True
+    return isinstance(matcher, str) and quantizer_name(operand.name) in matcher
+
+
+def _unmatched(matcher: Matcher, operands: list[_Operand]) -> RuleError:
+    given = matcher if isinstance(matcher, str) else getattr(matcher, "__qualname__", repr(matcher))
+    names = [operand.quantizer_name for operand in operands] + [operand.layer_name for operand in operands]
+    hint = near_misses(given, [name for name in names if name])
+    return RuleError(f"the pattern {given!r} matches no layer or quantizer. {hint}".rstrip(), rule=matcher)
+
+
+def _quantizer_for(operand: _Operand, value: Value) -> TensorQuantizer | None:
+    """The quantizer that a rule asks for; None for float."""
+    if value is None:
+        return None
+    assert not isinstance(value, str)
+    if isinstance(value, QuantDescriptor):
+        value = Recipe(name="rule", input=value, weight=value, output=value)
+    descriptor = dict(operand.layer.descriptors(value)).get(operand.name)
+    if descriptor is None:
+        return None
+    known = operand.layer.quantizer(operand.name)
+    if known is not None and known.descriptor == descriptor:
+        return known
+    return TensorQuantizer(descriptor)
+
+
+def _put(operand: _Operand, quantizer: TensorQuantizer | None) -> None:
+    layer: Any = operand.layer
+    known = operand.layer.quantizer(operand.name)
+    if quantizer is None:
+        if known is not None:
+            known.disable()
+        return
+    quantizer.enable()
+    if quantizer is not known:
+        quantizer.train(layer.training)
+        layer._modules[quantizer_name(operand.name)] = quantizer

@@ -1,0 +1,146 @@
+"""``configure``: ordered rules on the names of quantizers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import quantpatch as qp
+from quantpatch.errors import RuleError, UnknownNameError
+
+INT4 = qp.QuantDescriptor(num_bits=4)
+
+
+@pytest.fixture
+def model():
+    with qp.quantize_modules():
+        built = nn.Sequential()
+        built.stem = nn.Conv2d(3, 4, 1)
+        built.body = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        built.head = nn.Linear(4, 2)
+        return built
+
+
+def states(model):
+    return {row.name: (row.format, row.state) for row in qp.summary(model).rows}
+
+
+def formats(model):
+    return {row.name: row.format for row in qp.summary(model).rows if row.state != "disabled"}
+
+
+def disabled(model):
+    return {row.name for row in qp.summary(model).rows if row.state == "disabled"}
+
+
+def test_a_glob_on_a_modules_name_takes_all_its_quantizers(model):
+    qp.configure(model, {"body": None})
+    assert disabled(model) == {f"body.{i}.{o}_quantizer" for i in (0, 1) for o in ("input", "weight")}
+
+
+def test_a_glob_on_a_quantizers_name_takes_it_alone(model):
+    qp.configure(model, {"*.0.input_quantizer": None})
+    assert disabled(model) == {"body.0.input_quantizer"}
+
+
+def test_a_regular_expression_matches_the_whole_name(model):
+    qp.configure(model, {r"re:body\.\d\.weight_quantizer": None})
+    assert disabled(model) == {"body.0.weight_quantizer", "body.1.weight_quantizer"}
+
+
+def test_a_class_takes_its_layers(model):
+    qp.configure(model, {nn.Conv2d: None})
+    assert disabled(model) == {"stem.input_quantizer", "stem.weight_quantizer"}
+
+
+def test_a_function_sees_name_and_layer(model):
+    qp.configure(model, [(lambda name, layer: getattr(layer, "out_features", 0) == 2, None)])
+    assert disabled(model) == {"head.input_quantizer", "head.weight_quantizer"}
+
+
+def test_the_last_match_wins(model):
+    qp.configure(model, [("*", None), ("head", INT4), ("head.weight_quantizer", None)])
+    assert formats(model) == {"head.input_quantizer": "int4"}
+
+
+def test_a_recipe_gives_each_operand_its_own_descriptor(model):
+    qp.configure(model, {"head": "int4"})
+    assert formats(model)["head.weight_quantizer"] == "int4_narrow"
+    assert model.head.weight_quantizer.descriptor.axis == 0
+    assert formats(model)["stem.input_quantizer"] == "int8"
+
+
+def test_an_operand_that_the_recipe_leaves_float_is_disabled(model):
+    qp.configure(model, {"head": "int8-weight-only"})
+    assert disabled(model) == {"head.input_quantizer"}
+
+
+def test_a_quantizer_that_is_missing_is_added(model):
+    with qp.quantize_modules(recipe="int8-weight-only"):
+        layer = nn.Linear(2, 2)
+    qp.configure(layer, {"input_quantizer": INT4})
+    assert formats(layer)["input_quantizer"] == "int4"
+
+
+def test_an_output_quantizer_can_be_added(model):
+    qp.configure(model, {"head.output_quantizer": INT4})
+    assert formats(model)["head.output_quantizer"] == "int4"
+    assert "body.0.output_quantizer" not in formats(model)
+
+
+def test_a_range_is_kept_unless_the_descriptor_changes(model):
+    model.head.input_quantizer.amax = 3.0
+    model.body[0].input_quantizer.amax = 3.0
+    qp.configure(model, {"head": qp.QuantDescriptor(), "body": INT4})
+    assert model.head.input_quantizer.amax == 3.0
+    assert model.body[0].input_quantizer.amax is None
+
+
+def test_a_disabled_quantizer_is_enabled_again_with_its_range(model):
+    model.head.input_quantizer.amax = 3.0
+    qp.configure(model, {"head": None})
+    qp.configure(model, {"head": "int8"})
+    assert model.head.input_quantizer.state == "calibrated"
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_with_near_misses_and_changes_nothing(model):
+    before = states(model)
+    with pytest.raises(RuleError, match=r"'haed'.*'head'") as caught:
+        qp.configure(model, {"body": None, "haed": None})
+    assert caught.value.rule == "haed"
+    assert states(model) == before
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([("head", None), ("head", "int8")], "contradict"),
+        ([("re:(", None)], "no regular expression"),
+        ([("head", 8)], "a value is None"),
+        ([(3, None)], "a pattern is"),
+        (["head"], "is no rule"),
+    ],
+)
+def test_malformed_rules_are_errors_and_change_nothing(model, rules, message):
+    before = states(model)
+    with pytest.raises(RuleError, match=message):
+        qp.configure(model, rules)
+    assert states(model) == before
+
+
+def test_an_unknown_recipe_is_an_error_with_near_misses(model):
+    with pytest.raises(UnknownNameError, match="int8"):
+        qp.configure(model, {"head": "int88"})
+
+
+def test_a_float_model_is_an_error(model):
+    with pytest.raises(RuleError, match="no quantized layer"):
+        qp.configure(nn.Linear(2, 2), {"*": None})
+
+
+def test_what_is_set_is_what_runs(model):
+    x = torch.randn(2, 4)
+    qp.configure(model.head, {"*": None})
+    with torch.no_grad():
+        assert torch.equal(model.head(x), nn.functional.linear(x, model.head.weight, model.head.bias))

@@ -4,6 +4,7 @@
 block ends, PyTorch is exactly what it was.
 """
 
+from quantpatch.audit import audit
 from quantpatch.calibration import calibrate, calibrating
 from quantpatch.configure import configure
 from quantpatch.descriptor import QuantDescriptor, Recipe
@@ -27,6 +28,7 @@ __all__ = [
     "QuantizedLayer",
     "Recipe",
     "TensorQuantizer",
+    "audit",
     "calibrate",
     "calibrating",
     "configure",

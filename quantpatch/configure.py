@@ -36,13 +36,13 @@ class _Operand:
 
 
 def configure(model: nn.Module, rules: Mapping[Matcher, Value] | Iterable[tuple[Matcher, Value]]) -> None:
-    """Changes the quantizers of a model by ordered rules; for each quantizer the last match wins.
+    r"""Changes the quantizers of a model by ordered rules; for each quantizer the last match wins.
 
     ::
 
         configure(model, {
             "encoder.*": "int4",                         # a recipe
-            "re:.*\\\\.out_proj\\\\.input_quantizer": QuantDescriptor(unsigned=True),
+            "re:.*\.out_proj\.input_quantizer": QuantDescriptor(unsigned=True),
             nn.LSTM: None,                               # float
             "head": None,
         })

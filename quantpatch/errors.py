@@ -14,6 +14,7 @@ from typing import Any
 __all__ = [
     "CalibrationError",
     "ConversionError",
+    "CoverageError",
     "DescriptorError",
     "EntryConflictError",
     "EntryError",
@@ -132,6 +133,16 @@ class ConversionError(QuantPatchError, RuntimeError):
 
     layers: tuple[str, ...] = ()
     entry: Any = None
+
+
+class CoverageError(QuantPatchError, AssertionError):
+    """Less of a model ran quantized than was demanded.
+
+    Attributes:
+        report: The ``CoverageReport``.
+    """
+
+    report: Any = None
 
 
 class DescriptorError(QuantPatchError, ValueError):

@@ -168,7 +168,7 @@ def reduce_amax(x: Tensor, axis: Axis = None) -> Tensor:
 
 
 def _round_trip(x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat) -> Tensor:
-    """``x`` to the grid and back, with its gradient; ``amax`` (None: nothing is outside) is for the latter."""
+    """``x`` to the grid and back, with its gradient. ``amax`` None: nothing is outside the range."""
     if torch.is_grad_enabled() and (x.requires_grad or (amax is not None and amax.requires_grad)):
         result: Tensor = _RoundTrip.apply(x, amax, scale, format)  # type: ignore[no-untyped-call]
         return result
@@ -294,7 +294,7 @@ def _blocks_and_scale(
     if amax is not None:
         if amax.requires_grad and format.scale != "float32":
             raise DescriptorError(
-                f"a range learned by gradient needs float32 scales; those of {format.name} are {format.scale}",
+                f"a learned range needs float32 scales; those of {format.name} are {format.scale}",
                 field="format",
                 value=format,
             )

@@ -177,9 +177,10 @@ def _plan(
 def _fit_for_conversion(replacement: Any, choice: Choice) -> type[QuantizedLayer]:
     entry = choice.offer.entry
     target = entry.name
-    if isinstance(replacement, type) and issubclass(replacement, QuantizedLayer):
-        if getattr(replacement, "float_class", None) is not None:
-            return replacement
+    is_layer = isinstance(replacement, type) and issubclass(replacement, QuantizedLayer)
+    if is_layer and hasattr(replacement, "float_class"):
+        fit: type[QuantizedLayer] = replacement
+        return fit
     raise ConversionError(
         f"{choice.offer.source}: {entry} can build new layers but not take over existing ones: the "
         f"replacement is no QuantizedLayer. Write: class Quant{target}(quantpatch.QuantizedLayer, {target})",

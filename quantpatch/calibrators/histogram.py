@@ -290,25 +290,28 @@ def _count(x: Tensor, exponent: Tensor, counts: Tensor) -> None:
     channels, bins = counts.shape
     below = (((127 - exponent) << 23) - 1).to(torch.int32).view(torch.float32)[:, None]
     chunk = _CHUNK if x.device.type == "cpu" else 1 << 26
-    rows = max(1, min(chunk // x.shape[1], (1 << 20) // bins))
+    length = min(chunk, x.shape[1])
+    rows = max(1, min(chunk // length, (1 << 20) // bins, channels))
     if rows == 1 and bins <= 1 << 15:
         dtype = torch.int16
     else:
         dtype = torch.int32 if rows * bins < 1 << 31 else torch.int64
-    size = min(x.numel(), rows * min(chunk, x.shape[1]))
-    scratch = torch.empty(size, dtype=torch.float32, device=x.device)
-    indices = torch.empty(size, dtype=dtype, device=x.device)
+    scratch = torch.empty(rows, length, dtype=torch.float32, device=x.device)
+    indices = torch.empty(rows, length, dtype=dtype, device=x.device)
     first = torch.arange(0, rows * bins, bins, dtype=dtype, device=x.device)[:, None]
     for row in range(0, channels, rows):
-        for part in torch.split(x[row : row + rows], chunk, dim=1):
-            scaled = scratch[: part.numel()].view(part.shape)
-            index = indices[: part.numel()].view(part.shape)
+        some = slice(row, row + rows)
+        factor, target = below[some], counts[some]
+        for part in torch.split(x[some], length, dim=1):
+            n, m = part.shape
+            # Rows of a narrower part are packed, so that bincount can take them as one.
+            scaled = scratch.view(-1)[: n * m].view(n, m)
+            index = indices.view(-1)[: n * m].view(n, m)
             if part.dtype == torch.float32:
-                torch.mul(part, below[row : row + rows], out=scaled)
+                torch.mul(part, factor, out=scaled)
             else:
-                scaled.copy_(part).mul_(below[row : row + rows])
+                scaled.copy_(part).mul_(factor)
             index.copy_(scaled).abs_()
-            if rows > 1:
-                index.add_(first[: len(part)])
-            counted = torch.bincount(index.view(-1), minlength=len(part) * bins)
-            counts[row : row + rows].add_(counted.view(len(part), bins))
+            if n > 1:
+                index.add_(first[:n])
+            target.add_(torch.bincount(index.view(-1), minlength=n * bins).view(n, bins))

@@ -1,0 +1,184 @@
+"""``audit``: the share of a model's multiplications that runs on quantized operands."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import attrs
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from quantpatch.audit.reasons import Targets, known_targets, reason_for, skeleton
+from quantpatch.audit.trace import Trace, trace
+from quantpatch.errors import CoverageError
+from quantpatch.layers.base import QuantizedLayer
+from quantpatch.quantizer import TensorQuantizer
+from quantpatch.report.render import as_text
+
+__all__ = ["CoverageReport", "CoverageRow", "audit"]
+
+
+@attrs.frozen
+class CoverageRow:
+    """Products of one kind in one module.
+
+    Attributes:
+        module: Qualified name of the innermost module that ran them.
+        layer: Its class.
+        operation: What they are, such as ``"matrix product"`` or ``"attention scores"``.
+        calls: How often they ran.
+        macs: Multiply-accumulates of all calls.
+        operands: For each operand its role, and the quantizer it came out of, or None.
+        reason: Why an operand was float; empty if none was.
+    """
+
+    module: str
+    layer: str
+    operation: str
+    calls: int
+    macs: int
+    operands: tuple[tuple[str, str | None], ...]
+    reason: str
+
+    @property
+    def quantized(self) -> bool:
+        """Whether every operand came out of a quantizer."""
+        return all(quantizer is not None for _, quantizer in self.operands)
+
+
+@attrs.frozen
+class CoverageReport:
+    """What ``audit`` saw; prints as a table.
+
+    Attributes:
+        model: Class of the model.
+        rows: A row for each kind of product in each module, in the order they ran.
+        unreached: Quantizers that no tensor passed through.
+        opaque: Operators that are not torch's own: what they multiply is not counted.
+        to_paste: For each class that nothing covers, the code to start from.
+    """
+
+    model: str
+    rows: tuple[CoverageRow, ...]
+    unreached: tuple[str, ...]
+    opaque: tuple[str, ...]
+    to_paste: tuple[tuple[str, str], ...]
+
+    @property
+    def macs(self) -> int:
+        """All multiply-accumulates."""
+        return sum(row.macs for row in self.rows)
+
+    @property
+    def share(self) -> float:
+        """Share of multiply-accumulates with every operand quantized; 0 if there are none."""
+        quantized = sum(row.macs for row in self.rows if row.quantized)
+        return quantized / self.macs if self.macs else 0.0
+
+    def to_json(self) -> str:
+        """The same as JSON, with the share."""
+        return json.dumps({**attrs.asdict(self), "macs": self.macs, "share": self.share}, indent=2)
+
+    def __rich__(self) -> Group:
+        table = Table(title=f"{self.model}: {self.share:.1%} of {self.macs:,} multiply-accumulates quantized")
+        table.add_column("module", overflow="fold")
+        table.add_column("layer")
+        table.add_column("operation")
+        for heading in ("calls", "MACs", "share"):
+            table.add_column(heading, justify="right")
+        table.add_column("float because", overflow="fold")
+        for row in self.rows:
+            floats = ", ".join(role for role, quantizer in row.operands if quantizer is None)
+            why = f"{floats}: {row.reason}" if floats else ""
+            share = f"{row.macs / self.macs:.1%}" if self.macs else "-"
+            table.add_row(
+                row.module or "(model)",
+                row.layer,
+                row.operation,
+                str(row.calls),
+                f"{row.macs:,}",
+                share,
+                why,
+                style=None if row.quantized else "yellow",
+            )
+        notes: list[Any] = [table]
+        if self.unreached:
+            notes.append(Text(f"Quantizers that no tensor passed through: {', '.join(self.unreached)}"))
+        if self.opaque:
+            notes.append(Text(f"Operators that cannot be looked into: {', '.join(self.opaque)}"))
+        for name, code in self.to_paste:
+            notes.append(Text(f"\nNothing covers {name}. To start from:\n{code}"))
+        return Group(*notes)
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def audit(model: nn.Module, *inputs: Any, minimum: float | None = None, **keywords: Any) -> CoverageReport:
+    """Runs a model once and tells which of its multiplications ran on quantized operands.
+
+    The report is made from the operators that were really executed, not from the classes of layers: a
+    function called in some forward, a fast path, or a layer that nobody replaced shows up with its
+    share of the work and the reason.
+
+    The model runs in eval mode without gradients; modes and random state are as before afterwards, also
+    if it raises. Values count as quantized as long as they are only moved, picked or scaled.
+
+    Args:
+        model: The model.
+        *inputs: Arguments of its forward.
+        minimum: Smallest share to accept, from 0 to 1.
+        **keywords: Keyword arguments of its forward.
+
+    Returns:
+        The report.
+
+    Raises:
+        CoverageError: The share is below ``minimum``. The error holds the report.
+    """
+    runner = getattr(
+        model, "_orig_mod", model
+    )  # what torch.compile wraps: a compiled graph hides its modules
+    seen = trace(runner, lambda: runner(*inputs, **keywords))
+    report = _report(runner, seen, known_targets())
+    if minimum is not None and report.share < minimum:
+        worst = max((row for row in report.rows if not row.quantized), key=lambda row: row.macs, default=None)
+        hint = f" The largest float part is {worst.module!r}: {worst.reason}." if worst else ""
+        raise CoverageError(
+            f"{report.share:.1%} of the multiply-accumulates of {report.model} ran on quantized operands, "
+            f"expected at least {minimum:.1%}.{hint}",
+            report=report,
+        )
+    return report
+
+
+def _report(model: nn.Module, seen: Trace, targets: Targets) -> CoverageReport:
+    rows: dict[Any, CoverageRow] = {}
+    to_paste: dict[str, str] = {}
+    for item in seen.seen:
+        roles = [role for role, _ in item.product.operands]
+        operands = tuple(zip(roles, item.quantizers, strict=True))
+        reason = reason_for(item, targets)
+        key = (item.module, item.product.operation, operands, reason)
+        row = rows.get(key) or CoverageRow(
+            item.module, type(item.layer).__name__, item.product.operation, 0, 0, operands, reason
+        )
+        rows[key] = attrs.evolve(row, calls=row.calls + 1, macs=row.macs + item.product.macs)
+        cls = type(item.layer)
+        if reason and cls not in targets and not isinstance(item.layer, QuantizedLayer):
+            to_paste.setdefault(f"{cls.__module__}.{cls.__qualname__}", skeleton(item.layer))
+    unreached = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer) and name not in seen.reached and not module.disabled
+    ]
+    return CoverageReport(
+        type(model).__name__,
+        tuple(rows.values()),
+        tuple(unreached),
+        tuple(sorted(seen.opaque)),
+        tuple(to_paste.items()),
+    )

@@ -1,0 +1,156 @@
+"""What the audit knows of torch's operators: which ones multiply, what, and how much.
+
+Operators are those that reach the dispatcher, below autograd and below every Python function: what is
+seen there is what runs, fast paths included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+__all__ = ["FAST_PATHS", "PRESERVING", "Product", "products_of"]
+
+
+@attrs.frozen
+class Product:
+    """A matrix product, or a sum of products like one, inside an operator.
+
+    Attributes:
+        operation: What it is, for people.
+        macs: Multiply-accumulates.
+        operands: What is multiplied, by role. None stands for a value that never leaves the operator.
+    """
+
+    operation: str
+    macs: int
+    operands: tuple[tuple[str, Tensor | None], ...]
+
+
+# Operators whose result holds values of their (first) argument and zeros only, or all of them times one
+# number: if the argument is on a quantizer's grid, so is the result.
+PRESERVING = frozenset(
+    "aten::" + name
+    for name in (
+        "alias", "as_strided", "clone", "constant_pad_nd", "contiguous", "detach", "diagonal", "embedding",
+        "expand", "flip", "gather", "index", "index_select", "lift_fresh", "masked_fill", "max_pool2d",
+        "max_pool2d_with_indices", "max_pool3d_with_indices", "narrow", "neg", "permute",
+        "reflection_pad1d", "reflection_pad2d", "relu", "repeat", "replication_pad1d", "replication_pad2d",
+        "roll", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose",
+        "unbind", "unfold", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "unsqueeze",
+        "upsample_nearest2d", "view", "_reshape_alias", "_unsafe_view", "_to_copy", "_unsafe_index",
+        "_adaptive_max_pool2d", "adaptive_max_pool2d", "adaptive_max_pool3d", "pixel_shuffle", "tril", "triu",
+    )
+)  # fmt: skip
+
+#: Operators that do the work of whole layers and read the weights themselves.
+FAST_PATHS = frozenset({"aten::_transformer_encoder_layer_fwd", "aten::_native_multi_head_attention"})
+
+
+def _two(operation: str, left: Tensor, right: Tensor, macs: int) -> Iterator[Product]:
+    yield Product(operation, macs, (("left", left), ("right", right)))
+
+
+def _matmul(first: int) -> Callable[[tuple[Any, ...], Any], Iterator[Product]]:
+    """A product of the arguments ``first`` and the next, contracted over the last axis of the former."""
+
+    def products(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+        left, right = args[first], args[first + 1]
+        return _two("matrix product", left, right, result.numel() * left.shape[-1])
+
+    return products
+
+
+def _convolution(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+    x, weight, transposed = args[0], args[1], bool(args[6])
+    per_element = weight.numel() // weight.shape[0]
+    name = "transposed convolution" if transposed else "convolution"
+    macs = (x.numel() if transposed else result.numel()) * per_element
+    yield Product(name, macs, (("input", x), ("weight", weight)))
+
+
+def _attention(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+    query, key, value = args[:3]
+    pairs = query.numel() // query.shape[-1] * key.shape[-2]
+    yield Product("attention scores", pairs * query.shape[-1], (("query", query), ("key", key)))
+    yield Product("attention output", pairs * value.shape[-1], (("probabilities", None), ("value", value)))
+
+
+def _mkldnn_rnn(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+    x, weight_ih, weight_hh = args[:3]
+    steps = x.numel() // x.shape[-1]
+    yield Product("recurrent input", steps * weight_ih.numel(), (("input", x), ("weight_ih", weight_ih)))
+    yield Product("recurrent state", steps * weight_hh.numel(), (("hidden", None), ("weight_hh", weight_hh)))
+
+
+def _cudnn_rnn(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+    x, weights = args[0], [w for w in args[1] if w is not None and w.dim() == 2]
+    steps = x.numel() // x.shape[-1]
+    for index, weight in enumerate(weights):
+        operand: Tensor | None = x if index == 0 else None
+        yield Product("recurrent", steps * weight.numel(), (("input", operand), ("weight", weight)))
+
+
+def _trilinear(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+    left, weight, right = args[:3]
+    rows = result.numel() // weight.shape[0] if weight.dim() else 1
+    operands = (("input1", left), ("weight", weight), ("input2", right))
+    yield Product("bilinear", rows * weight.numel(), operands)
+
+
+def _grouped(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+    return _two("grouped matrix product", args[0], args[1], result.numel() * args[0].shape[-1])
+
+
+def _fast_encoder_layer(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+    x, width = args[0], args[1]
+    weights = [a for a in args[3:] if isinstance(a, Tensor) and a.dim() == 2 and width in a.shape]
+    tokens, length = x.numel() // x.shape[-1], x.shape[-2]
+    macs = tokens * sum(w.numel() for w in weights) + 2 * tokens * length * width
+    yield Product("transformer layer in one piece", macs, (("input", None), ("weights", None)))
+
+
+def _fast_attention(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+    x, width, weights = args[0], args[3], (args[5], args[7])
+    tokens, length = x.numel() // x.shape[-1], args[1].shape[-2]
+    macs = tokens * sum(w.numel() for w in weights) + 2 * tokens * length * width
+    yield Product("attention in one piece", macs, (("input", None), ("weights", None)))
+
+
+_MULTIPLYING: dict[str, Callable[[tuple[Any, ...], Any], Iterator[Product]]] = {
+    "mm": _matmul(0),
+    "bmm": _matmul(0),
+    "mv": _matmul(0),
+    "dot": _matmul(0),
+    "matmul": _matmul(0),
+    "linear": _matmul(0),
+    "_int_mm": _matmul(0),
+    "_scaled_mm": _matmul(0),
+    "addmm": _matmul(1),
+    "addmv": _matmul(1),
+    "baddbmm": _matmul(1),
+    "_addmm_activation": _matmul(1),
+    "_grouped_mm": _grouped,
+    "convolution": _convolution,
+    "_convolution": _convolution,
+    "_trilinear": _trilinear,
+    "mkldnn_rnn_layer": _mkldnn_rnn,
+    "_cudnn_rnn": _cudnn_rnn,
+    "_transformer_encoder_layer_fwd": _fast_encoder_layer,
+    "_native_multi_head_attention": _fast_attention,
+    "_scaled_dot_product_flash_attention": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_efficient_attention": _attention,
+    "_scaled_dot_product_cudnn_attention": _attention,
+    "_scaled_dot_product_fused_attention_overrideable": _attention,
+}
+
+
+def products_of(operator: str, args: tuple[Any, ...], result: Any) -> list[Product]:
+    """The products in a call of an operator (``"aten::mm"``); none for operators that do not multiply."""
+    namespace, _, name = operator.partition("::")
+    products = _MULTIPLYING.get(name) if namespace == "aten" else None
+    return [] if products is None else list(products(args, result))

@@ -1,0 +1,151 @@
+"""Run a model once and note every product, where it ran, and which quantizers its operands came from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from quantpatch.audit.operations import PRESERVING, Product, products_of
+from quantpatch.quantizer import TensorQuantizer
+
+__all__ = ["Seen", "Trace", "trace"]
+
+
+@attrs.frozen
+class Seen:
+    """A product that ran.
+
+    Attributes:
+        module: Qualified name of the innermost module whose forward was running.
+        layer: That module.
+        operator: Name of the operator, such as ``"aten::addmm"``.
+        product: What was multiplied.
+        quantizers: For each operand the name of the quantizer it came out of, or None.
+    """
+
+    module: str
+    layer: nn.Module
+    operator: str
+    product: Product
+    quantizers: tuple[str | None, ...]
+
+
+@attrs.define
+class Trace:
+    """What was noted.
+
+    Attributes:
+        seen: Every product, in order.
+        reached: Names of the quantizers that a tensor passed through.
+        opaque: Names of operators that are not torch's own, whose inside nobody can see.
+    """
+
+    seen: list[Seen] = attrs.field(factory=list)
+    reached: set[str] = attrs.field(factory=set)
+    opaque: set[str] = attrs.field(factory=set)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self._model = model
+        self._names = {module: name for name, module in model.named_modules()}
+        self._stack: list[nn.Module] = [model]
+        self._origin: Any = WeakTensorKeyDictionary()
+
+    # --- which module is running -----------------------------------------------------------------
+
+    def entered(self, module: nn.Module, args: Any) -> None:
+        if not isinstance(module, TensorQuantizer):
+            self._stack.append(module)
+
+    def left(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(module, TensorQuantizer):
+            if len(self._stack) > 1:
+                self._stack.pop()
+            return
+        name = self._names.get(module, "a quantizer outside the model")
+        self.trace.reached.add(name)
+        if isinstance(output, Tensor) and module.quantizing and not module.disabled:
+            self._origin[output] = name
+
+    # --- what it runs ------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        for product in products_of(name, args, result):
+            self._note(name, product)
+        namespace = name.partition("::")[0]
+        if namespace not in ("aten", "prim", "prims", "quantpatch"):
+            self.trace.opaque.add(name)
+        self._follow(name, args, result)
+        return result
+
+    def _note(self, operator: str, product: Product) -> None:
+        # The innermost module that has a name: wrappers made on the fly do not help the reader.
+        layer = next((m for m in reversed(self._stack) if m in self._names), self._model)
+        quantizers = tuple(None if t is None else self._origin.get(t) for _, t in product.operands)
+        without_tensors = attrs.evolve(product, operands=tuple((role, None) for role, _ in product.operands))
+        self.trace.seen.append(Seen(self._names[layer], layer, operator, without_tensors, quantizers))
+
+    def _follow(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        """Passes the origin of an argument on to a result that holds the same values."""
+        if not args:
+            return
+        if name in ("aten::cat", "aten::stack"):
+            origins = [self._origin.get(t) for t in args[0]]
+            origin = origins[0] if origins and None not in origins else None
+        elif name in PRESERVING or (name in ("aten::mul", "aten::div") and _is_number(args[1])):
+            origin = self._origin.get(args[0]) if isinstance(args[0], Tensor) else None
+        else:
+            return
+        if origin is not None:
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    self._origin[tensor] = origin
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.dim() == 0
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def trace(model: nn.Module, run: Callable[[], Any]) -> Trace:
+    """Runs ``run`` with the model in eval mode, without gradients, and notes what it computes.
+
+    Hooks are put on all modules of the process, not on the model's own: torch's fast paths look whether
+    a module has hooks, and would not be taken.
+    """
+    recorder = _Recorder(model)
+    entered = register_module_forward_pre_hook(recorder.entered)
+    left = register_module_forward_hook(recorder.left, always_call=True)
+    try:
+        with _evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]), recorder:
+            run()
+    finally:
+        entered.remove()
+        left.remove()
+    return recorder.trace

@@ -4,6 +4,7 @@
 block ends, PyTorch is exactly what it was.
 """
 
+from quantpatch.analysis import compare, sensitivity
 from quantpatch.audit import audit
 from quantpatch.calibration import calibrate, calibrating
 from quantpatch.configure import configure
@@ -31,6 +32,7 @@ __all__ = [
     "audit",
     "calibrate",
     "calibrating",
+    "compare",
     "configure",
     "convert",
     "hookimpl",
@@ -39,5 +41,6 @@ __all__ = [
     "quantized",
     "registry",
     "revert",
+    "sensitivity",
     "summary",
 ]

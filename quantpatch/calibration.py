@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from quantpatch.calibrators import Calibrator
 from quantpatch.errors import CalibrationError, QuantPatchWarning
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.modes import evaluating
 from quantpatch.quantizer import TensorQuantizer
 
-__all__ = ["calibrate", "calibrating", "named_quantizers"]
+__all__ = ["calibrate", "calibrating", "named_quantizers", "run_batch"]
 
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
 
@@ -89,7 +90,6 @@ def calibrating(
         for name, quantizer in quantizers.items()
     }
     with _restored(model):
-        model.eval()
         for name, quantizer in quantizers.items():
             quantizer.enable_calib(calibrators[name])
             quantizer.disable_quant()
@@ -144,14 +144,12 @@ def _to_calibrate(model: nn.Module, overwrite: bool) -> dict[str, TensorQuantize
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Puts train/eval modes and the stages of quantizers back, whatever happens inside."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Eval mode inside; train/eval modes and the stages of quantizers are put back, whatever happens."""
     stages = [(q, q.calibrating, q.quantizing, q.calibrator) for q in named_quantizers(model).values()]
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for quantizer, calibrating_, quantizing, calibrator in stages:
             quantizer.calibrating, quantizer.quantizing = calibrating_, quantizing
             quantizer.calibrator = calibrator
@@ -266,13 +264,14 @@ def calibrate(
         with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
             count = 0
             for batch in bar.track(data, total=total, description="Calibrating"):
-                _run(runner, batch)
+                run_batch(runner, batch)
                 count += 1
         if not count:
             raise CalibrationError("the data holds no batch, so there is nothing to calibrate from")
 
 
-def _run(model: nn.Module, batch: Any) -> None:
+def run_batch(model: nn.Module, batch: Any) -> None:
+    """Runs a model on a batch: a tensor, a tuple of arguments or a dict of keywords."""
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, (tuple, list)):

@@ -13,6 +13,7 @@ from typing import Any
 
 __all__ = [
     "CalibrationError",
+    "ComparisonError",
     "ConversionError",
     "CoverageError",
     "DescriptorError",
@@ -121,6 +122,10 @@ class RuleError(QuantPatchError, ValueError):
 
 class ScopeError(QuantPatchError, RuntimeError):
     """A scope was used in a way that cannot work, such as ``stop()`` without ``start()``."""
+
+
+class ComparisonError(QuantPatchError, ValueError):
+    """Two models cannot be compared, or there is nothing to compare."""
 
 
 class ConversionError(QuantPatchError, RuntimeError):

@@ -187,7 +187,7 @@ def _forward(x: Tensor, scale: Tensor, format: NumberFormat) -> Tensor:
     if scale.dim() != x.dim():
         scale = scale.reshape([1] * (x.dim() - scale.dim()) + list(scale.shape))
     # Slowest axis first, so that pieces are runs of memory.
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    order = sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
     for source, target, factor in _pieces(x.permute(order), result.permute(order), scale.permute(order)):
         if scratch is None:
             y = torch.div(source, _divisor(factor), out=target)
@@ -206,8 +206,8 @@ def _pieces(x: Tensor, y: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tenso
         return
     dim = next(d for d, n in enumerate(x.shape) if n > 1)
     step = max(1, _PIECE * x.shape[dim] // x.numel())
-    xs, ys = x.split(step, dim), y.split(step, dim)
-    scales = scale.split(step, dim) if scale.shape[dim] > 1 else (scale,) * len(xs)
+    xs, ys = torch.split(x, step, dim), torch.split(y, step, dim)
+    scales = torch.split(scale, step, dim) if scale.shape[dim] > 1 else (scale,) * len(xs)
     for piece in zip(xs, ys, scales, strict=True):
         yield from _pieces(*piece)
 
@@ -266,7 +266,8 @@ def _zero_outside(grad: Tensor, x: Tensor, amax: Tensor | None, *, unsigned: boo
         # The cheapest mask on a CPU: one pass. Its ends are excluded, hence the neighbours of ours.
         high = math.inf if amax is None else torch.nextafter(amax, amax.new_tensor(math.inf)).item()
         low = -_SMALLEST if unsigned else -high
-        return torch.ops.aten.hardtanh_backward(grad, x, low, high)
+        passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
+        return passed
     values = x.float()
     if amax is None:
         return grad.masked_fill(values < 0, 0.0)
@@ -319,7 +320,7 @@ def _to_blocks(x: Tensor, size: int, dim: int) -> Tensor:
     missing = -x.shape[dim] % size
     if missing:
         x = torch.nn.functional.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing])
-    return x.unflatten(dim, (x.shape[dim] // size, size))
+    return x.reshape([*x.shape[:dim], x.shape[dim] // size, size, *x.shape[dim + 1 :]])
 
 
 def _unblock(blocks: Tensor, x: Tensor, dim: int) -> Tensor:

@@ -195,7 +195,7 @@ class Float(NumberFormat):
     @property
     def min_exponent(self) -> int:
         """Exponent of the smallest normal number; below it the grid is even."""
-        return 2 - 2 ** (self.exponent_bits - 1)
+        return 2 - (1 << (self.exponent_bits - 1))
 
     def round_(self, y: Tensor) -> Tensor:
         """See :meth:`NumberFormat.round_`."""

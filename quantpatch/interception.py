@@ -18,12 +18,12 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, Final
 
-__all__ = ["Activation", "Binding", "Slot", "current", "start", "stop"]
+__all__ = ["Activation", "Policy", "Slot", "current", "current_in_context", "lock", "start", "stop"]
 
 
 class _Missing:
@@ -32,28 +32,23 @@ class _Missing:
 
 _MISSING: Final = _Missing()
 
-# Held only while hooks are put in or taken out, never while user code runs. Re-entrant, because the
-# garbage collector may close a generator, and so a scope, at any allocation.
-_lock = threading.RLock()
+#: Held for a few instructions at a time, never while user code runs. Re-entrant, because the garbage
+#: collector may close a generator, and so a scope, at any allocation.
+lock: Final = threading.RLock()
+
+if hasattr(os, "register_at_fork"):  # the child's copy is whole, and not held by a thread it does not have
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
 
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):  # a thread that held the lock does not exist in the child
-    os.register_at_fork(after_in_child=_renew_lock)
-
-
-class Binding(abc.ABC):
-    """What an activation decides about one slot."""
+class Policy(abc.ABC):
+    """Who decides what is built while an activation is in force."""
 
     @abc.abstractmethod
-    def replacement_for(self, cls: type | None) -> Any | None:
+    def replacement_for(self, slot: Slot, cls: type | None) -> Any | None:
         """The replacement to use now, or None to leave the target alone.
 
         Args:
+            slot: Where the call came in.
             cls: The exact class under construction (the target or one of its subclasses); None when
                 the slot is a function's.
         """
@@ -63,54 +58,54 @@ class Activation:
     """One opening of a scope.
 
     Attributes:
-        bindings: What it decides, by slot. May grow while it is open (a target imported later).
-        payload: Whatever the scope wants to find again through ``current()``.
+        slots: Where its hooks are. May grow while it is open (a target imported later).
+        payload: The policy that decides, to be found again through ``current()``.
         parent: The activation in force where this one was opened.
         closed: Set once, when the scope ends; a closed activation decides nothing.
     """
 
-    __slots__ = ("__weakref__", "bindings", "closed", "parent", "payload")
+    __slots__ = ("__weakref__", "closed", "parent", "payload", "slots")
 
-    def __init__(self, bindings: Mapping[Slot, Binding], payload: Any = None) -> None:
-        self.bindings: dict[Slot, Binding] = {}
+    def __init__(self, slots: Iterable[Slot], payload: Any) -> None:
+        self.slots: set[Slot] = set()
         self.payload = payload
         self.parent: Activation | None = None
         self.closed = False
-        try:
-            for slot, binding in bindings.items():
-                self.bind(slot, binding)
-        except BaseException:
-            self._release()
-            raise
+        with lock:
+            try:
+                for slot in slots:
+                    self.add(slot)
+            except BaseException:
+                self.close()
+                raise
 
-    def bind(self, slot: Slot, binding: Binding) -> None:
-        """Installs the slot's hook and decides about it from now on."""
-        with _lock:
-            if self.closed:
-                return
-            if slot not in self.bindings:
+    def add(self, slot: Slot) -> None:
+        """Installs one more slot's hook."""
+        with lock:
+            if not self.closed and slot not in self.slots:
                 slot.install()
-            self.bindings[slot] = binding
+                self.slots.add(slot)
 
     def enter(self) -> None:
         """Takes force in the current context (and those copied from it later)."""
         self.parent = current_in_context()
         _in_context.set(self)
 
-    def close(self) -> None:
-        """Ends it everywhere, and takes out the hooks that nobody else needs."""
-        with _lock:
-            if self.closed:
-                return
-            self.closed = True
-            self._release()
-        _in_context.set(current_in_context())
+    def close(self) -> list[Slot]:
+        """Ends it everywhere, and takes out the hooks that nobody else needs.
 
-    def _release(self) -> None:
-        with _lock:
-            for slot in self.bindings:
-                slot.uninstall()
+        Returns:
+            The slots where somebody else's value stood instead of a hook.
+        """
+        with lock:
+            if self.closed:
+                return []
+            self.closed = True
+            displaced = [slot for slot in self.slots if not slot.uninstall()]
             Slot.sweep()
+        if _in_context.get() is not None:
+            _in_context.set(current_in_context())
+        return displaced
 
 
 _in_context: ContextVar[Activation | None] = ContextVar("quantpatch_activation", default=None)
@@ -134,7 +129,10 @@ def current() -> Activation | None:
         if not activation.closed:
             return activation
         activation = activation.parent
-    return _process_wide[-1] if _process_wide else None
+    try:
+        return _process_wide[-1] if _process_wide else None
+    except IndexError:  # another thread has just stopped it
+        return None
 
 
 def start(activation: Activation) -> None:
@@ -142,10 +140,10 @@ def start(activation: Activation) -> None:
     _process_wide.append(activation)
 
 
-def stop(activation: Activation) -> None:
-    """Undoes ``start``."""
+def stop(activation: Activation) -> list[Slot]:
+    """Undoes ``start``; returns what ``close`` returns."""
     _process_wide.remove(activation)
-    activation.close()
+    return activation.close()
 
 
 def _is_within(slot: Slot, link: tuple[Slot, Any] | None) -> bool:
@@ -154,16 +152,6 @@ def _is_within(slot: Slot, link: tuple[Slot, Any] | None) -> bool:
             return True
         link = link[1]
     return False
-
-
-class _Hook:
-    """A function of ours in a slot, and what it displaced."""
-
-    __slots__ = ("displaced", "function")
-
-    def __init__(self, slot: Slot, displaced: Any) -> None:
-        self.displaced = displaced
-        self.function = slot.make_hook(displaced)
 
 
 class Slot(abc.ABC):
@@ -176,15 +164,18 @@ class Slot(abc.ABC):
     _all: weakref.WeakValueDictionary[tuple[int, str], Slot] = weakref.WeakValueDictionary()
     _buried: set[Slot] = set()
 
-    __slots__ = ("__weakref__", "_hooks", "_spare", "_users", "attribute", "owner", "target")
+    __slots__ = ("__weakref__", "_displaced", "_hook", "_users", "attribute", "owner", "target")
 
     def __init__(self, owner: Any, attribute: str, target: Any) -> None:
         self.owner = owner
         self.attribute = attribute
         self.target = target
         self._users = 0
-        self._hooks: list[_Hook] = []  # put in and not taken out yet
-        self._spare: _Hook | None = None  # from the last time: making one is most of the cost
+        # The hook put in last. Kept when it is out, since making one is most of the cost.
+        self._hook: FunctionType | None = None
+        # What each hook displaced. A hook that was written over lives as long as somebody may write it
+        # back, and is forgotten with it.
+        self._displaced: weakref.WeakKeyDictionary[FunctionType, Any] = weakref.WeakKeyDictionary()
 
     @staticmethod
     def of(module: ModuleType, name: str) -> Slot:
@@ -197,7 +188,7 @@ class Slot(abc.ABC):
         target = getattr(module, name)
         is_class = isinstance(target, type)
         owner, attribute = (target, "__init__") if is_class else (module, name)
-        with _lock:
+        with lock:
             # A function that is hooked already is known by its slot, not by the hook seen from outside.
             slot = Slot._all.get((id(owner), attribute))
             if slot is None:  # it will keep its owner alive, so the id stays the owner's
@@ -206,56 +197,60 @@ class Slot(abc.ABC):
             return slot
 
     def install(self) -> None:
-        """Makes sure that a hook is in place, for one more user."""
-        with _lock:
-            found = self._read()
-            if not any(found is hook.function for hook in self._hooks):
-                # Nobody's yet, or somebody has written over ours since: one more on top does no harm.
-                spare = self._spare
-                hook = spare if spare is not None and spare.displaced is found else _Hook(self, found)
-                self._write(hook.function)
-                self._hooks.append(hook)
-            self._users += 1
-
-    def uninstall(self) -> None:
-        """Gives back what the hook displaced once its last user leaves."""
-        with _lock:
-            self._users -= 1
-            if self._users == 0:
-                self._take_out()
-
-    def is_displaced(self) -> bool:
-        """Whether somebody else's value stands where a hook of ours should."""
+        """Makes sure that a hook is in place, for one more user. The caller holds the lock."""
         found = self._read()
-        return self._users > 0 and not any(found is hook.function for hook in self._hooks)
+        if not self._is_hook(found):
+            # Nobody's yet, or somebody has written over ours since: one more on top does no harm.
+            hook = self._hook
+            if hook is None or self._displaced[hook] is not found:
+                hook = self.make_hook(found)
+            self._write(hook)
+            self._hook = hook
+            self._displaced[hook] = found
+        self._users += 1
+
+    def uninstall(self) -> bool:
+        """Gives back what the hook displaced once its last user leaves. The caller holds the lock.
+
+        Returns:
+            Whether a hook was still in place.
+        """
+        in_place = self._is_hook(self._read())
+        self._users -= 1
+        if self._users == 0:
+            self._take_out()
+        return in_place
 
     @classmethod
     def sweep(cls) -> None:
         """Takes out every idle hook that was buried under somebody else's and has come up again."""
-        for slot in list(cls._buried):
-            if slot._users == 0:
-                slot._take_out()
+        if cls._buried:
+            for slot in list(cls._buried):
+                if slot._users == 0:
+                    slot._take_out()
 
     def _take_out(self) -> None:
-        while True:
-            found = self._read()
-            hook = next((hook for hook in self._hooks if hook.function is found), None)
-            if hook is None:
-                break
-            self._write(hook.displaced)
-            self._hooks.remove(hook)
-            self._spare = hook
-        (Slot._buried.add if self._hooks else Slot._buried.discard)(self)
+        last, seen_last = self._hook, False
+        while self._is_hook(found := self._read()):
+            self._write(self._displaced[found])
+            seen_last = seen_last or found is last
+        if not seen_last:
+            self._hook = None  # buried or gone; if it is gone, nothing else refers to it
+        buried = len(self._displaced) > (self._hook is not None)
+        (Slot._buried.add if buried else Slot._buried.discard)(self)
+
+    def _is_hook(self, found: Any) -> bool:
+        return type(found) is FunctionType and (found is self._hook or found in self._displaced)
 
     def _read(self) -> Any:
-        return vars(self.owner).get(self.attribute, _MISSING)
+        return self.owner.__dict__.get(self.attribute, _MISSING)
 
     @abc.abstractmethod
     def check(self, replacement: Any) -> None:
         """Raises TypeError, saying why, if the replacement cannot take the target's place."""
 
     @abc.abstractmethod
-    def make_hook(self, displaced: Any) -> Callable[..., Any]:
+    def make_hook(self, displaced: Any) -> FunctionType:
         """A hook that asks the current activation, and otherwise does what ``displaced`` does."""
 
     @abc.abstractmethod
@@ -265,6 +260,20 @@ class Slot(abc.ABC):
 
 def _shared_bases(first: type, second: type) -> set[type]:
     return (set(first.__mro__) & set(second.__mro__)) - {object}
+
+
+def _as_function(init: Any, target: type) -> Callable[..., None]:
+    """What a class's own ``__init__`` (or its lack of one) does to an object, called with the object."""
+    if type(init) is FunctionType:
+        return init
+
+    def run(self: Any, /, *args: Any, **kwargs: Any) -> None:
+        if init is _MISSING:
+            return super(target, self).__init__(*args, **kwargs)  # type: ignore[misc,no-any-return]
+        bind = getattr(type(init), "__get__", None)  # a mock, say, has none and does not get the object
+        return (init if bind is None else bind(init, self, type(self)))(*args, **kwargs)
+
+    return run
 
 
 class _ClassSlot(Slot):
@@ -304,15 +313,10 @@ class _ClassSlot(Slot):
         else:
             type.__setattr__(self.owner, self.attribute, value)
 
-    def make_hook(self, displaced: Any) -> Callable[..., Any]:
+    def make_hook(self, displaced: Any) -> FunctionType:
         slot, target = self, self.target
         become = object.__setattr__
-        if displaced is _MISSING:
-
-            def base_init(self: Any, *args: Any, **kwargs: Any) -> None:
-                super(target, self).__init__(*args, **kwargs)
-        else:
-            base_init = displaced
+        base_init = _as_function(displaced, target)
 
         @functools.wraps(target.__init__)
         def __init__(self: Any, /, *args: Any, **kwargs: Any) -> None:
@@ -326,9 +330,8 @@ class _ClassSlot(Slot):
                         return base_init(self, *args, **kwargs)
                     finally:
                         _within.reset(token)
-                binding = activation.bindings.get(slot)
-                if binding is not None and not _is_within(slot, within):
-                    replacement = binding.replacement_for(type(self))
+                if within is None or not _is_within(slot, within):
+                    replacement = activation.payload.replacement_for(slot, type(self))
                     if replacement is not None:
                         become(self, "__class__", replacement)
                         token = _within.set((slot, within))
@@ -338,7 +341,7 @@ class _ClassSlot(Slot):
                             _within.reset(token)
             return base_init(self, *args, **kwargs)
 
-        return __init__
+        return __init__  # type: ignore[return-value]
 
 
 class _FunctionSlot(Slot):
@@ -363,17 +366,16 @@ class _FunctionSlot(Slot):
         else:
             vars(self.owner)[self.attribute] = value
 
-    def make_hook(self, displaced: Any) -> Callable[..., Any]:
+    def make_hook(self, displaced: Any) -> FunctionType:
         slot, original = self, (self.target if displaced is _MISSING else displaced)
 
         @functools.wraps(original)
         def dispatch(*args: Any, **kwargs: Any) -> Any:
             activation = current()
             if activation is not None:
-                binding = activation.bindings.get(slot)
                 within = _within.get()
-                if binding is not None and not _is_within(slot, within):
-                    replacement = binding.replacement_for(None)
+                if not _is_within(slot, within):
+                    replacement = activation.payload.replacement_for(slot, None)
                     if replacement is not None:
                         token = _within.set((slot, within))
                         try:
@@ -382,4 +384,4 @@ class _FunctionSlot(Slot):
                             _within.reset(token)
             return original(*args, **kwargs)
 
-        return dispatch
+        return dispatch  # type: ignore[return-value]

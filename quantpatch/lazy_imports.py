@@ -7,6 +7,7 @@ loader and specification.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -37,7 +38,8 @@ class ImportWatch(importlib.abc.MetaPathFinder):
 
     def stop(self) -> None:
         """Stops watching; harmless if somebody else has taken the item away."""
-        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+        with contextlib.suppress(ValueError):
+            sys.meta_path.remove(self)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -45,7 +47,7 @@ class ImportWatch(importlib.abc.MetaPathFinder):
         """The specification that the other finders give, with a loader that notifies."""
         if fullname not in self._names:
             return None
-        for finder in sys.meta_path:
+        for finder in list(sys.meta_path):
             find_spec = getattr(finder, "find_spec", None)
             if finder is self or find_spec is None:
                 continue

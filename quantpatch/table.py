@@ -8,6 +8,7 @@ dotted names of one class are one target.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,18 @@ from quantpatch.errors import EntryConflictError, EntryError, ScopeError, Unknow
 from quantpatch.interception import Slot
 from quantpatch.registry import BUILTIN, Offer
 
-__all__ = ["Choice", "Key", "Pattern", "Table", "compose", "load_checked", "slot_of"]
+__all__ = [
+    "Choice",
+    "Key",
+    "Pattern",
+    "Table",
+    "compose",
+    "load",
+    "load_all",
+    "load_checked",
+    "outermost",
+    "slot_of",
+]
 
 Pattern = str | type
 Key = Slot | str
@@ -33,13 +45,17 @@ class Choice:
     Attributes:
         offer: The entry, and whose it is.
         float_because: Why the target stays float all the same; empty if it is replaced.
+        replacement: What takes its place, once it has been loaded.
     """
 
     offer: Offer
     float_because: str = ""
+    replacement: Any = attrs.field(default=None, eq=False)
 
 
 Table = dict[Key, Choice]
+
+_SKIP = "skip="
 
 
 def entry_error(offer: Offer, what: str, hint: str = "") -> EntryError:
@@ -130,24 +146,21 @@ def compose(
     rivals: dict[Key, list[Offer]] = {}
     for offer in offers:
         key = _key(offer)
+        entry, outer = offer.entry, enclosing.get(key)
+        because = "" if entry.default else f"not replaced by default; write include=[{entry.name!r}]"
         if offer.plugin == BUILTIN:
-            because = (
-                ""
-                if offer.entry.default
-                else f"not replaced by default; write include=[{offer.entry.name!r}]"
-            )
             table.setdefault(key, Choice(offer, because))
-        elif key in enclosing and enclosing[key].offer.plugin is None:
-            continue  # a custom entry of the block around it
-        else:
+        elif outer is None or outer.offer.plugin is not None:  # a custom entry outside goes on
+            if outer is not None and outer.float_because.startswith(_SKIP):
+                because = outer.float_because
             rivals.setdefault(key, []).append(offer)
-            table[key] = Choice(offer, "" if offer.entry.default else "not replaced by default")
+            table[key] = Choice(offer, because)
 
     for key in _matching(table, include, "include"):
         table[key] = attrs.evolve(table[key], float_because="")
     skipped = _matching(table, skip, "skip")
     for key, pattern in skipped.items():
-        table[key] = attrs.evolve(table[key], float_because=f"skip={pattern!r}")
+        table[key] = attrs.evolve(table[key], float_because=f"{_SKIP}{pattern!r}")
     given = _customized(custom)
     table.update(given)
 
@@ -245,11 +258,45 @@ def _demand_module(offer: Offer) -> None:
         raise entry_error(offer, f"there is no module {root!r}", near_misses(name, sys.modules))
 
 
-def replaced_slots(table: Table) -> dict[Slot, Choice]:
-    """The part of a table whose targets are imported."""
-    return {key: choice for key, choice in table.items() if isinstance(key, Slot)}
+# --- ready to use ------------------------------------------------------------------------------
 
 
-def pending_modules(table: Table) -> frozenset[str]:
-    """Names of the modules that targets of a table wait for."""
-    return frozenset(c.offer.entry.module_name for key, c in table.items() if not isinstance(key, Slot))
+def load(slot: Slot, choice: Choice) -> Choice:
+    """The choice with its replacement, if it has one and it is not there yet.
+
+    Raises:
+        EntryError: The replacement cannot be imported, or cannot take the target's place.
+    """
+    if choice.float_because or choice.replacement is not None:
+        return choice
+    return attrs.evolve(choice, replacement=load_checked(choice.offer, slot))
+
+
+def load_all(table: Table) -> Table:
+    """The table with the replacements of all targets that are imported."""
+    return {key: load(key, choice) if isinstance(key, Slot) else choice for key, choice in table.items()}
+
+
+def outermost(
+    offers: tuple[Offer, ...],
+    plugins: tuple[str, ...] | None,
+    skip: tuple[Pattern, ...],
+    include: tuple[Pattern, ...],
+) -> Table:
+    """The loaded table of a block with no block around it and no ``custom``; not to be changed.
+
+    It is remembered as long as the targets' names still mean the same classes and functions.
+    """
+    targets = tuple([vars(m).get(o.entry.name) if (m := o.entry.loaded_module()) else None for o in offers])
+    return _outermost(offers, plugins, skip, include, targets)
+
+
+@functools.lru_cache(maxsize=32)
+def _outermost(
+    offers: tuple[Offer, ...],
+    plugins: tuple[str, ...] | None,
+    skip: tuple[Pattern, ...],
+    include: tuple[Pattern, ...],
+    targets: tuple[Any, ...],
+) -> Table:
+    return load_all(compose({}, offers, plugins=plugins, skip=skip, include=include))

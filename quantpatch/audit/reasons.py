@@ -51,7 +51,7 @@ def reason_for(seen: Seen, targets: Targets) -> str:
         return f"{cls.__name__} was left float: it was skipped, or built outside a block{ask}"
     base = next((base for base in cls.__mro__ if base in targets), None)
     if base is not None:
-        own = " with a forward of its own" if cls.forward is not base.forward else ""
+        own = " with a forward of its own" if cls.forward is not getattr(base, "forward", None) else ""
         return f"{cls.__name__} is a subclass of {base.__name__}{own}, for which there is no entry"
     return f"a function called in the forward of {cls.__name__}, for which there is no entry"
 

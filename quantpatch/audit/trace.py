@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantpatch.audit.operations import PRESERVING, Product, products_of
+from quantpatch.modes import evaluating
 from quantpatch.quantizer import TensorQuantizer
 
 __all__ = ["Seen", "Trace", "trace"]
@@ -54,9 +54,9 @@ class Trace:
     opaque: set[str] = attrs.field(factory=set)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
@@ -122,17 +122,6 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, Tensor) or value.dim() == 0
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def trace(model: nn.Module, run: Callable[[], Any]) -> Trace:
     """Runs ``run`` with the model in eval mode, without gradients, and notes what it computes.
 
@@ -143,7 +132,7 @@ def trace(model: nn.Module, run: Callable[[], Any]) -> Trace:
     entered = register_module_forward_pre_hook(recorder.entered)
     left = register_module_forward_hook(recorder.left, always_call=True)
     try:
-        with _evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]), recorder:
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]), recorder:
             run()
     finally:
         entered.remove()

@@ -9,12 +9,21 @@ import pytest
 import torch
 from torch.ao.quantization import MinMaxObserver, MovingAverageMinMaxObserver, PerChannelMinMaxObserver
 
-from quantpatch.calibrators import BUILTIN_CALIBRATORS, MaxCalibrator, MovingAverageCalibrator
+from quantpatch.calibrators import (
+    BUILTIN_CALIBRATORS,
+    MaxCalibrator,
+    MovingAverageCalibrator,
+    PercentileCalibrator,
+)
 from quantpatch.errors import CalibrationError
 from quantpatch.formats import Integer
 
 INT8 = Integer(8)
 every_calibrator = pytest.mark.parametrize("kind", BUILTIN_CALIBRATORS.values(), ids=BUILTIN_CALIBRATORS)
+# Of the calibrators that share their statistics, the histogram, the cheapest.
+every_statistic = pytest.mark.parametrize(
+    "kind", [MaxCalibrator, MovingAverageCalibrator, PercentileCalibrator]
+)
 
 
 def batches(count: int = 3, shape: tuple[int, ...] = (4, 6, 5)) -> list[torch.Tensor]:
@@ -36,7 +45,7 @@ def test_the_builtin_calibrators_have_their_names():
 # Shapes.
 
 
-@every_calibrator
+@every_statistic
 @pytest.mark.parametrize(
     ("axis", "shape"),
     [
@@ -71,7 +80,7 @@ def test_a_scalar_tensor_is_data(kind):
     assert amax.item() == pytest.approx(2.0, rel=0.02)
 
 
-@every_calibrator
+@every_statistic
 def test_kept_axes_of_another_length_are_an_error(kind):
     calibrator = calibrated(kind, [torch.ones(4, 3)], 0)
     before = calibrator.compute_amax()
@@ -80,13 +89,13 @@ def test_kept_axes_of_another_length_are_an_error(kind):
     assert torch.equal(calibrator.compute_amax(), before)
 
 
-@every_calibrator
+@every_statistic
 def test_other_axes_may_change_their_length(kind):
     calibrator = calibrated(kind, [torch.ones(2, 4), torch.ones(5, 4)], 1)
     assert calibrator.compute_amax().shape == (1, 4)
 
 
-@every_calibrator
+@every_statistic
 def test_a_tensor_without_the_kept_axis_is_an_error(kind):
     calibrator = kind(INT8, 2)
     with pytest.raises(CalibrationError, match="no axis 2 to keep"):
@@ -97,7 +106,7 @@ def test_a_tensor_without_the_kept_axis_is_an_error(kind):
 # Values.
 
 
-@every_calibrator
+@every_statistic
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("axis", [None, 0])
 def test_values_that_are_not_finite_are_counted_in_an_error_and_not_collected(kind, bad, axis):
@@ -111,7 +120,7 @@ def test_values_that_are_not_finite_are_counted_in_an_error_and_not_collected(ki
     assert torch.equal(calibrator.compute_amax(), before)
 
 
-@every_calibrator
+@every_statistic
 def test_a_first_batch_that_is_not_finite_leaves_no_data(kind):
     calibrator = kind(INT8)
     with pytest.raises(CalibrationError, match="1 of the 1 values of batch 1"):
@@ -119,7 +128,7 @@ def test_a_first_batch_that_is_not_finite_leaves_no_data(kind):
     assert not calibrator.saw_data
 
 
-@every_calibrator
+@every_statistic
 def test_a_float64_value_beyond_float32_is_an_error(kind):
     with pytest.raises(CalibrationError, match="infinite in float32"):
         kind(INT8).collect(torch.tensor([1e300], dtype=torch.float64))
@@ -134,7 +143,7 @@ def test_the_largest_and_the_smallest_floats_are_taken(kind):
     assert tiny.item() == torch.tensor(1e-45).item()
 
 
-@every_calibrator
+@every_statistic
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
 def test_other_dtypes_give_what_their_float32_values_give(kind, dtype):
     data = [(10 * x).to(dtype) for x in batches()]
@@ -148,7 +157,7 @@ def test_zeros_alone_give_zero(kind):
     assert calibrated(kind, [torch.zeros(3, 4)], 0).compute_amax().tolist() == [[0.0]] * 3
 
 
-@every_calibrator
+@every_statistic
 @pytest.mark.parametrize(
     "layout",
     [
@@ -217,7 +226,7 @@ def test_the_range_is_a_tensor_of_its_own_and_computing_it_consumes_nothing(kind
     assert torch.equal(second, expected)
 
 
-@every_calibrator
+@every_statistic
 @pytest.mark.parametrize("axis", [None, 0])
 def test_a_collected_tensor_may_change_afterwards(kind, axis):
     x = batches()[0]
@@ -227,7 +236,7 @@ def test_a_collected_tensor_may_change_afterwards(kind, axis):
     assert torch.equal(calibrator.compute_amax(), expected)
 
 
-@every_calibrator
+@every_statistic
 def test_collecting_leaves_the_tensor_alone(kind):
     x = batches()[0]
     expected = x.clone()
@@ -244,7 +253,7 @@ def test_gradients_are_neither_kept_nor_made(kind):
     assert torch.is_grad_enabled()
 
 
-@every_calibrator
+@every_statistic
 @pytest.mark.parametrize("axis", [None, 0])
 def test_inference_mode_may_come_and_go_between_batches(kind, axis):
     calibrator = kind(INT8, axis)
@@ -286,7 +295,7 @@ def test_without_other_processes_there_is_nothing_to_synchronize(kind):
     kind(INT8).synchronize()
 
 
-@every_calibrator
+@every_statistic
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("axis", [None, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

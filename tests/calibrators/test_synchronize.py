@@ -22,6 +22,7 @@ from quantpatch.errors import CalibrationError
 from quantpatch.formats import Integer
 
 RANKS = 2
+KINDS = ("max", "moving_average", "entropy")  # one of each kind of statistics
 AXES = (None, 0)
 
 
@@ -76,7 +77,7 @@ def run_rank(rank: int, folder: str) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     results: dict[object, object] = {}
-    for kind in BUILTIN_CALIBRATORS:
+    for kind in KINDS:
         for axis in AXES:
             for case in CASES:
                 calibrator = collected(kind, axis, data(case)[rank])
@@ -127,7 +128,7 @@ def assert_same(actual, expected):
         assert torch.equal(torch.as_tensor(actual[name]), torch.as_tensor(value)), name
 
 
-@pytest.mark.parametrize("kind", [k for k in BUILTIN_CALIBRATORS if k != "moving_average"])
+@pytest.mark.parametrize("kind", ["max", "entropy"])
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("case", CASES)
 def test_every_rank_has_what_one_process_that_saw_everything_has(ranks, kind, axis, case):

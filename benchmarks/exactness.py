@@ -1,0 +1,86 @@
+"""Counts values on which fake quantization and ONNX Runtime differ by a bit; the count must be 0.
+
+Run it with ``python -m benchmarks.exactness [values]``; 10**8 values by default. The graph is
+``QuantizeLinear`` then ``DequantizeLinear`` with graph optimizations off.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from onnx import TensorProto, helper
+
+from quantpatch.fake_quant import fake_quantize
+from quantpatch.formats import BUILTIN_FORMATS
+
+CHUNK = 5 * 10**6
+CASES = [
+    (name, amax)
+    for amax in (1.0, 2.7182817, 1e-6, 6.5e4, 3.3e-37)
+    for name in ("int8", "uint8", "int4", "uint4")
+]
+
+
+def session(name: str) -> onnxruntime.InferenceSession:
+    """A graph that quantizes to ``name`` and back."""
+    zero = helper.make_tensor("zero", getattr(TensorProto, name.upper()), [], [0])
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n"]) for n in "xy")
+    scale = helper.make_tensor_value_info("scale", TensorProto.FLOAT, [])
+    graph = helper.make_graph(nodes, "qdq", [x, scale], [y], [zero])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def values(scale: np.float32, high: float, count: int, rng: np.random.Generator) -> Any:
+    """A third each: all bit patterns, ties and their neighbours, a normal sample."""
+    third = count // 3
+    patterns = rng.integers(0, 2**32, third, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    patterns = np.where(np.isnan(patterns), np.float32(np.inf), patterns)
+    span = int(2 * high) + 4
+    ties = (rng.integers(-span, span, third) / 2).astype(np.float32) * scale
+    towards = rng.choice(np.array([-np.inf, 0, np.inf], np.float32), third)
+    ties = np.where(towards == 0, ties, np.nextafter(ties, towards))
+    normal = rng.standard_normal(count - 2 * third, dtype=np.float32) * np.float32(scale * high / 3)
+    return np.concatenate([patterns, ties, normal])
+
+
+def mismatches(total: int = 10**8) -> dict[str, tuple[int, int]]:
+    """Values compared and values that differ, by case."""
+    rng = np.random.default_rng(0)
+    counts = {}
+    for name, amax in CASES:
+        number_format, runtime = BUILTIN_FORMATS[name], session(name)
+        range_ = torch.tensor(amax)
+        scale = (range_ / number_format.max).numpy()
+        wanted, differing = -(-total // len(CASES)), 0
+        for start in range(0, wanted, CHUNK):
+            x = values(np.float32(scale), number_format.max, min(CHUNK, wanted - start), rng)
+            theirs = runtime.run(None, {"x": x, "scale": scale})[0]
+            ours = fake_quantize(torch.from_numpy(x), range_, number_format).numpy()
+            differing += int((ours.view(np.int32) != theirs.view(np.int32)).sum())
+        counts[f"{name}, amax {amax:g}"] = (wanted, differing)
+    return counts
+
+
+def main() -> None:
+    counts = mismatches(int(float(sys.argv[1])) if len(sys.argv) > 1 else 10**8)
+    for case, (compared, differing) in counts.items():
+        print(f"{case:24s} {compared:12,d} values {differing:10,d} mismatches")
+    compared, differing = (sum(column) for column in zip(*counts.values(), strict=True))
+    print(f"{'together':24s} {compared:12,d} values {differing:10,d} mismatches")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""Where quantization hurts: layer against layer, and layer by layer."""
+
+from quantpatch.analysis.compare import ComparisonReport, ComparisonRow, compare
+from quantpatch.analysis.sensitivity import SensitivityReport, SensitivityRow, sensitivity
+
+__all__ = [
+    "ComparisonReport",
+    "ComparisonRow",
+    "SensitivityReport",
+    "SensitivityRow",
+    "compare",
+    "sensitivity",
+]

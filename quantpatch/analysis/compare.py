@@ -1,0 +1,173 @@
+"""``compare``: how far each quantized layer's output is from the float model's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import attrs
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from quantpatch.calibration import run_batch
+from quantpatch.errors import ComparisonError
+from quantpatch.layers.base import QuantizedLayer
+from quantpatch.modes import evaluating
+from quantpatch.report.render import as_text
+
+__all__ = ["ComparisonReport", "ComparisonRow", "compare"]
+
+
+@attrs.frozen
+class ComparisonRow:
+    """A layer's output, quantized against float.
+
+    Attributes:
+        layer: Qualified name.
+        kind: Class of the quantized layer.
+        sqnr: Signal-to-quantization-noise ratio in dB, ``10 log10(sum(f^2) / sum((f - q)^2))`` over all
+            batches; infinite if there is no difference.
+        cosine: Cosine of the angle between the two outputs, 1 if they point the same way.
+    """
+
+    layer: str
+    kind: str
+    sqnr: float
+    cosine: float
+
+
+@attrs.frozen
+class ComparisonReport:
+    """What ``compare`` found, worst layer first; prints as a table."""
+
+    rows: tuple[ComparisonRow, ...]
+
+    def to_json(self) -> str:
+        """The same as JSON; an infinite ratio is null."""
+        rows = [
+            {**attrs.asdict(row), "sqnr": row.sqnr if math.isfinite(row.sqnr) else None} for row in self.rows
+        ]
+        return json.dumps({"rows": rows}, indent=2)
+
+    def __rich__(self) -> Table:
+        table = Table(title="Quantized against float, worst first")
+        table.add_column("layer", overflow="fold")
+        table.add_column("kind")
+        table.add_column("SQNR (dB)", justify="right")
+        table.add_column("cosine", justify="right")
+        for row in self.rows:
+            table.add_row(row.layer or "(model)", row.kind, f"{row.sqnr:.1f}", f"{row.cosine:.5f}")
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+@attrs.define
+class _Sums:
+    """Running sums over all outputs of a layer, in float64."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    product: float = 0.0
+    other: float = 0.0
+
+    def add(self, expected: Tensor, got: Tensor) -> None:
+        f, q = expected.double(), got.double()
+        self.signal += f.square().sum().item()
+        self.noise += (f - q).square().sum().item()
+        self.product += (f * q).sum().item()
+        self.other += q.square().sum().item()
+
+    def sqnr(self) -> float:
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+    def cosine(self) -> float:
+        norms = math.sqrt(self.signal * self.other)
+        if norms:
+            return self.product / norms
+        return 1.0 if self.noise == 0 else 0.0
+
+
+def compare(float_model: nn.Module, quantized_model: nn.Module, data: Iterable[Any]) -> ComparisonReport:
+    """Runs two models side by side and compares what each quantized layer puts out.
+
+    Each layer gets the input that its own model makes, so errors of the layers before are in it.
+
+    Args:
+        float_model: The reference.
+        quantized_model: A model with the same layer names.
+        data: Batches, as ``calibrate`` takes them.
+
+    Returns:
+        A row for each quantized layer that ran, worst first.
+
+    Raises:
+        ComparisonError: The models have no layer in common, there is no batch, or a layer's outputs
+            have different shapes.
+    """
+    references = dict(float_model.named_modules())
+    layers = {
+        name: module
+        for name, module in quantized_model.named_modules()
+        if isinstance(module, QuantizedLayer) and isinstance(module, nn.Module) and name in references
+    }
+    if not layers:
+        raise ComparisonError(
+            f"{type(quantized_model).__name__} has no quantized layer by a name that "
+            f"{type(float_model).__name__} has; compare a model with its own quantized version"
+        )
+    sums = {name: _Sums() for name in layers}
+    ran: set[str] = set()
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(float_model))
+        stack.enter_context(evaluating(quantized_model))
+        expected: dict[str, list[Tensor]] = {}
+        got: dict[str, list[Tensor]] = {}
+        for name, layer in layers.items():
+            stack.callback(references[name].register_forward_hook(_keep(expected, name)).remove)
+            stack.callback(layer.register_forward_hook(_keep(got, name)).remove)
+        with torch.no_grad():
+            for batch in data:
+                expected.clear()
+                got.clear()
+                run_batch(float_model, batch)
+                run_batch(quantized_model, batch)
+                for name in got:
+                    ran.add(name)
+                    _add_all(name, sums[name], expected.get(name, []), got[name])
+    if not ran:
+        raise ComparisonError("the data holds no batch that reaches a quantized layer")
+    rows = [
+        ComparisonRow(name, type(layers[name]).__name__, sums[name].sqnr(), sums[name].cosine())
+        for name in layers
+        if name in ran
+    ]
+    return ComparisonReport(tuple(sorted(rows, key=lambda row: (row.sqnr, row.layer))))
+
+
+def _keep(kept: dict[str, list[Tensor]], name: str) -> Callable[[Any, Any, Any], None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        first = next((t for t in tree_leaves(output) if isinstance(t, Tensor)), None)
+        if first is not None:
+            kept.setdefault(name, []).append(first.detach())
+
+    return hook
+
+
+def _add_all(name: str, sums: _Sums, expected: list[Tensor], got: list[Tensor]) -> None:
+    if len(expected) != len(got) or any(f.shape != q.shape for f, q in zip(expected, got, strict=True)):
+        raise ComparisonError(
+            f"layer {name!r} ran {len(expected)} times with outputs of shapes "
+            f"{[tuple(t.shape) for t in expected]} in the float model, and {len(got)} times with "
+            f"{[tuple(t.shape) for t in got]} in the quantized one"
+        )
+    for f, q in zip(expected, got, strict=True):
+        sums.add(f, q)

@@ -1,0 +1,98 @@
+"""``compare``: signal-to-noise of each layer's output."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import quantpatch as qp
+from quantpatch.errors import ComparisonError
+
+
+def pair(recipe="int8"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    twin = copy.deepcopy(model)
+    qp.convert(twin, recipe=recipe)
+    return model, twin
+
+
+DATA = list(torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1)))
+
+
+def test_the_ratio_is_that_of_the_outputs_over_all_batches():
+    model, twin = pair()
+    with torch.no_grad():
+        f, q = (torch.cat([m[0](x) for x in DATA]).double() for m in (model, twin))
+    row = next(row for row in qp.compare(model, twin, DATA).rows if row.layer == "0")
+    assert row.sqnr == pytest.approx(10 * math.log10(f.square().sum() / (f - q).square().sum()))
+    assert row.cosine == pytest.approx(torch.cosine_similarity(f.flatten(), q.flatten(), dim=0).item())
+
+
+def test_fewer_bits_have_a_lower_ratio_and_the_worst_layer_comes_first():
+    rows8 = qp.compare(*pair("int8"), DATA).rows
+    rows4 = qp.compare(*pair("int4"), DATA).rows
+    assert max(row.sqnr for row in rows4) < min(row.sqnr for row in rows8)
+    assert [row.sqnr for row in rows4] == sorted(row.sqnr for row in rows4)
+
+
+def test_disabled_quantizers_make_no_difference():
+    model, twin = pair()
+    for module in twin.modules():
+        if isinstance(module, qp.TensorQuantizer):
+            module.disable()
+    assert all((r.sqnr, r.cosine) == (math.inf, pytest.approx(1)) for r in qp.compare(model, twin, DATA).rows)
+
+
+def test_layers_that_return_several_values_are_compared_by_the_first():
+    model = nn.Sequential(nn.LSTM(6, 4))
+    twin = copy.deepcopy(model)
+    qp.convert(twin)
+    (row,) = qp.compare(model, twin, DATA).rows
+    assert 10 < row.sqnr < 80
+
+
+def test_modes_and_hooks_are_as_before():
+    model, twin = pair()
+    twin[0].eval()
+    qp.compare(model, twin, DATA)
+    assert (model.training, twin.training, twin[0].training) == (True, True, False)
+    assert not any(m._forward_hooks for m in (*model.modules(), *twin.modules()))
+
+
+def test_json_has_no_infinity():
+    model, twin = pair()
+    twin[0].input_quantizer.disable()
+    twin[0].weight_quantizer.disable()
+    rows = json.loads(qp.compare(model, twin, DATA).to_json())["rows"]
+    assert {row["layer"]: row["sqnr"] for row in rows}["0"] is None
+
+
+def test_it_prints_every_layer():
+    text = str(qp.compare(*pair(), DATA))
+    assert text.count("QuantLinear") == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "data", "message"),
+    [
+        (nn.Linear(1, 1), DATA, "no quantized layer by a name"),
+        (None, [], "no batch"),
+    ],
+)
+def test_nothing_to_compare_is_an_error(other, data, message):
+    model, twin = pair()
+    with pytest.raises(ComparisonError, match=message):
+        qp.compare(other or model, twin, data)
+
+
+def test_models_of_different_shape_are_an_error_that_names_the_layer():
+    _, twin = pair()
+    other = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+    with pytest.raises(ComparisonError, match=r"layer '0' ran 1 times.*\(5, 9\).*\(5, 8\)"):
+        qp.compare(other, twin, DATA)

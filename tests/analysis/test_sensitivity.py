@@ -1,0 +1,108 @@
+"""``sensitivity``: one layer at a time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import quantpatch as qp
+from quantpatch.analysis import SensitivityReport, SensitivityRow
+from quantpatch.errors import ComparisonError
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    with qp.quantize_modules():
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+def on(model):
+    """Which layers are quantized, as a number: layer 1 costs most, then layer 0."""
+    costs = {"0": 0.2, "1": 0.5, "2": 0.0}
+    return sum(costs[name] for name, m in model.named_children() if not m.input_quantizer.disabled)
+
+
+def metric(model):
+    return 1.0 - on(model)
+
+
+def test_each_layer_is_quantized_alone_and_the_costliest_comes_first(model):
+    report = qp.sensitivity(model, metric)
+    assert (report.float_metric, report.quantized_metric) == (1.0, pytest.approx(0.3))
+    assert [(r.layer, pytest.approx(r.loss)) for r in report.rows] == [("1", 0.5), ("0", 0.2), ("2", 0.0)]
+
+
+def test_or_each_is_float_alone(model):
+    report = qp.sensitivity(model, metric, mode="float_one")
+    assert [(r.layer, pytest.approx(r.metric)) for r in report.rows] == [("1", 0.8), ("0", 0.5), ("2", 0.3)]
+    assert [pytest.approx(r.loss) for r in report.rows] == [0.5, 0.2, 0.0]
+
+
+def test_a_quantizer_that_was_disabled_stays_out_of_it(model):
+    model[1].input_quantizer.disable()
+    model[1].weight_quantizer.disable()
+    report = qp.sensitivity(model, metric)
+    assert [row.layer for row in report.rows] == ["0", "2"]
+    assert model[1].input_quantizer.disabled
+    assert not model[0].input_quantizer.disabled
+
+
+def test_quantizers_are_as_before_when_evaluate_raises(model):
+    def fail(m):
+        if not m[1].input_quantizer.disabled and m[0].input_quantizer.disabled:
+            raise KeyError("stop")
+        return 0.0
+
+    with pytest.raises(KeyError):
+        qp.sensitivity(model, fail)
+    assert not any(q.disabled for q in model.modules() if isinstance(q, qp.TensorQuantizer))
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(model, tmp_path):
+    path, calls = tmp_path / "results.json", []
+
+    def interrupted(m):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return metric(m)
+
+    with pytest.raises(KeyboardInterrupt):
+        qp.sensitivity(model, interrupted, resume=path)
+    again = []
+    report = qp.sensitivity(model, lambda m: again.append(1) or metric(m), resume=path)
+    assert len(calls) + len(again) == 5
+    assert report == qp.sensitivity(model, metric)
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"mode": "float_one", "results": {}}'])
+def test_a_file_of_something_else_is_an_error(model, tmp_path, text):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ComparisonError, match=r"results\.json"):
+        qp.sensitivity(model, metric, resume=path)
+    assert path.read_text() == text
+
+
+def test_a_float_model_is_an_error():
+    with pytest.raises(ComparisonError, match="no quantized layer"):
+        qp.sensitivity(nn.Linear(1, 1), metric)
+
+
+def test_the_recommendation_leaves_the_costliest_float_until_the_rest_is_cheap_enough():
+    rows = tuple(SensitivityRow(name, 0.0, loss) for name, loss in [("a", 0.5), ("b", 0.2), ("c", -0.1)])
+    report = SensitivityReport("quantize_one", 1.0, 0.3, rows)
+    assert report.keep_float(1.0) == ()
+    assert report.keep_float(0.3) == ("a",)
+    assert report.keep_float(0.1) == ("a", "b")
+
+
+def test_it_prints_and_is_json(model):
+    report = qp.sensitivity(model, metric)
+    assert "all quantized 0.3" in str(report)
+    assert json.loads(report.to_json())["rows"][0]["layer"] == "1"

@@ -1,0 +1,327 @@
+"""``audit``: every product that runs is seen, and what was float is explained."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import quantpatch as qp
+from quantpatch.errors import CoverageError
+
+
+def reasons(report):
+    return {(row.module, row.operation): row.reason for row in report.rows if not row.quantized}
+
+
+def quantized(*layers, **settings):
+    model = nn.Sequential(*layers)
+    qp.convert(model, **settings)
+    return model
+
+
+class Wrapped(nn.Module):
+    """A module with a forward of the test's own."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self._run = forward
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, *args, **kwargs):
+        return self._run(self, *args, **kwargs)
+
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_model_of_quantized_layers_is_covered_whole():
+    model = quantized(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    report = qp.audit(model, IMAGES)
+    assert report.share == 1.0
+    assert report.unreached == ()
+    assert [row.operands for row in report.rows] == [
+        (("input", "0.input_quantizer"), ("weight", "0.weight_quantizer")),
+        (("left", "4.input_quantizer"), ("right", "4.weight_quantizer")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: nn.Linear(6, 5), (3, 6)),
+        (lambda: nn.Conv1d(4, 6, 3, groups=2, stride=2), (2, 4, 9)),
+        (lambda: nn.Conv2d(3, 4, 3, dilation=2), (2, 3, 8, 8)),
+        (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2), (2, 3, 5, 5)),
+    ],
+)
+def test_multiply_accumulates_are_half_of_torchs_own_count_of_operations(build, shape):
+    layer, x = build(), torch.randn(shape)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    qp.convert(layer)
+    assert qp.audit(layer, x).macs == counter.get_total_flops() // 2
+
+
+def test_a_float_model_has_a_share_of_zero_and_says_that_it_was_left_float():
+    report = qp.audit(nn.Sequential(nn.Linear(2, 2)), torch.randn(1, 2))
+    assert report.share == 0.0
+    assert "left float" in reasons(report)["0", "matrix product"]
+
+
+def test_the_share_weighs_multiply_accumulates_not_layers():
+    model = quantized(nn.Linear(4, 12), nn.Linear(12, 1), skip=[])
+    model[1].weight_quantizer.disable()
+    assert qp.audit(model, torch.randn(2, 4)).share == pytest.approx(48 / 60)
+
+
+@pytest.mark.parametrize("operand", ["input", "weight"])
+def test_a_disabled_quantizer_is_named(operand):
+    model = quantized(nn.Linear(4, 4))
+    model[0].quantizer(operand).disable()
+    report = qp.audit(model, torch.randn(2, 4))
+    assert reasons(report)["0", "matrix product"] == f"{operand}_quantizer of QuantLinear is switched off"
+    assert report.share == 0.0
+
+
+def test_an_operand_that_the_recipe_leaves_float_is_named():
+    model = quantized(nn.Linear(4, 4), recipe="int8-weight-only")
+    assert "no quantizer for left" in reasons(qp.audit(model, torch.randn(2, 4)))["0", "matrix product"]
+
+
+def test_a_functional_call_is_found_in_its_module_with_code_to_paste():
+    model = Wrapped(
+        lambda self, x: F.linear(self.fc(x), self.extra.weight), fc=nn.Linear(4, 4), extra=nn.Linear(4, 4)
+    )
+    qp.convert(model)
+    report = qp.audit(model, torch.randn(2, 4))
+    assert "a function called in the forward of Wrapped" in reasons(report)["", "matrix product"]
+    assert report.unreached == ("extra.input_quantizer", "extra.weight_quantizer")
+    (name, code) = report.to_paste[0]
+    assert name.endswith("Wrapped")
+    assert "class QuantWrapped(quantpatch.QuantizedLayer, Wrapped)" in code
+
+
+def test_a_subclass_is_named_with_its_base():
+    class Mine(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = nn.Sequential(Mine(4, 4), nn.Linear(4, 4))
+    qp.convert(model)
+    report = qp.audit(model, torch.randn(2, 4))
+    assert "Mine is a subclass of Linear with a forward of its own" in reasons(report)["0", "matrix product"]
+    assert "weights = {'weight': 0}" in dict(report.to_paste).popitem()[1]
+
+
+def test_the_pasted_code_covers_the_class():
+    class Mine(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = nn.Sequential(Mine(4, 4))
+    code = dict(qp.audit(model, torch.randn(2, 4)).to_paste).popitem()[1]
+    namespace = {"quantpatch": qp, "Mine": Mine}
+    exec(code.partition("\n\n")[0], namespace)
+    model[0].__class__ = namespace["QuantMine"]
+    model[0].add_quantizers(qp.Recipe(name="int8"))
+    assert qp.audit(model, torch.randn(2, 4)).share == 1.0
+
+
+def test_torchs_fast_path_is_seen_for_what_it_is():
+    class Mine(nn.TransformerEncoderLayer):  # a subclass, so that no entry for the class itself applies
+        pass
+
+    model = nn.Sequential(Mine(8, 2, 16, batch_first=True))
+    qp.convert(model)
+    report = qp.audit(model, torch.randn(2, 5, 8))
+    (row,) = report.rows
+    assert row.operation == "transformer layer in one piece"
+    assert row.macs == 10 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 10 * 5 * 8
+    assert "fast path" in row.reason
+    assert report.share == 0.0
+    assert "0.linear1.weight_quantizer" in report.unreached
+
+
+def test_values_that_are_only_moved_stay_quantized():
+    def forward(self, x):
+        q = self.quantizer(x)
+        left = q.reshape(2, 2, 6).transpose(1, 2).contiguous()[:, 1:]
+        right = torch.cat([q.view(2, 12), q.view(2, 12)], dim=1).chunk(2, dim=1)[0].view(2, 2, 6)
+        return (left * 0.5) @ right.relu().clone()
+
+    model = Wrapped(forward, quantizer=qp.TensorQuantizer())
+    assert qp.audit(model, torch.randn(2, 12)).share == 1.0
+
+
+@pytest.mark.parametrize("spoil", [torch.sigmoid, lambda t: t + 1, lambda t: t * t])
+def test_values_that_are_computed_anew_are_float_again(spoil):
+    model = Wrapped(
+        lambda self, x: spoil(self.quantizer(x)) @ self.quantizer(x), quantizer=qp.TensorQuantizer()
+    )
+    (row,) = qp.audit(model, torch.randn(3, 3)).rows
+    assert row.operands == (("left", None), ("right", "quantizer"))
+
+
+def test_attention_counts_scores_and_output_apart():
+    def forward(self, q, k, v):
+        return F.scaled_dot_product_attention(self.q(q), self.k(k), v)
+
+    model = Wrapped(forward, q=qp.TensorQuantizer(), k=qp.TensorQuantizer())
+    q, k, v = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 4)
+    scores, output = qp.audit(model, q, k, v).rows
+    assert (scores.macs, scores.quantized) == (2 * 5 * 7 * 8, True)
+    assert output.macs == 2 * 5 * 7 * 4
+    assert not output.quantized
+
+
+def test_a_recurrent_layer_tells_its_hidden_state_from_its_input():
+    model = quantized(nn.LSTM(4, 8))
+    report = qp.audit(model, torch.randn(5, 2, 4))
+    rows = {row.operation: row for row in report.rows}
+    assert rows["recurrent input"].quantized
+    assert rows["recurrent input"].macs == 5 * 2 * 32 * 4
+    assert rows["recurrent state"].operands[0] == ("hidden", None)
+
+
+def test_keywords_several_inputs_dict_outputs_and_tied_weights():
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+
+    def forward(self, x, *, scale):
+        return {"a": self.first(x) * scale, "b": [self.second(x)]}
+
+    model = Wrapped(forward, first=first, second=second)
+    qp.convert(model)
+    report = qp.audit(model, torch.randn(2, 4), scale=2.0)
+    assert report.share == 1.0
+    assert [row.module for row in report.rows] == ["first", "second"]
+
+
+def test_a_layer_that_runs_twice_is_one_row_with_two_calls():
+    model = Wrapped(lambda self, x: self.fc(self.fc(x)), fc=nn.Linear(4, 4))
+    qp.convert(model)
+    (row,) = qp.audit(model, torch.randn(2, 4)).rows
+    assert (row.calls, row.macs) == (2, 2 * 2 * 16)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_works(use_reentrant):
+    model = Wrapped(lambda self, x: checkpoint(self.fc, x, use_reentrant=use_reentrant), fc=nn.Linear(4, 4))
+    qp.convert(model)
+    assert qp.audit(model, torch.randn(2, 4, requires_grad=True)).share == 1.0
+
+
+def test_a_compiled_model_is_looked_into():
+    model = quantized(nn.Linear(4, 4))
+    assert qp.audit(torch.compile(model, backend="eager"), torch.randn(2, 4)).share == 1.0
+
+
+def test_weights_cached_by_an_earlier_run_count_as_quantized():
+    model = quantized(nn.Linear(4, 4)).eval()
+    with torch.no_grad():
+        model(torch.randn(2, 4))
+        model(torch.randn(2, 4))
+    assert qp.audit(model, torch.randn(2, 4)).share == 1.0
+
+
+def test_custom_operators_are_named_because_nobody_can_look_into_them():
+    with torch.library._scoped_library("quantpatch_test", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x * 2, "CPU")
+        model = Wrapped(lambda self, x: self.fc(torch.ops.quantpatch_test.twice(x)), fc=nn.Linear(4, 4))
+        qp.convert(model)
+        assert qp.audit(model, torch.randn(2, 4)).opaque == ("quantpatch_test::twice",)
+
+
+# --- the model is as before -------------------------------------------------------------------------
+
+
+def state_of(model):
+    hooks = torch.nn.modules.module
+    return (
+        [m.training for m in model.modules()],
+        {k: v.clone() for k, v in model.state_dict().items()},
+        len(hooks._global_forward_hooks),
+        len(hooks._global_forward_pre_hooks),
+        torch.get_rng_state(),
+    )
+
+
+def same(left, right):
+    return (
+        left[0] == right[0]
+        and left[2:4] == right[2:4]
+        and torch.equal(left[4], right[4])
+        and all(torch.equal(value, right[1][key]) for key, value in left[1].items())
+    )
+
+
+def test_modes_statistics_hooks_and_random_state_are_as_before():
+    model = quantized(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    model[1].eval()
+    before = state_of(model)
+    qp.audit(model, IMAGES)
+    assert same(before, state_of(model))
+
+
+def test_a_forward_that_raises_leaves_everything_as_before():
+    def forward(self, x):
+        self.fc(x)
+        raise KeyError("inside")
+
+    model = Wrapped(forward, fc=nn.Linear(4, 4)).train()
+    qp.convert(model)
+    x = torch.randn(2, 4)
+    before = state_of(model)
+    with pytest.raises(KeyError, match="inside"):
+        qp.audit(model, x)
+    assert same(before, state_of(model))
+
+
+def test_a_module_whose_exception_is_caught_does_not_confuse_the_rest():
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise ValueError
+
+    def forward(self, x):
+        with contextlib.suppress(ValueError):
+            self.fails(x)
+        return self.fc(x) @ x.T
+
+    model = Wrapped(forward, fails=Fails(), fc=nn.Linear(4, 4))
+    qp.convert(model)
+    assert [row.module for row in qp.audit(model, torch.randn(2, 4)).rows] == ["fc", ""]
+
+
+# --- the report --------------------------------------------------------------------------------------
+
+
+def test_a_minimum_that_is_not_met_raises_with_the_report_and_the_largest_culprit():
+    model = quantized(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].input_quantizer.disable()
+    with pytest.raises(CoverageError, match=r"50\.0%.*at least 95\.0%.*'1'.*switched off") as caught:
+        qp.audit(model, torch.randn(2, 4), minimum=0.95)
+    assert caught.value.report.share == 0.5
+    assert qp.audit(model, torch.randn(2, 4), minimum=0.5).share == 0.5
+
+
+def test_it_prints_as_a_table_and_as_json():
+    model = quantized(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].input_quantizer.disable()
+    report = qp.audit(model, torch.randn(2, 4))
+    assert "50.0% of 64 multiply-accumulates" in str(report)
+    data = json.loads(report.to_json())
+    assert data["share"] == 0.5
+    assert len(data["rows"]) == 2
+
+
+def test_a_model_that_multiplies_nothing_has_a_share_of_zero():
+    assert qp.audit(nn.Sequential(nn.ReLU()), torch.randn(2)).share == 0.0

@@ -1,0 +1,1 @@
+"""Speed and exactness, measured; each module runs with ``python -m benchmarks.<name>``."""

@@ -37,7 +37,7 @@ def interleaved_medians(functions: dict[str, Callable[[], Any]], rounds: int = R
 
 
 def _both_passes(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Callable[[], Any]:
-    # x is no leaf: then accumulating into .grad is not part of what is timed.
+    # Not .backward(): adding into .grad is no part of what is timed.
     x = x.detach().requires_grad_()
     return lambda: torch.autograd.grad(function(x), x, grad)
 

@@ -20,7 +20,8 @@ FAMILIES = {
         *(f"LazyConv{n}d" for n in (1, 2, 3)),
         *(f"LazyConvTranspose{n}d" for n in (1, 2, 3)),
     ),
-    "recurrent": ("LSTM", "LSTMCell"),
+    "recurrent": ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"),
+    "attention": ("MultiheadAttention", "TransformerEncoder"),
     "pooling": tuple(
         f"{kind}{n}d"
         for kind in ("AvgPool", "AdaptiveAvgPool", "MaxPool", "AdaptiveMaxPool")

@@ -11,10 +11,12 @@ import attrs
 from quantpatch.errors import DescriptorError
 from quantpatch.formats import Float, Integer, NumberFormat
 
-__all__ = ["CHANNEL", "Axis", "QuantDescriptor", "Recipe"]
+__all__ = ["CHANNEL", "REDUCTION", "Axis", "QuantDescriptor", "Recipe"]
 
 #: Stands in a descriptor for the axis of a layer's output channels, which each layer knows.
 CHANNEL: Literal["channel"] = "channel"
+#: The same for the axis that the layer's products sum over, which blocks run along.
+REDUCTION: Literal["reduction"] = "reduction"
 
 Axis = int | tuple[int, ...] | None
 
@@ -32,7 +34,7 @@ class QuantDescriptor:
             such as ``(4, 3)`` for FP8 E4M3. Not used when ``format`` is given.
         axis: Axes that are *kept*, with a range for each index along them; None is one range for the
             whole tensor, ``"channel"`` the layer's output channels. For formats in blocks: the axis
-            that blocks run along.
+            that blocks run along; ``"reduction"`` is the one that the layer's products sum over.
         unsigned: No negative values.
         narrow_range: Leave out the most negative integer, so that the grid is symmetric.
         amax: A range known beforehand, in the tensor's own units.
@@ -48,7 +50,9 @@ class QuantDescriptor:
     """
 
     num_bits: int | tuple[int, int] = 8
-    axis: int | tuple[int, ...] | Literal["channel"] | None = attrs.field(default=None, converter=_axis)
+    axis: int | tuple[int, ...] | Literal["channel", "reduction"] | None = attrs.field(
+        default=None, converter=_axis
+    )
     unsigned: bool = False
     narrow_range: bool = False
     amax: float | None = None
@@ -62,8 +66,10 @@ class QuantDescriptor:
 
     def __attrs_post_init__(self) -> None:
         axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        valid_axis = self.axis in (None, CHANNEL) or all(isinstance(axis, int) for axis in axes)
-        self._demand(valid_axis, "axis", "an int, a tuple of ints, 'channel' or None")
+        valid_axis = self.axis in (None, CHANNEL, REDUCTION) or (
+            len(axes) > 0 and all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes)
+        )
+        self._demand(valid_axis, "axis", "an int, a tuple of ints, 'channel', 'reduction' or None")
         for field in ("amax", "scale_amax"):
             value = getattr(self, field)
             good = value is None or (isinstance(value, (int, float)) and math.isfinite(value) and value > 0)
@@ -108,12 +114,23 @@ class QuantDescriptor:
 
     @property
     def kept_axes(self) -> Axis:
-        """``axis``, once a layer has filled in ``"channel"`` (before that: None)."""
-        return None if self.axis == CHANNEL else self.axis  # type: ignore[return-value]
+        """``axis``, once a layer has filled in ``"channel"`` or ``"reduction"`` (before that: None)."""
+        return None if isinstance(self.axis, str) else self.axis
+
+    def for_axes(self, channel: int | None, reduction: int | None) -> QuantDescriptor:
+        """This descriptor with ``"channel"`` and ``"reduction"`` replaced by a layer's axes.
+
+        Args:
+            channel: The axis of the output channels; None: one range for the tensor.
+            reduction: The axis that products sum over.
+        """
+        if self.axis == CHANNEL:
+            return _with_axis(self, channel)
+        return _with_axis(self, reduction) if self.axis == REDUCTION else self
 
     def for_channel_axis(self, axis: int | None) -> QuantDescriptor:
-        """This descriptor with ``"channel"`` replaced by a layer's axis (None: per tensor)."""
-        return _with_axis(self, axis) if self.axis == CHANNEL else self
+        """``for_axes`` of a weight whose first two axes are its channels: the other one is summed over."""
+        return self.for_axes(axis, 1 - axis if axis in (0, 1) else -1)
 
 
 @functools.lru_cache(maxsize=1024)

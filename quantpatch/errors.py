@@ -215,10 +215,11 @@ def near_misses(name: str, known: Iterable[str], limit: int = 3) -> str:
     names = list(known)
     if not names:
         return "There are none. "
-    wanted = name.lower()
-    spelled = {n.lower(): n for n in names} | {n.rsplit(".", 1)[-1].lower(): n for n in names}
-    close = difflib.get_close_matches(wanted, spelled, n=limit, cutoff=0.6)
-    close += [key for key in spelled if wanted and (wanted in key) and key not in close]
+    spelled = {n.lower(): n for n in names} | {n.rpartition(".")[2].lower(): n for n in names}
+    close: list[str] = []
+    for wanted in dict.fromkeys((name.lower(), name.rpartition(".")[2].lower())):
+        close += difflib.get_close_matches(wanted, spelled, n=limit, cutoff=0.6)
+        close += [key for key in spelled if wanted and wanted in key]
     found = list(dict.fromkeys(spelled[key] for key in close))[:limit]
     if found:
         return f"Did you mean {' or '.join(repr(n) for n in found)}? "

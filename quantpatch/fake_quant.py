@@ -262,12 +262,19 @@ class _RoundTrip(torch.autograd.Function):
 
 def _zero_outside(grad: Tensor, x: Tensor, amax: Tensor | None, *, unsigned: bool) -> Tensor:
     """``grad`` where x is in the range, ends included, else 0. NaN counts as inside."""
-    if _is_plain_cpu(x) and x.dtype == grad.dtype == torch.float32 and (amax is None or amax.numel() == 1):
-        # The cheapest mask on a CPU: one pass. Its ends are excluded, hence the neighbours of ours.
-        high = math.inf if amax is None else torch.nextafter(amax, amax.new_tensor(math.inf)).item()
-        low = -_SMALLEST if unsigned else -high
-        passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
-        return passed
+    if _is_plain_cpu(x) and x.dtype == grad.dtype == torch.float32:
+        # The cheapest masks on a CPU. Their ends are excluded, hence the neighbours of ours.
+        if amax is None or amax.numel() == 1:
+            high = math.inf if amax is None else torch.nextafter(amax, amax.new_tensor(math.inf)).item()
+            low = -_SMALLEST if unsigned else -high
+            passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
+            return passed
+        room = x.clone() if unsigned else x.abs()
+        torch.sub(amax, room, out=room)
+        if unsigned:
+            torch.minimum(room, x, out=room)
+        torch.ops.aten.threshold_backward.grad_input(grad, room, -_SMALLEST, grad_input=room)
+        return room
     values = x.float()
     if amax is None:
         return grad.masked_fill(values < 0, 0.0)

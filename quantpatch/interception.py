@@ -23,7 +23,10 @@ from contextvars import ContextVar
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
-__all__ = ["Activation", "Policy", "Slot", "current", "current_in_context", "lock", "start", "stop"]
+__all__ = ["Activation", "Policy", "Slot", "current", "current_in_context", "lock"]
+
+
+Hook = Callable[..., Any]
 
 
 class _Missing:
@@ -67,14 +70,15 @@ class Activation:
     __slots__ = ("__weakref__", "closed", "parent", "payload", "slots")
 
     def __init__(self, slots: Iterable[Slot], payload: Any) -> None:
-        self.slots: set[Slot] = set()
+        self.slots: list[Slot] = []
         self.payload = payload
         self.parent: Activation | None = None
         self.closed = False
         with lock:
             try:
                 for slot in slots:
-                    self.add(slot)
+                    slot.install()
+                    self.slots.append(slot)
             except BaseException:
                 self.close()
                 raise
@@ -84,12 +88,16 @@ class Activation:
         with lock:
             if not self.closed and slot not in self.slots:
                 slot.install()
-                self.slots.add(slot)
+                self.slots.append(slot)
 
     def enter(self) -> None:
         """Takes force in the current context (and those copied from it later)."""
         self.parent = current_in_context()
         _in_context.set(self)
+
+    def start(self) -> None:
+        """Takes force in every context that has no activation of its own."""
+        _process_wide.append(self)
 
     def close(self) -> list[Slot]:
         """Ends it everywhere, and takes out the hooks that nobody else needs.
@@ -101,6 +109,8 @@ class Activation:
             if self.closed:
                 return []
             self.closed = True
+            if self in _process_wide:
+                _process_wide.remove(self)
             displaced = [slot for slot in self.slots if not slot.uninstall()]
             Slot.sweep()
         if _in_context.get() is not None:
@@ -135,17 +145,6 @@ def current() -> Activation | None:
         return None
 
 
-def start(activation: Activation) -> None:
-    """Puts an activation in force in every context that has none of its own."""
-    _process_wide.append(activation)
-
-
-def stop(activation: Activation) -> list[Slot]:
-    """Undoes ``start``; returns what ``close`` returns."""
-    _process_wide.remove(activation)
-    return activation.close()
-
-
 def _is_within(slot: Slot, link: tuple[Slot, Any] | None) -> bool:
     while link is not None:
         if link[0] is slot:
@@ -162,20 +161,19 @@ class Slot(abc.ABC):
     """
 
     _all: weakref.WeakValueDictionary[tuple[int, str], Slot] = weakref.WeakValueDictionary()
-    _buried: set[Slot] = set()
+    # Hooks that somebody has written over, each with what it displaced. They live as long as somebody may
+    # write them back.
+    _lost: weakref.WeakKeyDictionary[Hook, tuple[Slot, Any]] = weakref.WeakKeyDictionary()
 
-    __slots__ = ("__weakref__", "_displaced", "_hook", "_users", "attribute", "owner", "target")
+    __slots__ = ("__weakref__", "_below", "_hook", "_users", "attribute", "owner", "target")
 
     def __init__(self, owner: Any, attribute: str, target: Any) -> None:
         self.owner = owner
         self.attribute = attribute
         self.target = target
         self._users = 0
-        # The hook put in last. Kept when it is out, since making one is most of the cost.
-        self._hook: FunctionType | None = None
-        # What each hook displaced. A hook that was written over lives as long as somebody may write it
-        # back, and is forgotten with it.
-        self._displaced: weakref.WeakKeyDictionary[FunctionType, Any] = weakref.WeakKeyDictionary()
+        self._hook: Hook | None = None  # kept when it is out, since making one is most of the cost
+        self._below: Any = None  # what the hook displaces
 
     @staticmethod
     def of(module: ModuleType, name: str) -> Slot:
@@ -198,15 +196,17 @@ class Slot(abc.ABC):
 
     def install(self) -> None:
         """Makes sure that a hook is in place, for one more user. The caller holds the lock."""
-        found = self._read()
-        if not self._is_hook(found):
-            # Nobody's yet, or somebody has written over ours since: one more on top does no harm.
-            hook = self._hook
-            if hook is None or self._displaced[hook] is not found:
+        found, hook = self._read(), self._hook
+        if hook is None or found is not hook:
+            if hook is not None and found is self._below and not self._users:
+                self._write(hook)
+            elif not self._is_lost(found):
+                # Nobody's yet, or somebody has written over ours since: one more on top does no harm.
+                if self._users:
+                    self._lose()
                 hook = self.make_hook(found)
-            self._write(hook)
-            self._hook = hook
-            self._displaced[hook] = found
+                self._write(hook)
+                self._hook, self._below = hook, found
         self._users += 1
 
     def uninstall(self) -> bool:
@@ -215,32 +215,33 @@ class Slot(abc.ABC):
         Returns:
             Whether a hook was still in place.
         """
-        in_place = self._is_hook(self._read())
+        found, hook = self._read(), self._hook
         self._users -= 1
-        if self._users == 0:
-            self._take_out()
+        if hook is not None and found is hook:
+            if not self._users:
+                self._write(self._below)
+            return True
+        in_place = self._is_lost(found)
+        if not self._users:
+            self._lose()
+            if in_place:
+                self._write(Slot._lost[found][1])
         return in_place
+
+    def _lose(self) -> None:
+        if self._hook is not None:
+            Slot._lost[self._hook] = self, self._below
+            self._hook = None
+
+    def _is_lost(self, found: Any) -> bool:
+        return type(found) is FunctionType and found in Slot._lost and Slot._lost[found][0] is self
 
     @classmethod
     def sweep(cls) -> None:
-        """Takes out every idle hook that was buried under somebody else's and has come up again."""
-        if cls._buried:
-            for slot in list(cls._buried):
-                if slot._users == 0:
-                    slot._take_out()
-
-    def _take_out(self) -> None:
-        last, seen_last = self._hook, False
-        while self._is_hook(found := self._read()):
-            self._write(self._displaced[found])
-            seen_last = seen_last or found is last
-        if not seen_last:
-            self._hook = None  # buried or gone; if it is gone, nothing else refers to it
-        buried = len(self._displaced) > (self._hook is not None)
-        (Slot._buried.add if buried else Slot._buried.discard)(self)
-
-    def _is_hook(self, found: Any) -> bool:
-        return type(found) is FunctionType and (found is self._hook or found in self._displaced)
+        """Takes out every idle hook that was under somebody else's and has come up again."""
+        for hook, (slot, below) in list(cls._lost.items()):
+            if not slot._users and slot._read() is hook:
+                slot._write(below)
 
     def _read(self) -> Any:
         return self.owner.__dict__.get(self.attribute, _MISSING)
@@ -250,7 +251,7 @@ class Slot(abc.ABC):
         """Raises TypeError, saying why, if the replacement cannot take the target's place."""
 
     @abc.abstractmethod
-    def make_hook(self, displaced: Any) -> FunctionType:
+    def make_hook(self, displaced: Any) -> Hook:
         """A hook that asks the current activation, and otherwise does what ``displaced`` does."""
 
     @abc.abstractmethod
@@ -262,14 +263,14 @@ def _shared_bases(first: type, second: type) -> set[type]:
     return (set(first.__mro__) & set(second.__mro__)) - {object}
 
 
-def _as_function(init: Any, target: type) -> Callable[..., None]:
+def _as_function(init: Any, target: Any) -> Callable[..., Any]:
     """What a class's own ``__init__`` (or its lack of one) does to an object, called with the object."""
     if type(init) is FunctionType:
         return init
 
-    def run(self: Any, /, *args: Any, **kwargs: Any) -> None:
+    def run(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         if init is _MISSING:
-            return super(target, self).__init__(*args, **kwargs)  # type: ignore[misc,no-any-return]
+            return super(target, self).__init__(*args, **kwargs)
         bind = getattr(type(init), "__get__", None)  # a mock, say, has none and does not get the object
         return (init if bind is None else bind(init, self, type(self)))(*args, **kwargs)
 
@@ -297,7 +298,7 @@ class _ClassSlot(Slot):
             raise TypeError(f"{replacement.__qualname__} is a base class of the target")
         if not issubclass(replacement, target) and not _shared_bases(replacement, target):
             raise TypeError(
-                f"{replacement.__qualname__} is no subclass of {target.__qualname__} and shares no base with it"
+                f"{replacement.__qualname__} is no subclass of {target.__qualname__}, and they share no base"
             )
         probe = object.__new__(target)
         try:
@@ -313,13 +314,13 @@ class _ClassSlot(Slot):
         else:
             type.__setattr__(self.owner, self.attribute, value)
 
-    def make_hook(self, displaced: Any) -> FunctionType:
+    def make_hook(self, displaced: Any) -> Hook:
         slot, target = self, self.target
         become = object.__setattr__
         base_init = _as_function(displaced, target)
 
         @functools.wraps(target.__init__)
-        def __init__(self: Any, /, *args: Any, **kwargs: Any) -> None:
+        def __init__(self: Any, /, *args: Any, **kwargs: Any) -> Any:
             activation = current()
             if activation is not None:
                 within = _within.get()
@@ -341,7 +342,7 @@ class _ClassSlot(Slot):
                             _within.reset(token)
             return base_init(self, *args, **kwargs)
 
-        return __init__  # type: ignore[return-value]
+        return __init__
 
 
 class _FunctionSlot(Slot):
@@ -366,7 +367,7 @@ class _FunctionSlot(Slot):
         else:
             vars(self.owner)[self.attribute] = value
 
-    def make_hook(self, displaced: Any) -> FunctionType:
+    def make_hook(self, displaced: Any) -> Hook:
         slot, original = self, (self.target if displaced is _MISSING else displaced)
 
         @functools.wraps(original)
@@ -384,4 +385,4 @@ class _FunctionSlot(Slot):
                             _within.reset(token)
             return original(*args, **kwargs)
 
-        return dispatch  # type: ignore[return-value]
+        return dispatch

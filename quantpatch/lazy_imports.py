@@ -45,11 +45,12 @@ class ImportWatch(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """The specification that the other finders give, with a loader that notifies."""
-        if fullname not in self._names:
+        if fullname not in self._names or self not in sys.meta_path:
             return None
-        for finder in list(sys.meta_path):
+        # Those before this one have been asked; among those after it may be the watch of another scope.
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
             find_spec = getattr(finder, "find_spec", None)
-            if finder is self or find_spec is None:
+            if find_spec is None:
                 continue
             spec: importlib.machinery.ModuleSpec | None = find_spec(fullname, path, target)
             if spec is not None:

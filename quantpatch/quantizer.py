@@ -2,12 +2,18 @@
 
 A quantizer has no tensors until its range is known, so a model built from uncalibrated quantizers has
 exactly the ``state_dict`` keys of its float twin. The range stays float32 whatever the model is cast to.
+
+In eval mode the result for a weight is kept and used again until the weight, the range or the settings
+change. A change is seen through the weight's version counter, its identity and its memory; one made through
+``weight.data`` moves no counter, and is looked for in a sample of the weight's elements (on the CPU; reading
+values of an accelerator would make the host wait for it). ``train()`` and ``eval()`` forget the result, so a
+loop that evaluates after each epoch sees every change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +29,66 @@ __all__ = ["TensorQuantizer"]
 
 _DEFAULT = QuantDescriptor()
 _KEY = "_amax"
+_PROBED = 32  # elements
+
+
+class _Snapshot:
+    """Tells whether a tensor holds what it held when this was made, without reading all of it."""
+
+    __slots__ = ("alias", "probe", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.version = tensor._version
+        # Shares the memory, and so keeps its address from being given to another tensor: an address that
+        # is the same then means memory that is the same, also after `tensor.data = ...`.
+        self.alias = tensor.detach()
+        probe = self._probe(tensor)
+        self.probe = None if probe is None else probe.clone()
+
+    def holds(self, tensor: Tensor) -> bool:
+        alias = self.alias
+        return (
+            tensor is self.tensor
+            and tensor._version == self.version
+            and tensor.data_ptr() == alias.data_ptr()
+            and tensor.dtype == alias.dtype
+            and tensor.shape == alias.shape
+            and tensor.stride() == alias.stride()
+            and (self.probe is None or torch.equal(self.probe, self._probe(alias)))  # type: ignore[arg-type]
+        )
+
+    @staticmethod
+    def _probe(tensor: Tensor) -> Tensor | None:
+        """Some elements, evenly spaced in memory; None where looking at them is not cheap."""
+        if tensor.device.type != "cpu" or tensor.numel() == 0:
+            return None
+        span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        step = max(1, span // (_PROBED - 1))
+        return tensor.detach().as_strided((span // step + 1,), (step,))
+
+
+class _Kept:
+    """A weight's quantized values, and all that they depend on."""
+
+    __slots__ = ("amax", "quantized", "settings", "weight")
+
+    def __init__(self, quantized: Tensor, weight: Tensor, amax: Tensor | None, settings: object) -> None:
+        self.quantized = quantized
+        self.weight = _Snapshot(weight)
+        self.amax = None if amax is None else _Snapshot(amax)
+        self.settings = settings
+
+    def is_of(self, weight: Tensor, amax: Tensor | None, settings: object) -> bool:
+        if self.settings is not settings or not self.weight.holds(weight):
+            return False
+        if amax is None or self.amax is None:
+            return amax is None and self.amax is None
+        return self.amax.holds(amax)
+
+
+def _look_here(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook that does nothing; see ``TensorQuantizer.__init__``."""
 
 
 class TensorQuantizer(nn.Module):
@@ -42,7 +108,11 @@ class TensorQuantizer(nn.Module):
         calibrating: Whether statistics are collected.
         quantizing: Whether tensors are quantized.
         calibrator: What collects the statistics, or None.
+        keeps_weights: Whether quantized weights are kept in eval mode, at the cost of their memory. Set it
+            to False on the class to turn that off everywhere.
     """
+
+    keeps_weights: ClassVar[bool] = True
 
     descriptor: QuantDescriptor
     format: NumberFormat
@@ -50,6 +120,7 @@ class TensorQuantizer(nn.Module):
     calibrating: bool
     quantizing: bool
     calibrator: Calibrator | None
+    _kept: _Kept | None
 
     def __init__(self, descriptor: QuantDescriptor | None = None) -> None:
         super().__init__()
@@ -63,7 +134,11 @@ class TensorQuantizer(nn.Module):
             calibrating=False,
             quantizing=True,
             calibrator=None,
+            _kept=None,
         )
+        # torch's C++ fast paths for transformers read the weights of the layers inside and call none of
+        # them, unless a module in there has a hook. This one makes sure that no quantizer is passed over.
+        self.__dict__["_forward_pre_hooks"]["quantpatch"] = _look_here
         if descriptor.amax is not None:
             self.amax = descriptor.amax
 
@@ -89,7 +164,9 @@ class TensorQuantizer(nn.Module):
             self._parameters.pop(_KEY, None)
             return
         # A copy: whoever hands in a tensor may go on changing it.
-        amax = torch.as_tensor(value, dtype=torch.float32).detach().clone()
+        # A number is put on the CPU, whatever the default device is: on "meta" it would be lost.
+        device = None if isinstance(value, Tensor) else "cpu"
+        amax = torch.as_tensor(value, dtype=torch.float32, device=device).detach().clone()
         if amax.numel() == 1 and self.descriptor.kept_axes is None and self.format.block_size is None:
             amax = amax.reshape(())
         self._check_range(amax)
@@ -169,7 +246,9 @@ class TensorQuantizer(nn.Module):
             UnknownNameError: There is no such calibrator.
         """
         kind = registry.calibrator(method or self.descriptor.calib_method)
-        return kind(self.format, self.descriptor.kept_axes, **options)
+        # The axis of a format in blocks is the one that blocks run along, not one that is kept.
+        axis = self.descriptor.kept_axes if self.format.block_size is None else None
+        return kind(self.format, axis, **options)
 
     def load_calib_amax(self) -> None:
         """Sets the range that the collected statistics give; the statistics are kept.
@@ -194,8 +273,13 @@ class TensorQuantizer(nn.Module):
         """Whether a tensor comes out changed, or leaves statistics behind."""
         return not self.disabled and (self.quantizing or self.calibrating)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, is_weight: bool = False) -> Tensor:
         """The tensor, fake-quantized; same shape, dtype, device and memory format.
+
+        Args:
+            x: The tensor.
+            is_weight: It comes again and again and seldom changes: in eval mode and without gradient, keep
+                the result and use it until something changes.
 
         Raises:
             CalibrationError: It holds NaN or infinity and statistics are being collected.
@@ -214,7 +298,70 @@ class TensorQuantizer(nn.Module):
         amax = None if descriptor.dynamic else self.amax
         if amax is not None and amax.device != x.device:  # a checkpoint loaded it before any tensor came
             amax = self._follow(x.device)
+        if is_weight and not self.training and self._may_keep(x, amax):
+            return self._from_kept(x, amax)
         return fake_quantize(x, amax, self.format, axis=descriptor.kept_axes)
+
+    def _may_keep(self, weight: Tensor, amax: Tensor | None) -> bool:
+        """Whether the result for a weight depends on nothing that cannot be watched."""
+        if not self.keeps_weights or torch.compiler.is_compiling():
+            return False
+        if type(weight) is not nn.Parameter or weight.is_inference() or weight.is_meta:
+            return False  # a parametrization's output, a stand-in of functional_call, no version counter
+        if amax is not None and amax.is_inference():
+            return False
+        needs_grad = weight.requires_grad or (amax is not None and amax.requires_grad)
+        return not (needs_grad and torch.is_grad_enabled())
+
+    def _from_kept(self, weight: Tensor, amax: Tensor | None) -> Tensor:
+        descriptor = self.descriptor
+        kept = self._kept
+        if kept is not None and kept.is_of(weight, amax, descriptor):
+            return kept.quantized
+        # Not as an inference tensor: it may be used in a forward pass with gradients later.
+        with torch.inference_mode(False), torch.no_grad():
+            quantized = fake_quantize(weight, amax, self.format, axis=descriptor.kept_axes)
+            # Within a mode such as FakeTensorMode, or a transform of torch.func, it is of no use outside.
+            plain = type(quantized) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(
+                quantized
+            )
+            self.__dict__["_kept"] = _Kept(quantized, weight, amax, descriptor) if plain else None
+        return quantized
+
+    def train(self, mode: bool = True) -> TensorQuantizer:
+        """Sets training or eval mode; forgets the quantized weight that was kept, and frees its memory."""
+        self.__dict__["_kept"] = None
+        return super().train(mode)
+
+    def agrees_with(self, other: TensorQuantizer) -> bool:
+        """Whether both are known to give the same result for the same tensor.
+
+        Ranges are compared once after each change, and not while tracing.
+        """
+        if self is other:
+            return True
+        if self.calibrating or other.calibrating or self.descriptor != other.descriptor:
+            return False
+        if (self.disabled, self.quantizing) != (other.disabled, other.quantizing):
+            return False
+        mine, others = self.amax, other.amax
+        if self.descriptor.dynamic or (mine is None and others is None):
+            return True
+        if mine is None or others is None or self.descriptor.learn_amax or torch.compiler.is_compiling():
+            return False
+        known = self.__dict__.get("_compared")
+        if known is None or not (known[0].holds(mine) and known[1].holds(others)):
+            if mine.is_inference() or others.is_inference() or mine.device != others.device:
+                return False
+            known = (_Snapshot(mine), _Snapshot(others), torch.equal(mine, others))
+            self.__dict__["_compared"] = known
+        return bool(known[2])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is kept is for speed; copies and files start without.
+        state = {**self.__dict__, "_kept": None}
+        state.pop("_compared", None)
+        return state
 
     def _follow(self, device: torch.device) -> Tensor:
         self._apply(lambda tensor: tensor.to(device))
@@ -226,15 +373,17 @@ class TensorQuantizer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorQuantizer:
         before = None if self.amax is None else self.amax.detach()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         amax = self.amax
-        if before is not None and amax is not None and amax.dtype != torch.float32:
-            # .half() and the like are meant for weights; a range rounded to 11 bits is another range.
-            exact = before.to(amax.device)
-            if isinstance(amax, nn.Parameter):
-                amax.data = exact
-            else:
-                self._buffers[_KEY] = exact
+        if before is None or amax is None or before.is_meta or amax.is_meta:
+            return self
+        # Of what a model does to its tensors only the device is meant for a range: .half() would make it
+        # another range, and to_empty() none.
+        exact = before.to(amax.device)
+        if isinstance(amax, nn.Parameter):
+            amax.data = exact
+        else:
+            self._buffers[_KEY] = exact
         return self
 
     def _load_from_state_dict(
@@ -257,9 +406,13 @@ class TensorQuantizer(nn.Module):
             return
         if self.amax is None:
             self._hold(torch.empty_like(saved, dtype=torch.float32))
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        amax = self.amax
+        if amax is not None and amax.dtype != torch.float32:  # loaded with assign=True
+            self.amax = None
+            self._hold(amax.detach().float())
 
     # --- telling -------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.entries import Entry, EntryLike
 from quantpatch.errors import EntryError, PluginError, QuantPatchError, UnknownNameError
 from quantpatch.formats import NumberFormat
+from quantpatch.interception import lock
 
 __all__ = ["BUILTIN", "Offer", "PluginInfo", "Registry", "registry"]
 
@@ -31,7 +33,7 @@ BLOCK_VARIABLE = "QUANTPATCH_BLOCK"
 State = Literal["active", "blocked", "failed"]
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Offer:
     """An entry with its provenance.
 
@@ -75,7 +77,7 @@ class PluginInfo:
 class _Candidate:
     """A plugin that is known, loaded or not."""
 
-    def __init__(self, name: str, load: Callable[[], Any], distribution: str | None, version: str | None):
+    def __init__(self, name: str, load: Callable[[], Any], distribution: str | None, version: str | None) -> None:
         self.name = name
         self.load = load
         self.distribution = distribution
@@ -110,7 +112,6 @@ class Registry:
         self._manager.add_hookspecs(hookspecs)
         self._candidates: dict[str, _Candidate] = {}
         self._undiscovered = discover
-        self.generation = 0  # grows whenever the answers may have changed
 
     # --- what is there -------------------------------------------------------------------------
 
@@ -130,7 +131,6 @@ class Registry:
         except PluginError:
             del self._candidates[name]
             raise
-        self.generation += 1
 
     def unregister(self, name: str) -> None:
         """Takes away a plugin that ``register`` added.
@@ -143,23 +143,24 @@ class Registry:
             raise UnknownNameError.of("plugin", name, self._candidates)
         if candidate.plugin is not None:
             self._manager.unregister(candidate.plugin)
-        self.generation += 1
 
     def _all(self) -> dict[str, _Candidate]:
-        if self._undiscovered:
-            self._undiscovered = False
-            points = importlib.metadata.entry_points(group=hookspecs.PROJECT)
-            for point in sorted(points, key=lambda p: (p.name, p.value)):
-                dist = point.dist
-                found = _Candidate(
-                    point.name, point.load, dist.name if dist else None, dist.version if dist else None
-                )
-                taken = self._candidates.get(point.name)
-                if taken is None:
-                    self._candidates[point.name] = found
-                elif (taken.distribution, taken.version) != (found.distribution, found.version):
-                    taken.failure = taken.error(f"has the same name as one from {found.provenance}")
-        return dict(sorted(self._candidates.items(), key=lambda item: (item[0] != BUILTIN, item[0])))
+        with lock:
+            if self._undiscovered:
+                self._discover()
+                self._undiscovered = False
+            return dict(sorted(self._candidates.items(), key=lambda item: (item[0] != BUILTIN, item[0])))
+
+    def _discover(self) -> None:
+        points = importlib.metadata.entry_points(group=hookspecs.PROJECT)
+        for point in sorted(points, key=lambda p: (p.name, p.value)):
+            dist = point.dist
+            found = _Candidate(
+                point.name, point.load, dist.name if dist else None, dist.version if dist else None
+            )
+            taken = self._candidates.setdefault(point.name, found)
+            if taken.provenance != found.provenance:
+                taken.failure = taken.error(f"has the same name as one from {found.provenance}")
 
     # --- who takes part ------------------------------------------------------------------------
 
@@ -200,65 +201,90 @@ class Registry:
         except (Exception, SystemExit) as error:
             candidate.failure = candidate.error(f"cannot be imported: {type(error).__name__}: {error}")
             raise candidate.failure from error
-        try:
-            self._manager.register(plugin, candidate.name)
-            self._manager.check_pending()
-        except (pluggy.PluginValidationError, ValueError) as error:
-            if self._manager.has_plugin(candidate.name):
-                self._manager.unregister(name=candidate.name)
-            known = ", ".join(name for name in hookspecs.__all__ if name.startswith("quantpatch_"))
-            candidate.failure = candidate.error(
-                f"does not fit the hooks: {str(error).splitlines()[-1]}; there are {known}"
-            )
-            raise candidate.failure from error
-        candidate.plugin = plugin
+        with lock:  # not around the import, which may wait for another thread's
+            if candidate.plugin is plugin:  # another thread was faster
+                return
+            try:
+                self._manager.register(plugin, candidate.name)
+                self._manager.check_pending()
+            except Exception as error:
+                if self._manager.has_plugin(candidate.name):
+                    self._manager.unregister(name=candidate.name)
+                known = ", ".join(name for name in hookspecs.__all__ if name.startswith("quantpatch_"))
+                candidate.failure = candidate.error(
+                    f"does not fit the hooks: {str(error).splitlines()[-1]}; there are {known}"
+                )
+                raise candidate.failure from error
+            candidate.plugin = plugin
 
     # --- what they say -------------------------------------------------------------------------
 
-    def _call(self, candidate: _Candidate, hook: str) -> Any:
-        """What one plugin's hook returned (None if it has no such hook); called once, then remembered."""
+    def _call(self, candidate: _Candidate, hook: str, read: Callable[[Any], Any]) -> Any:
+        """What one plugin's hook returned, as ``read`` understands it; called once, then remembered."""
         if hook not in candidate.results:
-            others = [
-                c.plugin for c in self._candidates.values() if c is not candidate and c.plugin is not None
-            ]
+            others = [c.plugin for c in self._all().values() if c is not candidate and c.plugin is not None]
+            with lock:
+                caller = self._manager.subset_hook_caller(hook, others)
             try:
-                returned = self._manager.subset_hook_caller(hook, others)()
+                returned = caller()
+                # pluggy drops None, but a hook that forgot to return is not one that does not exist.
+                result = read(returned[0] if returned else None if caller.get_hookimpls() else ())
+            except PluginError:
+                raise
             except (Exception, SystemExit) as error:
                 raise candidate.error(
                     f"failed in its hook {hook}: {type(error).__name__}: {error}", hook
                 ) from error
-            candidate.results[hook] = returned[0] if returned else None
+            candidate.results[hook] = result
         return candidate.results[hook]
 
-    def _entries_of(self, candidate: _Candidate) -> tuple[Entry, ...]:
+    def _offers_of(self, candidate: _Candidate) -> tuple[Offer, ...]:
         hook = "quantpatch_entries"
-        cached = candidate.results.get("entries")
-        if cached is not None:
-            return cached  # type: ignore[no-any-return]
-        returned = self._call(candidate, hook)
-        if returned is None:
-            returned = ()
-        if isinstance(returned, (str, bytes, Entry)) or not isinstance(returned, Iterable):
-            raise candidate.error(
-                f"returned {returned!r} from {hook}, expected a list of (module, name, replacement)", hook
-            )
-        entries = []
-        given: EntryLike
-        for given in returned:
-            try:
-                entries.append(Entry.of(given))
-            except EntryError as error:
-                raise candidate.error(
-                    f"returned something else than entries from {hook}: {error}", hook
-                ) from error
-        targets = [entry.dotted for entry in entries]
-        doubled = sorted({target for target in targets if targets.count(target) > 1})
-        if doubled:
-            raise candidate.error(f"returned more than one entry for {', '.join(doubled)} from {hook}", hook)
-        candidate.results["entries"] = tuple(entries)
-        return tuple(entries)
 
-    def offers(self, plugins: Iterable[str] | None = None) -> list[Offer]:
+        def read(returned: Any) -> tuple[Offer, ...]:
+            if isinstance(returned, (str, bytes, Entry)) or not isinstance(returned, Iterable):
+                raise candidate.error(
+                    f"returned {returned!r} from {hook}, expected a list of (module, name, replacement)", hook
+                )
+            entries = []
+            given: EntryLike
+            for given in returned:
+                try:
+                    entries.append(Entry.of(given))
+                except EntryError as error:  # noqa: PERF203
+                    raise candidate.error(
+                        f"returned something else than entries from {hook}: {error}", hook
+                    ) from error
+            targets = Counter(entry.dotted for entry in entries)
+            doubled = sorted(target for target, count in targets.items() if count > 1)
+            if doubled:
+                raise candidate.error(
+                    f"returned more than one entry for {', '.join(doubled)} from {hook}", hook
+                )
+            return tuple(Offer(entry, candidate.name) for entry in entries)
+
+        offers: tuple[Offer, ...] = self._call(candidate, hook, read)
+        return offers
+
+    def _names_of(self, candidate: _Candidate, hook: str, kind: type) -> Mapping[str, Any]:
+        def read(returned: Any) -> Mapping[str, Any]:
+            if returned == ():
+                return {}
+            if not isinstance(returned, Mapping):
+                raise candidate.error(f"returned {returned!r} from {hook}, expected a mapping by name", hook)
+            for name, value in returned.items():
+                good = isinstance(value, kind) or (isinstance(value, type) and issubclass(value, kind))
+                if not isinstance(name, str) or not good:
+                    raise candidate.error(
+                        f"returned {name!r}: {value!r} from {hook}, expected a name and a {kind.__name__}",
+                        hook,
+                    )
+            return dict(returned)
+
+        names: Mapping[str, Any] = self._call(candidate, hook, read)
+        return names
+
+    def offers(self, plugins: Iterable[str] | None = None) -> tuple[Offer, ...]:
         """Every entry of every active plugin: built-ins first, then plugins by name.
 
         Args:
@@ -270,7 +296,7 @@ class Registry:
             UnknownNameError: There is no plugin of a name in ``plugins``.
         """
         only = None if plugins is None else tuple(plugins)
-        return [Offer(entry, c.name) for c in self._active(only) for entry in self._entries_of(c)]
+        return tuple(offer for c in self._active(only) for offer in self._offers_of(c))
 
     def named(self, hook: str, kind: type) -> dict[str, Any]:
         """What the active plugins offer under a name through a hook that returns a mapping.
@@ -285,16 +311,7 @@ class Registry:
         found: dict[str, Any] = {}
         owner: dict[str, str] = {}
         for candidate in self._active():
-            returned = self._call(candidate, hook) or {}
-            if not isinstance(returned, Mapping):
-                raise candidate.error(f"returned {returned!r} from {hook}, expected a mapping by name", hook)
-            for name, value in returned.items():
-                good = isinstance(value, kind) or (isinstance(value, type) and issubclass(value, kind))
-                if not isinstance(name, str) or not good:
-                    raise candidate.error(
-                        f"returned {name!r}: {value!r} from {hook}, expected a name and a {kind.__name__}",
-                        hook,
-                    )
+            for name, value in self._names_of(candidate, hook, kind).items():
                 if name in found:
                     raise candidate.error(
                         f"returned {name!r} from {hook}, which {owner[name]!r} has already", hook
@@ -358,7 +375,7 @@ class Registry:
                 self._load(candidate)
                 callers = self._manager.get_hookcallers(candidate.plugin) or []
                 hooks = sorted(caller.name for caller in callers)
-                entries = self._entries_of(candidate)
+                entries = tuple(offer.entry for offer in self._offers_of(candidate))
             except QuantPatchError as error:
                 state, reason = "failed", str(error)
         return PluginInfo(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -17,20 +16,11 @@ from quantpatch import interception
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import Entry, EntryLike
 from quantpatch.errors import EntryError, QuantPatchWarning, ScopeError
-from quantpatch.interception import Activation, Binding, Slot
+from quantpatch.interception import Activation, Policy, Slot
 from quantpatch.lazy_imports import ImportWatch
 from quantpatch.recipes import DEFAULT_RECIPE
 from quantpatch.registry import Offer, registry
-from quantpatch.table import (
-    Choice,
-    Pattern,
-    Table,
-    compose,
-    load_checked,
-    pending_modules,
-    replaced_slots,
-    slot_of,
-)
+from quantpatch.table import Choice, Key, Pattern, Table, compose, load, load_all, outermost, slot_of
 
 __all__ = ["Replaced", "Scope", "Skipped", "keep_float", "quantize_modules"]
 
@@ -75,36 +65,52 @@ def _dotted(thing: Any) -> str:
     return f"{thing.__module__}.{thing.__qualname__}"
 
 
-class _Opening:
+class _Opening(Policy):
     """What belongs to one opening of a scope: its table, its recipe, and the watch for late imports."""
 
-    def __init__(self, scope: Scope, table: Table, enclosing: Table, recipe: Recipe) -> None:
+    def __init__(self, scope: Scope, table: Table, recipe: Recipe) -> None:
         self.scope = scope
-        self.table = table
-        self.inherited = enclosing if scope._floats_all else table  # what a block inside starts from
+        self.table = table  # may be another opening's as well: copied before it is changed
         self.recipe = recipe
-        # Classes that are somebody's target or replacement: not to be reported as mere subclasses.
-        self.targets: set[type] = set()
-        self.replacements: set[type] = set()
-        bindings: dict[Slot, Binding] = {
-            slot: self._bind(slot, choice) for slot, choice in replaced_slots(table).items()
-        }
-        self.activation = Activation(bindings, payload=self)
-        waiting = pending_modules(table)
+        waiting = {c.offer.entry.module_name for key, c in table.items() if isinstance(key, str)}
+        self.activation = Activation([key for key in table if not isinstance(key, str)], payload=self)
         self.watch = ImportWatch(waiting, self._imported) if waiting else None
         if self.watch is not None:
             self.watch.start()
 
-    def _bind(self, slot: Slot, choice: Choice, *, load: bool = True) -> _Decision:
-        replacement = None if choice.float_because or not load else load_checked(choice.offer, slot)
-        decision = _Decision(self, slot, choice, replacement)
-        if isinstance(slot.target, type):
-            self.targets.add(slot.target)
-        return decision
+    def replacement_for(self, slot: Slot, cls: type | None) -> Any | None:
+        choice = self.table.get(slot)
+        if choice is None:
+            return None
+        scope = self.scope
+        if cls is not None and cls is not slot.target:
+            if self._is_mere_subclass(slot, cls):
+                target = choice.offer.entry.dotted
+                scope._count(_dotted(cls), f"a subclass of {target}, for which there is no entry")
+            return None
+        because = scope._float_because or choice.float_because
+        if not because and choice.replacement is None:  # imported since the block was opened
+            choice = load(slot, choice)
+            self._put(slot, choice)
+        scope._count(choice.offer, because)
+        return None if because else choice.replacement
+
+    def _is_mere_subclass(self, slot: Slot, cls: type) -> bool:
+        """Whether it comes out float, and there is no nearer base that tells of it."""
+        if any(choice.replacement in cls.__mro__ for choice in self.table.values()):
+            return False
+        targets = {key.target for key in self.table if isinstance(key, Slot)}
+        return next(base for base in cls.__mro__ if base in targets) is slot.target
+
+    def _put(self, key: Slot, choice: Choice, instead_of: Key | None = None) -> None:
+        with interception.lock:
+            table = {k: c for k, c in self.table.items() if k != instead_of}
+            table[key] = choice
+            self.table = table
 
     def _imported(self, module: ModuleType) -> None:
         """Takes up the entries that waited for a module."""
-        for key, choice in list(self.table.items()):
+        for key, choice in self.table.items():
             if isinstance(key, Slot) or choice.offer.entry.module_name != module.__name__:
                 continue
             try:
@@ -113,12 +119,11 @@ class _Opening:
                 warnings.warn(f"{error}; nothing was replaced", QuantPatchWarning, stacklevel=2)
                 continue
             assert slot is not None
-            del self.table[key]
-            earlier = self.table.setdefault(slot, choice)
-            if earlier is choice:
-                # The replacement is imported at its first use: here its own imports may be half done.
-                self.activation.bind(slot, self._bind(slot, choice, load=False))
-            elif earlier.offer.plugin != choice.offer.plugin:
+            earlier = self.table.get(slot)
+            # The replacement is imported at its first use: here its own imports may be half done.
+            self._put(slot, earlier or choice, instead_of=key)
+            self.activation.add(slot)
+            if earlier is not None and earlier.offer.plugin != choice.offer.plugin:
                 warnings.warn(
                     f"{choice.offer.entry.dotted} is replaced by {earlier.offer.source}; the entry of "
                     f"{choice.offer.source} is not used",
@@ -128,48 +133,9 @@ class _Opening:
 
     def close(self) -> list[str]:
         """Ends it; returns the names of targets whose hook somebody else has displaced."""
-        displaced = [c.offer.entry.dotted for s, c in replaced_slots(self.table).items() if s.is_displaced()]
         if self.watch is not None:
             self.watch.stop()
-        self.activation.close()
-        return displaced
-
-
-class _Decision(Binding):
-    """What an opening does about one target; counts what it did in the scope."""
-
-    __slots__ = ("choice", "opening", "replacement", "slot")
-
-    def __init__(self, opening: _Opening, slot: Slot, choice: Choice, replacement: Any) -> None:
-        self.opening = opening
-        self.slot = slot
-        self.choice = choice
-        self.replacement = replacement
-        if isinstance(replacement, type):
-            opening.replacements.add(replacement)
-
-    def replacement_for(self, cls: type | None) -> Any | None:
-        scope = self.opening.scope
-        if cls is not None and cls is not self.slot.target:
-            if self._is_mere_subclass(cls):
-                target = self.choice.offer.entry.dotted
-                scope._count((cls, f"a subclass of {target}, for which there is no entry"))
-            return None
-        if self.choice.float_because:
-            scope._count((self.slot.target, self.choice.float_because))
-            return None
-        if self.replacement is None:
-            self.replacement = load_checked(self.choice.offer, self.slot)
-            if isinstance(self.replacement, type):
-                self.opening.replacements.add(self.replacement)
-        scope._count((self.choice.offer, self.replacement))
-        return self.replacement
-
-    def _is_mere_subclass(self, cls: type) -> bool:
-        opening = self.opening
-        if not opening.replacements.isdisjoint(cls.__mro__):
-            return False
-        return next(base for base in cls.__mro__ if base in opening.targets) is self.slot.target
+        return sorted(self.table[slot].offer.entry.dotted for slot in self.activation.close())
 
 
 class Scope:
@@ -187,22 +153,21 @@ class Scope:
         recipe: str | Recipe | None = None,
         plugins: Sequence[str] | None = None,
         include: Sequence[Pattern] = (),
-        floats_all: bool = False,
+        float_because: str = "",
     ) -> None:
         self._skip = tuple(skip)
         self._custom = tuple(custom)
         self._recipe = recipe
         self._plugins = None if plugins is None else tuple(plugins)
         self._include = tuple(include)
-        self._floats_all = floats_all
+        self._float_because = float_because  # if not empty, nothing is replaced
         self._openings: list[_Opening] = []
         self._started: _Opening | None = None
-        self._counts: Counter[tuple[Any, Any]] = Counter()
-        self._lock = threading.Lock()
+        self._counts: Counter[tuple[Offer | str, str]] = Counter()  # what was built, why it stayed float
 
     def __repr__(self) -> str:
-        if self._floats_all:
-            return "keep_float()"
+        if self._float_because:
+            return self._float_because
         given = {
             name: getattr(self, f"_{name}") for name in ("skip", "custom", "recipe", "plugins", "include")
         }
@@ -214,26 +179,32 @@ class Scope:
     def _open(self) -> _Opening:
         around = interception.current()
         outer: _Opening | None = None if around is None else around.payload
-        enclosing: Table = {} if outer is None else outer.inherited
-        if self._floats_all:
-            table = {k: attrs.evolve(c, float_because="keep_float()") for k, c in enclosing.items()}
-            return _Opening(self, table, enclosing, DEFAULT_RECIPE if outer is None else outer.recipe)
-        recipe = registry.recipe(self._recipe or (DEFAULT_RECIPE if outer is None else outer.recipe))
-        # A block inside another adds the plugins it names; otherwise what it starts from says it all.
-        fresh = not enclosing or self._plugins is not None
-        table = compose(
-            enclosing,
-            registry.offers(self._plugins) if fresh else (),
-            plugins=self._plugins,
-            skip=self._skip,
-            include=(*recipe.include, *self._include),
-            custom=self._custom,
-        )
-        return _Opening(self, table, enclosing, recipe)
+        enclosing: Table = {} if outer is None else outer.table
+        recipe: str | Recipe = DEFAULT_RECIPE if outer is None else outer.recipe
+        if self._float_because:
+            return _Opening(self, enclosing, registry.recipe(recipe))
+        recipe = registry.recipe(recipe if self._recipe is None else self._recipe)
+        include = (*recipe.include, *self._include)
+        if not enclosing and not self._custom:
+            table = outermost(registry.offers(self._plugins), self._plugins, self._skip, include)
+        else:
+            # A block inside another adds the plugins it names; otherwise what it starts from says it all.
+            fresh = not enclosing or self._plugins is not None
+            table = load_all(
+                compose(
+                    enclosing,
+                    registry.offers(self._plugins) if fresh else (),
+                    plugins=self._plugins,
+                    skip=self._skip,
+                    include=include,
+                    custom=self._custom,
+                )
+            )
+        return _Opening(self, table, recipe)
 
     def __enter__(self) -> Scope:
         opening = self._open()
-        with self._lock:
+        with interception.lock:
             self._openings.append(opening)
         opening.activation.enter()
         return self
@@ -244,7 +215,10 @@ class Scope:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._close(self._opening_here(), warn=exc is None)
+        opening = self._opening_here()
+        with interception.lock:
+            self._openings.remove(opening)
+        self._close(opening, warn=exc is None)
 
     def _opening_here(self) -> _Opening:
         """The innermost opening of this scope in the current context.
@@ -258,14 +232,12 @@ class Scope:
                 found: _Opening = activation.payload
                 return found
             activation = activation.parent
-        with self._lock:
+        with interception.lock:
             if not self._openings:
                 raise ScopeError(f"{self!r} is left without having been entered")
             return self._openings[-1]
 
     def _close(self, opening: _Opening, *, warn: bool) -> None:
-        with self._lock:
-            self._openings.remove(opening)
         displaced = opening.close()
         if displaced and warn:  # never in the way of an exception of the body
             warnings.warn(
@@ -283,11 +255,8 @@ class Scope:
         """
         if self._started is not None:
             raise ScopeError(f"{self!r}.start() was called twice; call stop() in between")
-        opening = self._open()
-        with self._lock:
-            self._openings.append(opening)
-        interception.start(opening.activation)
-        self._started = opening
+        self._started = opening = self._open()
+        opening.activation.start()
         return self
 
     def stop(self) -> None:
@@ -302,7 +271,6 @@ class Scope:
                 f"{self!r}.stop() without start(); keep the scope that was started: "
                 f"scope = quantize_modules(); scope.start(); ...; scope.stop()"
             )
-        interception.stop(opening.activation)
         self._close(opening, warn=True)
 
     # --- as a decorator ------------------------------------------------------------------------
@@ -318,14 +286,16 @@ class Scope:
                 f"{self!r} cannot decorate the class {function.__qualname__}: it is not clear which of its "
                 f"code should run in the block. Decorate the function that builds it, or its __init__"
             )
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise ScopeError(
-                f"{self!r} cannot decorate the generator function {function.__qualname__}: the block would "
-                f"be open in the caller's code between two yields. Put a with-block inside it"
-            )
         if not callable(function):
             raise ScopeError(f"{self!r} decorates functions, not {function!r}")
-        if inspect.iscoroutinefunction(function):
+        # Of an object that is called like a function, its class has the code.
+        calls = (function, type(function).__call__)
+        if any(inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call) for call in calls):
+            raise ScopeError(
+                f"{self!r} cannot decorate the generator function {function!r}: the block would be open in "
+                f"the caller's code between two yields. Put a with-block inside it"
+            )
+        if any(inspect.iscoroutinefunction(call) for call in calls):
 
             @functools.wraps(function)
             async def run_async(*args: Any, **kwargs: Any) -> Any:
@@ -348,36 +318,36 @@ class Scope:
             recipe=self._recipe,
             plugins=self._plugins,
             include=self._include,
-            floats_all=self._floats_all,
+            float_because=self._float_because,
         )
 
     # --- what came out -------------------------------------------------------------------------
 
-    def _count(self, what: tuple[Any, Any]) -> None:
-        with self._lock:
-            self._counts[what] += 1
+    def _count(self, built: Offer | str, because: str) -> None:
+        with interception.lock:
+            self._counts[built, because] += 1
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:
         """What was replaced in this scope so far, by which entry and plugin, and how often."""
-        with self._lock:
-            counts = list(self._counts.items())
         return tuple(
-            Replaced(source.entry.dotted, _dotted(what), source.entry, source.plugin, count)
-            for (source, what), count in counts
-            if isinstance(source, Offer)
+            Replaced(o.entry.dotted, _dotted(o.entry.load_replacement()), o.entry, o.plugin, count)
+            for (o, because), count in self._counted()
+            if isinstance(o, Offer) and not because
         )
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
         """What was built in this scope so far and left float, why, and how often."""
-        with self._lock:
-            counts = list(self._counts.items())
         return tuple(
-            Skipped(_dotted(source), what, count)
-            for (source, what), count in counts
-            if not isinstance(source, Offer)
+            Skipped(built.entry.dotted if isinstance(built, Offer) else built, because, count)
+            for (built, because), count in self._counted()
+            if because
         )
+
+    def _counted(self) -> list[tuple[tuple[Offer | str, str], int]]:
+        with interception.lock:
+            return list(self._counts.items())
 
 
 def _several(given: Any, argument: str, single: tuple[type, ...]) -> tuple[Any, ...]:
@@ -390,9 +360,14 @@ def _several(given: Any, argument: str, single: tuple[type, ...]) -> tuple[Any, 
     raise ScopeError(f"{argument} takes a list, not {given!r}{hint}")
 
 
+def _is_bare_entry(given: Any) -> bool:
+    """Whether it is one ``(module, name, replacement)``, rather than a tuple of such."""
+    return isinstance(given, tuple) and given != () and not any(isinstance(x, (Entry, tuple)) for x in given)
+
+
 def quantize_modules(
     skip: Iterable[Pattern] | Pattern = (),
-    custom: Iterable[EntryLike] = (),
+    custom: Iterable[EntryLike] | EntryLike = (),
     recipe: str | Recipe | None = None,
     plugins: Iterable[str] | None = None,
     *,
@@ -431,7 +406,7 @@ def quantize_modules(
     """
     return Scope(
         skip=_several(skip, "skip", (str, type)),
-        custom=_several(custom, "custom", (Entry,)),
+        custom=_several([custom] if _is_bare_entry(custom) else custom, "custom", (Entry,)),
         recipe=recipe,
         plugins=None if plugins is None else _several(plugins, "plugins", (str,)),
         include=_several(include, "include", (str, type)),
@@ -443,4 +418,4 @@ def keep_float() -> Scope:
 
     A ``quantize_modules()`` inside it starts again from what was replaced around it.
     """
-    return Scope(floats_all=True)
+    return Scope(float_because="keep_float()")

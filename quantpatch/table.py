@@ -52,6 +52,11 @@ class Choice:
     float_because: str = ""
     replacement: Any = attrs.field(default=None, eq=False)
 
+    @property
+    def is_skipped(self) -> bool:
+        """Whether a ``skip``, here or in a block around, leaves it float."""
+        return self.float_because.startswith(_SKIP)
+
 
 Table = dict[Key, Choice]
 
@@ -140,32 +145,33 @@ def compose(
     """
     table: Table = {}
     for key, choice in enclosing.items():
-        if plugins is None or choice.offer.plugin in (None, BUILTIN, *plugins):
-            known = key if isinstance(key, Slot) else _key(choice.offer)
-            table[known] = choice
+        if plugins is None or choice.offer.plugin in (None, BUILTIN, *plugins) or choice.is_skipped:
+            if isinstance(key, Slot):
+                table[key] = choice
+            else:  # imported since, perhaps, and then known under another name already
+                table.setdefault(_key(choice.offer), choice)
+    inherited = dict(table)
     rivals: dict[Key, list[Offer]] = {}
     for offer in offers:
         key = _key(offer)
-        entry, outer = offer.entry, enclosing.get(key)
+        entry, outer = offer.entry, inherited.get(key)
         because = "" if entry.default else f"not replaced by default; write include=[{entry.name!r}]"
         if offer.plugin == BUILTIN:
             table.setdefault(key, Choice(offer, because))
         elif outer is None or outer.offer.plugin is not None:  # a custom entry outside goes on
-            if outer is not None and outer.float_because.startswith(_SKIP):
-                because = outer.float_because
+            because = outer.float_because if outer is not None and outer.is_skipped else because
             rivals.setdefault(key, []).append(offer)
             table[key] = Choice(offer, because)
 
     for key in _matching(table, include, "include"):
         table[key] = attrs.evolve(table[key], float_because="")
-    skipped = _matching(table, skip, "skip")
-    for key, pattern in skipped.items():
+    for key, pattern in _matching(table, skip, "skip").items():
         table[key] = attrs.evolve(table[key], float_because=f"{_SKIP}{pattern!r}")
     given = _customized(custom)
     table.update(given)
 
     for key, several in rivals.items():
-        if len(several) > 1 and key not in skipped and key not in given:
+        if len(several) > 1 and key not in given and not table[key].is_skipped:
             raise _conflict(several)
     return table
 
@@ -274,7 +280,7 @@ def load(slot: Slot, choice: Choice) -> Choice:
 
 def load_all(table: Table) -> Table:
     """The table with the replacements of all targets that are imported."""
-    return {key: load(key, choice) if isinstance(key, Slot) else choice for key, choice in table.items()}
+    return {key: choice if isinstance(key, str) else load(key, choice) for key, choice in table.items()}
 
 
 def outermost(
@@ -288,7 +294,12 @@ def outermost(
     It is remembered as long as the targets' names still mean the same classes and functions.
     """
     targets = tuple([vars(m).get(o.entry.name) if (m := o.entry.loaded_module()) else None for o in offers])
-    return _outermost(offers, plugins, skip, include, targets)
+    key = (offers, plugins, skip, include, targets)
+    try:
+        hash(key)
+    except TypeError:  # something odd in a module, or in skip: say so in compose's own words
+        return _outermost.__wrapped__(*key)
+    return _outermost(*key)
 
 
 @functools.lru_cache(maxsize=32)

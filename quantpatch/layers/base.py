@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable, Mapping
-from types import FunctionType
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.recipes import active_recipe
 
-__all__ = ["QuantizedLayer", "quantizer_name"]
+__all__ = ["ChannelsFirst1d", "ChannelsFirst2d", "ChannelsFirst3d", "QuantizedLayer", "quantizer_name"]
 
 
 def quantizer_name(operand: str) -> str:
@@ -39,11 +39,14 @@ class QuantizedLayer:
         inputs: Names of the parameters of ``forward`` that are activations, in their order.
         weights: The axis of the output channels of each weight, by its attribute name; None for a
             weight that always has one range.
+        feature_axis: The axis of an activation's features, along which formats in blocks run. For weights
+            that is the axis of the input channels.
         float_class: The class this one stands for (found by itself).
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("input",)
     weights: ClassVar[Mapping[str, int | None]] = {"weight": 0}
+    feature_axis: ClassVar[int] = -1
     float_class: ClassVar[type[nn.Module]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -76,12 +79,12 @@ class QuantizedLayer:
         """Each operand that a recipe quantizes, with its descriptor."""
         if recipe.input is not None:
             for name in self.inputs:
-                yield name, recipe.input.for_channel_axis(None)
+                yield name, recipe.input.for_axes(None, self.feature_axis)
         if recipe.weight is not None:
             for name, axis in self.weight_axes().items():
                 yield name, recipe.weight.for_channel_axis(axis)
         if recipe.output is not None:
-            yield "output", recipe.output.for_channel_axis(None)
+            yield "output", recipe.output.for_axes(None, self.feature_axis)
 
     def quantizer(self, operand: str) -> TensorQuantizer | None:
         """The quantizer of an operand, or None if the operand is left float."""
@@ -98,15 +101,18 @@ class QuantizedLayer:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The float class's forward, with quantized operands."""
         args, kwargs = self.quantize_inputs(args, kwargs)
-        operands = self.quantize_weights()
+        return self.quantize_output(self.run_float(self.quantize_weights(), args, kwargs))
+
+    def run_float(
+        self, stand_ins: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The float class's forward, which sees the stand-ins in place of the attributes of their names."""
         subject: Any = self
-        if operands:
+        if stand_ins:
             # torch.compile cannot follow an object that says it is of another class.
             view = _WithOperands if torch.compiler.is_compiling() else _Impersonating
-            subject = view(self, operands)
-        output = self.float_class.forward(subject, *args, **kwargs)
-        quantizer = self.quantizer("output")
-        return output if quantizer is None else quantizer(output)
+            subject = view(self, stand_ins)
+        return self.float_class.forward(subject, *args, **kwargs)
 
     def quantize_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -129,10 +135,38 @@ class QuantizedLayer:
             quantizer = self.quantizer(name)
             if quantizer is not None and quantizer.is_active:
                 weight = getattr(self, name)
-                quantized = quantizer(weight)
+                quantized = quantizer(weight, is_weight=True)
                 if quantized is not weight:
                     operands[name] = quantized
         return operands
+
+    def quantize_output(self, output: Any) -> Any:
+        """What ``forward`` returns, quantized; of a tuple its first element."""
+        quantizer = self.quantizer("output")
+        if quantizer is None:
+            return output
+        if isinstance(output, tuple):
+            return (quantizer(output[0]), *output[1:])
+        return quantizer(output)
+
+
+# Activations of (batch, channels, ...): counted from the end, as torch lets the batch axis be left out.
+class ChannelsFirst1d(QuantizedLayer):
+    """Mixin for layers over one spatial axis: features are channels, ``(..., channels, length)``."""
+
+    feature_axis = -2
+
+
+class ChannelsFirst2d(QuantizedLayer):
+    """Mixin for layers over two spatial axes."""
+
+    feature_axis = -3
+
+
+class ChannelsFirst3d(QuantizedLayer):
+    """Mixin for layers over three spatial axes."""
+
+    feature_axis = -4
 
 
 class _WithOperands:
@@ -142,19 +176,21 @@ class _WithOperands:
     same stand-ins.
     """
 
-    def __init__(self, layer: Any, operands: dict[str, Any]) -> None:
+    def __init__(self, layer: Any, operands: Mapping[str, Any]) -> None:
         self.__dict__.update(operands)
         self.__dict__["_layer"] = layer
 
     def __getattr__(self, name: str) -> Any:
         layer = self._layer
-        value = getattr(type(layer), name, None)
-        # Methods and properties run on this object, so that they see the operands as well.
-        if isinstance(value, FunctionType):
-            return functools.partial(value, self)
-        if isinstance(value, property) and value.fget is not None:
-            return value.fget(self)
-        return getattr(layer, name)
+        # Methods and properties run on this object, so that they see the operands as well; static and
+        # class methods have no object to run on.
+        member = getattr(type(layer), name, None)
+        if isinstance(member, property) and member.fget is not None:
+            return member.fget(self)
+        value = getattr(layer, name)
+        if isinstance(value, MethodType) and value.__self__ is layer:
+            return functools.partial(value.__func__, self)
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__:
@@ -166,6 +202,6 @@ class _WithOperands:
 class _Impersonating(_WithOperands):
     """The same, passing for an object of the layer's class, as ``super()`` in its methods demands."""
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return type(self._layer)

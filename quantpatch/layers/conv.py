@@ -1,10 +1,15 @@
-"""Convolutions and transposed convolutions, lazy ones included."""
+"""Convolutions and transposed convolutions, lazy ones included.
+
+Formats in blocks run along the input channels, of the activation as of the weight, since products sum over
+them. Where a group has fewer channels than a block, blocks are as short as the group: a depthwise
+convolution has a scale for each element of its weight.
+"""
 
 from __future__ import annotations
 
 from torch import nn
 
-from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.base import ChannelsFirst1d, ChannelsFirst2d, ChannelsFirst3d, QuantizedLayer
 
 __all__ = [
     "QuantConv1d",
@@ -22,15 +27,15 @@ __all__ = [
 ]
 
 
-class QuantConv1d(QuantizedLayer, nn.Conv1d):
+class QuantConv1d(ChannelsFirst1d, nn.Conv1d):
     """``nn.Conv1d`` with quantized input and weight."""
 
 
-class QuantConv2d(QuantizedLayer, nn.Conv2d):
+class QuantConv2d(ChannelsFirst2d, nn.Conv2d):
     """``nn.Conv2d`` with quantized input and weight."""
 
 
-class QuantConv3d(QuantizedLayer, nn.Conv3d):
+class QuantConv3d(ChannelsFirst3d, nn.Conv3d):
     """``nn.Conv3d`` with quantized input and weight."""
 
 
@@ -38,49 +43,49 @@ class _QuantizedTransposed(QuantizedLayer):
     weights = {"weight": 1}  # (in, out / groups, ...): torch keeps the input channels first
 
 
-class QuantConvTranspose1d(_QuantizedTransposed, nn.ConvTranspose1d):
+class QuantConvTranspose1d(ChannelsFirst1d, _QuantizedTransposed, nn.ConvTranspose1d):
     """``nn.ConvTranspose1d`` with quantized input and weight."""
 
 
-class QuantConvTranspose2d(_QuantizedTransposed, nn.ConvTranspose2d):
+class QuantConvTranspose2d(ChannelsFirst2d, _QuantizedTransposed, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` with quantized input and weight."""
 
 
-class QuantConvTranspose3d(_QuantizedTransposed, nn.ConvTranspose3d):
+class QuantConvTranspose3d(ChannelsFirst3d, _QuantizedTransposed, nn.ConvTranspose3d):
     """``nn.ConvTranspose3d`` with quantized input and weight."""
 
 
-class QuantLazyConv1d(QuantizedLayer, nn.LazyConv1d):
+class QuantLazyConv1d(ChannelsFirst1d, nn.LazyConv1d):  # type: ignore[misc]
     """``nn.LazyConv1d`` that becomes a ``QuantConv1d``."""
 
-    cls_to_become = QuantConv1d  # type: ignore[assignment]
+    cls_to_become = QuantConv1d
 
 
-class QuantLazyConv2d(QuantizedLayer, nn.LazyConv2d):
+class QuantLazyConv2d(ChannelsFirst2d, nn.LazyConv2d):  # type: ignore[misc]
     """``nn.LazyConv2d`` that becomes a ``QuantConv2d``."""
 
-    cls_to_become = QuantConv2d  # type: ignore[assignment]
+    cls_to_become = QuantConv2d
 
 
-class QuantLazyConv3d(QuantizedLayer, nn.LazyConv3d):
+class QuantLazyConv3d(ChannelsFirst3d, nn.LazyConv3d):  # type: ignore[misc]
     """``nn.LazyConv3d`` that becomes a ``QuantConv3d``."""
 
-    cls_to_become = QuantConv3d  # type: ignore[assignment]
+    cls_to_become = QuantConv3d
 
 
-class QuantLazyConvTranspose1d(_QuantizedTransposed, nn.LazyConvTranspose1d):
+class QuantLazyConvTranspose1d(ChannelsFirst1d, _QuantizedTransposed, nn.LazyConvTranspose1d):  # type: ignore[misc]
     """``nn.LazyConvTranspose1d`` that becomes a ``QuantConvTranspose1d``."""
 
-    cls_to_become = QuantConvTranspose1d  # type: ignore[assignment]
+    cls_to_become = QuantConvTranspose1d
 
 
-class QuantLazyConvTranspose2d(_QuantizedTransposed, nn.LazyConvTranspose2d):
+class QuantLazyConvTranspose2d(ChannelsFirst2d, _QuantizedTransposed, nn.LazyConvTranspose2d):  # type: ignore[misc]
     """``nn.LazyConvTranspose2d`` that becomes a ``QuantConvTranspose2d``."""
 
-    cls_to_become = QuantConvTranspose2d  # type: ignore[assignment]
+    cls_to_become = QuantConvTranspose2d
 
 
-class QuantLazyConvTranspose3d(_QuantizedTransposed, nn.LazyConvTranspose3d):
+class QuantLazyConvTranspose3d(ChannelsFirst3d, _QuantizedTransposed, nn.LazyConvTranspose3d):  # type: ignore[misc]
     """``nn.LazyConvTranspose3d`` that becomes a ``QuantConvTranspose3d``."""
 
-    cls_to_become = QuantConvTranspose3d  # type: ignore[assignment]
+    cls_to_become = QuantConvTranspose3d

@@ -22,4 +22,4 @@ class QuantBilinear(QuantizedLayer, nn.Bilinear):
 class QuantLazyLinear(QuantizedLayer, nn.LazyLinear):
     """``nn.LazyLinear`` that becomes a ``QuantLinear``."""
 
-    cls_to_become = QuantLinear  # type: ignore[assignment]
+    cls_to_become = QuantLinear

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.base import ChannelsFirst1d, ChannelsFirst2d, ChannelsFirst3d, QuantizedLayer
 
 __all__ = [
     "QuantInstanceNorm1d",
@@ -17,13 +17,13 @@ class _QuantizedNorm(QuantizedLayer):
     weights = {}  # its affine weight scales the output and is no operand of a product
 
 
-class QuantInstanceNorm1d(_QuantizedNorm, nn.InstanceNorm1d):
+class QuantInstanceNorm1d(ChannelsFirst1d, _QuantizedNorm, nn.InstanceNorm1d):
     """``nn.InstanceNorm1d`` with quantized input."""
 
 
-class QuantInstanceNorm2d(_QuantizedNorm, nn.InstanceNorm2d):
+class QuantInstanceNorm2d(ChannelsFirst2d, _QuantizedNorm, nn.InstanceNorm2d):
     """``nn.InstanceNorm2d`` with quantized input."""
 
 
-class QuantInstanceNorm3d(_QuantizedNorm, nn.InstanceNorm3d):
+class QuantInstanceNorm3d(ChannelsFirst3d, _QuantizedNorm, nn.InstanceNorm3d):
     """``nn.InstanceNorm3d`` with quantized input."""

@@ -13,12 +13,14 @@ from typing import Any
 
 __all__ = [
     "CalibrationError",
+    "CheckpointError",
     "ComparisonError",
     "ConversionError",
     "CoverageError",
     "DescriptorError",
     "EntryConflictError",
     "EntryError",
+    "ExportError",
     "MissingExtraError",
     "PluginError",
     "QuantPatchError",
@@ -184,6 +186,30 @@ class CalibrationError(QuantPatchError, RuntimeError):
 
     quantizers: tuple[str, ...] = ()
     quantizer: Any = None
+
+
+class CheckpointError(QuantPatchError, RuntimeError):
+    """A model cannot be saved, or a file cannot be loaded into it; the model and the file are as they were.
+
+    Attributes:
+        path: The file.
+        problems: What is wrong, one sentence each.
+    """
+
+    path: str = ""
+    problems: tuple[str, ...] = ()
+
+
+class ExportError(QuantPatchError, RuntimeError):
+    """A model cannot be exported or folded as it is; nothing was written or changed.
+
+    Attributes:
+        quantizers: Names of the quantizers (or layers) concerned.
+        target: The target of the export, or None.
+    """
+
+    quantizers: tuple[str, ...] = ()
+    target: str | None = None
 
 
 class MissingExtraError(QuantPatchError, ImportError):

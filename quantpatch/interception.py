@@ -162,8 +162,8 @@ class Slot(abc.ABC):
 
     _all: weakref.WeakValueDictionary[tuple[int, str], Slot] = weakref.WeakValueDictionary()
     # Hooks that somebody has written over, each with what it displaced. They live as long as somebody may
-    # write them back.
-    _lost: weakref.WeakKeyDictionary[Hook, tuple[Slot, Any]] = weakref.WeakKeyDictionary()
+    # write them back; the slot is held by its hook, and held here it would in turn hold the hook.
+    _lost: weakref.WeakKeyDictionary[Hook, tuple[weakref.ref[Slot], Any]] = weakref.WeakKeyDictionary()
 
     __slots__ = ("__weakref__", "_below", "_hook", "_users", "attribute", "owner", "target")
 
@@ -221,26 +221,24 @@ class Slot(abc.ABC):
             if not self._users:
                 self._write(self._below)
             return True
-        in_place = self._is_lost(found)
         if not self._users:
-            self._lose()
-            if in_place:
-                self._write(Slot._lost[found][1])
-        return in_place
+            self._lose()  # for sweep to find
+        return self._is_lost(found)
 
     def _lose(self) -> None:
         if self._hook is not None:
-            Slot._lost[self._hook] = self, self._below
+            Slot._lost[self._hook] = weakref.ref(self), self._below
             self._hook = None
 
     def _is_lost(self, found: Any) -> bool:
-        return type(found) is FunctionType and found in Slot._lost and Slot._lost[found][0] is self
+        return type(found) is FunctionType and found in Slot._lost and Slot._lost[found][0]() is self
 
     @classmethod
     def sweep(cls) -> None:
         """Takes out every idle hook that was under somebody else's and has come up again."""
-        for hook, (slot, below) in list(cls._lost.items()):
-            if not slot._users and slot._read() is hook:
+        for hook, (reference, below) in list(cls._lost.items()):
+            slot = reference()
+            if slot is not None and not slot._users and slot._read() is hook:
                 slot._write(below)
 
     def _read(self) -> Any:

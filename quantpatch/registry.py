@@ -77,7 +77,9 @@ class PluginInfo:
 class _Candidate:
     """A plugin that is known, loaded or not."""
 
-    def __init__(self, name: str, load: Callable[[], Any], distribution: str | None, version: str | None) -> None:
+    def __init__(
+        self, name: str, load: Callable[[], Any], distribution: str | None, version: str | None
+    ) -> None:
         self.name = name
         self.load = load
         self.distribution = distribution

@@ -42,7 +42,7 @@ assert len(OWNERS) > 150
 
 
 class Snapshot:
-    """The dictionaries of every class of torch.nn and of torch's modules: keys in order, values as they are."""
+    """The dictionaries of every class of torch.nn and of torch: keys in order, values by identity."""
 
     def __init__(self) -> None:
         self.dicts = [(owner, list(vars(owner)), list(vars(owner).values())) for owner in OWNERS]

@@ -475,7 +475,7 @@ def test_generator_functions_and_classes_are_refused_with_the_reason() -> None:
     for function in (generator, async_generator, WithGenerator()):
         with pytest.raises(ScopeError, match="generator function .*with-block inside it"):
             quantize_modules()(function)
-    with pytest.raises(ScopeError, match="cannot decorate the class Mine"):
+    with pytest.raises(ScopeError, match="cannot decorate the class .*Mine"):
 
         @quantize_modules()
         class Mine:
@@ -863,9 +863,7 @@ def test_a_function_is_replaced_by_a_dispatcher_and_given_back() -> None:
 
 
 def test_a_function_of_a_module_that_makes_its_names_on_demand(package) -> None:
-    name = package(
-        __init__="def __getattr__(name):\n    if name == 'f':\n        return real\n    raise AttributeError(name)\ndef real(): return 1\n"
-    )
+    name = package(__init__="def __getattr__(name): return {'f': real}[name]\ndef real(): return 1\n")
     module = __import__(name)
     with quantize_modules(custom=[(module, "f", lambda: 2)]):
         assert module.f() == 2

@@ -78,13 +78,12 @@ class SensitivityReport:
 
     def __rich__(self) -> Table:
         alone = "quantized" if self.mode == "quantize_one" else "float"
-        table = Table(
-            title=f"float {self.float_metric:.4g}, all quantized {self.quantized_metric:.4g}",
-            caption=f"metric: with this layer alone {alone}",
-        )
-        table.add_column("layer", overflow="fold")
+        table = Table(caption=f"metric: with this layer alone {alone}")
+        table.add_column("layer", overflow="fold", min_width=12)
         table.add_column("metric", justify="right")
         table.add_column("loss", justify="right")
+        table.add_row("all float", f"{self.float_metric:.4g}", "")
+        table.add_row("all quantized", f"{self.quantized_metric:.4g}", "", end_section=True)
         for row in self.rows:
             table.add_row(row.layer or "(model)", f"{row.metric:.4g}", f"{row.loss:+.4g}")
         return table

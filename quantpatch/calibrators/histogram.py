@@ -51,7 +51,7 @@ class HistogramCalibrator(Calibrator):
     Args:
         format: The number format that the range is for.
         axis: The axes kept, each position with a histogram and a bin width of its own; None for one.
-        num_bins: Number of bins, at least 2.
+        num_bins: Number of bins, from 8 to 2**24.
 
     Raises:
         ValueError: ``num_bins`` is out of range.
@@ -60,8 +60,9 @@ class HistogramCalibrator(Calibrator):
     def __init__(
         self, format: NumberFormat, axis: int | tuple[int, ...] | None = None, *, num_bins: int = 2048
     ) -> None:
-        if not 2 <= num_bins <= 1 << 24:
-            raise ValueError(f"num_bins must be from 2 to 2**24, got {num_bins!r}")
+        # Fewer bins of the largest floats would be so wide that the reciprocal of the width is subnormal.
+        if not 8 <= num_bins <= 1 << 24:
+            raise ValueError(f"num_bins must be from 8 to 2**24, got {num_bins!r}")
         super().__init__(format, axis)
         self.num_bins = num_bins
 
@@ -113,7 +114,7 @@ class HistogramCalibrator(Calibrator):
         """Merges neighbouring bins until they reach ``amax``, channel by channel."""
         self._amax = torch.maximum(self._amax, amax)
         exponent = _width_exponent(self._amax, self.num_bins)
-        merged = (exponent - self._exponent).clamp_max_(62)  # more would shift by more than int64 has
+        merged = exponent - self._exponent
         if bool(merged.any()):
             bins = torch.arange(self.num_bins, device=merged.device) >> merged[:, None]
             self._counts = torch.zeros_like(self._counts).scatter_add_(1, bins, self._counts)

@@ -138,7 +138,7 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         probabilities = None
         inner = self.quantizer("probabilities")
         if need_weights or (inner is not None and inner.is_active):
-            probabilities = self._probabilities(q, k, mask, dropout, torch_like=need_weights)
+            probabilities = self._probabilities(q, k, mask, dropout)
             attended = torch.bmm(probabilities, v)
         else:
             # (batch, heads, positions, features), which is what fused kernels are written for.
@@ -243,17 +243,13 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             k, v = (torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], dim=1) for x in (k, v))
         return q, k, v
 
-    def _probabilities(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, dropout: float, *, torch_like: bool
-    ) -> Tensor:
+    def _probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         """Softmax of the scores, quantized, after dropout."""
         scaled = q * math.sqrt(1.0 / q.shape[-1])
         keys = k.transpose(-2, -1)
         scores = torch.bmm(scaled, keys) if mask is None else torch.baddbmm(mask, scaled, keys)
         probabilities = scores.softmax(dim=-1)
-        if mask is not None and not torch_like:
-            # scaled_dot_product_attention, which this stands for, gives 0 where every key is hidden; with
-            # need_weights torch gives NaN.
+        if mask is not None:
             hidden = scores.amax(dim=-1, keepdim=True) == -math.inf
             probabilities = probabilities.masked_fill(hidden, 0.0)
         probabilities = self._quantized("probabilities", probabilities)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantpatch.layers.base import QuantizedLayer
 
@@ -14,20 +14,22 @@ __all__ = ["QuantEmbedding", "QuantEmbeddingBag"]
 
 class _QuantizedTable(QuantizedLayer):
     inputs = ()  # indices
+    max_norm: float | None
+    norm_type: float
+    weight: Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.max_norm is not None:  # type: ignore[attr-defined]
-            # The float class renormalizes the rows it looks up in place: in the table, not in a
-            # quantized copy of it.
-            indices = args[0] if args else kwargs["input"]
-            with torch.no_grad():
-                torch.embedding_renorm_(
-                    self.weight,  # type: ignore[attr-defined]
-                    indices.contiguous(),
-                    self.max_norm,  # type: ignore[attr-defined]
-                    self.norm_type,  # type: ignore[attr-defined]
-                )
-        return super().forward(*args, **kwargs)
+        """The float class's forward, with the quantized table."""
+        quantizer = self.quantizer("weight")
+        if self.max_norm is None or quantizer is None or not quantizer.is_active:
+            return super().forward(*args, **kwargs)
+        # The float class first renormalizes the rows it looks up, in place: in the table itself, and not in
+        # a quantized copy of it, which it would take off the grid.
+        indices = args[0] if args else kwargs["input"]
+        with torch.no_grad():
+            torch.embedding_renorm_(self.weight, indices.contiguous(), self.max_norm, self.norm_type)
+        stand_ins = {**self.quantize_weights(), "max_norm": None}
+        return self.quantize_output(self.run_float(stand_ins, args, kwargs))
 
 
 class QuantEmbedding(_QuantizedTable, nn.Embedding):

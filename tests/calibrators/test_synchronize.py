@@ -16,7 +16,6 @@ from quantpatch.calibrators import (
     BUILTIN_CALIBRATORS,
     Calibrator,
     HistogramCalibrator,
-    MovingAverageCalibrator,
 )
 from quantpatch.errors import CalibrationError
 from quantpatch.formats import Integer
@@ -92,6 +91,10 @@ def run_rank(rank: int, folder: str) -> None:
     calibrator.synchronize()
     calibrator.collect(1e6 * torch.ones(3, 4))
     results["more data"] = statistics(calibrator)
+    calibrator = collected("moving_average", None, [torch.ones(2)] if rank else [])
+    calibrator.synchronize()
+    calibrator.collect(torch.tensor(2.0))
+    results["a rank goes on"] = calibrator.compute_amax().item()
     try:
         collected("max", 0, [torch.ones(3 + rank, 2)]).synchronize()
     except CalibrationError as error:
@@ -171,10 +174,6 @@ def test_ranks_with_other_channels_are_an_error_on_every_rank(ranks):
         assert "(3, 1), (4, 1)" in results["error"]
 
 
-def test_moving_averages_go_on_after_the_ranks_were_put_together():
-    calibrator = MovingAverageCalibrator(Integer(8), averaging_constant=0.5)
-    calibrator.collect(torch.tensor(4.0))
-    calibrator._reduce(lambda tensor, op: 2 * tensor)  # as if another rank had the same
-    assert calibrator.compute_amax().item() == 4.0
-    calibrator.collect(torch.tensor(2.0))
-    assert calibrator.compute_amax().item() == 3.0
+def test_a_moving_average_goes_on_from_that_of_all_ranks(ranks):
+    for results in ranks:
+        assert results["a rank goes on"] == pytest.approx(1.01)

@@ -167,6 +167,17 @@ def test_entropy_equals_the_reference_loop_for_floating_point(counts, start_bin,
     assert actual.item() == expected
 
 
+@pytest.mark.parametrize(("name", "magnitudes"), [("fp4_e2m1", FP4), ("fp8_e4m3", E4M3)])
+@pytest.mark.parametrize("candidate", [1, 2, 12, 48, 129, 300])
+def test_every_bin_lies_in_the_level_nearest_to_its_centre(name, magnitudes, candidate):
+    starts = thresholds._level_starts(torch.tensor([candidate]), BUILTIN_FORMATS[name])[0]
+    assert starts[0] == 0
+    assert starts[-1] == candidate
+    found = torch.searchsorted(starts[:-1].contiguous(), torch.arange(candidate), right=True) - 1
+    level = nearest_level(magnitudes)
+    assert found.tolist() == [level(j, candidate) for j in range(candidate)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_entropy_equals_the_reference_loop_on_512_bins(kind):
     counts = sampled_histogram(kind, 512)
@@ -247,6 +258,17 @@ def test_sqnr_clips_less_the_more_clipping_weighs():
     assert ranges[0] == mse_threshold(counts, 1.0, Integer(4)).item()
 
 
+def test_the_clipping_error_does_not_cancel():
+    counts = torch.tensor([[10**9, 3, 0, 7, 10**10, 1, 0, 2], [0, 0, 0, 0, 0, 0, 0, 0]])
+    candidates = torch.arange(1, 9)
+    bounds = candidates * (1 + 1e-7)
+    distance = (torch.arange(8) + 0.5).double()[None, :] - bounds[:, None]
+    clipped = torch.arange(8)[None, :] >= candidates[:, None]
+    expected = counts.double() @ (distance.square() * clipped).T
+    actual = thresholds._clipping_error(counts, candidates, bounds)
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
+
+
 # Percentile.
 
 
@@ -309,6 +331,17 @@ def test_the_range_reaches_no_further_than_the_last_bin_in_use(threshold):
     counts = torch.zeros(400, dtype=torch.int64)
     counts[:150] = torch.arange(150, 0, -1)
     assert 0 < threshold(counts, 1.0).item() <= 150
+
+
+@pytest.mark.parametrize(
+    ("threshold", "counts", "bits"),
+    [(entropy_threshold, [5, 4, 2, 5, 1, 0, 0, 0], 2), (mse_threshold, [1, 3, 4, 0, 0, 0, 0, 0], 3)],
+)
+def test_candidates_beyond_the_last_bin_in_use_do_not_compete(threshold, counts, bits):
+    used = counts[: last_bin(counts)]
+    expected = threshold(torch.tensor(used), 1.0, Integer(bits), start_bin=2)
+    assert expected.item() < len(used)
+    assert torch.equal(threshold(torch.tensor(counts), 1.0, Integer(bits), start_bin=2), expected)
 
 
 @every_threshold

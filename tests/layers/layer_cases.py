@@ -48,7 +48,7 @@ class Case:
         torch.manual_seed(0)
         args = self.args
         if self.name == "TransformerEncoder":
-            args = (transformer_layer(cls),)
+            args = (transformer_layer(cls), *(2, nn.LayerNorm(8))[: len(self.args)])
         layer = cls(*args, **self.kwargs)
         if self.name.startswith("Lazy"):
             torch.manual_seed(0)
@@ -260,12 +260,12 @@ case("MultiheadAttention", "extras-fused", (8, 2), CROSS, {"need_weights": False
 case("MultiheadAttention", "widths", (8, 2), lambda: (torch.randn(5, 3, 8), torch.randn(6, 3, 4), torch.randn(6, 3, 7)),
      kdim=4, vdim=7)  # fmt: skip
 case("MultiheadAttention", "unbatched", (8, 2), lambda: (torch.randn(5, 8),) * 3,
-     {"attn_mask": CAUSAL.expand(2, 5, 5), "key_padding_mask": PADDED[1]})  # fmt: skip
+     {"attn_mask": (CAUSAL == -torch.inf).expand(2, 5, 5), "key_padding_mask": PADDED[1]})  # fmt: skip
 case("MultiheadAttention", "unbatched-fused", (8, 2), lambda: (torch.randn(5, 8),) * 3, {"need_weights": False},
      batch_first=True)  # fmt: skip
 case("MultiheadAttention", "dropout", (8, 2), SELF, dropout=0.4)
 case("MultiheadAttention", "double", (8, 2), lambda: (torch.randn(5, 3, 8).double(),) * 3,
      device="cpu", dtype=torch.float64)  # fmt: skip
-case("TransformerEncoder", "plain", (), rand(3, 5, 8), num_layers=2, norm=nn.LayerNorm(8))
+case("TransformerEncoder", "plain", ("layers", "norm"), rand(3, 5, 8))
 case("TransformerEncoder", "masked", (), rand(3, 5, 8), {"src_key_padding_mask": PADDED}, num_layers=1,
      enable_nested_tensor=False, mask_check=False)  # fmt: skip

@@ -1,0 +1,42 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+__all__ = ["own_version", "written_whole"]
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A block that writes the file ``path.name`` (and what belongs to it) into a folder it is given.
+
+    When the block ends every file in there is moved beside ``path``, ``path`` itself last: whoever finds it
+    finds it complete. If the block raises, nothing is moved. The folder is a neighbour of the file, since a
+    file can be renamed in one step only within a file system.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield folder
+        names = sorted((file.name for file in folder.iterdir()), key=lambda name: name == path.name)
+        for name in names:
+            with open(folder / name, "rb+") as file:
+                os.fsync(file.fileno())
+        for name in names:
+            os.replace(folder / name, path.parent / name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def own_version() -> str:
+    """The installed version of quantpatch, for metadata."""
+    try:
+        return version("quantpatch")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"

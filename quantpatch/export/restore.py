@@ -1,0 +1,314 @@
+"""What loading a checkpoint will do to a model: found out and checked in full before anything is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from quantpatch.descriptor import QuantDescriptor
+from quantpatch.errors import QuantPatchError
+from quantpatch.export import packing
+from quantpatch.export.description import (
+    descriptor_of,
+    dotted,
+    find_class,
+    missing_plugins,
+    own_class,
+    quantizers_by_name,
+)
+from quantpatch.formats import NumberFormat
+from quantpatch.layers.base import QuantizedLayer
+from quantpatch.quantizer import TensorQuantizer
+from quantpatch.registry import registry
+
+__all__ = ["Plan"]
+
+_RANGE = "_amax"
+
+
+@attrs.frozen
+class _Quantizer:
+    """A quantizer as the file has it."""
+
+    descriptor: QuantDescriptor
+    format: NumberFormat
+    disabled: bool
+    quantizing: bool
+    amax: Tensor | None
+
+
+class Plan:
+    """Loading a file's content into a model.
+
+    Args:
+        model: The model; not changed by this.
+        description: The file's metadata.
+        tensors: The file's tensors.
+
+    Attributes:
+        problems: Why it cannot be done; empty if it can.
+    """
+
+    def __init__(self, model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.model = model
+        self.problems: list[str] = []
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._converted: dict[str, type[Any]] = {}
+        self._quantizers: dict[str, _Quantizer] = {}
+        self._state: dict[str, Tensor] = {}
+        self._description = description
+        self._tensors = dict(tensors)
+        try:
+            gone = missing_plugins(description["plugins"])
+            self._plan_layers()
+            self._plan_quantizers()
+            if self.problems and gone:
+                # What is missing has its reason; a plugin that nothing of this model needs may be gone.
+                self.problems[:0] = [f"the plugin {plugin}" for plugin in gone]
+            if not self.problems:
+                self._plan_state()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self.problems.append(f"its description is damaged ({type(error).__name__}: {error})")
+
+    # --- looking -------------------------------------------------------------------------------
+
+    def _plan_layers(self) -> None:
+        layers = self._description["layers"]
+        for name, saved in layers.items():
+            layer = self._modules.get(name)
+            shown = name or "the model"
+            if layer is None:
+                self.problems.append(f"{shown} ({saved['class']}): the model has no such layer")
+                continue
+            now = own_class(layer)
+            if dotted(now) == saved["class"]:
+                continue
+            float_now = layer.float_class if isinstance(layer, QuantizedLayer) else now
+            if dotted(float_now) != saved["float"]:
+                self.problems.append(f"{shown}: the file has a {saved['float']}, the model a {dotted(float_now)}")
+                continue
+            cls = find_class(saved["class"])
+            if cls is None:
+                self.problems.append(
+                    f"{shown}: its class {saved['class']} is offered by no plugin and has not been imported. "
+                    f"Import {saved['class'].rpartition('.')[0]} first, or install the plugin that brings it"
+                )
+            elif cls.float_class is not float_now:
+                self.problems.append(f"{shown}: {saved['class']} stands for {dotted(cls.float_class)} here")
+            elif parametrize.is_parametrized(layer):
+                self.problems.append(
+                    f"{shown} is parametrized and cannot change its class: quantize the model with "
+                    f"qp.convert(model), then load"
+                )
+            else:
+                self._converted[name] = cls
+        for name, layer in self._modules.items():
+            if isinstance(layer, QuantizedLayer) and name not in layers and not self._known_elsewhere(layer):
+                if parametrize.is_parametrized(layer):
+                    self.problems.append(f"{name}: the file has it float; write qp.revert(model), then load")
+                else:
+                    self._converted[name] = layer.float_class
+
+    def _known_elsewhere(self, layer: nn.Module) -> bool:
+        """Whether a layer that is shared is in the file under another of its names."""
+        layers = self._description["layers"]
+        return any(module is layer and name in layers for name, module in self._modules.items())
+
+    def _plan_quantizers(self) -> None:
+        layers = self._description["layers"]
+        for name, saved in self._description["quantizers"].items():
+            parent = name.rpartition(".")[0]
+            if parent not in layers and not isinstance(self._modules.get(name), TensorQuantizer):
+                self.problems.append(f"{name}: the model has no such quantizer, nor a layer to give it to")
+                continue
+            try:
+                descriptor = descriptor_of(saved["descriptor"])
+            except QuantPatchError as error:
+                self.problems.append(f"{name}: {error}")
+                continue
+            amax = self._tensors.pop(f"{name}.{_RANGE}", None)
+            if saved["known"] and amax is None and f"{name}.{_RANGE}" not in self._description["tied"]:
+                self.problems.append(f"{name}: its range is missing")
+                continue
+            if amax is None and saved["known"]:
+                source = self._description["tied"][f"{name}.{_RANGE}"]
+                amax = self._tensors.get(source)
+                first = self._quantizers.get(source.removesuffix(f".{_RANGE}"))
+                amax = first.amax if amax is None and first is not None else amax
+            if amax is not None:
+                problem = self._range_problem(name, descriptor, amax)
+                if problem:
+                    self.problems.append(f"{name}: {problem}")
+                    continue
+            format = registry.format(descriptor)
+            self._quantizers[name] = _Quantizer(
+                descriptor, format, bool(saved["disabled"]), bool(saved["quantizing"]), amax
+            )
+
+    def _range_problem(self, name: str, descriptor: QuantDescriptor, amax: Tensor) -> str | None:
+        if amax.dtype != torch.float32:
+            return f"its range is {amax.dtype}, expected torch.float32"
+        if amax.numel() and not bool(torch.isfinite(amax).all()):
+            return "its range holds NaN or infinity"
+        if amax.numel() and bool((amax < 0).any()):
+            return f"its range is negative ({amax.min().item():.4g})"
+        parent, _, own = name.rpartition(".")
+        weight = getattr(self._modules.get(parent), own.removesuffix("_quantizer"), None)
+        format = registry.format(descriptor)
+        if descriptor.kept_axes is None and format.block_size is None:
+            return None if amax.numel() == 1 else f"its range has the shape {tuple(amax.shape)}, expected ()"
+        if not isinstance(weight, Tensor) or amax.dim() == 0 or not own.endswith("_quantizer"):
+            return None  # an activation: its shape shows when it comes
+        kept = descriptor.kept_axes if descriptor.kept_axes is not None else -1
+        axes = {a % weight.dim() for a in (kept if isinstance(kept, tuple) else (kept,))}
+        if format.block_size is not None:
+            dim = next(iter(axes))
+            wanted = list(weight.shape)
+            wanted[dim] = math.ceil(wanted[dim] / format.block_size)
+        else:
+            wanted = [n if d in axes else 1 for d, n in enumerate(weight.shape)]
+        if amax.dim() == len(wanted) and all(a in (1, w) for a, w in zip(amax.shape, wanted, strict=True)):
+            return None
+        return f"its range has the shape {tuple(amax.shape)}, expected {tuple(wanted)}"
+
+    def _plan_state(self) -> None:
+        """The float part: every key there, of the right shape."""
+        self._unpack()
+        tensors = self._tensors
+        for alias, source in self._description["tied"].items():
+            if source in tensors:
+                tensors[alias] = tensors[source]
+        prefixes = tuple(f"{name}." for name in quantizers_by_name(self.model, every_name=True))
+        wanted = {
+            key: value
+            for key, value in self.model.state_dict().items()
+            if not prefixes or not key.startswith(prefixes)
+        }
+        shared = tuple(f"{name}." for name in self._quantizers)
+        given = {key: t for key, t in tensors.items() if not shared or not key.startswith(shared)}
+        missing = [key for key in wanted if key not in given]
+        unexpected = [key for key in given if key not in wanted]
+        if missing:
+            self.problems.append(f"the file has no {', '.join(missing[:8])}{' …' * (len(missing) > 8)}")
+        if unexpected:
+            self.problems.append(
+                f"the model has no {', '.join(unexpected[:8])}{' …' * (len(unexpected) > 8)}"
+            )
+        for key, value in wanted.items():
+            if key in given and given[key].shape != value.shape:
+                self.problems.append(
+                    f"{key}: the file has the shape {tuple(given[key].shape)}, the model {tuple(value.shape)}"
+                )
+        self._state = given
+
+    def _unpack(self) -> None:
+        """Puts weights in the place of their codes."""
+        for key, how in self._description["packed"].items():
+            parent, _, own = key.rpartition(".")
+            quantizer = self._quantizers.get(f"{parent}.{own}_quantizer".lstrip("."))
+            if quantizer is None:  # a weight whose quantizer is its parent's: out_proj of attention
+                grand, _, child = parent.rpartition(".")
+                quantizer = self._quantizers.get(f"{grand}.{child}_{own}_quantizer".lstrip("."))
+            codes = self._tensors.pop(f"{key}.codes", None)
+            if quantizer is None or codes is None:
+                self.problems.append(f"{key}: its {'codes are' if quantizer else 'quantizer is'} missing")
+                continue
+            amax = quantizer.amax if how["own"] else self._tensors.pop(f"{key}.range", None)
+            element = packing.integer_element(quantizer.format)
+            shape = tuple(how["shape"])
+            per_byte = 2 if element is not None and element.bits <= 4 else 1
+            if amax is None or element is None or codes.numel() != math.ceil(math.prod(shape) / per_byte):
+                self.problems.append(f"{key}: its codes do not fit its shape {shape} or its quantizer")
+                continue
+            self._tensors[key] = packing.unpacked_weight(
+                packing.unpack(codes, shape, element),
+                quantizer.format,
+                quantizer.descriptor.kept_axes,
+                amax,
+                getattr(torch, how["dtype"]),
+                own_range=how["own"],
+            )
+
+    # --- doing ---------------------------------------------------------------------------------
+
+    def carry_out(self) -> None:
+        """Changes the model."""
+        for name, cls in self._converted.items():
+            layer = self._modules[name]
+            if isinstance(layer, QuantizedLayer):
+                for own in layer.quantizers():
+                    del layer._modules[own]
+            object.__setattr__(layer, "__class__", cls)
+        described = self._description["layers"]
+        for name in described:
+            layer: Any = self._modules[name]
+            prefix = f"{name}." if name else ""
+            for own in list(layer.quantizers()):
+                if prefix + own not in self._quantizers and not self._shared(layer._modules[own]):
+                    del layer._modules[own]
+        for name, saved in self._quantizers.items():
+            self._put(name, saved)
+        self._fill()
+        for name, saved in self._quantizers.items():
+            quantizer = self.model.get_submodule(name)
+            assert isinstance(quantizer, TensorQuantizer)
+            self._set_range(quantizer, saved.amax, self._device_near(name))
+
+    def _shared(self, quantizer: nn.Module) -> bool:
+        """Whether the file has a quantizer under another of its names."""
+        return any(m is quantizer and name in self._quantizers for name, m in self._modules.items())
+
+    def _put(self, name: str, saved: _Quantizer) -> None:
+        parent, _, own = name.rpartition(".")
+        quantizer = self._modules.get(name)
+        if not isinstance(quantizer, TensorQuantizer) or quantizer.descriptor != saved.descriptor:
+            old = quantizer
+            quantizer = TensorQuantizer(saved.descriptor)
+            # A quantizer that several layers share stays shared.
+            places = [n for n, m in self._modules.items() if old is not None and m is old] or [name]
+            for place in places:
+                above, _, last = place.rpartition(".")
+                self._modules[above]._modules[last] = quantizer
+            quantizer.train(self._modules[parent].training)
+        quantizer.disabled, quantizer.quantizing = saved.disabled, saved.quantizing
+        quantizer.calibrating, quantizer.calibrator = False, None
+
+    @staticmethod
+    def _set_range(quantizer: TensorQuantizer, amax: Tensor | None, device: torch.device) -> None:
+        known = quantizer.amax
+        if amax is None or (known is not None and (known.shape != amax.shape or known.is_meta)):
+            quantizer.amax = None
+        if amax is not None:
+            quantizer.amax = amax.to(device)
+
+    def _device_near(self, name: str) -> torch.device:
+        """The device of a quantizer's layer; a range must not wait on another for its optimizer."""
+        parent = self._modules[name.rpartition(".")[0]]
+        for tensor in (*parent.parameters(recurse=False), *parent.parameters()):
+            if not tensor.is_meta:
+                return tensor.device
+        return torch.device("cpu")
+
+    def _fill(self) -> None:
+        """Copies the weights in; a model with tensors on the meta device gets the file's own."""
+        prefixes = tuple(f"{name}." for name in quantizers_by_name(self.model, every_name=True))
+        own = {k: v for k, v in self.model.state_dict().items() if not k.startswith(prefixes)}
+        assign = any(value.is_meta for value in own.values())
+        ties: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in self.model.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    ties.setdefault(id(parameter), []).append((module, key))
+        state = self._state
+        if assign:
+            state = {key: value.to(own[key].dtype) for key, value in state.items()}
+        self.model.load_state_dict(state, strict=True, assign=assign)
+        for places in ties.values():
+            for module, key in places[1:]:
+                module._parameters[key] = places[0][0]._parameters[places[0][1]]

@@ -1,0 +1,51 @@
+"""Embedding tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import quantpatch as qp
+from quantpatch.layers import QuantEmbedding, QuantEmbeddingBag
+
+
+def test_they_are_quantized_on_request():
+    with qp.quantize_modules():
+        assert type(nn.Embedding(10, 4)) is nn.Embedding
+    with qp.quantize_modules(include=["Embedding"]):
+        assert type(nn.Embedding(10, 4)) is QuantEmbedding
+
+
+@pytest.mark.parametrize("cls", [QuantEmbedding, QuantEmbeddingBag])
+def test_renormalizing_works_on_the_table_and_stays_on_the_grid(cls):
+    torch.manual_seed(0)
+    layer = cls(10, 4, max_norm=0.5)
+    twin = cls.float_class(10, 4, max_norm=0.5)
+    twin.load_state_dict(layer.state_dict())
+    layer.weight_quantizer.amax = torch.full((10, 1), 0.5)
+    indices = torch.tensor([[1, 2], [3, 4]])
+    output = layer(indices)
+    twin(indices)
+    assert torch.equal(layer.weight, twin.weight)
+    assert layer.max_norm == 0.5
+    rows = layer.weight_quantizer(layer.weight)[indices]
+    torch.testing.assert_close(output, rows if cls is QuantEmbedding else rows.mean(1))
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(input=indices), output)
+
+
+def test_from_pretrained():
+    table = torch.randn(10, 4)
+    layer = QuantEmbedding.from_pretrained(table)
+    assert type(layer) is QuantEmbedding
+    assert not layer.weight.requires_grad
+    assert not torch.equal(layer(torch.arange(10)), table)
+    torch.testing.assert_close(layer(torch.arange(10)), table, atol=0.05, rtol=0.05)
+
+
+def test_the_padding_row_gets_no_gradient():
+    layer = QuantEmbedding(10, 4, padding_idx=2)
+    layer(torch.tensor([1, 2])).sum().backward()
+    assert layer.weight.grad[2].abs().sum() == 0
+    assert layer.weight.grad[1].abs().sum() > 0

@@ -1,0 +1,177 @@
+"""``nn.Linear`` and what all layers have in common: hooks, parametrizations, tying, views, subclasses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import quantpatch as qp
+from quantpatch.descriptor import QuantDescriptor, Recipe
+from quantpatch.layers import QuantBilinear, QuantConv2d, QuantizedLayer, QuantLinear
+from quantpatch.quantizer import TensorQuantizer
+
+
+def made(cls=QuantLinear, *args):
+    torch.manual_seed(0)
+    return cls(*(args or (6, 4)))
+
+
+def test_bilinear_quantizes_both_inputs():
+    layer = made(QuantBilinear, 3, 4, 2)
+    assert sorted(layer.quantizers()) == ["input1_quantizer", "input2_quantizer", "weight_quantizer"]
+    layer.input2_quantizer.amax = 0.5
+    a, b = torch.randn(2, 3), torch.full((2, 4), 0.5)
+    assert torch.equal(layer(a, 3 * b), layer(input1=a, input2=b))
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_inputs_by_position_and_by_keyword(keyword):
+    layer = made()
+    layer.input_quantizer.amax = 1.0
+    x = torch.full((2, 6), 5.0)
+    output = layer(input=x) if keyword else layer(x)
+    assert torch.equal(output, layer(torch.ones(2, 6)))
+
+
+def test_output_quantizer():
+    layer = made()
+    layer.add_quantizers(Recipe(name="out", input=None, weight=None, output=QuantDescriptor(num_bits=2, amax=0.5)))
+    assert set(layer(torch.randn(9, 6)).unique().tolist()) <= {-1.0, -0.5, 0.0, 0.5}
+
+
+@pytest.mark.parametrize("cls", [QuantLinear, QuantConv2d])
+@pytest.mark.parametrize("parametrization", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_parametrizations(cls, parametrization):
+    args, x = ((6, 4), torch.randn(2, 6)) if cls is QuantLinear else ((3, 4, 3), torch.randn(2, 3, 5, 5))
+    layer = made(cls, *args)
+    twin = made(cls.float_class, *args)
+    for module in (layer, twin):
+        torch.manual_seed(1)
+        parametrization(module)
+        module.eval()
+    with torch.no_grad():
+        quantized_weight = layer.weight_quantizer(layer.weight)
+        assert not torch.equal(quantized_weight, layer.weight)
+        assert torch.equal(layer.weight, twin.weight)
+        expected = copy.deepcopy(twin)
+        parametrize.remove_parametrizations(expected, "weight")
+        expected.weight.copy_(quantized_weight)
+        torch.testing.assert_close(layer(x), expected(layer.input_quantizer(x)))
+        for quantizer in layer.quantizers().values():
+            quantizer.disable()
+        assert torch.equal(layer(x), twin(x))
+    layer.train()(x).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    assert copy.deepcopy(layer)(x).shape == layer(x).shape
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_the_old_weight_norm():
+    layer = made()
+    nn.utils.weight_norm(layer)
+    layer(torch.randn(2, 6)).sum().backward()
+    assert layer.weight_g.grad is not None
+    layer.eval()
+    x = torch.randn(2, 6)
+    with torch.no_grad():
+        before = layer(x)
+        layer.weight_g.mul_(2)
+        assert not torch.equal(layer(x), before)
+
+
+def test_tied_weights():
+    first, second = made(), made()
+    second.weight = first.weight
+    second.weight_quantizer.amax = torch.full((4, 1), 0.01)
+    x = torch.randn(2, 6)
+    assert not torch.equal(first(x), second(x))  # each has its own range
+    (first(x) + second(x)).sum().backward()
+    assert first.weight.grad is second.weight.grad
+    twin = copy.deepcopy(nn.ModuleList([first, second]))
+    assert twin[0].weight is twin[1].weight
+
+
+def test_backward_hooks():
+    layer = made()
+    seen = []
+    layer.register_full_backward_hook(lambda *args: seen.append(args))
+    layer(torch.randn(2, 6, requires_grad=True)).sum().backward()
+    assert len(seen) == 1
+
+
+class Odd(nn.Linear):
+    """Uses everything that a forward may use of its object."""
+
+    scale = 2.0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.calls = 0
+
+    @staticmethod
+    def double(x):
+        return 2 * x
+
+    @classmethod
+    def named(cls):
+        return cls.__name__
+
+    @property
+    def transposed(self):
+        return self.weight.t()
+
+    def product(self, x):
+        return x @ self.transposed
+
+    def forward(self, input):
+        self.calls += 1
+        assert isinstance(self, Odd)
+        assert self.named().endswith("Odd")
+        assert [name for name, _ in self.named_parameters()] == ["weight", "bias"]
+        return self.double(self.product(input)) + super().forward(input) * self.scale
+
+
+class QuantOdd(QuantizedLayer, Odd):
+    pass
+
+
+def test_methods_properties_and_super_see_the_quantized_weight():
+    layer = made(QuantOdd, 6, 4)
+    layer.weight_quantizer.amax = torch.full((4, 1), 0.2)
+    x = torch.randn(2, 6)
+    weight, x_quantized = layer.weight_quantizer(layer.weight), layer.input_quantizer(x)
+    expected = 2 * (x_quantized @ weight.t()) + 2 * nn.functional.linear(x_quantized, weight, layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.calls == 1  # what forward assigns, it assigns to the layer
+    assert "weight" not in vars(layer)
+    assert layer.named() == "QuantOdd"
+
+
+def test_a_layer_of_ones_own_from_the_table():
+    import sys
+
+    with qp.quantize_modules(custom=[(sys.modules[__name__], "Odd", QuantOdd)]):
+        layer = Odd(6, 4)
+    assert type(layer) is QuantOdd
+    assert isinstance(layer.input_quantizer, TensorQuantizer)
+
+
+def test_a_mixin_without_a_float_class_is_no_layer():
+    class Mixin(QuantizedLayer):
+        weights = {}
+
+    assert not hasattr(Mixin, "float_class")
+    assert type("Made", (Mixin, nn.Linear), {}).float_class is nn.Linear
+
+
+def test_autocast():
+    layer = made()
+    x = torch.randn(2, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layer(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), layer(x), atol=0.05, rtol=0.05)

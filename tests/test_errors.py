@@ -1,0 +1,48 @@
+"""Errors carry their culprit."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from quantpatch import errors
+from quantpatch.errors import MissingExtraError, PluginError, QuantPatchError, UnknownNameError, near_misses
+
+
+@pytest.mark.parametrize("name", [n for n in errors.__all__ if n.endswith("Error")])
+def test_every_error_is_a_quantpatch_error_and_survives_pickling(name) -> None:
+    cls = getattr(errors, name)
+    assert issubclass(cls, QuantPatchError)
+    error = pickle.loads(pickle.dumps(cls("what", plugin="mine")))
+    assert (type(error), str(error), error.plugin) == (cls, "what", "mine")
+
+
+def test_culprits_have_defaults() -> None:
+    assert PluginError("x").plugin == ""
+
+
+def test_unknown_names_know_what_there_is() -> None:
+    error = UnknownNameError.of("recipe", "int88", ["int8", "fp8"], "hint")
+    assert (error.kind, error.name, error.known) == ("recipe", "int88", ("fp8", "int8"))
+    assert str(error) == "unknown recipe 'int88'. Did you mean 'int8'? hint"
+    assert isinstance(error, LookupError)
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "sentence"),
+    [
+        ("linear", ["torch.nn.Linear"], "Did you mean 'torch.nn.Linear'? "),
+        ("torch.nn.Linea", ["Linear", "Conv2d"], "Did you mean 'Linear'? "),
+        ("x", [], "There are none. "),
+        ("x", ["bb", "aa"], "There are: 'bb', 'aa'. "),
+        ("x", [f"name{i}" for i in range(20)], ""),
+        ("", [f"name{i}" for i in range(20)], ""),
+    ],
+)
+def test_near_misses(name, known, sentence) -> None:
+    assert near_misses(name, known) == sentence
+
+
+def test_a_missing_extra_says_what_to_install() -> None:
+    assert "pip install 'quantpatch[demo]'" in str(MissingExtraError.of("demo", "sklearn", "the demo"))

@@ -1,0 +1,507 @@
+"""``TensorQuantizer``: its range, its stages, its state dict, and the weights that it keeps."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from quantpatch.calibrators import MaxCalibrator
+from quantpatch.descriptor import QuantDescriptor
+from quantpatch.errors import CalibrationError, RangeError, UnknownNameError
+from quantpatch.fake_quant import fake_quantize
+from quantpatch.formats import Integer
+from quantpatch.layers import QuantConv2d, QuantLinear
+from quantpatch.quantizer import TensorQuantizer
+
+
+def quantizer(**kwargs):
+    return TensorQuantizer(QuantDescriptor(**kwargs))
+
+
+# --- the range ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(-1.0, "not negative"), (float("nan"), "finite"), (float("inf"), "finite"), (torch.tensor([1.0, -2.0]), "-2")],
+)
+def test_impossible_ranges(value, message):
+    q = quantizer(amax=3.0)
+    with pytest.raises(RangeError, match=message):
+        q.amax = value
+    assert q.amax.item() == 3.0
+    empty = quantizer()
+    with pytest.raises(RangeError):
+        empty.amax = value
+    assert empty.amax is None
+    assert not empty.state_dict()
+
+
+def test_a_range_keeps_its_shape_until_it_is_forgotten():
+    q = quantizer(axis=0)
+    q.amax = torch.ones(3, 1)
+    with pytest.raises(RangeError, match=r"shape \(3, 1\) and cannot become one of shape \(4, 1\); set amax to None"):
+        q.amax = torch.ones(4, 1)
+    q.amax = None
+    q.amax = torch.ones(4, 1)
+    assert q.amax.shape == (4, 1)
+
+
+def test_a_range_is_a_copy_in_float32():
+    q = quantizer()
+    given = torch.tensor([2.0], dtype=torch.float64)
+    q.amax = given
+    given.fill_(9.0)
+    assert q.amax.item() == 2.0
+    assert (q.amax.dtype, q.amax.shape) == (torch.float32, ())
+    before = q.amax
+    q.amax = 4
+    assert q.amax is before  # in place: what refers to it goes on doing so
+    assert before.item() == 4.0
+
+
+def test_a_given_range_survives_the_meta_device():
+    with torch.device("meta"):
+        q = quantizer(amax=2.0)
+    assert q.amax.item() == 2.0
+    q.to_empty(device="cpu")
+    assert q.amax.item() == 2.0
+
+
+def test_casts_leave_the_range_exact():
+    q = quantizer()
+    q.amax = 0.1
+    exact = q.amax.clone()
+    for cast in (q.half, q.bfloat16, q.double, lambda: q.to(torch.float16), q.float):
+        cast()
+        assert q.amax.dtype == torch.float32
+        assert torch.equal(q.amax, exact)
+
+
+def test_the_range_follows_the_device_of_its_tensor():
+    q = quantizer()
+    q.amax = 1.0
+    q.to("meta")
+    assert q.amax.is_meta
+    q = quantizer()
+    q.amax = 1.0
+    assert q(torch.ones(2, device="meta")).is_meta
+    assert q.amax.is_meta
+
+
+# --- state dict -----------------------------------------------------------------------------------------------
+
+
+def test_the_state_appears_with_the_range():
+    q = quantizer()
+    assert not list(q.state_dict())
+    q.amax = 1.5
+    assert list(q.state_dict()) == ["_amax"]
+    fresh = quantizer()
+    fresh.load_state_dict(q.state_dict(), strict=True)
+    assert fresh.amax.item() == 1.5
+    fresh.load_state_dict({}, strict=True)  # a float checkpoint says nothing of ranges
+    assert fresh.amax.item() == 1.5
+
+
+def test_a_checkpoint_of_another_precision_becomes_float32():
+    for assign in (False, True):
+        q = quantizer()
+        q.load_state_dict({"_amax": torch.tensor(1.5, dtype=torch.float16)}, assign=assign)
+        assert q.amax.dtype == torch.float32
+        assert q.amax.item() == 1.5
+
+
+def test_bad_checkpoints():
+    q = quantizer(axis=0)
+    q.amax = torch.ones(3, 1)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        q.load_state_dict({"_amax": torch.ones(4, 1)})
+    with pytest.raises(RuntimeError, match="finite and not negative"):
+        q.load_state_dict({"_amax": -torch.ones(3, 1)})
+    assert torch.equal(q.amax, torch.ones(3, 1))
+
+
+# --- stages -----------------------------------------------------------------------------------------------------
+
+
+def test_stages_and_what_they_say():
+    q = quantizer()
+    x = torch.tensor([0.3, -1.0])
+    assert q.state == "dynamic (not calibrated)"
+    assert not torch.equal(q(x), x)
+    q.enable_calib()
+    assert q.state == "calibrating and quantizing"
+    q.disable_quant()
+    assert q.state == "calibrating"
+    assert q(x) is x
+    q.disable_calib()
+    assert q.state == "not quantizing"
+    assert not q.is_active
+    q.load_calib_amax()
+    q.enable_quant()
+    assert q.state == "calibrated"
+    assert q.amax.item() == 1.0
+    q.disable()
+    assert q.state == "disabled"
+    assert q(x) is x
+    q.enable()
+    assert torch.equal(q(x), fake_quantize(x, torch.tensor(1.0), Integer(8)))
+    assert quantizer(dynamic=True).state == "dynamic"
+    learned = quantizer(learn_amax=True, amax=1.0)
+    assert learned.state == "learned"
+
+
+def test_disabled_collects_nothing():
+    q = quantizer()
+    q.enable_calib()
+    q.disable()
+    q(torch.ones(3))
+    assert not q.calibrator.saw_data
+
+
+def test_what_is_printed():
+    assert repr(quantizer()) == "TensorQuantizer(int8, dynamic (not calibrated))"
+    assert repr(quantizer(num_bits=4, axis=1, amax=1.0)) == "TensorQuantizer(int4, axis=1, calibrated)"
+    assert repr(quantizer(format="mxfp4", dynamic=True)) == "TensorQuantizer(mxfp4, dynamic)"
+
+
+def test_calibration_errors():
+    with pytest.raises(CalibrationError, match="nothing to calibrate"):
+        quantizer(dynamic=True).enable_calib()
+    with pytest.raises(CalibrationError, match="enable_calib"):
+        quantizer().load_calib_amax()
+    with pytest.raises(UnknownNameError, match="'max'"):
+        quantizer(calib_method="maxx").enable_calib()
+    with pytest.raises(UnknownNameError, match="format"):
+        quantizer(format="int9")
+    q = quantizer()
+    q.enable_calib()
+    with pytest.raises(CalibrationError) as caught:
+        q(torch.tensor([1.0, float("nan")]))
+    assert caught.value.quantizer is q
+    with pytest.raises(CalibrationError):
+        q.load_calib_amax()
+
+
+def test_a_calibrator_of_ones_own():
+    q = quantizer()
+    mine = MaxCalibrator(q.format)
+    q.enable_calib(mine)
+    q(torch.tensor([1.0, -5.0]))
+    q.load_calib_amax()
+    assert q.amax.item() == 5.0
+    mine.collect(torch.tensor([9.0]))
+    assert q.amax.item() == 5.0  # the calibrator's tensor is its own
+
+
+def test_scale_amax_does_not_compound():
+    q = quantizer(scale_amax=0.5)
+    q.enable_calib()
+    q(torch.tensor([4.0]))
+    for _ in range(3):
+        q.load_calib_amax()
+        assert q.amax.item() == 2.0
+
+
+def test_formats_in_blocks_calibrate_one_range():
+    q = quantizer(format="nvfp4", axis=-1)
+    q.enable_calib()
+    x = torch.randn(4, 32)
+    q(x)
+    q.disable_calib()
+    q.load_calib_amax()
+    assert torch.equal(q.amax, x.abs().max())
+    assert torch.equal(q(x), quantizer(format="nvfp4", axis=-1)(x))
+
+
+def test_a_learned_range_is_trained():
+    q = quantizer(num_bits=4, learn_amax=True)
+    assert not list(q.parameters())
+    q.enable_calib()
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    q(x)
+    q.disable_calib()
+    q.load_calib_amax()
+    assert [name for name, _ in q.named_parameters()] == ["_amax"]
+    q.amax = 8.0  # much too large for a normal distribution
+    optimizer = torch.optim.SGD(q.parameters(), lr=50.0)
+
+    def error():
+        return (q(x) - x).square().mean()
+
+    before = error().item()
+    for _ in range(200):
+        optimizer.zero_grad()
+        error().backward()
+        optimizer.step()
+    assert error().item() < 0.5 * before
+    assert 1.0 < q.amax.item() < 5.0
+    q.half()
+    assert isinstance(q.amax, nn.Parameter)
+    assert q.amax.dtype == torch.float32
+    twin = copy.deepcopy(q)
+    assert isinstance(twin.amax, nn.Parameter)
+    fresh = quantizer(num_bits=4, learn_amax=True)
+    fresh.load_state_dict(q.state_dict())
+    assert isinstance(fresh.amax, nn.Parameter)
+
+
+# --- weights that are kept ------------------------------------------------------------------------------------------
+
+
+def layer_in_use(cls=QuantLinear, *args):
+    torch.manual_seed(0)
+    layer = cls(*(args or (6, 4))).eval()
+    weight = layer.weight
+    layer.weight_quantizer.amax = torch.full([weight.shape[0]] + [1] * (weight.dim() - 1), 0.3)
+    forward(layer)
+    assert layer.weight_quantizer._kept is not None
+    return layer
+
+
+def forward(layer):
+    x = torch.ones(1, 6) if isinstance(layer, nn.Linear) else torch.ones(1, 3, 8, 8)
+    with torch.no_grad():
+        return layer(x.to(layer.weight.dtype))
+
+
+def assert_fresh(layer):
+    """The output is that of the weight as it is, and another forward quantizes nothing."""
+    TensorQuantizer.keeps_weights = False
+    try:
+        expected = forward(layer)
+    finally:
+        del TensorQuantizer.keeps_weights
+        TensorQuantizer.keeps_weights = True
+    assert torch.equal(forward(layer), expected)
+
+
+def quantizations(layer, monkeypatch):
+    """How often the weight is quantized in a forward pass."""
+    calls = []
+    import quantpatch.quantizer as module
+
+    def counting(x, *args, **kwargs):
+        if x.shape == layer.weight.shape:
+            calls.append(1)
+        return fake_quantize(x, *args, **kwargs)
+
+    monkeypatch.setattr(module, "fake_quantize", counting)
+    forward(layer)
+    monkeypatch.undo()
+    return len(calls)
+
+
+def test_an_unchanged_weight_is_quantized_once(monkeypatch):
+    layer = layer_in_use()
+    assert quantizations(layer, monkeypatch) == 0
+    with torch.inference_mode():
+        assert quantizations(layer, monkeypatch) == 0
+    assert_fresh(layer)
+
+
+def copy_in(layer):
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn_like(layer.weight))
+
+
+def optimizer_step(layer):
+    layer(torch.randn(2, 6)).sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+
+
+def fused_step(layer):
+    layer(torch.randn(2, 6)).sum().backward()
+    torch.optim.AdamW(layer.parameters(), lr=0.1, foreach=True).step()
+
+
+def swap_data(layer):
+    layer.weight.data = torch.randn_like(layer.weight.data)
+
+
+def swap_twice(layer):
+    """The second tensor may be given the address of the first one's memory."""
+    old = layer.weight.data.clone()
+    layer.weight.data = torch.zeros_like(old)
+    layer.weight.data = -old
+
+
+def multiply_data(layer):
+    layer.weight.data.mul_(0.5)
+
+
+def average_into_data(layer):
+    layer.weight.data.lerp_(torch.randn_like(layer.weight), 0.1)
+
+
+def load(layer):
+    layer.load_state_dict({k: 0.5 * v for k, v in layer.state_dict().items()})
+
+
+def load_by_assigning(layer):
+    layer.load_state_dict({k: 0.5 * v for k, v in layer.state_dict().items()}, assign=True)
+
+
+def new_parameter(layer):
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+
+
+def cast(layer):
+    layer.double()
+
+
+def set_range(layer):
+    layer.weight_quantizer.amax = torch.full((4, 1), 0.2)
+
+
+def change_range(layer):
+    with torch.no_grad():
+        layer.weight_quantizer.amax.mul_(0.5)
+
+
+def forget_range(layer):
+    layer.weight_quantizer.amax = None
+
+
+def other_descriptor(layer):
+    q = layer.weight_quantizer
+    q.descriptor = QuantDescriptor(num_bits=3, axis=0)
+    q.format = Integer(3)
+
+
+def swapped_tensors(layer):
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.randn_like(layer.weight)))
+
+
+CHANGES = [copy_in, optimizer_step, fused_step, swap_data, swap_twice, multiply_data, average_into_data, load,
+           load_by_assigning, new_parameter, cast, set_range, change_range, forget_range, other_descriptor,
+           swapped_tensors]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_every_change_is_seen(change):
+    layer = layer_in_use()
+    before = forward(layer)
+    change(layer)
+    assert_fresh(layer)
+    assert not torch.equal(forward(layer).to(before.dtype), before)
+    assert_fresh(layer)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_convolutions(memory_format, monkeypatch):
+    layer = layer_in_use(QuantConv2d, 3, 4, 3).to(memory_format=memory_format)
+    forward(layer)
+    assert quantizations(layer, monkeypatch) == 0
+    layer.weight.data.mul_(0.5)
+    assert_fresh(layer)
+
+
+@pytest.mark.parametrize("switch", [lambda m: m.train(), lambda m: m.eval()])
+def test_switching_modes_forgets_and_frees(switch):
+    layer = layer_in_use()
+    kept = weakref.ref(layer.weight_quantizer._kept.quantized)
+    switch(layer)
+    gc.collect()
+    assert kept() is None
+
+
+def test_nothing_is_kept_while_training_or_with_gradients(monkeypatch):
+    layer = layer_in_use().train()
+    assert quantizations(layer, monkeypatch) == 1
+    layer.eval()
+    output = layer(torch.ones(1, 6))
+    assert layer.weight_quantizer._kept is None
+    output.sum().backward()
+    assert layer.weight.grad is not None
+    forward(layer)  # kept now; and then a gradient is wanted again
+    layer.weight.grad = None
+    layer(torch.ones(1, 6)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_frozen_weights_are_kept_with_gradients_to_the_input():
+    layer = layer_in_use().requires_grad_(False)
+    with torch.inference_mode():
+        layer(torch.ones(1, 6))
+    kept = layer.weight_quantizer._kept.quantized
+    x = torch.ones(1, 6, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight_quantizer._kept.quantized is kept
+    assert x.grad.abs().sum() > 0
+
+
+def test_tensors_without_a_version_are_not_kept():
+    with torch.inference_mode():
+        layer = QuantLinear(6, 4).eval()
+        layer(torch.ones(1, 6))
+        assert layer.weight_quantizer._kept is None
+        layer.weight.mul_(0.5)
+        assert_fresh(layer)
+
+
+def test_copies_and_files_start_without():
+    layer = layer_in_use()
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.copy(layer.weight_quantizer)):
+        q = twin if isinstance(twin, TensorQuantizer) else twin.weight_quantizer
+        assert q._kept is None
+    assert layer.weight_quantizer._kept is not None
+    size = len(pickle.dumps(layer))
+    assert size == len(pickle.dumps(copy.deepcopy(layer)))
+
+
+def test_a_tied_weight_is_seen_by_both_of_its_layers():
+    first, second = layer_in_use(), layer_in_use()
+    second.weight = first.weight
+    forward(second)
+    copy_in(first)
+    assert_fresh(first)
+    assert_fresh(second)
+
+
+def test_parametrized_weights_are_not_kept():
+    layer = QuantLinear(6, 4)
+    nn.utils.parametrizations.weight_norm(layer)
+    layer.eval()
+    forward(layer)
+    assert layer.weight_quantizer._kept is None
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(2)
+    assert_fresh(layer)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap has no rule for clamp_
+def test_functional_call_and_transforms():
+    layer = layer_in_use()
+    stacked = {name: torch.stack([p.detach(), 2 * p.detach()]) for name, p in layer.named_parameters()}
+    x = torch.ones(1, 6)
+    with torch.no_grad():
+        both = torch.vmap(lambda p: torch.func.functional_call(layer, p, (x,)), randomness="error")(stacked)
+        torch.testing.assert_close(both[0], layer(x))
+    layer.requires_grad_(False)
+    layer.train().eval()
+    gradient = torch.func.grad(lambda x: layer(x).sum())(x)
+    assert gradient.shape == x.shape
+    assert_fresh(layer)
+
+
+def test_it_can_be_turned_off(monkeypatch):
+    layer = layer_in_use()
+    layer.weight_quantizer.keeps_weights = False
+    assert quantizations(layer, monkeypatch) == 1
+
+
+def test_hooks_on_the_quantizer_still_run():
+    layer = layer_in_use()
+    seen = []
+    layer.weight_quantizer.register_forward_hook(lambda *args: seen.append(args))
+    forward(layer)
+    forward(layer)
+    assert len(seen) == 2

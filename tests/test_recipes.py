@@ -60,7 +60,11 @@ def test_a_linear_layer(name):
 @pytest.mark.parametrize("name", EXPECTED)
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 def test_every_layer_takes_every_recipe(name):
-    everything = ["Embedding", "EmbeddingBag", *(f"{k}MaxPool{n}d" for k in ("", "Adaptive") for n in (1, 2, 3))]
+    everything = [
+        "Embedding",
+        "EmbeddingBag",
+        *(f"{k}MaxPool{n}d" for k in ("", "Adaptive") for n in (1, 2, 3)),
+    ]
     with qp.quantize_modules(recipe=name, include=everything):
         layers = [
             (nn.Linear(40, 8), (3, 40)),
@@ -81,7 +85,9 @@ def test_every_layer_takes_every_recipe(name):
         ]
     for layer, *shapes in layers:
         assert isinstance(layer, QuantizedLayer)
-        data = [torch.arange(5) if shape is None else torch.randn(shape, requires_grad=True) for shape in shapes]
+        data = [
+            torch.arange(5) if shape is None else torch.randn(shape, requires_grad=True) for shape in shapes
+        ]
         output = layer(*data)
         output = output[0] if isinstance(output, tuple) else output
         assert output.isfinite().all()

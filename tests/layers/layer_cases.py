@@ -110,15 +110,27 @@ case("Linear", "1d-input", (6, 4), rand(6))
 case("Linear", "double", (6, 4), rand(3, 6, dtype=torch.float64), device="cpu", dtype=torch.float64)
 case("Bilinear", "plain", (4, 5, 3), lambda: (torch.randn(2, 4), torch.randn(2, 5)))
 case(
-    "Bilinear", "no-bias", (), lambda: (torch.randn(2, 4), torch.randn(2, 5)),
-    in1_features=4, in2_features=5, out_features=3, bias=False,
-)  # fmt: skip
-case("Bilinear", "dtype", (4, 5, 3), lambda: (torch.randn(2, 4).double(), torch.randn(2, 5).double()),
-     device="cpu", dtype=torch.float64)  # fmt: skip
+    "Bilinear",
+    "no-bias",
+    (),
+    lambda: (torch.randn(2, 4), torch.randn(2, 5)),
+    in1_features=4,
+    in2_features=5,
+    out_features=3,
+    bias=False,
+)
+case(
+    "Bilinear",
+    "dtype",
+    (4, 5, 3),
+    lambda: (torch.randn(2, 4).double(), torch.randn(2, 5).double()),
+    device="cpu",
+    dtype=torch.float64,
+)
 case("LazyLinear", "plain", (4,), rand(3, 6))
 case("LazyLinear", "no-bias", (4,), rand(3, 6), bias=False, device="cpu", dtype=torch.float32)
 
-# --- convolutions --------------------------------------------------------------------------------------------
+# --- convolutions ---------------------------------------------------------------------------------
 
 for n in (1, 2, 3):
     size = (9, 7, 6)[:n]
@@ -134,30 +146,65 @@ for n in (1, 2, 3):
         case(name, "circular", (*first, 6, 3), rand(2, 4, *size), padding=1, padding_mode="circular")
         case(name, "replicate", (*first, 6, 3), rand(2, 4, *size), padding="same", padding_mode="replicate")
         case(name, "reflect", (*first, 6, 3), rand(2, 4, *size), padding=1, padding_mode="reflect")
-        case(name, "double", (*first, 6, 3), rand(2, 4, *size, dtype=torch.float64),
-             device="cpu", dtype=torch.float64)  # fmt: skip
+        case(
+            name,
+            "double",
+            (*first, 6, 3),
+            rand(2, 4, *size, dtype=torch.float64),
+            device="cpu",
+            dtype=torch.float64,
+        )
         if not lazy:
             case(name, "unbatched", (4, 6, 3), rand(4, *size))
         name = f"{lazy}ConvTranspose{n}d"
         case(name, "plain", (*first, 6, 3), rand(2, 4, *size))
-        case(name, "strided", (*first, 6, 3), rand(2, 4, *size),
-             stride=2, padding=1, output_padding=1, bias=False)  # fmt: skip
+        case(
+            name,
+            "strided",
+            (*first, 6, 3),
+            rand(2, 4, *size),
+            stride=2,
+            padding=1,
+            output_padding=1,
+            bias=False,
+        )
         case(name, "grouped", (*first, 6, 3), rand(2, 4, *size), groups=2, dilation=2)
         wanted = [2 * k for k in size]
         case(name, "size", (*first, 6, 3), rand(2, 4, *size), {"output_size": wanted}, stride=2, padding=1)
-        case(name, "double", (*first, 6, 3), rand(2, 4, *size, dtype=torch.float64),
-             padding_mode="zeros", device="cpu", dtype=torch.float64)  # fmt: skip
+        case(
+            name,
+            "double",
+            (*first, 6, 3),
+            rand(2, 4, *size, dtype=torch.float64),
+            padding_mode="zeros",
+            device="cpu",
+            dtype=torch.float64,
+        )
         if not lazy:
             case(name, "unbatched", (4, 6, 3), rand(4, *size))
-case("Conv2d", "channels-last", (4, 6, 3), lambda: (torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last),))  # fmt: skip
+case(
+    "Conv2d",
+    "channels-last",
+    (4, 6, 3),
+    lambda: (torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last),),
+)
 
-# --- pooling and norm ------------------------------------------------------------------------------------------
+# --- pooling and norm -----------------------------------------------------------------------------
 
 for n in (1, 2, 3):
     shape = (2, 3, 8, 6, 6)[: n + 2]
     out = (4, 3, 2)[:n]
     case(f"AvgPool{n}d", "plain", (2,), rand(*shape))
-    case(f"AvgPool{n}d", "strided", (3,), rand(*shape), stride=2, padding=1, ceil_mode=True, count_include_pad=False)
+    case(
+        f"AvgPool{n}d",
+        "strided",
+        (3,),
+        rand(*shape),
+        stride=2,
+        padding=1,
+        ceil_mode=True,
+        count_include_pad=False,
+    )
     if n > 1:
         case(f"AvgPool{n}d", "divisor", (2,), rand(*shape), divisor_override=3)
     case(f"AvgPool{n}d", "unbatched", (2,), rand(*shape[1:]))
@@ -166,18 +213,42 @@ for n in (1, 2, 3):
     if n > 1:
         case(f"AdaptiveAvgPool{n}d", "none", ((None, *out[1:]),), rand(*shape))
     case(f"MaxPool{n}d", "plain", (2,), rand(*shape))
-    case(f"MaxPool{n}d", "indices", (2,), rand(*shape), return_indices=True, stride=2, dilation=2, ceil_mode=True)
+    case(
+        f"MaxPool{n}d",
+        "indices",
+        (2,),
+        rand(*shape),
+        return_indices=True,
+        stride=2,
+        dilation=2,
+        ceil_mode=True,
+    )
     case(f"MaxPool{n}d", "padded", (3,), rand(*shape), padding=1)
     case(f"AdaptiveMaxPool{n}d", "plain", (out,), rand(*shape))
     case(f"AdaptiveMaxPool{n}d", "indices", (2,), rand(*shape), return_indices=True)
     case(f"InstanceNorm{n}d", "plain", (3,), rand(*shape))
     case(f"InstanceNorm{n}d", "affine", (3,), rand(*shape), affine=True, eps=1e-3)
-    case(f"InstanceNorm{n}d", "running", (3,), rand(*shape), affine=True, track_running_stats=True, momentum=0.5)
+    case(
+        f"InstanceNorm{n}d",
+        "running",
+        (3,),
+        rand(*shape),
+        affine=True,
+        track_running_stats=True,
+        momentum=0.5,
+    )
     case(f"InstanceNorm{n}d", "unbatched", (3,), rand(*shape[1:]))
-    case(f"InstanceNorm{n}d", "double", (3,), rand(*shape, dtype=torch.float64), affine=True,
-         device="cpu", dtype=torch.float64)  # fmt: skip
+    case(
+        f"InstanceNorm{n}d",
+        "double",
+        (3,),
+        rand(*shape, dtype=torch.float64),
+        affine=True,
+        device="cpu",
+        dtype=torch.float64,
+    )
 
-# --- recurrent -------------------------------------------------------------------------------------------------
+# --- recurrent ------------------------------------------------------------------------------------
 
 
 def ragged() -> list[Tensor]:
@@ -193,17 +264,39 @@ for name in ("RNN", "LSTM", "GRU"):
     case(name, "batch-first", (5, 4), rand(3, 6, 5), batch_first=True, bias=False)
     case(name, "deep", (5, 4), rand(6, 3, 5), num_layers=3, bidirectional=True)
     case(name, "dropout", (5, 4), rand(6, 3, 5), num_layers=2, dropout=0.5)
-    case(name, "state", (5, 4), lambda s=states: (torch.randn(6, 3, 5), s(4, 3, 4)), num_layers=2, bidirectional=True)
+    case(
+        name,
+        "state",
+        (5, 4),
+        lambda s=states: (torch.randn(6, 3, 5), s(4, 3, 4)),
+        num_layers=2,
+        bidirectional=True,
+    )
     case(name, "unbatched", (5, 4), rand(6, 5), num_layers=2)
     case(name, "unbatched-state", (5, 4), lambda s=states: (torch.randn(6, 5), s(2, 4)), num_layers=2)
     case(name, "packed", (5, 4), lambda: (pack_sequence(ragged(), enforce_sorted=False),), num_layers=2)
-    case(name, "packed-sorted", (5, 4),
-         lambda: (pack_padded_sequence(torch.randn(6, 3, 5), [6, 4, 3]),), bidirectional=True)  # fmt: skip
-    case(name, "packed-state", (5, 4),
-         lambda s=states: (pack_sequence(ragged(), enforce_sorted=False), s(4, 3, 4)),
-         num_layers=2, bidirectional=True, dropout=0.3)  # fmt: skip
+    case(
+        name,
+        "packed-sorted",
+        (5, 4),
+        lambda: (pack_padded_sequence(torch.randn(6, 3, 5), [6, 4, 3]),),
+        bidirectional=True,
+    )
+    case(
+        name,
+        "packed-state",
+        (5, 4),
+        lambda s=states: (pack_sequence(ragged(), enforce_sorted=False), s(4, 3, 4)),
+        num_layers=2,
+        bidirectional=True,
+        dropout=0.3,
+    )
     case(name, "double", (5, 4), rand(6, 3, 5, dtype=torch.float64), device="cpu", dtype=torch.float64)
-    cell_state = (lambda b: (torch.randn(b, 4), torch.randn(b, 4))) if name == "LSTM" else (lambda b: torch.randn(b, 4))
+    cell_state = (
+        (lambda b: (torch.randn(b, 4), torch.randn(b, 4)))
+        if name == "LSTM"
+        else (lambda b: torch.randn(b, 4))
+    )
     case(f"{name}Cell", "plain", (5, 4), rand(3, 5))
     case(f"{name}Cell", "state", (5, 4), lambda s=cell_state: (torch.randn(3, 5), s(3)), bias=False)
     case(f"{name}Cell", "double", (5, 4), rand(3, 5, dtype=torch.float64), device="cpu", dtype=torch.float64)
@@ -212,7 +305,7 @@ case("RNN", "relu", (5, 4), rand(6, 3, 5), nonlinearity="relu", num_layers=2)
 case("RNNCell", "relu", (5, 4), rand(3, 5), nonlinearity="relu")
 case("LSTM", "projected", (5, 4), rand(6, 3, 5), num_layers=2, bidirectional=True, proj_size=3)
 
-# --- embedding -------------------------------------------------------------------------------------------------
+# --- embedding ------------------------------------------------------------------------------------
 
 
 def indices(*shape: int) -> Callable[[], tuple[Tensor]]:
@@ -228,13 +321,24 @@ case("EmbeddingBag", "sum", (10, 4), lambda: (torch.randint(0, 10, (7,)), torch.
 case("EmbeddingBag", "max", (10, 4), indices(3, 5), mode="max", padding_idx=1)
 case("EmbeddingBag", "norm", (10, 4), indices(3, 5), max_norm=0.5)
 case(
-    "EmbeddingBag", "weighted", (10, 4),
+    "EmbeddingBag",
+    "weighted",
+    (10, 4),
     lambda: (torch.randint(0, 10, (7,)), torch.tensor([0, 3, 7]), torch.rand(7)),
-    mode="sum", include_last_offset=True,
-)  # fmt: skip
-case("EmbeddingBag", "double", (10, 4), indices(3, 5), dtype=torch.float64, device="cpu", scale_grad_by_freq=True)
+    mode="sum",
+    include_last_offset=True,
+)
+case(
+    "EmbeddingBag",
+    "double",
+    (10, 4),
+    indices(3, 5),
+    dtype=torch.float64,
+    device="cpu",
+    scale_grad_by_freq=True,
+)
 
-# --- attention -------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 SELF = lambda: (torch.randn(5, 3, 8),) * 3  # noqa: E731
 CROSS = lambda: (torch.randn(5, 3, 8), *(torch.randn(6, 3, 8),) * 2)  # noqa: E731
@@ -243,29 +347,104 @@ PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [Tru
 case("MultiheadAttention", "self", (8, 2), SELF)
 case("MultiheadAttention", "fused", (8, 2), SELF, {"need_weights": False})
 case("MultiheadAttention", "cross", (8, 2), CROSS, {"average_attn_weights": False}, bias=False)
-case("MultiheadAttention", "batch-first", (8, 2), lambda: (torch.randn(3, 5, 8),) * 3,
-     {"key_padding_mask": PADDED}, batch_first=True)  # fmt: skip
-case("MultiheadAttention", "causal", (8, 2), SELF, {"attn_mask": CAUSAL, "is_causal": True, "need_weights": False})
-case("MultiheadAttention", "causal-padded", (8, 2), SELF,
-     {"attn_mask": CAUSAL == -torch.inf, "is_causal": True, "key_padding_mask": PADDED})  # fmt: skip
-case("MultiheadAttention", "masks", (8, 2), SELF,
-     {"attn_mask": torch.linspace(-1, 1, 150).view(6, 5, 5), "key_padding_mask": PADDED.float()})  # fmt: skip
-case("MultiheadAttention", "masks-fused", (8, 2), SELF,
-     {"attn_mask": torch.linspace(-1, 1, 150).view(6, 5, 5), "key_padding_mask": PADDED.float(),
-      "need_weights": False})  # fmt: skip
-case("MultiheadAttention", "extras", (8, 2), CROSS, {"key_padding_mask": torch.zeros(3, 6).bool()},
-     add_bias_kv=True, add_zero_attn=True)  # fmt: skip
-case("MultiheadAttention", "extras-fused", (8, 2), CROSS, {"need_weights": False, "attn_mask": torch.zeros(5, 6)},
-     add_bias_kv=True, add_zero_attn=True)  # fmt: skip
-case("MultiheadAttention", "widths", (8, 2), lambda: (torch.randn(5, 3, 8), torch.randn(6, 3, 4), torch.randn(6, 3, 7)),
-     kdim=4, vdim=7)  # fmt: skip
-case("MultiheadAttention", "unbatched", (8, 2), lambda: (torch.randn(5, 8),) * 3,
-     {"attn_mask": (CAUSAL == -torch.inf).expand(2, 5, 5), "key_padding_mask": PADDED[1]})  # fmt: skip
-case("MultiheadAttention", "unbatched-fused", (8, 2), lambda: (torch.randn(5, 8),) * 3, {"need_weights": False},
-     batch_first=True)  # fmt: skip
+case(
+    "MultiheadAttention",
+    "batch-first",
+    (8, 2),
+    lambda: (torch.randn(3, 5, 8),) * 3,
+    {"key_padding_mask": PADDED},
+    batch_first=True,
+)
+case(
+    "MultiheadAttention",
+    "causal",
+    (8, 2),
+    SELF,
+    {"attn_mask": CAUSAL, "is_causal": True, "need_weights": False},
+)
+case(
+    "MultiheadAttention",
+    "causal-padded",
+    (8, 2),
+    SELF,
+    {"attn_mask": -torch.inf == CAUSAL, "is_causal": True, "key_padding_mask": PADDED},
+)
+case(
+    "MultiheadAttention",
+    "masks",
+    (8, 2),
+    SELF,
+    {"attn_mask": torch.linspace(-1, 1, 150).view(6, 5, 5), "key_padding_mask": PADDED.float()},
+)
+case(
+    "MultiheadAttention",
+    "masks-fused",
+    (8, 2),
+    SELF,
+    {
+        "attn_mask": torch.linspace(-1, 1, 150).view(6, 5, 5),
+        "key_padding_mask": PADDED.float(),
+        "need_weights": False,
+    },
+)
+case(
+    "MultiheadAttention",
+    "extras",
+    (8, 2),
+    CROSS,
+    {"key_padding_mask": torch.zeros(3, 6).bool()},
+    add_bias_kv=True,
+    add_zero_attn=True,
+)
+case(
+    "MultiheadAttention",
+    "extras-fused",
+    (8, 2),
+    CROSS,
+    {"need_weights": False, "attn_mask": torch.zeros(5, 6)},
+    add_bias_kv=True,
+    add_zero_attn=True,
+)
+case(
+    "MultiheadAttention",
+    "widths",
+    (8, 2),
+    lambda: (torch.randn(5, 3, 8), torch.randn(6, 3, 4), torch.randn(6, 3, 7)),
+    kdim=4,
+    vdim=7,
+)
+case(
+    "MultiheadAttention",
+    "unbatched",
+    (8, 2),
+    lambda: (torch.randn(5, 8),) * 3,
+    {"attn_mask": (-torch.inf == CAUSAL).expand(2, 5, 5), "key_padding_mask": PADDED[1]},
+)
+case(
+    "MultiheadAttention",
+    "unbatched-fused",
+    (8, 2),
+    lambda: (torch.randn(5, 8),) * 3,
+    {"need_weights": False},
+    batch_first=True,
+)
 case("MultiheadAttention", "dropout", (8, 2), SELF, dropout=0.4)
-case("MultiheadAttention", "double", (8, 2), lambda: (torch.randn(5, 3, 8).double(),) * 3,
-     device="cpu", dtype=torch.float64)  # fmt: skip
+case(
+    "MultiheadAttention",
+    "double",
+    (8, 2),
+    lambda: (torch.randn(5, 3, 8).double(),) * 3,
+    device="cpu",
+    dtype=torch.float64,
+)
 case("TransformerEncoder", "plain", ("layers", "norm"), rand(3, 5, 8))
-case("TransformerEncoder", "masked", (), rand(3, 5, 8), {"src_key_padding_mask": PADDED}, num_layers=1,
-     enable_nested_tensor=False, mask_check=False)  # fmt: skip
+case(
+    "TransformerEncoder",
+    "masked",
+    (),
+    rand(3, 5, 8),
+    {"src_key_padding_mask": PADDED},
+    num_layers=1,
+    enable_nested_tensor=False,
+    mask_check=False,
+)

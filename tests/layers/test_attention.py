@@ -50,7 +50,12 @@ def attention_by_hand(layer, amax, query, key, value):
     weights = coarse(layer.in_proj_weight, amax["in_proj_weight"]).chunk(3)
     heads = []
     for x, name, weight, bias, inner in zip(
-        (query, key, value), ("query", "key", "value"), weights, layer.in_proj_bias.chunk(3), "qkv", strict=True
+        (query, key, value),
+        ("query", "key", "value"),
+        weights,
+        layer.in_proj_bias.chunk(3),
+        "qkv",
+        strict=True,
     ):
         projected = F.linear(coarse(x, amax[name]), weight, bias)
         split = projected.view(x.shape[0], batch, 2, 4).permute(1, 2, 0, 3)
@@ -110,9 +115,13 @@ def test_our_path_is_torchs_slow_path(need_weights, grad):
     layer.probabilities_quantizer.disable()
     x = torch.randn(3, 5, 8)
     with torch.set_grad_enabled(grad):
-        assert torch.equal(layer(x, x, x, need_weights=need_weights)[0], twin(x, x, x, need_weights=need_weights)[0])
+        assert torch.equal(
+            layer(x, x, x, need_weights=need_weights)[0], twin(x, x, x, need_weights=need_weights)[0]
+        )
         y = torch.randn(3, 6, 8)
-        assert torch.equal(layer(x, y, y, need_weights=need_weights)[0], twin(x, y, y, need_weights=need_weights)[0])
+        assert torch.equal(
+            layer(x, y, y, need_weights=need_weights)[0], twin(x, y, y, need_weights=need_weights)[0]
+        )
 
 
 def test_where_every_key_is_hidden():

@@ -26,12 +26,18 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:LSTM with projections is not supported with oneDNN",
     "ignore:Lazy modules are a new feature",
     "ignore:Using padding='same' with even kernel lengths",
-    "ignore:.*should not be instantiated. Methods on autograd functions:DeprecationWarning",  # torch.compile's
+    "ignore:.*should not be instantiated. Methods on autograd:DeprecationWarning",  # torch.compile's
 )
 
 NAMES = sorted({case.name for case in CASES})
 # One case of each class, the richest one: what does not depend on the arguments is tried on these.
-RICH = {"LSTM": "packed-state", "GRU": "deep", "RNN": "deep", "MultiheadAttention": "widths", "Embedding": "norm"}
+RICH = {
+    "LSTM": "packed-state",
+    "GRU": "deep",
+    "RNN": "deep",
+    "MultiheadAttention": "widths",
+    "Embedding": "norm",
+}
 ONE = [next(c for c in CASES if c.name == name and c.label == RICH.get(name, c.label)) for name in NAMES]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -148,7 +154,9 @@ def with_coarse_ranges(quantized: Any) -> Any:
         assert axes[operand] == axis
         shape = [weight.shape[axis] if d == axis else 1 for d in range(weight.dim())]
         scale = 0.4 + 0.05 * position
-        quantizer.amax = scale * weight.detach().abs().max().float() * torch.linspace(0.5, 1, shape[axis]).view(shape)
+        quantizer.amax = (
+            scale * weight.detach().abs().max().float() * torch.linspace(0.5, 1, shape[axis]).view(shape)
+        )
     return quantized
 
 
@@ -171,7 +179,9 @@ def reference(case: Case, layer: Any, quantized: Any, data: tuple[Any, ...]) -> 
         )
     if quantized.quantizer("hidden") is not None and len(data) > 1:
         state, amax = data[1], quantized.quantizer("hidden").amax
-        arguments[1] = coarse(state, amax) if isinstance(state, Tensor) else (coarse(state[0], amax), state[1])
+        arguments[1] = (
+            coarse(state, amax) if isinstance(state, Tensor) else (coarse(state[0], amax), state[1])
+        )
     return run(layer, tuple(arguments), case)
 
 
@@ -240,7 +250,8 @@ def test_half_precision(case, dtype):
     try:
         plain = run(layer.to(dtype), data, case)
     except (NotImplementedError, RuntimeError) as error:
-        assert "not implemented" in str(error)
+        if "not implemented" not in str(error):
+            raise
         pytest.skip(f"torch has no such kernel: {error}")
     for a, b in zip(floats(run(quantized, data, case)), floats(plain), strict=True):
         assert a.dtype == b.dtype == dtype
@@ -272,14 +283,16 @@ def test_copies_and_files(case):
 
 @each_class
 def test_meta_device_then_filled(case):
-    layer, quantized = case.pair()
+    _, quantized = case.pair()
     calibrate(quantized, case)
     if case.name.startswith("Lazy"):
         pytest.skip("a lazy layer has no shapes before its first input")
     if case.name == "TransformerEncoder":
         shell = copy.deepcopy(quantized).to("meta")
     else:
-        shell = case.quant_class(*case.args, **{**case.kwargs, **({} if "Pool" in case.name else {"device": "meta"})})
+        shell = case.quant_class(
+            *case.args, **{**case.kwargs, **({} if "Pool" in case.name else {"device": "meta"})}
+        )
         assert all(t.is_meta for t in shell.state_dict().values())
     shell.to_empty(device="cpu")
     shell.load_state_dict(quantized.state_dict(), strict=True)
@@ -292,14 +305,15 @@ def test_meta_device_then_filled(case):
             assert torch.equal(quantizer.amax, quantizers(quantized)[name].amax)
     # assign=True takes the tensors of the checkpoint themselves.
     assigned = copy.deepcopy(quantized).to("meta")
-    assigned.load_state_dict({k: v.clone() for k, v in quantized.state_dict().items()}, strict=True, assign=True)
+    assigned.load_state_dict(
+        {k: v.clone() for k, v in quantized.state_dict().items()}, strict=True, assign=True
+    )
     assert_same(run(assigned.eval(), case.data(), case), run(quantized.eval(), case.data(), case))
 
 
 @each_class
 def test_class(case):
     assert inspect.signature(case.quant_class) == inspect.signature(case.float_class)
-    assert list(inspect.signature(case.quant_class.__init__).parameters)[0] == "self"
     assert issubclass(case.quant_class, case.float_class)
     assert issubclass(case.quant_class, QuantizedLayer)
     assert case.quant_class.__doc__
@@ -323,7 +337,10 @@ def frozen(module: nn.Module) -> dict[str, Any]:
             if key in ("_kept", "_compared"):
                 continue
             same = tuple(value.items()) if isinstance(value, dict) else value
-            found[f"{name}.{key}"] = (id(value), tuple((k, id(v)) for k, v in same) if isinstance(value, dict) else 0)
+            found[f"{name}.{key}"] = (
+                id(value),
+                tuple((k, id(v)) for k, v in same) if isinstance(value, dict) else 0,
+            )
     return found
 
 
@@ -383,7 +400,9 @@ def test_gradient_checkpointing(case):
     _, plain = with_gradients(quantized, case)
     quantized.zero_grad()
     inner = quantized.forward
-    quantized.__dict__["forward"] = lambda *args, **kwargs: checkpoint(inner, *args, use_reentrant=False, **kwargs)
+    quantized.__dict__["forward"] = lambda *args, **kwargs: checkpoint(
+        inner, *args, use_reentrant=False, **kwargs
+    )
     _, again = with_gradients(quantized, case)
     assert_same(again, plain)
 
@@ -418,7 +437,11 @@ def test_compile_without_graph_break(case):
     compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")
     for training in (True, False):
         quantized.train(training)
-        for a, b in zip(floats(compiled(*case.data(), **case.call)), floats(quantized(*case.data(), **case.call)), strict=True):
+        for a, b in zip(
+            floats(compiled(*case.data(), **case.call)),
+            floats(quantized(*case.data(), **case.call)),
+            strict=True,
+        ):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 

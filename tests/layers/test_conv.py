@@ -36,7 +36,9 @@ def test_blocks_run_along_the_input_channels(n):
     for kind, axis in (("Conv", 1), ("ConvTranspose", 0)):
         layer = getattr(layers, f"Quant{kind}{n}d")(64, 3, 3)
         layer.add_quantizers(BUILTIN_RECIPES["mxfp4"])
-        assert torch.equal(layer.weight_quantizer(layer.weight), fake_quantize(layer.weight, None, format, axis=axis))
+        assert torch.equal(
+            layer.weight_quantizer(layer.weight), fake_quantize(layer.weight, None, format, axis=axis)
+        )
         assert torch.equal(layer.input_quantizer(x), fake_quantize(x, None, format, axis=1))
         batched, alone = layer(x), layer(x[0])  # without a batch axis as well
         torch.testing.assert_close(batched[0], alone, atol=1e-4, rtol=1e-4)

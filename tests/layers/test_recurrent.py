@@ -131,7 +131,7 @@ def test_functional_call(kind):
         for parameter in other.parameters():
             parameter.mul_(0.5)
     x = torch.randn(6, 2, 5)
-    state = {name: p for name, p in other.named_parameters()}
+    state = dict(other.named_parameters())
     assert torch.equal(torch.func.functional_call(layer, state, (x,))[0], other(x)[0])
     assert not torch.equal(layer(x)[0], other(x)[0])
 

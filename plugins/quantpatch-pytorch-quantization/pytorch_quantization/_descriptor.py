@@ -13,6 +13,7 @@ __all__ = ["QuantDescriptor", "ScaledQuantDescriptor"]
 
 NumBits = int | tuple[int, int]
 Axis = int | tuple[int, ...] | None
+Keywords = dict[str, Any]  # by another name, since a descriptor has a method called dict
 
 CALIB_METHODS = ("max", "histogram")
 
@@ -102,7 +103,7 @@ class QuantDescriptor:
             words.insert(0, self.name)
         return f"({' '.join(words)})"
 
-    def dict(self) -> dict[str, Any]:
+    def dict(self) -> Keywords:
         """The keywords that differ from their defaults; ``QuantDescriptor(**d)`` gives an equal one."""
         default = type(self)()
         changed = {

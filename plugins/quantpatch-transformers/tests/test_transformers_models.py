@@ -1,4 +1,4 @@
-"""GPT-2 and BERT built inside a block: everything that multiplies weights is quantized, nothing else changes."""
+"""GPT-2 and BERT built inside a block: all that multiplies weights is quantized, nothing else changes."""
 
 from __future__ import annotations
 
@@ -325,7 +325,8 @@ with qp.quantize_modules() as scope:
     assert not [name for name in sys.modules if name.split(".")[0] == "transformers"]
     from transformers.pytorch_utils import Conv1D
     layer = Conv1D(5, 3)
-assert [(r.target, r.plugin) for r in scope.replaced] == [("transformers.pytorch_utils.Conv1D", "transformers")]
+(row,) = scope.replaced
+assert (row.target, row.plugin) == ("transformers.pytorch_utils.Conv1D", "transformers")
 assert type(Conv1D(5, 3)) is Conv1D
 print(type(layer).__name__)
 """

@@ -1,0 +1,10 @@
+"""Quantized layers, under their own names and, for ``quant_nn.Linear`` and so on, under torch's."""
+
+from pytorch_quantization.nn import functional
+from pytorch_quantization.nn.modules.clip import *
+from pytorch_quantization.nn.modules.quant_conv import *
+from pytorch_quantization.nn.modules.quant_instancenorm import *
+from pytorch_quantization.nn.modules.quant_linear import *
+from pytorch_quantization.nn.modules.quant_pooling import *
+from pytorch_quantization.nn.modules.quant_rnn import *
+from pytorch_quantization.nn.modules.tensor_quantizer import *

@@ -1,0 +1,166 @@
+"""The command line. Each command is one call of the library; ``--json`` prints what it returned."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import attrs
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import quantpatch
+from quantpatch.audit import audit
+from quantpatch.errors import QuantPatchError, ScopeError
+from quantpatch.interception import Slot
+from quantpatch.registry import registry
+from quantpatch.scope import quantize_modules
+from quantpatch.table import compose
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Quantize PyTorch models without touching their code.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Recipe = Annotated[str | None, typer.Option(help="Recipe: int8, int4, fp8 ...")]
+
+
+def _print(what: Any) -> None:
+    # Where nobody looks at a terminal, nothing is cut off to fit one.
+    width = None if sys.stdout.isatty() else max(120, int(os.environ.get("COLUMNS", "0")))
+    Console(width=width).print(what)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantpatch {quantpatch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def plugins(as_json: AsJson = False) -> None:
+    """List the plugins that are installed, and whether they take part."""
+    found = registry.plugins()
+    if as_json:
+        _print_json(
+            [{**attrs.asdict(p, recurse=False), "entries": [str(e) for e in p.entries]} for p in found]
+        )
+        return
+    table = Table()
+    for heading in ("plugin", "distribution", "state", "hooks", "entries"):
+        table.add_column(heading, overflow="fold")
+    for plugin in found:
+        distribution = f"{plugin.distribution} {plugin.version}" if plugin.distribution else "-"
+        state = f"{plugin.state}: {plugin.reason}" if plugin.reason else plugin.state
+        hooks = ", ".join(hook.removeprefix("quantpatch_") for hook in plugin.hooks) or "-"
+        table.add_row(plugin.name, distribution, state, hooks, str(len(plugin.entries)))
+    _print(table)
+
+
+@app.command()
+def layers(as_json: AsJson = False) -> None:
+    """List what a block would replace, by what, and on whose word."""
+    rows = [
+        {
+            "target": choice.offer.entry.dotted,
+            "replacement": str(choice.offer.entry).partition(" -> ")[2],
+            "plugin": choice.offer.plugin,
+            "state": choice.float_because
+            or ("replaced" if isinstance(key, Slot) else "replaced once its module is imported"),
+        }
+        for key, choice in compose({}, registry.offers()).items()
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table()
+    for heading in ("target", "replacement", "plugin", "state"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    _print(table)
+
+
+def _build(path: str) -> Any:
+    """The function (or model) that ``package.module:name`` means."""
+    module_name, colon, name = path.partition(":")
+    if not (module_name and colon and name):
+        raise ScopeError(f"{path!r} names no function; write package.module:build")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ScopeError(f"cannot find {path!r}: {type(error).__name__}: {error}") from error
+
+
+def _tensor(text: str) -> torch.Tensor:
+    try:
+        shape = [int(size) for size in text.split(",")]
+    except ValueError:
+        raise ScopeError(
+            f"--input {text!r} is no shape; write sizes with commas, such as 1,3,224,224"
+        ) from None
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@app.command("audit")
+def audit_command(
+    build: Annotated[str, typer.Argument(help="package.module:function that builds the model.")],
+    inputs: Annotated[list[str], typer.Option("--input", help="Shape of an input, such as 1,3,224,224.")],
+    recipe: Recipe = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
+    minimum: Annotated[float | None, typer.Option(help="Fail below this share, from 0 to 1.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build a model in a block, run it once, and tell what share of it ran quantized."""
+    function = _build(build)
+    with quantize_modules(skip=skip or (), recipe=recipe):
+        model = function()
+    report = audit(model, *map(_tensor, inputs), minimum=minimum)
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        _print(report)
+
+
+@app.command()
+def demo() -> None:
+    """Train, calibrate and fine-tune a small CNN on handwritten digits (needs the extra 'demo')."""
+    from quantpatch import demo as digits  # imports scikit-learn, which only this command needs
+
+    _print(digits.run())
+
+
+def main() -> None:
+    """The command ``quantpatch``. Errors of the library are told in one message, with exit code 2."""
+    try:
+        app(prog_name="quantpatch")
+    except QuantPatchError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"error: {error}", style="red", markup=False, highlight=False
+        )
+        raise SystemExit(2) from None

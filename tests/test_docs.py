@@ -1,0 +1,77 @@
+"""What the pages say is true: their Python runs, their output is what it prints, and nothing is out of date."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from quantpatch import hookspecs
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
+
+# A fenced block, and whether the comment before it says to leave it alone.
+BLOCK = re.compile(r"(<!-- no-run -->\n+)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page):
+    """Each Python block with its first line and the output that the page shows right after it, or None."""
+    text = page.read_text()
+    found = list(BLOCK.finditer(text))
+    for block, following in zip(found, [*found[1:], None], strict=True):
+        if block[2] != "python" or block[1]:
+            continue
+        shown = None
+        if following is not None and following[2] == "text" and not following[1]:
+            between = text[block.end() : following.start()]
+            shown = following[3] if not between.strip() else None
+        yield text[: block.start(3)].count("\n"), block[3], shown
+
+
+def with_code(page):
+    return any(True for _ in blocks(page))
+
+
+@pytest.mark.parametrize("page", filter(with_code, PAGES), ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_python_block_runs_and_prints_what_the_page_shows(page, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    module = ModuleType(f"page_{page.stem}")  # classes on a page can be pickled and named in entries
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for line, code, shown in blocks(page):
+        capsys.readouterr()
+        # Empty lines in front, so that a traceback names the line of the page.
+        exec(compile("\n" * line + code, str(page), "exec"), module.__dict__)
+        printed = [row.rstrip() for row in capsys.readouterr().out.splitlines()]
+        if shown is not None:
+            assert printed == [row.rstrip() for row in shown.splitlines()], f"{page.name}:{line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_to_a_file_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_manual_is_made_of_the_hooks_as_they_are(build):
+    page = build.PAGE.read_text()
+    assert page == build.built(page), "out of date; write: python docs/build.py"
+
+
+def test_the_manual_has_every_hook(build):
+    names = [name for name in hookspecs.__all__ if name.startswith("quantpatch_")]
+    assert names
+    assert [name for name in names if f"### `{name}(" not in build.PAGE.read_text()] == []

@@ -26,12 +26,6 @@ __all__ = ["BUILTIN_FORMATS", "Blocked", "Float", "Integer", "NumberFormat"]
 
 ScaleKind = Literal["float32", "e8m0", "e4m3"]
 
-# Adding and subtracting 1.5 * 2**23 * step rounds a float32 to a multiple of ``step``, ties to even,
-# because the sum has no bits left below ``step``. Exact while |y| <= 2**22 * step. Unlike ``round_`` it
-# never gives -0, which an integer does not have.
-_MAGIC = 1.5 * 2.0**23
-_EXPONENT_BITS = 0x7F800000
-
 
 class NumberFormat(abc.ABC):
     """A set of numbers to round to; a plugin's format subclasses this.
@@ -145,9 +139,8 @@ class Integer(NumberFormat):
         return y.round_().clamp_(self.min, self.max)
 
 
-# (exponent bits, mantissa bits) -> largest finite value. Only the formats of the OCP specifications: E4M3
-# gives its top code to NaN, E5M2 a whole binade to infinity and NaN, the smaller ones have neither.
-_FLOAT_MAX = {(4, 3): 448.0, (5, 2): 57344.0, (2, 1): 6.0, (2, 3): 7.5, (3, 2): 28.0}
+# (exponent bits, mantissa bits): only the formats of the OCP specifications.
+_FLOATS = ((4, 3), (5, 2), (2, 1), (2, 3), (3, 2))
 
 
 @attrs.frozen
@@ -155,8 +148,8 @@ class Float(NumberFormat):
     """Floating point of 4, 6 or 8 bits, with subnormals; ties to even; overflow saturates.
 
     ``Float(4, 3)`` is OFP8's E4M3 ("fn": no infinities, 448 at most), ``Float(5, 2)`` its E5M2 (57344);
-    ``Float(2, 1)``, ``Float(2, 3)`` and ``Float(3, 2)`` are the elements of MXFP4 and MXFP6. Zero is
-    positive.
+    ``Float(2, 1)``, ``Float(2, 3)`` and ``Float(3, 2)`` are the elements of MXFP4 and MXFP6. Zero
+    keeps its sign, as hardware conversions and ``ml_dtypes`` have it.
 
     Args:
         exponent_bits: Bits of the exponent.
@@ -171,8 +164,8 @@ class Float(NumberFormat):
 
     def __attrs_post_init__(self) -> None:
         pair = (self.exponent_bits, self.mantissa_bits)
-        if pair not in _FLOAT_MAX:
-            known = ", ".join(f"Float{p}" for p in _FLOAT_MAX)
+        if pair not in _FLOATS:
+            known = ", ".join(f"Float{p}" for p in _FLOATS)
             raise DescriptorError(
                 f"there is no format Float{pair}. There are: {known}.", field="exponent_bits", value=pair
             )
@@ -190,7 +183,16 @@ class Float(NumberFormat):
     @property
     def max(self) -> float:
         """Largest finite value."""
-        return _FLOAT_MAX[self.exponent_bits, self.mantissa_bits]
+        # E4M3 gives its top code to NaN, E5M2 a whole binade to infinity and NaN, the others have neither.
+        # Written out, here and below: a float that it reads from a global Dynamo makes an input of the graph,
+        # which fails with dynamic shapes where two autograd functions share it.
+        if self.exponent_bits == 5:
+            return 57344.0
+        if self.exponent_bits == 4:
+            return 448.0
+        if self.exponent_bits == 3:
+            return 28.0
+        return 7.5 if self.mantissa_bits == 3 else 6.0
 
     @property
     def min_exponent(self) -> int:
@@ -201,9 +203,13 @@ class Float(NumberFormat):
         """See :meth:`NumberFormat.round_`."""
         y.clamp_(-self.max, self.max)
         # y's own power of two, which the step of the grid follows down to the subnormals.
-        magic = y.view(torch.int32).bitwise_and(_EXPONENT_BITS).view(torch.float32)
-        magic.clamp_(min=2.0**self.min_exponent).mul_(_MAGIC * 2.0**-self.mantissa_bits)
-        return y.add_(magic).sub_(magic)
+        magic = y.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+        # Adding and subtracting 1.5 * 2**23 * step rounds to a multiple of step, ties to even, because the
+        # sum has no bits left below it.
+        magic.clamp_(min=2.0**self.min_exponent).mul_(12582912.0 * 2.0**-self.mantissa_bits)
+        rounded = (y + magic).sub_(magic)
+        # The sum has lost the sign of what became 0; a float's zero has one.
+        return y.copy_(rounded.copysign_(y))
 
 
 @attrs.frozen
@@ -289,7 +295,7 @@ class Blocked(NumberFormat):
         """
         if self.scale == "e8m0":
             # Masking the mantissa leaves 2**floor(log2(amax)); of a subnormal 0, which the clamp lifts.
-            power = amax.view(torch.int32).bitwise_and(_EXPONENT_BITS).view(torch.float32)
+            power = amax.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
             unit = 1.0
             emax = math.floor(math.log2(self.element.max))
             if isinstance(self.element, Integer):

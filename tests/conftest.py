@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # replaces torch.manual_seed when it is first imported, which is no test's doing
 from torch import nn
 
 from quantpatch.registry import registry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ def blocks(page):
     """Each Python block with its first line and the output that the page shows right after it, or None."""
     text = page.read_text()
     found = list(BLOCK.finditer(text))
-    for block, following in zip(found, [*found[1:], None], strict=True):
+    for block, following in itertools.zip_longest(found, found[1:]):
         if block[2] != "python" or block[1]:
             continue
         shown = None
@@ -37,7 +38,7 @@ def with_code(page):
     return any(True for _ in blocks(page))
 
 
-@pytest.mark.parametrize("page", filter(with_code, PAGES), ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", list(filter(with_code, PAGES)), ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_python_block_runs_and_prints_what_the_page_shows(page, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")

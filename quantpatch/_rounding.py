@@ -1,0 +1,329 @@
+"""Rounding to a scaled grid and back, with its gradients: the arithmetic behind :mod:`quantpatch.fake_quant`.
+
+Two ways lead to the same bits. In eager mode on a CPU every operation costs a trip through memory, so they
+work in place in the result, large tensors a piece at a time. Wherever somebody records the operations
+(``torch.compile``, ``torch.export``, ``torch.func``, gradients of gradients) or the tensor is on an
+accelerator, the same arithmetic is plain operations on the whole tensor and no value is read back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from quantpatch.formats import Blocked, Integer, NumberFormat
+
+__all__ = ["block_views", "divisor", "is_in_memory", "rescale_", "round_trip"]
+
+# Elements worked on at a time by the CPU in eager mode: 1 MiB of float32, which stays in a core's cache from
+# one operation to the next. Up to _WHOLE elements the cache that cores share does as well, with fewer calls.
+_PIECE = 2**18
+_WHOLE = 2**21
+
+
+def round_trip(
+    x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None = None
+) -> Tensor:
+    """``x`` to the grid and back, with its gradient.
+
+    Args:
+        x: Floating point.
+        amax: The range, float32, broadcastable to ``x``; None where it is that of ``x`` itself, so that
+            nothing is outside.
+        scale: float32, detached, broadcastable to ``x``.
+        format: The number format.
+        dim: For blocks that have scales of their own the axis they run along: there ``amax`` and ``scale``
+            have the number of blocks, or 1.
+    """
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    needs_gradient = transformed or x.requires_grad or (amax is not None and amax.requires_grad)
+    if not (needs_gradient and torch.is_grad_enabled()):
+        return _forward(x.detach(), amax, scale, format, dim)
+    function = _TracedRoundTrip if torch.compiler.is_compiling() else _RoundTrip
+    result: Tensor = function.apply(x, amax, scale, format, dim)  # type: ignore[no-untyped-call]
+    return result
+
+
+def is_in_memory(x: Tensor) -> bool:
+    """Whether ``x`` is a plain tensor in main memory, and nobody records what is done with it."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def divisor(scale: Tensor) -> Tensor:
+    """``scale`` where it is not 0. There any finite quotient will do: it is multiplied by 0."""
+    # Small, because everything lies outside a range of 0: so its gradient says. Not subnormal, because these
+    # count as 0 where they are flushed.
+    return scale.masked_fill(scale == 0, 1.1754943508222875e-38)
+
+
+def rescale_(y: Tensor, scale: Tensor, format: NumberFormat) -> Tensor:
+    """``y * scale`` in place. For integers -0 becomes 0: they have but one, and so does ONNX Runtime."""
+    if not isinstance(format, Integer):
+        return y.mul_(scale)
+    if scale.numel() == 1 and is_in_memory(y):
+        # One operation for both: 0 + scale * y is rounded once, and 0 + -0 is 0.
+        return torch.add(y.new_zeros(()), y, alpha=scale.item(), out=y)
+    return y.mul_(scale).add_(0.0)
+
+
+def block_views(x: Tensor, dim: int, size: int) -> list[Tensor]:
+    """``x`` with ``dim`` split into (blocks, elements): the whole blocks, and a shorter last one if any."""
+    length = x.shape[dim]
+    rest = length % size
+    whole = length - rest
+    views = []
+    if whole or not length:
+        views.append(x.narrow(dim, 0, whole).unflatten(dim, (whole // size, size)))
+    if rest:
+        views.append(x.narrow(dim, whole, rest).unsqueeze(dim))
+    return views
+
+
+def _element(format: NumberFormat) -> NumberFormat:
+    return format.element if isinstance(format, Blocked) else format
+
+
+# --- Forward ----------------------------------------------------------------------------------------------
+
+
+def _forward(x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None) -> Tensor:
+    element = _element(format)
+    plain = is_in_memory(x)
+    out = torch.empty_like(x) if plain else None
+    sources, targets, scales = [x], [out], [scale]
+    if dim is not None and format.block_size is not None and scale.dim():
+        sources = block_views(x, dim, format.block_size)
+        targets = [None] * len(sources) if out is None else [*block_views(out, dim, format.block_size)]
+        scale = scale.unsqueeze(dim + 1)
+        counts = [s.shape[dim] for s in sources]
+        scales = [*scale.split(counts, dim)] if scale.shape[dim] > 1 else [scale] * len(sources)
+    if out is None:
+        parts = [
+            rescale_(element.round_(source.float() / divisor(s)), s, element)
+            for source, s in zip(sources, scales, strict=True)
+        ]
+        if len(sources[0].shape) > x.dim() and dim is not None:
+            parts = [p.flatten(dim, dim + 1) for p in parts]
+        y = parts[0] if len(parts) == 1 or dim is None else torch.cat(parts, dim)
+        return _with_strides_of(x, y.to(x.dtype))
+    round_ = Tensor.round_ if amax is None and _stays_on_grid(scale, format) else element.round_
+    for source, target, s in zip(sources, targets, scales, strict=True):
+        assert target is not None
+        _write(source, target, s, element, round_)
+    return out
+
+
+def _stays_on_grid(scale: Tensor, format: NumberFormat) -> bool:
+    """Whether quotients need no clamp, in a range that is the tensor's own.
+
+    Then ``|x| <= amax``, and quotients of normal numbers are too near ``format.max`` to round past it.
+    """
+    if isinstance(format, Blocked) and format.scale != "float32":
+        return False
+    element = _element(format)
+    return (
+        isinstance(element, Integer)
+        and not element.unsigned
+        and scale.numel() > 0
+        and scale.min().item() >= 2.0**-126
+    )
+
+
+def _write(
+    x: Tensor, out: Tensor, scale: Tensor, format: NumberFormat, round_: Callable[[Tensor], Tensor]
+) -> None:
+    same = x.dtype == torch.float32
+    scratch = None if same else torch.empty(min(x.numel(), _PIECE), dtype=torch.float32)
+    for source, target, factor in _pieces(x, out, scale, whole=_WHOLE if same else _PIECE):
+        if scratch is None:
+            y = torch.div(source, divisor(factor), out=target)
+        else:
+            y = scratch[: source.numel()].view(source.shape).copy_(source).div_(divisor(factor))
+        rescale_(round_(y), factor, format)
+        if scratch is not None:
+            target.copy_(y)
+
+
+def _with_strides_of(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` in the memory format of ``x``, which joined blocks lose."""
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return y.contiguous(memory_format=torch.channels_last)
+    return y
+
+
+def _pieces(x: Tensor, *others: Tensor, whole: int) -> Iterator[tuple[Tensor, ...]]:
+    """Cuts tensors that broadcast to ``x`` into pieces along its slowest axes."""
+    if x.numel() <= whole:
+        yield x, *others
+        return
+    order = sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
+    padded = [t.reshape([1] * (x.dim() - t.dim()) + list(t.shape)).permute(order) for t in others]
+    yield from _cut(x.permute(order), *padded)
+
+
+def _cut(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    if x.numel() <= _PIECE:
+        yield x, *others
+        return
+    dim = next(d for d, n in enumerate(x.shape) if n > 1)
+    step = max(1, _PIECE * x.shape[dim] // x.numel())
+    xs = x.split(step, dim)
+    rest = [t.split(step, dim) if t.shape[dim] > 1 else (t,) * len(xs) for t in others]
+    for piece in zip(xs, *rest, strict=True):
+        yield from _cut(*piece)
+
+
+# --- Gradients --------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    x, amax, scale, ctx.format, ctx.dim = inputs
+    ctx.learned = amax is not None and ctx.needs_input_grad[1]
+    # x itself, not a mask: a mask of one byte an element costs more time than the whole forward pass.
+    kept = x if amax is not None or ctx.format.min >= 0 else None
+    ctx.save_for_backward(kept, amax, scale if ctx.learned else None)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, amax, scale = (None if t is None else t.detach() for t in ctx.saved_tensors)
+    grad_x: Tensor | None = grad
+    grad_amax = None
+    if ctx.learned:
+        grad_x, grad_amax = _lsq_gradients(grad, x, amax, scale, ctx.format, ctx.dim)
+    elif x is not None:
+        wide = amax if amax is None else _spread(amax, x, ctx.format, ctx.dim)
+        grad_x = _zero_outside(grad, x, wide, unsigned=ctx.format.min >= 0)
+    return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None, None, None
+
+
+class _RoundTrip(Function):
+    """:func:`_forward` with the straight-through gradient, and LSQ's for a learned range."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None
+    ) -> Tensor:
+        return _forward(x, amax, scale, format, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        amax: Tensor | None,
+        scale: Tensor,
+        format: NumberFormat,
+        dim: int | None,
+    ) -> tuple[Any, int]:
+        n = info.batch_size
+        x = x.expand(n, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        if amax is not None:
+            learned = amax.requires_grad and in_dims[1] is None
+            amax = _batch_first(amax, in_dims[1], x)
+            if learned:
+                # Each member of the batch gives the one range a gradient, scaled by its own size.
+                amax = amax.expand(n, *(amax.shape[1:] if amax.dim() else [1] * (x.dim() - 1)))
+        scale = _batch_first(scale, in_dims[2], x)
+        dim = None if dim is None else dim + 1
+        return _RoundTrip.apply(x, amax, scale, format, dim), 0  # type: ignore[no-untyped-call]
+
+
+class _TracedRoundTrip(Function):
+    """The same for compilers: with ``setup_context``, which vmap needs, Dynamo fails on dynamic shapes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None
+    ) -> Tensor:
+        _save(ctx, (x, amax, scale, format, dim))
+        return _forward(x, amax, scale, format, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad)
+
+
+def _batch_first(t: Tensor, batch: int | None, x: Tensor) -> Tensor:
+    """``t`` with its batch axis in front, of the dimensions of ``x``, whose batch is there already."""
+    if batch is None:
+        # Blocks index axes: the dimensions must agree. A 0-dim tensor fits everything.
+        return t.unsqueeze(0) if t.dim() else t
+    t = t.movedim(batch, 0)
+    return t.reshape(-1, *[1] * (x.dim() - 1)) if t.dim() == 1 else t
+
+
+def _zero_outside(grad: Tensor, x: Tensor, amax: Tensor | None, *, unsigned: bool) -> Tensor:
+    """``grad`` where x is in the range, ends included, else 0. NaN counts as inside."""
+    below_zero = -(2.0**-149)  # The largest float32 below 0.
+    if x.dtype == grad.dtype == torch.float32 and is_in_memory(x) and not torch.is_grad_enabled():
+        # The cheapest masks on a CPU. Their ends are excluded, hence the neighbours of ours.
+        if amax is None:
+            passed: Tensor = torch.ops.aten.threshold_backward(grad, x, below_zero)
+            return passed
+        if amax.numel() == 1:
+            high = torch.nextafter(amax, amax.new_tensor(math.inf)).item()
+            passed = torch.ops.aten.hardtanh_backward(grad, x, below_zero if unsigned else -high, high)
+            return passed
+        # |x| / amax, rounded, passes 1 exactly where |x| passes amax.
+        above_one = 1.0 + 2.0**-23
+        out = torch.empty_like(x)
+        scratch = torch.empty(min(x.numel(), _PIECE), dtype=torch.float32)
+        for source, target, upstream, bound in _pieces(x, out, grad, amax, whole=_PIECE):
+            share = torch.div(source, bound, out=scratch[: source.numel()].view(source.shape))
+            torch.ops.aten.hardtanh_backward(upstream, share, -above_one, above_one, grad_input=target)
+            if unsigned:
+                torch.ops.aten.threshold_backward(target, source, below_zero, grad_input=target)
+        return out
+    values = x.float()
+    if amax is None:
+        return grad.masked_fill(values < 0, 0.0)
+    outside = (values if unsigned else values.abs()) > amax
+    return grad.masked_fill(outside | (values < 0) if unsigned else outside, 0.0)
+
+
+def _lsq_gradients(
+    grad: Tensor, x: Tensor, amax: Tensor, scale: Tensor, format: NumberFormat, dim: int | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of LSQ (Esser et al. 2020, arXiv 1902.08153) to ``x`` and to the range.
+
+    With ``v = x / scale``, both are decided by the paper's one rule, ``format.min < v < format.max``: there
+    ``x`` gets the gradient (equation 5) and the scale ``round(v) - v`` (equation 3); elsewhere ``x`` gets
+    none and the scale the end of the grid. Times the paper's gradient scale (section 2.2), through
+    ``scale = amax / format.max``.
+    """
+    v = x.float() / divisor(_spread(scale, x, format, dim))
+    q = _element(format).round_(v.clone())
+    inside = (v > format.min) & (v < format.max)
+    slope = (q - v.masked_fill(~inside, 0.0)) * grad
+    if dim is not None and format.block_size is not None and amax.dim() and amax.shape[dim] > 1:
+        sums = [b.sum(dim + 1) for b in block_views(slope, dim, format.block_size)]
+        slope = torch.cat(sums, dim)
+    sharing = max(1, x.numel()) / max(1, amax.numel())
+    grad_amax = slope.sum_to_size(amax.shape) / (format.max * math.sqrt(sharing * format.max))
+    return grad.masked_fill(~inside, 0.0), grad_amax
+
+
+def _spread(t: Tensor, x: Tensor, format: NumberFormat, dim: int | None) -> Tensor:
+    """What blocks have, repeated for their elements."""
+    if dim is None or format.block_size is None or not t.dim() or t.shape[dim] == 1:
+        return t
+    return t.repeat_interleave(format.block_size, dim).narrow(dim, 0, x.shape[dim])

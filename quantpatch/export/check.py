@@ -1,0 +1,253 @@
+"""The export's check of its own work: the file in ONNX Runtime, beside the model in torch.
+
+ONNX Runtime runs with its graph optimizations off, so that it computes what the file says. Outputs are compared,
+and the integers that every quantizer gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from quantpatch.errors import ExportError
+from quantpatch.export.targets import Operand
+from quantpatch.fake_quant import fake_quantize, quantize
+from quantpatch.formats import Integer
+
+__all__ = ["Comparison", "ExportReport", "compare_with_torch"]
+
+
+@attrs.frozen
+class Comparison:
+    """A file's results against the model's, over the given inputs and random ones.
+
+    Attributes:
+        largest_difference: Of all outputs.
+        relative_difference: The same, over the largest magnitude of the output.
+        integers: How many integers of quantized activations were compared.
+        differing: How many of them differ.
+        not_run: Why nothing was compared; empty if it was.
+    """
+
+    largest_difference: float = 0.0
+    relative_difference: float = 0.0
+    integers: int = 0
+    differing: int = 0
+    not_run: str = ""
+
+    @property
+    def differing_share(self) -> float:
+        """The share of the integers that differ."""
+        return self.differing / self.integers if self.integers else 0.0
+
+    def __str__(self) -> str:
+        if self.not_run:
+            return f"not compared: {self.not_run}"
+        return (
+            f"largest difference {self.largest_difference:.3g} ({self.relative_difference:.2g} of the output), "
+            f"{self.differing} of {self.integers} integers differ"
+        )
+
+
+@attrs.frozen
+class ExportReport:
+    """What ``export_onnx`` wrote.
+
+    Attributes:
+        path: The file.
+        target: What it is for.
+        opset: Version of its operators.
+        nodes: How many nodes there are of each operator.
+        bytes: Its size, with that of its data file.
+        quantizers: Names of the quantizers in it.
+        comparison: How its results compare to the model's; None if that was not asked for.
+    """
+
+    path: Path
+    target: str
+    opset: int
+    nodes: Mapping[str, int]
+    bytes: int
+    quantizers: tuple[str, ...]
+    comparison: Comparison | None
+
+    def __str__(self) -> str:
+        nodes = ", ".join(f"{count} {name}" for name, count in sorted(self.nodes.items(), key=lambda n: -n[1]))
+        text = f"{self.path} for {self.target}: {self.bytes:,} bytes, opset {self.opset}\n  {nodes}"
+        return text if self.comparison is None else f"{text}\n  {self.comparison}"
+
+
+def compare_with_torch(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path, found: list[Operand]
+) -> Comparison:
+    """Runs the file and the model on the same inputs: those given, and random ones like them.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load or run the file.
+    """
+    if any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in pytree.tree_leaves((args, kwargs))):
+        return Comparison(not_run="ONNX Runtime's Python interface takes no bfloat16")
+    by_name = {operand.name: operand for operand in found if operand.weight is None}
+    with _with_codes_as_outputs(path) as (session, input_names, output_names):
+        totals = []
+        for given_args, given_kwargs in ((args, kwargs), _random_like(args, kwargs)):
+            outputs, codes = _torch_results(model, given_args, given_kwargs, by_name)
+            feed = _feed(input_names, given_args, given_kwargs)
+            try:
+                results = session.run(None, feed)
+            except Exception as error:
+                raise ExportError(f"ONNX Runtime cannot run the exported file: {error}") from error
+            named = dict(zip(output_names, results, strict=True))
+            totals.append(_differences(outputs, results, codes, named))
+    return Comparison(
+        max(t[0] for t in totals),
+        max(t[1] for t in totals),
+        sum(t[2] for t in totals),
+        sum(t[3] for t in totals),
+    )
+
+
+def session_options(*, optimized: bool) -> Any:
+    """ONNX Runtime's options, with graph optimizations on or off; quiet."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    return options
+
+
+@contextlib.contextmanager
+def _with_codes_as_outputs(path: Path) -> Iterator[tuple[Any, list[str], list[str]]]:
+    """A session of the file, whose integers are outputs after its own."""
+    import onnx
+    import onnxruntime
+
+    proto = onnx.load(str(path), load_external_data=False)
+    own = [output.name for output in proto.graph.output]
+    inputs = [value.name for value in proto.graph.input]
+    types = {value.name: value for value in proto.graph.value_info}
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    codes = [
+        node.output[0]
+        for node in proto.graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] not in constants
+    ]
+    for name in codes:
+        if name in types and name not in own and _is_integer(types[name]):
+            proto.graph.output.append(types[name])
+    probe = path.with_name(f"{path.name}.check")
+    try:
+        probe.write_bytes(proto.SerializeToString())
+        try:
+            session = onnxruntime.InferenceSession(
+                str(probe), session_options(optimized=False), providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise ExportError(f"ONNX Runtime cannot load the exported file: {error}") from error
+        yield session, inputs, [output.name for output in proto.graph.output]
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _is_integer(value: Any) -> bool:
+    import onnx
+
+    return value.type.tensor_type.elem_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+
+
+def _random_like(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of the same shapes and about the same values."""
+    generator = torch.Generator().manual_seed(0)
+
+    def like(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.numel() == 0:
+            return x
+        if not x.is_floating_point():  # indices, masks: values that are allowed, in another order
+            order = torch.randperm(x.numel(), generator=generator)
+            return x.detach().cpu().flatten()[order].reshape(x.shape).to(x.device)
+        noise = torch.randn(x.shape, generator=generator)
+        spread = x.detach().float().std(correction=0).cpu()
+        return (noise * spread + x.detach().float().mean().cpu()).to(x.device, x.dtype)
+
+    made: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(like, (args, dict(kwargs)))
+    return made
+
+
+def _feed(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    tensors = [x for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
+    if len(tensors) != len(names):
+        raise ExportError(
+            f"the file has the inputs {', '.join(names)}, and {len(tensors)} tensors were given: one is not used by "
+            f"the model. Leave it out, or pass check=False"
+        )
+    return {name: x.detach().cpu().numpy() for name, x in zip(names, tensors, strict=True)}
+
+
+def _torch_results(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], by_name: Mapping[str, Operand]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The model's outputs, and the codes of each call of each quantizer by their name in the file."""
+    from quantpatch.export.onnx import codes_name
+
+    codes: dict[str, Tensor] = {}
+
+    def recording(operand: Operand) -> Any:
+        calls = 0
+        axis = operand.quantizer.descriptor.kept_axes
+
+        def forward(x: Tensor, *, is_weight: bool = False) -> Tensor:
+            nonlocal calls
+            amax = None if operand.amax is None else operand.amax.to(x.device)
+            if isinstance(operand.element, Integer):
+                codes[codes_name(operand.name, calls)] = quantize(x, amax, operand.format, axis=axis)[0]
+            calls += 1
+            return fake_quantize(x, amax, operand.format, axis=axis)
+
+        return forward
+
+    try:
+        for operand in by_name.values():
+            operand.quantizer.__dict__["forward"] = recording(operand)
+        with torch.no_grad():
+            outputs = model(*args, **kwargs)
+    finally:
+        for operand in by_name.values():
+            operand.quantizer.__dict__.pop("forward", None)
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)], codes
+
+
+def _differences(
+    outputs: list[Tensor], results: list[Any], codes: Mapping[str, Tensor], named: Mapping[str, Any]
+) -> tuple[float, float, int, int]:
+    largest = relative = 0.0
+    for ours, theirs in zip(outputs, results, strict=False):  # the codes come after
+        ours = ours.detach().cpu().double()
+        theirs = torch.as_tensor(theirs).double()
+        if ours.shape != theirs.shape:
+            raise ExportError(
+                f"an output has the shape {tuple(theirs.shape)} in ONNX Runtime and {tuple(ours.shape)} in torch"
+            )
+        same = ours == theirs  # infinities too
+        difference = (ours - theirs).abs().masked_fill(same, 0.0)
+        if difference.numel():
+            largest = max(largest, difference.max().item())
+            relative = max(relative, difference.max().item() / max(ours.abs().max().item(), 1e-30))
+    count = differing = 0
+    for name, expected in codes.items():
+        if name not in named:
+            continue
+        theirs = torch.as_tensor(named[name]).int()
+        if expected.dtype == torch.int8 and named[name].dtype.name == "uint8":
+            theirs = theirs - 128
+        count += theirs.numel()
+        differing += int((theirs != expected.cpu().int()).sum())
+    return largest, relative, count, differing

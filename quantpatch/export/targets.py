@@ -1,0 +1,180 @@
+"""What each target of an ONNX export takes, and what of a model it does not.
+
+Sources for TensorRT:
+
+- "Working with Quantized Types", TensorRT 10.11 documentation: quantization is symmetric; values are signed INT8,
+  FP8 E4M3, signed INT4 or FP4; INT4 is for weights only; an activation has one scale.
+- onnx-tensorrt's docs/operators.md, QuantizeLinear and DequantizeLinear: the scale is a positive constant and the
+  zero point is 0.
+- pytorch-quantization's tensor_quant.py: per-channel scales of ConvTranspose weights are on axis 0.
+
+For ONNX Runtime: "Quantize ONNX Models" and its CPU provider's list of kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import attrs
+import torch
+from torch import nn
+
+from quantpatch.export.description import quantizers_by_name
+from quantpatch.fake_quant import quantize
+from quantpatch.formats import Blocked, Float, Integer, NumberFormat
+from quantpatch.layers.base import QuantizedLayer
+from quantpatch.quantizer import TensorQuantizer
+
+__all__ = ["TARGETS", "Operand", "Target", "operands", "problems"]
+
+Target = Literal["onnxruntime", "tensorrt"]
+
+
+@attrs.frozen(eq=False)
+class Operand:
+    """A quantizer that the export has to express.
+
+    Attributes:
+        name: Of the quantizer.
+        quantizer: The quantizer.
+        layer: The layer it belongs to, or None.
+        weight: The weight it quantizes, or None for an activation.
+    """
+
+    name: str
+    quantizer: TensorQuantizer
+    layer: Any
+    weight: torch.Tensor | None
+
+    @property
+    def format(self) -> NumberFormat:
+        """The quantizer's format."""
+        return self.quantizer.format
+
+    @property
+    def element(self) -> NumberFormat:
+        """The format of the elements, of a format in blocks as of a plain one."""
+        return self.format.element if isinstance(self.format, Blocked) else self.format
+
+    @property
+    def amax(self) -> torch.Tensor | None:
+        """The range that is the quantizer's own; None if it is the tensor's."""
+        amax = None if self.quantizer.descriptor.dynamic else self.quantizer.amax
+        return None if amax is None else amax.detach()
+
+    @property
+    def axis(self) -> int | None:
+        """The axis of scales, or of blocks; None for a single scale."""
+        axis = self.quantizer.descriptor.kept_axes
+        if self.format.block_size is not None and axis is None:
+            axis = -1
+        return axis[0] if isinstance(axis, tuple) else axis
+
+    def codes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight's codes and scale."""
+        assert self.weight is not None
+        return quantize(
+            self.weight.detach(), self.amax, self.format, axis=self.quantizer.descriptor.kept_axes
+        )
+
+
+def operands(model: nn.Module) -> list[Operand]:
+    """Every quantizer that changes tensors, with the weight that it quantizes."""
+    owners: dict[int, tuple[Any, str]] = {}
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLayer):
+            weights = layer.weight_axes()
+            for operand in layer.quantizers():
+                own = operand.removesuffix("_quantizer")
+                owners[id(layer.quantizer(own))] = (layer, own if own in weights else "")
+    found = []
+    for name, quantizer in quantizers_by_name(model).items():
+        if quantizer.disabled or not (quantizer.quantizing or quantizer.calibrating):
+            continue
+        layer, weight = owners.get(id(quantizer), (None, ""))
+        with torch.no_grad():
+            value = getattr(layer, weight) if weight else None
+        found.append(Operand(name, quantizer, layer, value))
+    return found
+
+
+# --- What no ONNX file can say ----------------------------------------------------------------------------
+
+
+def _common(operand: Operand, opset: int) -> str | None:
+    quantizer, format = operand.quantizer, operand.format
+    is_weight = operand.weight is not None
+    if quantizer.calibrating:
+        return "it is being calibrated; end the calibration first"
+    if operand.amax is None and not (is_weight and quantizer.descriptor.dynamic):
+        if quantizer.descriptor.dynamic:
+            return "it takes its range from each tensor, which a file of constants cannot; use a static recipe such as 'int8'"
+        return "its range is not known; write qp.calibrate(model, batches), or disable it"
+    tensors = [t for t in (operand.amax, operand.weight) if t is not None]
+    if any(t.is_meta for t in tensors):
+        return "it is on the meta device and has no values; load the model first"
+    if isinstance(quantizer.descriptor.kept_axes, tuple) and len(quantizer.descriptor.kept_axes) > 1:
+        return f"its scales are on the axes {quantizer.descriptor.kept_axes}, and ONNX has one axis; keep one"
+    element = operand.element
+    if isinstance(format, Blocked):
+        if not is_weight:
+            return f"its format {format.name} is in blocks, which are exported for weights only; give it an integer format"
+        if not isinstance(element, Integer) or format.scale == "e4m3":
+            return f"its format {format.name} has no operator in ONNX; blocks of integers such as int4_g128 have"
+        if opset < 21:
+            return f"blocks need opset 21, asked for was {opset}; leave opset out"
+    if isinstance(element, Float):
+        if (element.exponent_bits, element.mantissa_bits) not in ((4, 3), (5, 2)):
+            return f"its format {element.name} has no operator in ONNX; FP8 E4M3 and E5M2 have"
+        if opset < 19:
+            return f"FP8 needs opset 19, asked for was {opset}; leave opset out"
+    elif not isinstance(element, Integer):
+        return f"its format {format.name} comes from a plugin and has no operator in ONNX; use an integer or FP8 format"
+    return None
+
+
+# --- TensorRT ---------------------------------------------------------------------------------------------
+
+
+def _tensorrt(operand: Operand) -> str | None:
+    element, is_weight = operand.element, operand.weight is not None
+    blocked = isinstance(operand.format, Blocked)
+    if isinstance(element, Integer) and element.unsigned:
+        return f"{element.name} is unsigned, and TensorRT has signed INT8 only; use QuantDescriptor(unsigned=False)"
+    if isinstance(element, Float) and element.mantissa_bits != 3:
+        return "of FP8 TensorRT has E4M3 only; use format='fp8_e4m3'"
+    if not is_weight and operand.axis is not None:
+        return "an activation has one scale in TensorRT; use axis=None"
+    if isinstance(element, Float) and operand.axis is not None:
+        return (
+            "FP8 has one scale for the tensor in TensorRT; use QuantDescriptor(format='fp8_e4m3') without axis"
+        )
+    if blocked and isinstance(element, Integer) and element.bits > 4:
+        return f"blocks are of INT4 in TensorRT, not of {element.name}; use int4_g128, or int8 with axis='channel'"
+    transposed = isinstance(
+        operand.layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    )
+    if is_weight and transposed and not blocked and operand.axis not in (None, 0):
+        return (
+            f"its scales are on axis {operand.axis}, and for a transposed convolution TensorRT takes axis 0; set the "
+            f"quantizer's descriptor to QuantDescriptor(axis=0, narrow_range=True) and calibrate again"
+        )
+    return None
+
+
+def _onnxruntime(operand: Operand) -> str | None:
+    return None
+
+
+TARGETS: dict[str, Callable[[Operand], str | None]] = {"onnxruntime": _onnxruntime, "tensorrt": _tensorrt}
+
+
+def problems(found: list[Operand], target: str, opset: int) -> dict[str, str]:
+    """The quantizers that a target does not take, and what to change."""
+    refused = {}
+    for operand in found:
+        why = _common(operand, opset) or TARGETS[target](operand)
+        if why:
+            refused[operand.name] = why
+    return refused

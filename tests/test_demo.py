@@ -1,0 +1,48 @@
+"""The demo: real data, figures that make sense, the same each time."""
+
+from __future__ import annotations
+
+import sys
+
+import attrs
+import pytest
+import torch
+from torch import nn
+
+from quantpatch import demo
+from quantpatch.errors import MissingExtraError
+
+
+def without_times(report):
+    return [attrs.evolve(row, seconds=0.0) for row in report.rows]
+
+
+def test_figures_make_sense_and_are_the_same_in_each_run():
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    first = demo.run(epochs=6, tuning_epochs=2)
+    accuracy = {(row.model, row.bits): row.accuracy for row in first.rows}
+    assert accuracy["float", 32] > 0.85
+    assert accuracy["calibrated", 8] > accuracy["float", 32] - 0.02
+    assert accuracy["calibrated", 4] < accuracy["calibrated", 8]
+    assert accuracy["fine-tuned", 4] > accuracy["calibrated", 4]
+    assert all((row.replaced, row.covered) == (1.0, 1.0) for row in first.rows[1:])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert without_times(demo.run(epochs=6, tuning_epochs=2)) == without_times(first)
+
+
+def test_the_model_is_plain_pytorch():
+    assert {type(m).__module__.partition(".")[0] for m in demo.build_model().modules()} == {"torch"}
+    assert isinstance(demo.build_model(), nn.Sequential)
+
+
+def test_the_test_images_are_not_among_the_training_images():
+    (train, _), (test, _) = demo.load_data()
+    assert (len(train), len(test)) == (1437, 360)
+    assert sum(bool((train == image).all((1, 2, 3)).any()) for image in test) == 0
+
+
+def test_without_scikit_learn_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'quantpatch\[demo\]'"):
+        demo.load_data()

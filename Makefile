@@ -35,8 +35,21 @@ format: $(STAMP)  ## rewrite the files the way `make check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## compare with peers in one run and print ratios
-	$(BIN)/python -m benchmarks
+# Peers get an environment of their own, so that none of them is ever a dependency. One that does not
+# install is left out, and the benchmarks name it.
+PEERS := torchao nvidia-modelopt brevitas optimum-quanto
+.bench/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .bench/venv
+	.bench/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	.bench/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	for peer in $(PEERS); do \
+	  .bench/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $$peer \
+	    || echo "$$peer does not install here"; \
+	done
+	touch $@
+
+bench: .bench/.installed  ## compare with peers in one run and print ratios
+	.bench/venv/bin/python -m benchmarks
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .bench

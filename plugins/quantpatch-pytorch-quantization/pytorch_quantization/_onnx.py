@@ -1,0 +1,196 @@
+"""``QuantizeLinear`` and ``DequantizeLinear`` in exported graphs, for both exporters of ``torch.onnx``.
+
+While the TorchScript exporter traces, the two operators come from the ``symbolic`` of an autograd function;
+under ``torch.export``, which the other exporter builds on, from ``torch.onnx.ops.symbolic``. Scales are
+constants of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.onnx import JitScalarType
+
+from pytorch_quantization.tensor_quant import Axis, NumBits, bound_of, fake_tensor_quant, scaled_e4m3
+
+__all__ = ["Grid", "exporting", "quantize_dequantize"]
+
+_FP8_OPERATORS = ("trt::TRT_FP8QuantizeLinear", "trt::TRT_FP8DequantizeLinear")
+
+
+@attrs.frozen
+class Grid:
+    """What a quantizer rounds to.
+
+    Attributes:
+        amax: The range.
+        num_bits: As of a descriptor.
+        axis: As of a descriptor.
+        unsigned: As of a descriptor.
+        narrow_range: As of a descriptor.
+    """
+
+    amax: Tensor
+    num_bits: NumBits
+    axis: Axis
+    unsigned: bool
+    narrow_range: bool
+
+    def check(self, who: str) -> None:
+        """Raises if ONNX has no operators for it.
+
+        Raises:
+            RuntimeError: The number of bits is not 8, or ranges are kept along several axes.
+        """
+        if isinstance(self.num_bits, tuple):
+            if self.amax.numel() != 1:
+                raise RuntimeError(f"{who} cannot be exported: FP8 is exported with one range per tensor")
+        elif self.num_bits != 8:
+            raise RuntimeError(f"{who} cannot be exported: it has {self.num_bits} bits, and ONNX takes 8")
+        if sum(n > 1 for n in self.amax.shape) > 1:
+            raise RuntimeError(f"{who} cannot be exported: ONNX takes ranges along one axis only")
+
+    def kept_axis(self, dim: int) -> int | None:
+        """The axis of the ranges in a tensor of ``dim`` axes; None if there is one range."""
+        axis = self.axis if isinstance(self.axis, int) else None
+        if self.amax.numel() == 1 and axis is None:
+            return None
+        if axis is None:
+            axis = next(d for d, n in enumerate(self.amax.shape) if n > 1)
+        return axis % dim if self.amax.dim() else None
+
+    def scale(self) -> Tensor:
+        """The step between neighbours, 0-dim or 1-dim; 1 where the range is 0."""
+        amax = self.amax.detach().float()
+        scale = amax / bound_of(self.num_bits, self.unsigned)
+        return scale.masked_fill(scale == 0, 1.0)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """What the operators stand for."""
+        if isinstance(self.num_bits, tuple):
+            return scaled_e4m3(x, self.amax, *self.num_bits)
+        return fake_tensor_quant(x, self.amax, self.num_bits, self.unsigned, self.narrow_range)
+
+
+def quantize_dequantize(x: Tensor, grid: Grid) -> Tensor:
+    """Fake quantization that an exporter turns into the two operators."""
+    if torch.jit.is_tracing():
+        with _untraced():
+            axis = grid.kept_axis(x.dim())
+            scale = grid.scale().cpu()
+            scale = scale.flatten() if axis is not None else scale.reshape(())
+        result: Tensor = _Traced.apply(x, grid, scale, axis)  # type: ignore[no-untyped-call]
+        return result
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        return _exported(x, grid)
+    return grid.fake_quantize(x)
+
+
+# --- TorchScript -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """What is computed here does not go into the graph."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+class _Traced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Grid, scale: Tensor, axis: int | None) -> Tensor:
+        return grid.fake_quantize(x)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, grid: Grid, scale: Any, axis: int | None) -> Any:
+        dtype = JitScalarType.from_value(x, JitScalarType.FLOAT)
+        scale_value = scale.node().t("value")
+        shape_type = x.type()
+        constant = lambda value: g.op("Constant", value_t=value)  # noqa: E731
+        if dtype != JitScalarType.FLOAT:
+            x = g.op("Cast", x, to_i=JitScalarType.FLOAT.onnx_type())
+        if isinstance(grid.num_bits, tuple):
+            for operator in _FP8_OPERATORS:
+                x = g.op(operator, x, scale)
+        else:
+            if grid.narrow_range and not grid.unsigned:
+                # Integers of ONNX go down to -128; a range below the smallest value would show it.
+                shape = [-1 if d == axis else 1 for d in range(x.type().dim() or 0)]
+                lowest = scale_value * -bound_of(grid.num_bits)
+                x = g.op("Max", x, constant(lowest.reshape(shape) if axis is not None else lowest))
+            integer = torch.uint8 if grid.unsigned else torch.int8
+            zero = constant(torch.zeros_like(scale_value, dtype=integer))
+            attributes = {} if axis is None else {"axis_i": axis}
+            for operator in ("QuantizeLinear", "DequantizeLinear"):
+                x = g.op(operator, x, scale, zero, **attributes)
+        if dtype != JitScalarType.FLOAT:
+            x = g.op("Cast", x, to_i=dtype.onnx_type())
+        return x.setType(shape_type)
+
+
+# --- torch.export ----------------------------------------------------------------------------------
+
+
+def _exported(x: Tensor, grid: Grid) -> Tensor:
+    dtype = x.dtype
+    axis = grid.kept_axis(x.dim())
+    scale = grid.scale()
+    scale = scale.flatten() if axis is not None else scale.reshape(())
+    x = x.float()
+    if isinstance(grid.num_bits, tuple):
+        quantize, dequantize = _FP8_OPERATORS
+        codes = _operator(quantize, [x, scale], {}, torch.float8_e4m3fn, x.shape)
+        return _operator(dequantize, [codes, scale], {}, torch.float32, x.shape).to(dtype)
+    if grid.narrow_range and not grid.unsigned:
+        shape = [-1 if d == axis else 1 for d in range(x.dim())]
+        lowest = scale * -bound_of(grid.num_bits)
+        x = torch.maximum(x, lowest.reshape(shape) if axis is not None else lowest)
+    integer = torch.uint8 if grid.unsigned else torch.int8
+    zero = torch.zeros_like(scale, dtype=integer)
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
+    codes = _operator("QuantizeLinear", [x, scale, zero], attributes, integer, x.shape)
+    return _operator("DequantizeLinear", [codes, scale, zero], attributes, torch.float32, x.shape).to(dtype)
+
+
+def _operator(name: str, inputs: list[Tensor], attributes: Any, dtype: Any, shape: Any) -> Tensor:
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape)
+
+
+# --- names for messages ----------------------------------------------------------------------------
+
+_called: list[torch.nn.Module] = []  # while exporting: every module, those around others first
+_EXPORTERS = ("torch.jit", "torch.onnx", "torch.export", "torch.fx")
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """Watches which modules are called, so that a quantizer can tell its name."""
+
+    def remember(module: torch.nn.Module, args: Any) -> None:
+        if not type(module).__module__.startswith(_EXPORTERS):
+            _called.append(module)
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(remember)
+    try:
+        yield
+    finally:
+        handle.remove()
+        _called.clear()
+
+
+def name_of(quantizer: torch.nn.Module) -> str:
+    """The name of a quantizer in the model that is being exported; empty if it is not known."""
+    for model in _called:
+        for name, module in model.named_modules():
+            if module is quantizer and name:
+                return name
+    return ""

@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from quantpatch.formats import Blocked, Integer, NumberFormat
 
-__all__ = ["block_views", "divisor", "is_in_memory", "rescale_", "round_trip"]
+__all__ = ["block_views", "divisor", "is_in_memory", "rescale_", "round_trip", "spread"]
 
 # Elements worked on at a time by the CPU in eager mode: 1 MiB of float32, which stays in a core's cache from
 # one operation to the next. Up to _WHOLE elements the cache that cores share does as well, with fewer calls.
@@ -84,10 +84,17 @@ def block_views(x: Tensor, dim: int, size: int) -> list[Tensor]:
     whole = length - rest
     views = []
     if whole or not length:
-        views.append(x.narrow(dim, 0, whole).unflatten(dim, (whole // size, size)))
+        views.append(torch.unflatten(x.narrow(dim, 0, whole), dim, (whole // size, size)))
     if rest:
         views.append(x.narrow(dim, whole, rest).unsqueeze(dim))
     return views
+
+
+def spread(t: Tensor, x: Tensor, format: NumberFormat, dim: int | None) -> Tensor:
+    """The ranges or scales of blocks, repeated for their elements; others as they are."""
+    if dim is None or format.block_size is None or not t.dim() or t.shape[dim] == 1:
+        return t
+    return t.repeat_interleave(format.block_size, dim).narrow(dim, 0, x.shape[dim])
 
 
 def _element(format: NumberFormat) -> NumberFormat:
@@ -107,7 +114,7 @@ def _forward(x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat
         targets = [None] * len(sources) if out is None else [*block_views(out, dim, format.block_size)]
         scale = scale.unsqueeze(dim + 1)
         counts = [s.shape[dim] for s in sources]
-        scales = [*scale.split(counts, dim)] if scale.shape[dim] > 1 else [scale] * len(sources)
+        scales = [*torch.split(scale, counts, dim)] if scale.shape[dim] > 1 else [scale] * len(sources)
     if out is None:
         parts = [
             rescale_(element.round_(source.float() / divisor(s)), s, element)
@@ -178,8 +185,8 @@ def _cut(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return
     dim = next(d for d, n in enumerate(x.shape) if n > 1)
     step = max(1, _PIECE * x.shape[dim] // x.numel())
-    xs = x.split(step, dim)
-    rest = [t.split(step, dim) if t.shape[dim] > 1 else (t,) * len(xs) for t in others]
+    xs = torch.split(x, step, dim)
+    rest = [torch.split(t, step, dim) if t.shape[dim] > 1 else (t,) * len(xs) for t in others]
     for piece in zip(xs, *rest, strict=True):
         yield from _cut(*piece)
 
@@ -196,13 +203,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # Detached: the gradient of this gradient goes to the upstream one only.
     x, amax, scale = (None if t is None else t.detach() for t in ctx.saved_tensors)
     grad_x: Tensor | None = grad
     grad_amax = None
-    if ctx.learned:
+    if x is not None and amax is not None and scale is not None:
         grad_x, grad_amax = _lsq_gradients(grad, x, amax, scale, ctx.format, ctx.dim)
     elif x is not None:
-        wide = amax if amax is None else _spread(amax, x, ctx.format, ctx.dim)
+        wide = amax if amax is None else spread(amax, x, ctx.format, ctx.dim)
         grad_x = _zero_outside(grad, x, wide, unsigned=ctx.format.min >= 0)
     return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None, None, None
 
@@ -276,28 +284,33 @@ def _zero_outside(grad: Tensor, x: Tensor, amax: Tensor | None, *, unsigned: boo
     below_zero = -(2.0**-149)  # The largest float32 below 0.
     if x.dtype == grad.dtype == torch.float32 and is_in_memory(x) and not torch.is_grad_enabled():
         # The cheapest masks on a CPU. Their ends are excluded, hence the neighbours of ours.
+        masked: Tensor
         if amax is None:
-            passed: Tensor = torch.ops.aten.threshold_backward(grad, x, below_zero)
-            return passed
-        if amax.numel() == 1:
+            masked = torch.ops.aten.threshold_backward(grad, x, below_zero)
+        elif amax.numel() == 1:
             high = torch.nextafter(amax, amax.new_tensor(math.inf)).item()
-            passed = torch.ops.aten.hardtanh_backward(grad, x, below_zero if unsigned else -high, high)
-            return passed
-        # |x| / amax, rounded, passes 1 exactly where |x| passes amax.
-        above_one = 1.0 + 2.0**-23
-        out = torch.empty_like(x)
-        scratch = torch.empty(min(x.numel(), _PIECE), dtype=torch.float32)
-        for source, target, upstream, bound in _pieces(x, out, grad, amax, whole=_PIECE):
-            share = torch.div(source, bound, out=scratch[: source.numel()].view(source.shape))
-            torch.ops.aten.hardtanh_backward(upstream, share, -above_one, above_one, grad_input=target)
-            if unsigned:
-                torch.ops.aten.threshold_backward(target, source, below_zero, grad_input=target)
-        return out
+            masked = torch.ops.aten.hardtanh_backward(grad, x, below_zero if unsigned else -high, high)
+        else:
+            masked = _zero_outside_channels(grad, x, amax, unsigned=unsigned)
+        return masked
     values = x.float()
     if amax is None:
         return grad.masked_fill(values < 0, 0.0)
     outside = (values if unsigned else values.abs()) > amax
     return grad.masked_fill(outside | (values < 0) if unsigned else outside, 0.0)
+
+
+def _zero_outside_channels(grad: Tensor, x: Tensor, amax: Tensor, *, unsigned: bool) -> Tensor:
+    # |x| / amax, rounded, passes 1 exactly where |x| passes amax.
+    above_one = 1.0 + 2.0**-23
+    out = torch.empty_like(x)
+    scratch = torch.empty(min(x.numel(), _PIECE), dtype=torch.float32)
+    for source, target, upstream, bound in _pieces(x, out, grad, amax, whole=_PIECE):
+        share = torch.div(source, bound, out=scratch[: source.numel()].view(source.shape))
+        torch.ops.aten.hardtanh_backward(upstream, share, -above_one, above_one, grad_input=target)
+        if unsigned:
+            torch.ops.aten.threshold_backward(target, source, -(2.0**-149), grad_input=target)
+    return out
 
 
 def _lsq_gradients(
@@ -310,7 +323,7 @@ def _lsq_gradients(
     none and the scale the end of the grid. Times the paper's gradient scale (section 2.2), through
     ``scale = amax / format.max``.
     """
-    v = x.float() / divisor(_spread(scale, x, format, dim))
+    v = x.float() / divisor(spread(scale, x, format, dim))
     q = _element(format).round_(v.clone())
     inside = (v > format.min) & (v < format.max)
     slope = (q - v.masked_fill(~inside, 0.0)) * grad
@@ -320,10 +333,3 @@ def _lsq_gradients(
     sharing = max(1, x.numel()) / max(1, amax.numel())
     grad_amax = slope.sum_to_size(amax.shape) / (format.max * math.sqrt(sharing * format.max))
     return grad.masked_fill(~inside, 0.0), grad_amax
-
-
-def _spread(t: Tensor, x: Tensor, format: NumberFormat, dim: int | None) -> Tensor:
-    """What blocks have, repeated for their elements."""
-    if dim is None or format.block_size is None or not t.dim() or t.shape[dim] == 1:
-        return t
-    return t.repeat_interleave(format.block_size, dim).narrow(dim, 0, x.shape[dim])

@@ -1,6 +1,6 @@
 """Fake quantization: round a tensor to a number format and back, as pure functions on tensors.
 
-This is the only module that rounds. What it promises:
+With :mod:`quantpatch._rounding`, the arithmetic, this is the only module that rounds. What it promises:
 
 - ``y = round(x / scale) * scale`` with a true division, ties to even, in float32 whatever the input's dtype:
   integer results equal ONNX's ``QuantizeLinear`` followed by ``DequantizeLinear`` bit for bit.
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantpatch._rounding import block_views, divisor, is_in_memory, rescale_, round_trip
+from quantpatch._rounding import block_views, divisor, is_in_memory, rescale_, round_trip, spread
 from quantpatch.errors import DescriptorError, RangeError
 from quantpatch.formats import Blocked, Integer, NumberFormat
 
@@ -32,13 +32,14 @@ def fake_quantize(x: Tensor, amax: Tensor | None, format: NumberFormat, *, axis:
 
     ``scale = amax / format.max; q = clamp(round(x / scale), format.min, format.max); result = q * scale``.
     A range of 0 (a dead channel) gives 0. Infinities saturate, NaN stays NaN; a range that is not finite
-    gives NaN. Zeros in the result are positive.
+    gives NaN. Zeros of integers are positive, as ONNX Runtime's are; those of floats keep their sign.
 
     The gradient to ``x`` is the straight-through estimator of Bengio et al. 2013 (arXiv 1308.3432): it passes
     where ``|x| <= amax`` (unsigned: ``0 <= x <= amax``), and is zero outside. With ``amax=None`` nothing is
-    outside but the negative values of an unsigned format. A range that requires a gradient gets that of
-    LSQ (Esser et al. 2020, arXiv 1902.08153, equations 3 and 5), with its gradient scale
-    ``1 / sqrt(N * format.max)``, where N is the number of elements that share the range.
+    outside but the negative values of an unsigned format. A range that requires a gradient makes both
+    gradients those of LSQ (Esser et al. 2020, arXiv 1902.08153, equations 3 and 5), which call inside what
+    ``format.min < x / scale < format.max`` is, with its gradient scale ``1 / sqrt(N * format.max)``, where N
+    is the number of elements that share the range.
 
     Args:
         x: float32, float16, bfloat16 or float64, any shape, strides and device.
@@ -56,7 +57,8 @@ def fake_quantize(x: Tensor, amax: Tensor | None, format: NumberFormat, *, axis:
         A tensor of ``x``'s shape, dtype and memory format.
 
     Raises:
-        DescriptorError: ``x`` is not floating point, or the format cannot be used in this way.
+        TypeError: ``x`` is not floating point.
+        DescriptorError: The format cannot be used in this way.
         RangeError: ``amax`` does not fit ``x``, or ``axis`` does not exist.
     """
     _check_floating(x)
@@ -101,7 +103,7 @@ def quantize(
             return codes.squeeze(0), scale
         dim = _block_axis(x, axis)
         _, scale = _ranges_and_scales_of_blocks(x, amax, format, dim)
-        return _codes(x, _for_each_element(scale, x, format, dim), format.element), scale
+        return _codes(x, spread(scale, x, format, dim), format.element), scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, format: NumberFormat, *, axis: Axis = None) -> Tensor:
@@ -120,7 +122,7 @@ def dequantize(codes: Tensor, scale: Tensor, format: NumberFormat, *, axis: Axis
         if isinstance(format, Blocked):
             if not codes.dim():
                 return dequantize(codes.unsqueeze(0), scale, format, axis=axis).squeeze(0)
-            scale = _for_each_element(scale, codes, format, _block_axis(codes, axis))
+            scale = spread(scale, codes, format, _block_axis(codes, axis))
             format = format.element
         return rescale_(codes.to(torch.float32, copy=True), scale, format)
 
@@ -175,7 +177,7 @@ def _range_and_scale(
 def _ranges_and_scales_of_blocks(
     x: Tensor, amax: Tensor | None, format: Blocked, dim: int
 ) -> tuple[Tensor | None, Tensor]:
-    """The given ranges and the scales, 0-dim or of the shape of ``x`` with the number of blocks on ``dim``."""
+    """The given ranges and the scales: 0-dim, or like ``x`` with the number of blocks on ``dim``."""
     if amax is not None:
         if amax.requires_grad and format.scale != "float32":
             raise DescriptorError(
@@ -222,13 +224,6 @@ def _amax_along(x: Tensor, dim: int) -> Tensor:
         torch.maximum(first, folded.narrow(dim, length - half, half), out=first)
         length -= half
     return folded.select(dim, 0)
-
-
-def _for_each_element(scale: Tensor, x: Tensor, format: Blocked, dim: int) -> Tensor:
-    """The scales of blocks, repeated for their elements."""
-    if not scale.dim() or scale.shape[dim] == 1:
-        return scale
-    return scale.repeat_interleave(format.block_size, dim).narrow(dim, 0, x.shape[dim])
 
 
 def _codes(x: Tensor, scale: Tensor, format: NumberFormat) -> Tensor:

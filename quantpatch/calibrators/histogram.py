@@ -295,7 +295,7 @@ def _count(x: Tensor, exponent: Tensor, counts: Tensor) -> None:
     rows = max(1, min(chunk // length, (1 << 20) // bins, channels))
     # The values of a long row are counted in turn in four histograms: adding to a count that was just
     # written waits for the write, and after a ReLU every other value is a zero.
-    lanes = 4 if rows == 1 else 1
+    lanes = 4 if rows == 1 and bins <= 1 << 13 else 1
     size = rows * lanes * bins
     dtype = torch.int16 if size <= 1 << 15 else torch.int32 if size < 1 << 31 else torch.int64
     scratch = torch.empty(rows, length, dtype=torch.float32, device=x.device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quantpatch.errors import ExportError
-from quantpatch.export.targets import Operand
+from quantpatch.export.targets import Operand, codes_name
 from quantpatch.fake_quant import fake_quantize, quantize
 from quantpatch.formats import Integer
 
@@ -196,8 +196,6 @@ def _torch_results(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], by_name: Mapping[str, Operand]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The model's outputs, and the codes of each call of each quantizer by their name in the file."""
-    from quantpatch.export.onnx import codes_name
-
     codes: dict[str, Tensor] = {}
 
     def recording(operand: Operand) -> Any:

@@ -23,7 +23,7 @@ from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError
 from quantpatch.export.check import ExportReport, compare_with_torch
 from quantpatch.export.description import active_plugins, describe_quantizers
 from quantpatch.export.files import own_version, written_whole
-from quantpatch.export.targets import TARGETS, Operand, Target, operands, problems
+from quantpatch.export.targets import TARGETS, Operand, Target, codes_name, operands, problems
 from quantpatch.formats import Blocked, Float, Integer
 from quantpatch.modes import evaluating
 
@@ -226,11 +226,6 @@ def _activation(operand: Operand, target: str) -> Callable[..., Tensor]:
     return forward
 
 
-def codes_name(quantizer: str, call: int) -> str:
-    """The name in the file of what a quantizer gives at a call, before it is dequantized."""
-    return f"{quantizer}.codes" if call == 0 else f"{quantizer}.codes_{call}"
-
-
 def _weight(operand: Operand, target: str) -> Callable[..., Tensor]:
     from quantpatch.export.operators import dequantize, quantize_dequantize
 
@@ -307,6 +302,7 @@ def _tidy(model: Any) -> None:
         ir.convenience.replace_all_uses_with(node.outputs[0], new)
         graph.remove(node, safe=True)
     ir.passes.Sequential(
+        common.ClearMetadataAndDocStringPass(),  # stack traces, with the paths of whoever exports
         common.DeduplicateInitializersPass(),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),

@@ -26,7 +26,7 @@ from quantpatch.formats import Blocked, Float, Integer, NumberFormat
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer
 
-__all__ = ["TARGETS", "Operand", "Target", "operands", "problems"]
+__all__ = ["TARGETS", "Operand", "Target", "codes_name", "operands", "problems"]
 
 Target = Literal["onnxruntime", "tensorrt"]
 
@@ -97,6 +97,11 @@ def operands(model: nn.Module) -> list[Operand]:
             value = getattr(layer, weight) if weight else None
         found.append(Operand(name, quantizer, layer, value))
     return found
+
+
+def codes_name(quantizer: str, call: int) -> str:
+    """The name in the file of what a quantizer gives at a call, before it is dequantized."""
+    return f"{quantizer}.codes" if call == 0 else f"{quantizer}.codes_{call}"
 
 
 # --- What no ONNX file can say ----------------------------------------------------------------------------

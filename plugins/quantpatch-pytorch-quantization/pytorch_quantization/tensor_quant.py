@@ -178,7 +178,7 @@ def fake_affine_tensor_quant(
 
 def can_look_at(x: Tensor) -> bool:
     """Whether the values may be read on the host: not while a graph is taken, nor on the meta device."""
-    return not (x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return not (x.is_meta or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None)
 
 
 def working(x: Tensor) -> Tensor:

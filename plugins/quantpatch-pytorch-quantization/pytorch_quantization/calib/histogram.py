@@ -147,9 +147,7 @@ class HistogramCalibrator(_Calibrator):
             amax = percentile_amax(counts, edges, percentile)
         else:
             search = entropy_amax if method == "entropy" else mse_amax
-            amax = search(
-                counts, edges, self._num_bits, self._unsigned, stride=stride, start_bin=start_bin
-            )
+            amax = search(counts, edges, self._num_bits, self._unsigned, stride=stride, start_bin=start_bin)
         device = self._calib_hist.device if isinstance(self._calib_hist, Tensor) else None
         return torch.tensor(amax, dtype=torch.float32, device=device)
 

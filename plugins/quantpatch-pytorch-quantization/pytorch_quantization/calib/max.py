@@ -30,7 +30,8 @@ class MaxCalibrator(_Calibrator):
     ) -> None:
         super().__init__(num_bits, axis, unsigned)
         self._track_amax = track_amax
-        self.reset()
+        self._calib_amax: Tensor | None = None
+        self._amaxs: list[np.ndarray[Any, Any]] = []
 
     @property
     def amaxs(self) -> list[np.ndarray[Any, Any]]:
@@ -61,8 +62,8 @@ class MaxCalibrator(_Calibrator):
 
     def reset(self) -> None:
         """Forgets what was collected."""
-        self._calib_amax: Tensor | None = None
-        self._amaxs: list[np.ndarray[Any, Any]] = []
+        self._calib_amax = None
+        self._amaxs = []
 
     def compute_amax(self) -> Tensor | None:
         """The largest magnitude: a copy, or None if nothing was collected."""

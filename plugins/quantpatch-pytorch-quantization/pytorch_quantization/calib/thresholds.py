@@ -42,7 +42,7 @@ def mse_amax(
     weights = torch.from_numpy(np.asarray(counts, dtype=np.float64))
     candidates = centres[min(start_bin, len(centres) - 1) :: stride]
     errors = []
-    for amax in candidates[:, None].split(max(1, _CHUNK // len(centres))):
+    for amax in torch.split(candidates[:, None], max(1, _CHUNK // len(centres))):
         x = centres.expand(len(amax), -1)
         if isinstance(num_bits, tuple):
             rounded = scaled_e4m3(x, amax)

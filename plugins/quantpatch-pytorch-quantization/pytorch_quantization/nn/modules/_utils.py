@@ -189,8 +189,9 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[TensorQuantizer, tuple
     """Each weight quantizer of a model with the tensors that it quantizes, joined, as one."""
     for module in model.modules():
         weight, quantizer = getattr(module, "weight", None), getattr(module, "_weight_quantizer", None)
-        if hasattr(module, "weight_groups"):
-            yield from module.weight_groups()
+        weight_groups: Any = getattr(module, "weight_groups", None)
+        if weight_groups is not None:
+            yield from weight_groups()
         elif isinstance(quantizer, TensorQuantizer) and isinstance(weight, Tensor):
             yield quantizer, (weight,)
 

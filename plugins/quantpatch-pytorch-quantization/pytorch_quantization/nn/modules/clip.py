@@ -31,7 +31,10 @@ class Clip(nn.Module):
         learn_max: bool = False,
     ) -> None:
         super().__init__()
-        bounds = {"clip_value_min": (clip_value_min, learn_min), "clip_value_max": (clip_value_max, learn_max)}
+        bounds = {
+            "clip_value_min": (clip_value_min, learn_min),
+            "clip_value_max": (clip_value_max, learn_max),
+        }
         for name, (value, learn) in bounds.items():
             tensor = torch.as_tensor(value, dtype=torch.float32).detach().clone()
             if learn:

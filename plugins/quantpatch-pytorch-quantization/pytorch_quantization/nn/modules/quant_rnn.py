@@ -26,7 +26,7 @@ State = tuple[Tensor, Tensor]
 Groups = Iterator[tuple[TensorQuantizer, tuple[Tensor, ...]]]
 
 
-def _together(quantizer: TensorQuantizer, first: Tensor, second: Tensor) -> list[Tensor]:
+def _together(quantizer: nn.Module, first: Tensor, second: Tensor) -> list[Tensor]:
     """Quantizes two tensors with one range."""
     both = quantizer(torch.cat([first, second], -1))
     return list(both.split([first.shape[-1], second.shape[-1]], -1))
@@ -66,7 +66,8 @@ class QuantLSTM(QuantLayer, nn.LSTM):
     weights: ClassVar[Any] = {}
 
     def _init_quantizers(self, *descriptors: QuantDescriptor) -> None:
-        self.init_quantizer(*descriptors, num_layers=self.num_layers * self._directions)
+        of_input, of_weight = descriptors
+        self.init_quantizer(of_input, of_weight, self.num_layers * self._directions)
 
     @property
     def _directions(self) -> int:
@@ -83,7 +84,7 @@ class QuantLSTM(QuantLayer, nn.LSTM):
             assert isinstance(quantizer, TensorQuantizer)
             yield quantizer, (self._named(index, "weight_ih"), self._named(index, "weight_hh"))
 
-    def forward(self, input: Any, hx: State | None = None) -> Any:  # type: ignore[override]
+    def forward(self, input: Any, hx: State | None = None) -> Any:
         """As of ``nn.LSTM``, packed sequences included."""
         quantizers = (*self._input_quantizers, *self._weight_quantizers)
         if all(quantizer.is_transparent for quantizer in quantizers):
@@ -91,7 +92,7 @@ class QuantLSTM(QuantLayer, nn.LSTM):
         if isinstance(input, PackedSequence):
             if hx is not None:
                 hx = self.permute_hidden(hx, input.sorted_indices)
-            steps = list(input.data.split(input.batch_sizes.tolist()))
+            steps = list(torch.split(input.data, input.batch_sizes.tolist()))
             outputs, state = self._run_layers(steps, hx)
             packed = PackedSequence(
                 torch.cat(outputs), input.batch_sizes, input.sorted_indices, input.unsorted_indices
@@ -102,7 +103,7 @@ class QuantLSTM(QuantLayer, nn.LSTM):
         if unbatched:
             input = input.unsqueeze(1)
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        self.check_forward_args(input, hx or self._zeros(input.select(1 - batch_axis, 0)), None)  # type: ignore[arg-type]
+        self.check_forward_args(input, hx or self._zeros(input.select(1 - batch_axis, 0)), None)
         outputs, state = self._run_layers(list(input.unbind(1 - batch_axis)), hx)
         output = torch.stack(outputs, 1 - batch_axis)
         if unbatched:
@@ -139,7 +140,7 @@ class QuantLSTM(QuantLayer, nn.LSTM):
         outputs = []
         for step in reversed(steps) if reverse else steps:
             rows = len(step)
-            x, h_in = _together(quantizer, step, h[:rows])  # type: ignore[arg-type]
+            x, h_in = _together(quantizer, step, h[:rows])
             gates = F.linear(x, w_ih, b_ih) + F.linear(h_in, w_hh, b_hh)
             i, f, g, o = gates.chunk(4, -1)
             c_out = torch.sigmoid(f) * c[:rows] + torch.sigmoid(i) * torch.tanh(g)

@@ -324,9 +324,7 @@ class TensorQuantizer(nn.Module):
             return scaled_e4m3(inputs, amax, *self._num_bits)
         if self._fake_quant:
             return fake_tensor_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
-        outputs, self._scale = tensor_quant(
-            inputs, amax, self._num_bits, self._unsigned, self._narrow_range
-        )
+        outputs, self._scale = tensor_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
         return outputs
 
     def _check_onnx_readiness(self) -> None:

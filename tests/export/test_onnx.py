@@ -1,0 +1,461 @@
+"""export_onnx: the file computes what the model computes, and what it cannot say is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import quantpatch as qp
+from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError
+from quantpatch.export.check import ExportReport, session_options
+from quantpatch.export.onnx import export_onnx
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def run(path: Path, *inputs: torch.Tensor, optimized: bool = False) -> list[torch.Tensor]:
+    session = ort.InferenceSession(
+        str(path), session_options(optimized=optimized), providers=["CPUExecutionProvider"]
+    )
+    feed = {given.name: x.numpy() for given, x in zip(session.get_inputs(), inputs, strict=True)}
+    return [torch.from_numpy(y) for y in session.run(None, feed)]
+
+
+def calibrated(build: Any, *inputs: torch.Tensor, recipe: Any = "int8") -> nn.Module:
+    torch.manual_seed(0)
+    with qp.quantize_modules(recipe=recipe):
+        model = build().eval()
+    qp.calibrate(model, [inputs], progress=False)
+    return model
+
+
+def fingerprint(model: nn.Module) -> Any:
+    return [
+        (name, type(module), module.training, dict(vars(module)).keys(), "forward" in vars(module))
+        for name, module in model.named_modules()
+    ], {key: (value.data_ptr(), value.clone()) for key, value in model.state_dict().items()}
+
+
+def assert_same(before: Any, after: Any) -> None:
+    assert before[0] == after[0]
+    assert list(before[1]) == list(after[1])
+    for key, (address, value) in before[1].items():
+        assert after[1][key][0] == address
+        assert torch.equal(after[1][key][1], value)
+
+
+def initializers(path: Path) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in onnx.load(str(path)).graph.initializer}
+
+
+# --- Exactness ----------------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, Any] = {
+    "int8": {},
+    "int8 narrow": {"narrow_range": True},
+    "uint8": {"unsigned": True},
+    "int4": {"num_bits": 4},
+    "uint3": {"num_bits": 3, "unsigned": True},
+    "fp8_e4m3": {"num_bits": (4, 3)},
+    "fp8_e5m2": {"num_bits": (5, 2)},
+}
+
+
+class Quantizers(nn.Module):
+    """One quantizer of each kind on the same input; the last two have a range for each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = nn.ModuleList(
+            qp.TensorQuantizer(qp.QuantDescriptor(amax=2.7182817, **options))
+            for options in ACTIVATIONS.values()
+        )
+        for narrow in (False, True):
+            rows = qp.TensorQuantizer(qp.QuantDescriptor(axis=0, narrow_range=narrow))
+            rows.amax = torch.tensor([[0.3], [0.0], [2.7182817]])
+            self.all.append(rows)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(quantizer(x) for quantizer in self.all)
+
+
+def adversarial(amax: float, top: float, count: int) -> torch.Tensor:
+    """Halfway points between integers and their neighbours, zeros, what is outside, and random values."""
+    scale = torch.tensor(amax) / top
+    ties = (torch.arange(-140, 140) + 0.5) * scale
+    up, down = torch.full_like(ties, torch.inf), torch.full_like(ties, -torch.inf)
+    special = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1e30, -1e30, torch.inf, -torch.inf, amax, -amax])
+    values = [special, ties, torch.nextafter(ties, up), torch.nextafter(ties, down)]
+    missing = count - sum(v.numel() for v in values)
+    return torch.cat([*values, torch.randn(missing) * amax])
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_every_pair_is_exact_bit_for_bit(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Quantizers()
+    if target == "tensorrt":  # what that target takes
+        model.all = nn.ModuleList([model.all[0], model.all[1], model.all[3], model.all[5]])
+    tops = (127.0, 255.0, 7.0, 448.0)
+    x = torch.stack([torch.cat([adversarial(2.7182817, top, 4000) for top in tops])] * 3)
+    report = export_onnx(model, x, tmp_path / "q.onnx", target=target)
+    assert report.comparison is not None
+    assert report.comparison.differing == 0
+    assert report.comparison.integers > 3 * x.numel()
+    for name, expected, got in zip(
+        [*ACTIVATIONS, "rows", "narrow rows"], model(x), run(tmp_path / "q.onnx", x), strict=False
+    ):
+        different = expected.view(torch.int32) != got.view(torch.int32)
+        # -0 and 0 are one number; FP8 has both.
+        different &= ~((expected == 0) & (got == 0))
+        assert int(different.sum()) == 0, (name, expected[different][:5], got[different][:5])
+
+
+class Small(nn.Module):
+    """Layers of every kind that has an integer kernel, a residual connection and a dead channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.pool = nn.AvgPool2d(2)
+        self.inner = nn.Linear(8, 16)
+        self.head = nn.Linear(16, 5)
+        with torch.no_grad():
+            self.conv.weight[3] = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.conv(x))
+        y = self.up(torch.relu(self.depthwise(y)) + y)
+        y = self.pool(y).flatten(2).transpose(1, 2)
+        return self.head(torch.relu(self.inner(y)))
+
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("recipe", ["int8", "w4a8", "int8 everywhere"])
+def test_a_model_agrees_with_optimizations_off_and_on(recipe: str, tmp_path: Path) -> None:
+    chosen: Any = recipe
+    if recipe == "int8 everywhere":
+        chosen = qp.Recipe(name="everywhere", output=qp.QuantDescriptor())
+    model = calibrated(Small, X, recipe=chosen)
+    before = fingerprint(model)
+    path = tmp_path / "m.onnx"
+    report = export_onnx(model, X, path, dynamic_shapes=({0: "batch"},))
+    assert_same(before, fingerprint(model))
+    comparison = report.comparison
+    assert comparison is not None
+    # Sums of products in another order: rounding of float32, and seldom an integer that was on the edge.
+    assert comparison.differing <= 1e-4 * comparison.integers
+    assert comparison.integers > 1000
+    step = model(X).abs().max().item() / 127
+    for batch in (X, torch.randn(5, 3, 8, 8)):
+        expected = model(batch)
+        difference = (run(path, batch)[0] - expected).abs()
+        assert difference.max() <= 1e-5 * expected.abs().max() or comparison.differing
+        difference = (run(path, batch, optimized=True)[0] - expected).abs()
+        assert (difference <= step * 1.001).float().mean() >= 0.999
+    stored = {tensor.data_type for tensor in initializers(path).values() if len(tensor.dims) > 1}
+    assert stored == {onnx.TensorProto.INT4 if recipe == "w4a8" else onnx.TensorProto.INT8}
+    assert "m.onnx" in str(report)
+    assert "integers differ" in str(report)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_integer_kernels_run(tmp_path: Path) -> None:
+    model = calibrated(
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 5)),
+        X,
+        recipe=qp.Recipe(name="everywhere", output=qp.QuantDescriptor()),
+    )
+    export_onnx(model, X, tmp_path / "m.onnx", check=False)
+    options = session_options(optimized=True)
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(str(tmp_path / "m.onnx"), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node]
+    assert kinds.count("QLinearConv") == 2
+    assert "Conv" not in kinds
+    assert "Gemm" not in kinds
+
+
+@pytest.mark.parametrize("recipe", ["int4-weight-only", "fp8"])
+def test_weight_formats(recipe: str, tmp_path: Path) -> None:
+    """Blocks with a shorter last one, and FP8."""
+    torch.manual_seed(0)
+    build = lambda: nn.Sequential(nn.Linear(200, 32), nn.ReLU(), nn.Linear(32, 3))  # noqa: E731
+    x = torch.randn(4, 200)
+    if recipe == "fp8":
+        model = calibrated(build, x, recipe=recipe)
+    else:
+        with qp.quantize_modules(recipe=recipe):
+            model = build().eval()
+    export_onnx(model, x, tmp_path / "m.onnx")
+    assert torch.allclose(run(tmp_path / "m.onnx", x)[0], model(x), rtol=1e-5, atol=1e-5)
+    kinds = {tensor.data_type for tensor in initializers(tmp_path / "m.onnx").values() if len(tensor.dims) > 1}
+    assert (onnx.TensorProto.FLOAT8E4M3FN if recipe == "fp8" else onnx.TensorProto.INT4) in kinds
+
+
+def test_several_inputs_outputs_and_keywords(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(11, 6)
+            self.a = nn.Linear(6, 4)
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, tokens: torch.Tensor, *, scale: torch.Tensor, extra: Any) -> dict[str, torch.Tensor]:
+            y = self.table(tokens) * scale + extra["shift"]
+            y = self.attention(y, y, y, need_weights=False)[0]
+            return {"first": self.a(y), "second": y}
+
+    with qp.quantize_modules():
+        model = Two().eval()
+    tokens = torch.arange(10).reshape(2, 5)
+    kwargs = {"scale": torch.tensor([2.0]), "extra": {"shift": torch.ones(6)}}
+    qp.calibrate(model, lambda m: m(tokens, **kwargs), progress=False)
+    report = export_onnx(model, (tokens,), tmp_path / "m.onnx", kwargs=kwargs)
+    assert report.comparison is not None
+    assert report.comparison.relative_difference < 1e-5
+    assert report.nodes["QuantizeLinear"] == 7  # one for the three inputs of attention, which are one tensor
+    expected = model(tokens, **kwargs)
+    first, second = run(tmp_path / "m.onnx", tokens, *[kwargs["scale"], kwargs["extra"]["shift"]])
+    assert torch.allclose(first, expected["first"], atol=1e-5)
+    assert torch.allclose(second, expected["second"], atol=1e-5)
+
+
+def test_half_precision_keeps_scales_in_float32(tmp_path: Path) -> None:
+    model = calibrated(lambda: nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)).half()
+    x = torch.randn(3, 8).half()
+    report = export_onnx(model, x, tmp_path / "m.onnx")
+    assert report.comparison is not None
+    assert report.comparison.differing == 0
+    assert report.comparison.relative_difference < 2e-3
+
+
+def test_metadata(tmp_path: Path, plugin: Any) -> None:
+    name = plugin("some-plugin")
+    model = calibrated(lambda: nn.Sequential(nn.Linear(4, 2)), torch.randn(3, 4))
+    export_onnx(model, torch.randn(3, 4), tmp_path / "m.onnx", input_names=["x"], output_names=["y"])
+    proto = onnx.load(str(tmp_path / "m.onnx"))
+    found = {prop.key: prop.value for prop in proto.metadata_props}
+    assert found["quantpatch.version"]
+    assert found["quantpatch.target"] == "onnxruntime"
+    assert json.loads(found["quantpatch.recipe"])["0.weight_quantizer"] == {"axis": 0, "narrow_range": True}
+    assert name in [entry["name"] for entry in json.loads(found["quantpatch.plugins"])]
+    assert [proto.graph.input[0].name, proto.graph.output[0].name] == ["x", "y"]
+    # Paths of whoever exported it are nobody's business.
+    assert b"site-packages" not in (tmp_path / "m.onnx").read_bytes()
+
+
+def test_large_models_have_their_data_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantpatch.export.onnx._LARGE", 1000)
+    model = calibrated(lambda: nn.Sequential(nn.Linear(64, 64)), torch.randn(3, 64))
+    x = torch.randn(3, 64)
+    report = export_onnx(model, x, tmp_path / "m.onnx")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert report.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert torch.allclose(run(tmp_path / "m.onnx", x)[0], model(x), atol=1e-5)
+
+
+def test_training_mode_and_disabled_quantizers_are_respected(tmp_path: Path) -> None:
+    x = torch.randn(3, 4)
+    model = calibrated(lambda: nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.9), nn.Linear(2, 2)), x)
+    model[0].input_quantizer.disable()
+    model[2].weight_quantizer.disable()
+    model.train()
+    report = export_onnx(model, x, tmp_path / "m.onnx", opset=20)
+    assert report.quantizers == ("0.weight_quantizer", "2.input_quantizer")
+    assert all(module.training for module in model.modules())
+    assert onnx.load(str(tmp_path / "m.onnx")).opset_import[0].version == 20
+    assert torch.allclose(run(tmp_path / "m.onnx", x)[0], model.eval()(x), atol=1e-5)
+
+
+# --- Refusals -----------------------------------------------------------------------------------------------
+
+
+def refused(model: nn.Module, path: Path, **options: Any) -> ExportError:
+    before = fingerprint(model)
+    with pytest.raises(ExportError) as caught:
+        export_onnx(model, torch.randn(3, 4), path, **options)
+    assert_same(before, fingerprint(model))
+    assert list(path.parent.iterdir()) == []
+    return caught.value
+
+
+def linear(**options: Any) -> nn.Module:
+    recipe = qp.Recipe(name="r", **options)
+    return calibrated(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4), recipe=recipe)
+
+
+def test_uncalibrated_and_calibrating_quantizers(tmp_path: Path) -> None:
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.Linear(4, 4))
+    error = refused(model, tmp_path / "m.onnx")
+    assert error.quantizers == ("0.input_quantizer", "0.weight_quantizer")
+    assert "qp.calibrate(model, batches)" in str(error)
+    model = linear()
+    model[1].input_quantizer.enable_calib()
+    assert refused(model, tmp_path / "m.onnx").quantizers == ("1.input_quantizer",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input": qp.QuantDescriptor(dynamic=True)}, "range from each tensor"),
+        ({"input": qp.QuantDescriptor(axis=(0, 1))}, "ONNX has one axis"),
+        ({"weight": qp.QuantDescriptor(format="mxfp8_e4m3", dynamic=True)}, "no operator in ONNX"),
+        ({"weight": qp.QuantDescriptor(format="fp6_e2m3")}, "no operator in ONNX"),
+        ({"weight": qp.QuantDescriptor(format="int4_g32", dynamic=True), "opset": 20}, "opset 21"),
+    ],
+)
+def test_what_onnx_cannot_say(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    opset = options.pop("opset", 21)
+    error = refused(linear(**options), tmp_path / "m.onnx", opset=opset)
+    options["opset"] = opset
+    assert message in str(error)
+    assert error.target == "onnxruntime"
+
+
+def test_a_model_that_cannot_be_traced(tmp_path: Path) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layer(x)
+            return y if y.sum() > 0 else -y
+
+    model = calibrated(Branching, torch.randn(3, 4))
+    assert "cannot be traced" in str(refused(model, tmp_path / "m.onnx"))
+
+
+def test_a_failed_export_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"old")
+
+    def broken(*args: Any) -> None:
+        raise ExportError("does not run")
+
+    monkeypatch.setattr("quantpatch.export.onnx.compare_with_torch", broken)
+    with pytest.raises(ExportError, match="does not run"):
+        export_onnx(linear(), torch.randn(3, 4), path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = linear()
+    with pytest.raises(UnknownNameError, match="tensorrt"):
+        export_onnx(model, X, tmp_path / "m.onnx", target="tensortr")  # type: ignore[arg-type]
+    assert "opset" in str(refused(model, tmp_path / "m.onnx", opset=17))
+    assert "export the module inside" in str(refused(nn.DataParallel(model), tmp_path / "m.onnx"))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingExtraError, match=r"quantpatch\[onnx\]"):
+        export_onnx(model, X, tmp_path / "m.onnx")
+
+
+# --- TensorRT's rules ---------------------------------------------------------------------------------------
+# WQT: "Working with Quantized Types" in the documentation of TensorRT 10.11.
+# OPS: docs/operators.md of onnx-tensorrt. PQ: tensor_quant.py of pytorch-quantization.
+
+
+@pytest.fixture(scope="module")
+def for_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportReport, nn.Module]:
+    path = tmp_path_factory.mktemp("tensorrt") / "m.onnx"
+    model = calibrated(
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3)), X
+    )
+    return path, export_onnx(model, X, path, target="tensorrt"), model
+
+
+def test_tensorrt_zero_points_are_int8_zeros(for_tensorrt: Any) -> None:
+    """OPS: the zero point is 0. WQT: values are signed INT8."""
+    path, _, _ = for_tensorrt
+    constants = initializers(path)
+    nodes = [n for n in onnx.load(str(path)).graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert nodes
+    for node in nodes:
+        zero = onnx.numpy_helper.to_array(constants[node.input[2]])
+        assert zero.dtype.name == "int8"
+        assert not zero.any()
+
+
+def test_tensorrt_scales_are_positive_constants(for_tensorrt: Any) -> None:
+    """OPS: the scale is a constant and positive; here a channel's weights are all 0."""
+    path, _, _ = for_tensorrt
+    constants = initializers(path)
+    for node in onnx.load(str(path)).graph.node:
+        if node.op_type == "QuantizeLinear":
+            assert (onnx.numpy_helper.to_array(constants[node.input[1]]) > 0).all()
+
+
+def test_tensorrt_weights_are_floats_with_a_pair(for_tensorrt: Any) -> None:
+    """WQT: each fake quantization is a pair of QuantizeLinear and DequantizeLinear, weights included."""
+    path, report, model = for_tensorrt
+    assert report.nodes["QuantizeLinear"] == report.nodes["DequantizeLinear"] == 4
+    kinds = {tensor.data_type for tensor in initializers(path).values() if len(tensor.dims) == 4}
+    assert kinds == {onnx.TensorProto.FLOAT}
+    assert torch.allclose(run(path, X)[0], model(X), atol=1e-5)
+
+
+def test_tensorrt_takes_no_unsigned_integers(tmp_path: Path) -> None:
+    """WQT: signed INT8."""
+    error = refused(linear(input=qp.QuantDescriptor(unsigned=True)), tmp_path / "m.onnx", target="tensorrt")
+    assert error.quantizers == ("0.input_quantizer", "1.input_quantizer")
+    assert "unsigned=False" in str(error)
+
+
+def test_tensorrt_takes_one_scale_for_an_activation(tmp_path: Path) -> None:
+    """WQT: scales of activations are per tensor."""
+    error = refused(linear(input=qp.QuantDescriptor(axis=-1)), tmp_path / "m.onnx", target="tensorrt")
+    assert "one scale" in str(error)
+
+
+def test_tensorrt_takes_fp8_e4m3_per_tensor(tmp_path: Path) -> None:
+    """WQT: FP8 is E4M3, and has one scale for the tensor."""
+    path = tmp_path / "m.onnx"
+    per_channel = linear(
+        input=qp.QuantDescriptor(num_bits=(4, 3)), weight=qp.QuantDescriptor(num_bits=(4, 3), axis="channel")
+    )
+    assert "without axis" in str(refused(per_channel, path, target="tensorrt"))
+    wide = qp.QuantDescriptor(num_bits=(5, 2))
+    assert "E4M3 only" in str(refused(linear(input=wide, weight=wide), path, target="tensorrt"))
+    good = qp.QuantDescriptor(num_bits=(4, 3))
+    assert export_onnx(linear(input=good, weight=good), torch.randn(3, 4), path, target="tensorrt").comparison
+
+
+def test_tensorrt_takes_blocks_of_int4_weights_only(tmp_path: Path) -> None:
+    """WQT: INT4 is for weights only, and blocks are of INT4."""
+    eight = qp.QuantDescriptor(format="int8_g128", axis="reduction", dynamic=True)
+    error = refused(linear(weight=eight), tmp_path / "m.onnx", target="tensorrt")
+    assert "blocks are of INT4" in str(error)
+
+
+def test_tensorrt_takes_transposed_convolutions_on_axis_0(tmp_path: Path) -> None:
+    """PQ: the per-channel descriptors of ConvTranspose weights have axis 0."""
+    model = calibrated(lambda: nn.Sequential(nn.ConvTranspose1d(4, 6, 3)), torch.randn(2, 4, 5))
+    with pytest.raises(ExportError, match="axis 0") as caught:
+        export_onnx(model, torch.randn(2, 4, 5), tmp_path / "m.onnx", target="tensorrt")
+    assert caught.value.quantizers == ("0.weight_quantizer",)
+    assert list(tmp_path.iterdir()) == []
+    # What the message says to do:
+    model[0].weight_quantizer = qp.TensorQuantizer(qp.QuantDescriptor(axis=0, narrow_range=True))
+    qp.calibrate(model, [torch.randn(2, 4, 5)], overwrite=True, progress=False)
+    report = export_onnx(model, torch.randn(2, 4, 5), tmp_path / "m.onnx", target="tensorrt")
+    assert report.comparison is not None
+    assert report.comparison.differing == 0
+
+

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # replaces torch.manual_seed when it is first imported, which is no test's doing
+import torch._dynamo
+import torch.onnx
 from torch import nn
 
 from quantpatch.registry import registry
@@ -36,6 +37,9 @@ def _owners() -> list[Any]:
     }
     return [*classes, nn, nn.functional, torch]
 
+
+# What torch imports and replaces by itself when something is first compiled is no test's doing.
+torch.compile(lambda x: x + 1, backend="aot_eager")(torch.zeros(1))
 
 OWNERS = _owners()
 assert nn.Module in OWNERS

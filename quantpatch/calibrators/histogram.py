@@ -293,15 +293,11 @@ def _count(x: Tensor, exponent: Tensor, counts: Tensor) -> None:
     chunk = _CHUNK if x.device.type == "cpu" else 1 << 26
     length = min(chunk, x.shape[1])
     rows = max(1, min(chunk // length, (1 << 20) // bins, channels))
-    # The values of a long row are counted in turn in four histograms: adding to a count that was just
-    # written waits for the write, and after a ReLU every other value is a zero.
-    lanes = 4 if rows == 1 and bins <= 1 << 13 else 1
-    size = rows * lanes * bins
+    size = rows * bins
     dtype = torch.int16 if size <= 1 << 15 else torch.int32 if size < 1 << 31 else torch.int64
     scratch = torch.empty(rows, length, dtype=torch.float32, device=x.device)
     indices = torch.empty(rows, length, dtype=dtype, device=x.device)
-    offset = torch.arange(0, size, bins, dtype=dtype, device=x.device)  # of each histogram
-    offset = offset.repeat(-(-length // lanes))[None, :length] if rows == 1 else offset[:, None]
+    first = torch.arange(0, size, bins, dtype=dtype, device=x.device)[:, None]  # index of each row
     for row in range(0, channels, rows):
         some = slice(row, row + rows)
         factor, target = below[some], counts[some]
@@ -314,6 +310,7 @@ def _count(x: Tensor, exponent: Tensor, counts: Tensor) -> None:
                 torch.mul(part, factor, out=scaled)
             else:
                 scaled.copy_(part).mul_(factor)
-            index.copy_(scaled).abs_().add_(offset[:n, :m])
-            counted = torch.bincount(index.view(-1), minlength=n * lanes * bins)
-            target.add_(counted.view(n, lanes, bins).sum(1))
+            index.copy_(scaled).abs_()
+            if n > 1:
+                index.add_(first[:n])
+            target.add_(torch.bincount(index.view(-1), minlength=n * bins).view(n, bins))

@@ -217,7 +217,9 @@ def _activation(operand: Operand, target: str) -> Callable[..., Tensor]:
         calls += 1
         device = x.device
         y = x.float()
-        if bounds is not None:
+        if bounds is not None and axis is None:
+            y = y.clamp(bounds[0].item(), bounds[1].item())
+        elif bounds is not None:
             low, high = (bound.to(device) for bound in bounds)
             y = torch.minimum(torch.maximum(y, low), high)
         y = quantize_dequantize(y, flat.to(device), zero.to(device), axis or 0, name)

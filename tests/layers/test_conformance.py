@@ -434,7 +434,8 @@ def test_compile_without_graph_break(case):
     torch._dynamo.reset()
     _, quantized = case.pair()
     calibrate(quantized, case)
-    compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")
+    backend = "aot_eager" if case.name in ("Linear", "Conv2d") else "eager"  # the former traces gradients too
+    compiled = torch.compile(quantized, fullgraph=True, backend=backend)
     for training in (True, False):
         quantized.train(training)
         for a, b in zip(

@@ -206,7 +206,7 @@ class Float(NumberFormat):
         magic = y.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
         # Adding and subtracting 1.5 * 2**23 * step rounds to a multiple of step, ties to even, because the
         # sum has no bits left below it.
-        magic.clamp_(min=2.0**self.min_exponent).mul_(12582912.0 * 2.0**-self.mantissa_bits)
+        magic.clamp_min_(2.0**self.min_exponent).mul_(12582912.0 * 2.0**-self.mantissa_bits)
         rounded = (y + magic).sub_(magic)
         # The sum has lost the sign of what became 0; a float's zero has one.
         return y.copy_(rounded.copysign_(y))
@@ -301,7 +301,7 @@ class Blocked(NumberFormat):
             if isinstance(self.element, Integer):
                 # MXINT8's elements are fractions with one integer bit (emax 0): code * 2**-6.
                 emax, unit = 0, 2.0 ** (2 - self.element.bits)
-            shared = power.mul_(2.0**-emax).clamp_(2.0**-127, 2.0**127).mul_(unit)
+            shared = power.mul_(2.0**-emax).clamp(2.0**-127, 2.0**127).mul_(unit)
             return shared.masked_fill(~amax.isfinite(), math.nan)
         scale = amax / self.element.max
         if self.scale == "e4m3":

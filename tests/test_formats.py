@@ -76,6 +76,17 @@ def test_every_code_of_a_float_format_rounds_to_itself(pair):
 
 
 @pytest.mark.parametrize("pair", ML_DTYPES, ids=str)
+def test_all_bfloat16_values_round_to_the_bits_of_ml_dtypes_the_sign_of_zero_among_them(pair):
+    values = (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)
+    values = values[np.isfinite(values)]
+    top = Float(*pair).max
+    expected = values.clip(-top, top).astype(ML_DTYPES[pair]).astype(np.float32)
+    ours = rounded(Float(*pair), values)
+    np.testing.assert_array_equal(ours.view(np.int32), expected.view(np.int32))
+    assert np.signbit(rounded(Float(*pair), [-0.0, -1e-30])).all()
+
+
+@pytest.mark.parametrize("pair", ML_DTYPES, ids=str)
 def test_midpoints_of_a_float_format_and_their_neighbours_round_as_ml_dtypes_does(pair):
     codes = codes_of(pair)
     middle = (codes[1:] + codes[:-1]) / 2

@@ -175,8 +175,11 @@ def _random_like(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tupl
             order = torch.randperm(x.numel(), generator=generator)
             return x.detach().cpu().flatten()[order].reshape(x.shape).to(x.device)
         noise = torch.randn(x.shape, generator=generator)
-        spread = x.detach().float().std(correction=0).cpu()
-        return (noise * spread + x.detach().float().mean().cpu()).to(x.device, x.dtype)
+        values = x.detach().float().cpu()
+        values = values[values.isfinite() & (values.abs() < 1e10)]
+        if not values.numel():
+            return noise.to(x.device, x.dtype)
+        return (noise * values.std(correction=0) + values.mean()).to(x.device, x.dtype)
 
     made: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(like, (args, dict(kwargs)))
     return made
@@ -206,7 +209,9 @@ def _torch_results(
             nonlocal calls
             amax = None if operand.amax is None else operand.amax.to(x.device)
             if isinstance(operand.element, Integer):
-                codes[codes_name(operand.name, calls)] = quantize(x, amax, operand.format, axis=axis)[0]
+                integers, scale = quantize(x, amax, operand.format, axis=axis)
+                # Where the range is 0 any integer means 0.
+                codes[codes_name(operand.name, calls)] = integers.masked_fill(scale == 0, 0)
             calls += 1
             return fake_quantize(x, amax, operand.format, axis=axis)
 
@@ -234,7 +239,7 @@ def _differences(
             raise ExportError(
                 f"an output has the shape {tuple(theirs.shape)} in ONNX Runtime and {tuple(ours.shape)} in torch"
             )
-        same = ours == theirs  # infinities too
+        same = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinities too
         difference = (ours - theirs).abs().masked_fill(same, 0.0)
         if difference.numel():
             largest = max(largest, difference.max().item())

@@ -23,6 +23,7 @@ from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError
 from quantpatch.export.check import ExportReport, compare_with_torch
 from quantpatch.export.description import active_plugins, describe_quantizers
 from quantpatch.export.files import own_version, written_whole
+from quantpatch.export.graph import tidy
 from quantpatch.export.targets import TARGETS, Operand, Target, codes_name, operands, problems
 from quantpatch.formats import Blocked, Float, Integer
 from quantpatch.modes import evaluating
@@ -84,7 +85,7 @@ def export_onnx(
             model, args, kwargs, found, target, opset, dynamic_shapes, input_names, output_names
         )
         names = [operand.name for operand in found]
-        _tidy(program.model)
+        tidy(program.model)
         program.model.metadata_props.update(_metadata(model, target))
         nodes = Counter(node.op_type for node in program.model.graph)
         with written_whole(path) as folder:
@@ -278,37 +279,6 @@ def _without_dead(codes: Tensor, scale: Tensor, dim: int, blocks: int) -> Tensor
 
 
 # --- The file ---------------------------------------------------------------------------------------------
-
-
-def _tidy(model: Any) -> None:
-    """Stores 4-bit codes as such, and shares what is there twice."""
-    import onnx_ir as ir
-    from onnx_ir.passes import common
-
-    graph = model.graph
-    for node in list(graph):
-        source = node.inputs[0] if node.op_type == "Cast" and node.inputs else None
-        if source is None or source.name not in graph.initializers:
-            continue
-        kind = ir.DataType(node.attributes["to"].as_int())
-        if kind not in (ir.DataType.INT4, ir.DataType.UINT4):
-            continue
-        value = source.const_value.numpy().astype(kind.numpy())
-        new = ir.Value(
-            name=f"{source.name}.{kind.name.lower()}",
-            shape=source.shape,
-            type=ir.TensorType(kind),
-            const_value=ir.Tensor(value, dtype=kind, name=f"{source.name}.{kind.name.lower()}"),
-        )
-        graph.register_initializer(new)
-        ir.convenience.replace_all_uses_with(node.outputs[0], new)
-        graph.remove(node, safe=True)
-    ir.passes.Sequential(
-        common.ClearMetadataAndDocStringPass(),  # stack traces, with the paths of whoever exports
-        common.DeduplicateInitializersPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.RemoveUnusedNodesPass(),
-    )(model)
 
 
 def _metadata(model: nn.Module, target: str) -> dict[str, str]:

@@ -88,7 +88,7 @@ class QuantModuleReplacementHelper:
         """Puts the replacements in force, in place of those in force before.
 
         Raises:
-            quantpatch.EntryError: A replacement cannot be used; what was in force before stays so.
+            quantpatch.errors.EntryError: A replacement cannot be used; what was in force before stays so.
         """
         before, self._scope = self._scope, None
         if before is not None:
@@ -136,7 +136,7 @@ def initialize(
 
     Raises:
         AttributeError: A module has no such name.
-        quantpatch.EntryError: A replacement cannot be used. Nothing has changed.
+        quantpatch.errors.EntryError: A replacement cannot be used. Nothing has changed.
     """
     before = {name: set(value) for name, value in vars(_helper).items() if isinstance(value, set)}
     try:

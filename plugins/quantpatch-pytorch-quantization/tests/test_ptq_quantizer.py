@@ -147,7 +147,10 @@ def test_calibrating():
 def test_arguments_of_load_calib_amax_go_to_the_calibrator():
     q = TensorQuantizer(QuantDescriptor(calib_method="histogram"), if_quant=False, if_calib=True)
     q(torch.linspace(0, 1, 1001))
-    for given, keywords in ((("percentile",), {"percentile": 50}), ((), {"method": "percentile", "percentile": 50})):
+    for given, keywords in (
+        (("percentile",), {"percentile": 50}),
+        ((), {"method": "percentile", "percentile": 50}),
+    ):
         q.load_calib_amax(*given, **keywords)
         assert q.amax.item() == pytest.approx(0.5, abs=1e-3)
 
@@ -260,6 +263,7 @@ def test_what_is_printed():
     assert "dynamic" in str(TensorQuantizer())
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch's own, while it imports its compiler
 def test_compiles_to_one_graph():
     q = made(amax=1.0)
     x = torch.randn(8)

@@ -99,15 +99,15 @@ class QuantLSTM(QuantLayer, nn.LSTM):
             )
             return packed, self.permute_hidden(state, input.unsorted_indices)
         unbatched = input.dim() == 2
-        batch_axis = 1 if unbatched or not self.batch_first else 0
+        batch_axis = 0 if self.batch_first else 1
         if unbatched:
-            input = input.unsqueeze(1)
+            input = input.unsqueeze(batch_axis)
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
         self.check_forward_args(input, hx or self._zeros(input.select(1 - batch_axis, 0)), None)
         outputs, state = self._run_layers(list(input.unbind(1 - batch_axis)), hx)
         output = torch.stack(outputs, 1 - batch_axis)
         if unbatched:
-            return output.squeeze(1), (state[0].squeeze(1), state[1].squeeze(1))
+            return output.squeeze(batch_axis), (state[0].squeeze(1), state[1].squeeze(1))
         return output, state
 
     def _zeros(self, step: Tensor) -> State:

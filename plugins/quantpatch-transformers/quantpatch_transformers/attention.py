@@ -1,0 +1,144 @@
+"""Attention, which transformers' models call as a function from a registry.
+
+No layer owns its operands, so no replacement of layers can quantize them. ``quantize_attention`` gives
+each attention module quantizers for them, and switches the model to a function of the registry that uses
+these.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from quantpatch import Recipe, TensorQuantizer
+from quantpatch.errors import ConversionError
+from quantpatch.recipes import DEFAULT_RECIPE
+from quantpatch.registry import registry
+
+__all__ = ["IMPLEMENTATION", "quantize_attention", "revert_attention"]
+
+#: Name of the implementation in transformers' registry of attention functions.
+IMPLEMENTATION = "quantpatch"
+
+# The activations that attention multiplies: query with key, probabilities with value.
+_OPERANDS = ("query", "key", "value", "probabilities")
+_BEFORE = "_attention_before_quantpatch"
+
+
+def quantize_attention(model: PreTrainedModel, recipe: str | Recipe | None = None) -> list[str]:
+    """Quantizes both products of every attention in a model; calibrate it afterwards.
+
+    The probabilities have to be formed for that, so this costs what transformers' ``"eager"``
+    implementation costs.
+
+    Args:
+        model: A model that takes its attention from transformers' registry.
+        recipe: A recipe or its name, of which the descriptor for inputs is used; default int8.
+
+    Returns:
+        Qualified names of the attention modules.
+
+    Raises:
+        ConversionError: The model is done already, or has no attention from the registry; or the recipe
+            leaves inputs float.
+    """
+    chosen = registry.recipe(DEFAULT_RECIPE if recipe is None else recipe)
+    if chosen.input is None:
+        raise ConversionError(
+            f"recipe {chosen.name!r} leaves activations float, and attention multiplies nothing else"
+        )
+    found = {name: module for name, module in model.named_modules() if _takes_from_registry(module)}
+    if not found:
+        raise ConversionError(
+            f"{type(model).__name__} does not take its attention from transformers' registry, so it cannot be "
+            f"exchanged there; `quantpatch.audit` tells what computes it"
+        )
+    if model.config._attn_implementation == IMPLEMENTATION:
+        raise ConversionError(f"the attention of {type(model).__name__} is quantized already")
+    setattr(model, _BEFORE, model.config._attn_implementation)
+    for module in found.values():
+        for operand in _OPERANDS:
+            quantizer = TensorQuantizer(chosen.input.for_channel_axis(None))
+            module.add_module(f"{operand}_quantizer", quantizer.train(module.training))
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    model.set_attn_implementation(IMPLEMENTATION)
+    return list(found)
+
+
+def revert_attention(model: PreTrainedModel) -> None:
+    """Undoes ``quantize_attention``: the quantizers are gone, and the implementation is what it was.
+
+    Raises:
+        ConversionError: There is nothing to undo.
+    """
+    before = vars(model).get(_BEFORE)
+    if before is None:
+        raise ConversionError(f"the attention of {type(model).__name__} is not quantized")
+    for module in filter(_takes_from_registry, model.modules()):
+        for operand in _OPERANDS:
+            module._modules.pop(f"{operand}_quantizer", None)
+    model.set_attn_implementation(before)
+    delattr(model, _BEFORE)
+
+
+def _takes_from_registry(module: nn.Module) -> bool:
+    forward: Any = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention with every operand quantized, with the signature of transformers' registry.
+
+    Args:
+        module: The attention module, which holds the quantizers.
+        query: Of shape (batch, heads, length, features).
+        key: Of shape (batch, key heads, key length, features), like ``value``.
+        value: See ``key``.
+        attention_mask: Added to the scores, or None.
+        scaling: Factor of the scores; default one over the root of the number of features.
+        dropout: Probability with which a probability is dropped.
+        position_bias: Added to the scores.
+        softcap: Bound that scores approach, ``softcap * tanh(scores / softcap)``.
+        **kwargs: What other implementations take.
+
+    Returns:
+        The output, of shape (batch, length, heads, features), and the probabilities.
+
+    Raises:
+        ConversionError: Something is asked for that would silently change the result if left out.
+    """
+    for name in ("s_aux", "cache"):
+        if kwargs.get(name) is not None:
+            raise ConversionError(f"quantized attention has no {name!r}, which {type(module).__name__} needs")
+    groups = query.shape[1] // key.shape[1]
+    quantize: Any = module  # its quantizers are found by name
+    query = quantize.query_quantizer(query)
+    key = quantize.key_quantizer(key).repeat_interleave(groups, dim=1)
+    value = quantize.value_quantizer(value).repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    for bias in (position_bias, attention_mask):
+        if bias is not None:
+            scores = scores + bias[..., : key.shape[2]]
+    probabilities = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    probabilities = quantize.probabilities_quantizer(probabilities)
+    dropped = nn.functional.dropout(probabilities, dropout, module.training)
+    return (dropped @ value).transpose(1, 2).contiguous(), probabilities

@@ -31,6 +31,9 @@ FAMILIES = {
     "embedding": ("Embedding", "EmbeddingBag"),
 }
 
+# Modules of quantpatch's own, for operations that no layer of torch owns.
+OPERATIONS = ("Add", "Cat", "MatMul", "Mul", "ScaledDotProductAttention")
+
 # Max pooling picks a value that is quantized already in most networks, and embedding tables are often
 # kept in full precision: both are there for those who ask.
 ON_REQUEST = frozenset(
@@ -43,12 +46,14 @@ ON_REQUEST = frozenset(
 
 @hookimpl
 def quantpatch_entries() -> Iterable[Entry]:
-    """One entry for each class in ``FAMILIES``."""
-    return [
+    """One entry for each class in ``FAMILIES`` and ``OPERATIONS``."""
+    layers = [
         Entry("torch.nn", name, f"quantpatch.layers.{family}:Quant{name}", default=name not in ON_REQUEST)
         for family, names in FAMILIES.items()
         for name in names
     ]
+    operands = "quantpatch.layers.operands"
+    return layers + [Entry(operands, name, f"{operands}:Quant{name}") for name in OPERATIONS]
 
 
 @hookimpl

@@ -626,8 +626,17 @@ def test_gradients_of_each_sample_equal_a_loop(shape):
 # --- Compilation ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["int8", "uint8", "fp8_e4m3", "mxfp4", "nvfp4"])
-@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize(
+    ("name", "fixed"),
+    [
+        ("int8", True),
+        ("int8", False),
+        ("uint8", False),
+        ("fp8_e4m3", True),
+        ("mxfp4", False),
+        ("nvfp4", False),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 def test_compiled_with_dynamic_shapes_it_equals_eager_bit_for_bit(name, fixed):
     number_format, amax = BUILTIN_FORMATS[name], torch.tensor(1.1) if fixed else None
@@ -651,7 +660,7 @@ def test_compiled_with_dynamic_shapes_it_equals_eager_bit_for_bit(name, fixed):
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("fp8_e4m3", "fp8_e5m2"), ("fp8_e4m3", "fp8_e4m3"), ("mxfp4", "mxfp4"), ("fp6_e3m2", "mxint8")],
+    [("fp8_e4m3", "fp8_e5m2"), ("mxfp4", "mxfp4")],
 )
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 def test_two_quantizers_train_in_one_graph_of_dynamic_shapes(first, second):

@@ -64,7 +64,7 @@ def skeleton(layer: nn.Module) -> str:
     lines = [
         f"class Quant{cls.__name__}(quantpatch.QuantizedLayer, {cls.__name__}):",
         f"    inputs = {tuple(parameters)!r}  # parameters of forward that are activations",
-        f"    weights = {dict.fromkeys(weights, 0)!r}  # weights by name, with the axis of their output channels",
+        f"    weights = {dict.fromkeys(weights, 0)!r}  # by name, with the axis of their output channels",
         "",
         f"with quantpatch.quantize_modules(custom=[({cls.__module__!r}, {cls.__qualname__!r}, "
         f"Quant{cls.__name__})]):",

@@ -1,5 +1,21 @@
 """From a trained model to files: checkpoints and ONNX, and the folding that they profit from."""
 
+from quantpatch.export.batchnorm import FoldedBatchNorm, fold_batchnorm
+from quantpatch.export.check import Comparison, ExportReport
 from quantpatch.export.checkpoint import SaveReport, float_state_dict, load, save
+from quantpatch.export.fold import FoldedWeights, fold_weights
+from quantpatch.export.onnx import export_onnx
 
-__all__ = ["SaveReport", "float_state_dict", "load", "save"]
+__all__ = [
+    "Comparison",
+    "ExportReport",
+    "FoldedBatchNorm",
+    "FoldedWeights",
+    "SaveReport",
+    "export_onnx",
+    "float_state_dict",
+    "fold_batchnorm",
+    "fold_weights",
+    "load",
+    "save",
+]

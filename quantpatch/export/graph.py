@@ -68,11 +68,11 @@ def _store_four_bits(graph: Any) -> None:
 
 
 def _turn_weights(graph: Any) -> None:
-    """Weights of linear layers become (in, out) constants, and the bias of a Gemm an addition after it.
+    """Weights of linear layers become (in, out) constants of a MatMul.
 
-    torch keeps them (out, in). ONNX Runtime has integer kernels for constants of its own layout, also where
-    the scales are per channel; for Gemm it has them only without a bias, or with one of integers, which
-    would round it.
+    torch keeps them (out, in). ONNX Runtime has integer kernels for MatMul with a constant of its own
+    layout, also where the scales are per channel. Of two-dimensional inputs with a bias it makes a Gemm
+    again, which runs in floats: its integer kernel wants a bias of integers, and that would round it.
     """
     import onnx_ir as ir
 
@@ -87,8 +87,7 @@ def _turn_weights(graph: Any) -> None:
             turned = _turned(graph, node.inputs[1])
             if turned is None:
                 continue
-            # Not a MatMul: ONNX Runtime would fuse it with the Add to a Gemm of floats.
-            product = ir.node("Gemm", [node.inputs[0], turned])
+            product = ir.node("MatMul", [node.inputs[0], turned])
             graph.insert_before(node, product)
             result = product.outputs[0]
             output = node.outputs[0]

@@ -11,11 +11,14 @@ from torch import nn
 from pytorch_quantization import quant_modules
 from pytorch_quantization.nn import TensorQuantizer
 
+# What Python (on first copying) and torch (on first compiling) note on a class.
+_NOTES = ("__slotnames__", "___")
+
 
 def _dictionaries() -> dict[type, dict[str, object]]:
     classes = [value for value in vars(nn).values() if isinstance(value, type)]
     return {
-        cls: {key: value for key, value in vars(cls).items() if key != "__slotnames__"} for cls in classes
+        cls: {key: value for key, value in vars(cls).items() if not key.startswith(_NOTES)} for cls in classes
     }
 
 

@@ -69,8 +69,8 @@ def test_equality_and_text():
 
 
 def test_constants():
-    assert tq.QUANT_DESC_8BIT_PER_TENSOR == QuantDescriptor()
-    assert tq.QUANT_DESC_UNSIGNED_8BIT_PER_TENSOR == QuantDescriptor(unsigned=True)
+    assert QuantDescriptor() == tq.QUANT_DESC_8BIT_PER_TENSOR
+    assert QuantDescriptor(unsigned=True) == tq.QUANT_DESC_UNSIGNED_8BIT_PER_TENSOR
     rows = ["LINEAR_WEIGHT_PER_ROW", *(f"CONV{d}D_WEIGHT_PER_CHANNEL" for d in (1, 2, 3))]
     for name in rows:
         assert getattr(tq, f"QUANT_DESC_8BIT_{name}") == QuantDescriptor(axis=0)

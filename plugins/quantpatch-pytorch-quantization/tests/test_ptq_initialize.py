@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import threading
-from torch.nn import Linear
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import Linear
 
 import quantpatch
-from quantpatch.errors import EntryError
-
 from pytorch_quantization import nn as quant_nn
 from pytorch_quantization import quant_modules
+from quantpatch.errors import EntryError
 
 REPLACED = [
     *(f"{kind}{d}d" for kind in ("Conv", "ConvTranspose", "AvgPool", "AdaptiveAvgPool") for d in (1, 2, 3)),

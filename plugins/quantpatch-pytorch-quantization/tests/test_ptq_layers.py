@@ -29,7 +29,7 @@ ALL = [*WEIGHTED, *INPUT_ONLY, *RECURRENT]
 
 cases = lambda some: pytest.mark.parametrize(
     ("name", "args", "keywords", "shape"), some, ids=lambda x: str(x)
-)  # noqa: E731
+)
 
 
 def pair(name, args, keywords, **own):

@@ -55,8 +55,8 @@ def quantize_attention(model: PreTrainedModel, recipe: str | Recipe | None = Non
     found = {name: module for name, module in model.named_modules() if _takes_from_registry(module)}
     if not found:
         raise ConversionError(
-            f"{type(model).__name__} does not take its attention from transformers' registry, so it cannot be "
-            f"exchanged there; `quantpatch.audit` tells what computes it"
+            f"{type(model).__name__} does not take its attention from transformers' registry, so it cannot "
+            f"be exchanged there; `quantpatch.audit` tells what computes it"
         )
     if model.config._attn_implementation == IMPLEMENTATION:
         raise ConversionError(f"the attention of {type(model).__name__} is quantized already")

@@ -1,0 +1,203 @@
+"""``fold_batchnorm``: batch norm in eval mode is a factor and an addend for each channel of the layer before it.
+
+Which batch norm follows which layer is read from the traced graph (torch.fx), not from the order of modules: the
+layer's output must go into the batch norm and nowhere else. A model that cannot be traced as a whole is
+traced in parts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from quantpatch.errors import ExportError
+from quantpatch.layers.base import QuantizedLayer
+from quantpatch.quantizer import TensorQuantizer
+
+__all__ = ["FoldedBatchNorm", "fold_batchnorm"]
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# The axis of the output channels of each layer's weight.
+_AXES: dict[type[nn.Module], int] = {
+    nn.Linear: 0,
+    nn.Conv1d: 0,
+    nn.Conv2d: 0,
+    nn.Conv3d: 0,
+    nn.ConvTranspose1d: 1,
+    nn.ConvTranspose2d: 1,
+    nn.ConvTranspose3d: 1,
+}
+
+
+@attrs.frozen
+class FoldedBatchNorm:
+    """What ``fold_batchnorm`` did.
+
+    Attributes:
+        folded: The layer that each folded batch norm went into, by name.
+        left: Why the others were left, by name.
+    """
+
+    folded: dict[str, str]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{norm} -> {layer}" for norm, layer in self.folded.items()]
+        lines += [f"{norm} is left: {why}" for norm, why in self.left.items()]
+        return "\n".join(lines) or "no batch norm"
+
+
+class _Tracer(fx.Tracer):
+    """Goes into containers and blocks, and takes layers, quantized ones too, as they are."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (QuantizedLayer, TensorQuantizer)) or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+
+def fold_batchnorm(model: nn.Module) -> FoldedBatchNorm:
+    """Folds each batch norm into the convolution or linear layer before it, in place.
+
+    The batch norm becomes an ``nn.Identity``. The model computes the same to the rounding of floats; a
+    quantized layer then quantizes the weights that will run. Ranges of weights that are known already are
+    scaled with them, so fold before or after calibration, and before quantization-aware training.
+
+    Args:
+        model: Float or quantized, in eval mode.
+
+    Returns:
+        What was folded, and what was not and why.
+
+    Raises:
+        ExportError: The model is in training mode, where batch norm depends on the batch.
+    """
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, _NORMS)}
+    training = [name for name, norm in norms.items() if norm.training]
+    if training:
+        raise ExportError(
+            f"batch norm depends on the batch while training: write model.eval() before fold_batchnorm "
+            f"(training: {', '.join(training[:5])})",
+            quantizers=tuple(training),
+        )
+    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    pairs: dict[str, str | None] = {}
+    seen: dict[str, str] = {}
+    _find(model, "", pairs, seen)
+    folded: dict[str, str] = {}
+    left: dict[str, str] = {}
+    for name, norm in norms.items():
+        before = pairs.get(name)
+        if before is None:
+            left[name] = seen.get(name, "its place in the model could not be traced")
+            continue
+        layer = model.get_submodule(before)
+        why = _obstacle(layer, norm, uses, owners)
+        if why:
+            left[name] = why
+            continue
+        _fold(layer, norm)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, nn.Identity())
+        folded[name] = before
+    return FoldedBatchNorm(folded, left)
+
+
+def _find(module: nn.Module, prefix: str, pairs: dict[str, str | None], seen: dict[str, str]) -> None:
+    """The layer before each batch norm, by name, where nothing else uses the layer's output."""
+    if not any(isinstance(m, _NORMS) for m in module.modules()) or isinstance(module, _NORMS):
+        return
+    try:
+        graph = _Tracer().trace(module)
+    except Exception:  # data-dependent code raises what it likes
+        for name, child in module.named_children():
+            _find(child, f"{prefix}{name}.", pairs, seen)
+        return
+    modules = dict(module.named_modules())
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    for node in graph.nodes:
+        if node.op != "call_module" or not isinstance(modules[str(node.target)], _NORMS):
+            continue
+        norm = prefix + str(node.target)
+        source: Any = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module":
+            seen[norm] = "no layer comes right before it"
+        elif calls[str(node.target)] > 1 or calls[str(source.target)] > 1:
+            seen[norm] = f"it or {source.target} is called more than once"
+        elif len(source.users) > 1:
+            seen[norm] = f"the output of {prefix}{source.target} is used elsewhere, too"
+        elif type(modules[str(source.target)]) not in _AXES and not any(
+            isinstance(modules[str(source.target)], kind) for kind in _AXES
+        ):
+            seen[norm] = f"{prefix}{source.target} is a {type(modules[str(source.target)]).__name__}"
+        else:
+            pairs[norm] = prefix + str(source.target)
+
+
+def _obstacle(layer: Any, norm: Any, uses: Counter[int], owners: Counter[int]) -> str | None:
+    if norm.running_mean is None or norm.running_var is None:
+        return "it keeps no running statistics"
+    if uses[id(layer)] > 1 or uses[id(norm)] > 1:
+        return "it or the layer before it is in the model more than once"
+    if parametrize.is_parametrized(layer) or not isinstance(layer.weight, nn.Parameter):
+        return "the weight before it is parametrized"
+    if owners[id(layer.weight)] > 1 or (layer.bias is not None and owners[id(layer.bias)] > 1):
+        return "the weight before it is tied"
+    if layer._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks:
+        return "hooks would see other tensors"
+    if layer.weight.is_meta or norm.running_mean.is_meta:
+        return "it has no values yet (meta device)"
+    if not isinstance(layer, QuantizedLayer):
+        return None
+    output = layer.quantizer("output")
+    if output is not None and output.is_active:
+        return "the output before it is quantized"
+    quantizer = layer.quantizer("weight")
+    amax = None if quantizer is None else quantizer.amax
+    if amax is not None and not _is_per_channel(amax, layer, _axis(layer)):
+        return "the weight's range is known and not per output channel: fold before calibrating"
+    return None
+
+
+def _axis(layer: Any) -> int:
+    return next(axis for kind, axis in _AXES.items() if isinstance(layer, kind))
+
+
+def _is_per_channel(amax: Tensor, layer: Any, axis: int) -> bool:
+    shape = [1] * layer.weight.dim()
+    shape[axis] = layer.weight.shape[axis]
+    return list(amax.shape) == shape and getattr(layer, "groups", 1) == 1 if axis else list(amax.shape) == shape
+
+
+@torch.no_grad()
+def _fold(layer: Any, norm: Any) -> None:
+    """weight * factor, (bias - mean) * factor + shift, in float64 and back."""
+    axis = _axis(layer)
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
+    bias = bias * factor
+    if norm.bias is not None:
+        bias = bias + norm.bias.double()
+    weight = layer.weight
+    per_weight = factor
+    shape = [-1 if d == axis else 1 for d in range(weight.dim())]
+    if axis == 1 and layer.groups > 1:  # (in, out / groups, ...): the inputs of a group have its outputs
+        groups = factor.reshape(layer.groups, -1)
+        per_weight = groups.repeat_interleave(weight.shape[0] // layer.groups, 0)
+        shape = [*per_weight.shape, *[1] * (weight.dim() - 2)]
+    weight.copy_((weight.double() * per_weight.reshape(shape)).to(weight.dtype))
+    if layer.bias is None:
+        layer.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=weight.requires_grad)
+    else:
+        layer.bias.copy_(bias.to(weight.dtype))
+    quantizer = layer.quantizer("weight") if isinstance(layer, QuantizedLayer) else None
+    if quantizer is not None and quantizer.amax is not None:
+        quantizer.amax.copy_((quantizer.amax.double() * factor.abs().reshape(quantizer.amax.shape)).float())

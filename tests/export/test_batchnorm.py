@@ -1,0 +1,160 @@
+"""fold_batchnorm: the same outputs without the batch norm, and what it leaves alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import quantpatch as qp
+from quantpatch.errors import ExportError
+from quantpatch.export.batchnorm import fold_batchnorm
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Batch norms with statistics that are not those of a new one."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.3, 3.0)
+            if module.weight is not None:
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+    return model.eval()
+
+
+CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "conv": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), (2, 3, 6, 6)),
+    "no bias": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)), (2, 3, 6, 6)),
+    "depthwise": (lambda: nn.Sequential(nn.Conv1d(8, 8, 3, groups=8), nn.BatchNorm1d(8)), (2, 8, 6)),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d(6)), (2, 4, 5, 5)),
+    "transposed groups": (
+        lambda: nn.Sequential(nn.ConvTranspose1d(4, 6, 3, groups=2), nn.BatchNorm1d(6)),
+        (2, 4, 5),
+    ),
+    "linear": (lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, affine=False)), (5, 4)),
+    "3d": (lambda: nn.Sequential(nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3)), (2, 2, 4, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_same_outputs(case: str, quantized: bool) -> None:
+    build, shape = CASES[case]
+    torch.manual_seed(1)
+    with qp.quantize_modules() if quantized else qp.keep_float():
+        model = lively(build())
+    x = torch.randn(shape)
+    for module in model.modules():
+        if isinstance(module, qp.TensorQuantizer):
+            module.disable()
+    expected = model(x)
+    report = fold_batchnorm(model)
+    assert report.folded == {"1": "0"}
+    assert report.left == {}
+    assert str(report) == "1 -> 0"
+    assert type(model[1]) is nn.Identity
+    assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_known_ranges_are_scaled_with_the_weights() -> None:
+    with qp.quantize_modules():
+        model = lively(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    x = torch.randn(2, 3, 6, 6)
+    qp.calibrate(model, [x], progress=False)
+    expected = model(x)
+    fold_batchnorm(model)
+    own = model[0].weight.detach().abs().amax((1, 2, 3), keepdim=True)
+    assert torch.allclose(model[0].weight_quantizer.amax, own, rtol=1e-5)
+    # The same integers but for a few on the edge between two.
+    assert (model(x) - expected).abs().mean() < 1e-3 * expected.abs().mean()
+
+
+class Block(nn.Module):
+    """A residual block, called in an order that is not that of its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
+        self.conv1 = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x))))) + x
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.own = nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.block(x)
+        return self.own(x) if x.sum() > 0 else x
+
+
+def test_what_is_folded_is_read_from_the_graph_also_in_parts() -> None:
+    model = lively(Branching())
+    x = torch.randn(2, 4, 5, 5)
+    expected = model(x)
+    report = fold_batchnorm(model)
+    assert report.folded == {"block.norm1": "block.conv1", "block.norm2": "block.conv2"}
+    assert "could not be traced" in report.left["own"]
+    assert "own is left" in str(report)
+    assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def left_because(model: nn.Module) -> str:
+    report = fold_batchnorm(model)
+    assert report.folded == {}
+    (why,) = report.left.values()
+    return why
+
+
+def test_what_is_left() -> None:
+    class Twice(nn.Module):
+        def __init__(self, again: str) -> None:
+            super().__init__()
+            self.conv, self.norm, self.again = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), again
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            if self.again == "output":
+                return self.norm(y) + y
+            return self.norm(self.conv(y) if self.again == "layer" else torch.relu(y))
+
+    assert "used elsewhere" in left_because(lively(Twice("output")))
+    assert "more than once" in left_because(lively(Twice("layer")))
+    assert "no layer comes right before" in left_because(lively(Twice("relu")))
+    assert "ReLU" in left_because(lively(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4))))
+    stats = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
+    assert "no running statistics" in left_because(lively(stats))
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4))
+    assert "parametrized" in left_because(lively(normed))
+    conv = nn.Conv2d(4, 4, 1)
+    other = nn.Conv2d(4, 4, 1)
+    other.weight = conv.weight
+    assert "tied" in left_because(lively(nn.Sequential(other, nn.ReLU(), conv, nn.BatchNorm2d(4))))
+    hooked = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert "hooks" in left_because(lively(hooked))
+
+
+def test_quantizers_that_stand_in_the_way() -> None:
+    with qp.quantize_modules(recipe=qp.Recipe(name="o", output=qp.QuantDescriptor())):
+        model = lively(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    assert "output before it is quantized" in left_because(model)
+    with qp.quantize_modules(recipe=qp.Recipe(name="t", weight=qp.QuantDescriptor())):
+        model = lively(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    qp.calibrate(model, [torch.randn(2, 4, 3, 3)], progress=False)
+    assert "fold before calibrating" in left_because(model)
+
+
+def test_training_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"model\.eval\(\)"):
+        fold_batchnorm(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import attrs
@@ -14,7 +15,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import quantpatch
 from quantpatch.audit import audit
 from quantpatch.errors import QuantPatchError, ScopeError
 from quantpatch.interception import Slot
@@ -37,8 +37,7 @@ Recipe = Annotated[str | None, typer.Option(help="Recipe: int8, int4, fp8 ...")]
 
 def _print(what: Any) -> None:
     # Where nobody looks at a terminal, nothing is cut off to fit one.
-    width = None if sys.stdout.isatty() else max(120, int(os.environ.get("COLUMNS", "0")))
-    Console(width=width).print(what)
+    Console(width=None if sys.stdout.isatty() else 160).print(what)
 
 
 def _print_json(value: Any) -> None:
@@ -47,13 +46,13 @@ def _print_json(value: Any) -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"quantpatch {quantpatch.__version__}")
+        typer.echo(f"quantpatch {version('quantpatch')}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: Annotated[
+    show_version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
@@ -81,27 +80,32 @@ def plugins(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def layers(as_json: AsJson = False) -> None:
+def layers(
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
+    plugin: Annotated[list[str] | None, typer.Option(help="Plugins that take part (default: all).")] = None,
+    as_json: AsJson = False,
+) -> None:
     """List what a block would replace, by what, and on whose word."""
+    table = compose({}, registry.offers(plugin), plugins=plugin, skip=skip or ())
     rows = [
         {
             "target": choice.offer.entry.dotted,
             "replacement": str(choice.offer.entry).partition(" -> ")[2],
             "plugin": choice.offer.plugin,
             "state": choice.float_because
-            or ("replaced" if isinstance(key, Slot) else "replaced once its module is imported"),
+            or ("replaced" if isinstance(key, Slot) else "replaced if its module gets imported"),
         }
-        for key, choice in compose({}, registry.offers()).items()
+        for key, choice in table.items()
     ]
     if as_json:
         _print_json(rows)
         return
-    table = Table()
+    shown = Table()
     for heading in ("target", "replacement", "plugin", "state"):
-        table.add_column(heading, overflow="fold")
+        shown.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    _print(table)
+        shown.add_row(*(str(value) for value in row.values()))
+    _print(shown)
 
 
 def _build(path: str) -> Any:
@@ -133,14 +137,20 @@ def audit_command(
     inputs: Annotated[list[str], typer.Option("--input", help="Shape of an input, such as 1,3,224,224.")],
     recipe: Recipe = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
-    minimum: Annotated[float | None, typer.Option(help="Fail below this share, from 0 to 1.")] = None,
+    minimum: Annotated[float | None, typer.Option(help="Fail below this share.", min=0.0, max=1.0)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Build a model in a block, run it once, and tell what share of it ran quantized."""
-    function = _build(build)
+    function, tensors = _build(build), [_tensor(text) for text in inputs]
     with quantize_modules(skip=skip or (), recipe=recipe):
-        model = function()
-    report = audit(model, *map(_tensor, inputs), minimum=minimum)
+        model = function() if callable(function) else function
+    if not isinstance(model, torch.nn.Module):
+        raise ScopeError(f"{build} gave {model!r}, expected a model; name a function that builds one")
+    try:
+        report = audit(model, *tensors, minimum=minimum)
+    except (RuntimeError, TypeError, IndexError) as error:
+        shapes = " and ".join(inputs)
+        raise ScopeError(f"the model failed on inputs of shape {shapes}: {error}") from error
     if as_json:
         typer.echo(report.to_json())
     else:

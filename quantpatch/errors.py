@@ -21,6 +21,7 @@ __all__ = [
     "EntryConflictError",
     "EntryError",
     "ExportError",
+    "LayerError",
     "MissingExtraError",
     "PluginError",
     "QuantPatchError",
@@ -210,6 +211,16 @@ class ExportError(QuantPatchError, RuntimeError):
 
     quantizers: tuple[str, ...] = ()
     target: str | None = None
+
+
+class LayerError(QuantPatchError, TypeError):
+    """A quantized layer's class does not fit its float class.
+
+    Attributes:
+        layer: The class.
+    """
+
+    layer: type | None = None
 
 
 class MissingExtraError(QuantPatchError, ImportError):

@@ -99,6 +99,10 @@ def test_audit_leaves_float_what_is_skipped(model_module):
         (["audit", "cli_model", "--input", "2,4"], "package.module:build"),
         (["audit", "cli_model:nothing", "--input", "2,4"], "cannot find 'cli_model:nothing'"),
         (["audit", "cli_model:build", "--input", "2x4"], "no shape"),
+        (["audit", "cli_model:build", "--input", "2,5"], "the model failed on inputs of shape 2,5"),
+        (["audit", "os:getcwd", "--input", "2,5"], "expected a model"),
+        (["layers", "--skip", "Linaer"], "Did you mean 'Linear'"),
+        (["layers", "--plugin", "nobody"], "unknown plugin 'nobody'"),
         (["audit", "cli_model:build", "--input", "2,4", "--recipe", "int9"], "unknown recipe 'int9'"),
     ],
 )

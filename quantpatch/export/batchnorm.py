@@ -52,7 +52,7 @@ class FoldedBatchNorm:
         return "\n".join(lines) or "no batch norm"
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """Goes into containers and blocks, and takes layers, quantized ones too, as they are."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -114,7 +114,7 @@ def _find(module: nn.Module, prefix: str, pairs: dict[str, str | None], seen: di
     if not any(isinstance(m, _NORMS) for m in module.modules()) or isinstance(module, _NORMS):
         return
     try:
-        graph = _Tracer().trace(module)
+        graph = Tracer().trace(module)
     except Exception:  # data-dependent code raises what it likes
         for name, child in module.named_children():
             _find(child, f"{prefix}{name}.", pairs, seen)

@@ -10,17 +10,20 @@ from typing import Any
 __all__ = ["tidy"]
 
 
-def tidy(model: Any) -> None:
+def tidy(model: Any, target: str) -> None:
     """Stores 4-bit codes as such, turns weights the way kernels want them, and shares what is there twice.
 
     Args:
         model: An ``onnx_ir.Model``; changed in place.
+        target: As in ``export_onnx``.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
 
     _store_four_bits(model.graph)
-    _turn_weights(model.graph)
+    if target == "onnxruntime":
+        _turn_weights(model.graph)
+        _subtract_biases(model.graph)
     ir.passes.Sequential(
         common.ClearMetadataAndDocStringPass(),  # stack traces, with the paths of whoever exports
         common.DeduplicateInitializersPass(),
@@ -71,8 +74,7 @@ def _turn_weights(graph: Any) -> None:
     """Weights of linear layers become (in, out) constants of a MatMul.
 
     torch keeps them (out, in). ONNX Runtime has integer kernels for MatMul with a constant of its own
-    layout, also where the scales are per channel. Of two-dimensional inputs with a bias it makes a Gemm
-    again, which runs in floats: its integer kernel wants a bias of integers, and that would round it.
+    layout, also where the scales are per channel.
     """
     import onnx_ir as ir
 
@@ -87,21 +89,58 @@ def _turn_weights(graph: Any) -> None:
             turned = _turned(graph, node.inputs[1])
             if turned is None:
                 continue
-            product = ir.node("MatMul", [node.inputs[0], turned])
-            graph.insert_before(node, product)
-            result = product.outputs[0]
-            output = node.outputs[0]
+            steps = [ir.node("MatMul", [node.inputs[0], turned])]
             if len(node.inputs) > 2 and node.inputs[2] is not None:
-                total = ir.node("Add", [result, node.inputs[2]])
-                graph.insert_before(node, total)
-                result.name = f"{output.name}.product"
-                result.type, result.shape = output.type, output.shape
-                result = total.outputs[0]
+                steps.append(ir.node("Add", [steps[-1].outputs[0], node.inputs[2]]))
+            output = node.outputs[0]
             name = output.name
+            for step in steps[:-1]:
+                step.outputs[0].name = f"{name}.{step.op_type.lower()}"
+                step.outputs[0].type = output.type
             output.name = f"{name}.gemm"
+            result = steps[-1].outputs[0]
             result.name, result.type, result.shape = name, output.type, output.shape
+            graph.insert_before(node, steps)
             ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
             graph.remove(node, safe=True)
+
+
+def _subtract_biases(graph: Any) -> None:
+    """After a product with quantized weights a bias is subtracted, negated: the same sum, bit for bit.
+
+    Of a MatMul and an Add ONNX Runtime makes a Gemm, and its integer kernel for that takes only a bias that
+    is rounded to integers.
+    """
+    import onnx_ir as ir
+
+    for node in list(graph):
+        if node.op_type != "Add":
+            continue
+        product, bias = node.inputs
+        if _is_constant(graph, product):
+            product, bias = bias, product
+        if not _is_constant(graph, bias) or not _is_product(product):
+            continue
+        negated = _new_constant(
+            graph, f"{bias.name}.negated", -bias.const_value.numpy(), bias.const_value.dtype
+        )
+        difference = ir.node("Sub", [product, negated])
+        old, new = node.outputs[0], difference.outputs[0]
+        name = old.name
+        old.name = f"{name}.added"
+        new.name, new.type, new.shape = name, old.type, old.shape
+        graph.insert_before(node, difference)
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def _is_product(value: Any) -> bool:
+    """Whether a value is a MatMul of two dequantized operands."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "MatMul":
+        return False
+    makers = [operand.producer() for operand in node.inputs]
+    return all(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
 
 
 def _is_linear(gemm: Any) -> bool:

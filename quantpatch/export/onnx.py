@@ -85,7 +85,7 @@ def export_onnx(
             model, args, kwargs, found, target, opset, dynamic_shapes, input_names, output_names
         )
         names = [operand.name for operand in found]
-        tidy(program.model)
+        tidy(program.model, target)
         program.model.metadata_props.update(_metadata(model, target))
         nodes = Counter(node.op_type for node in program.model.graph)
         with written_whole(path) as folder:

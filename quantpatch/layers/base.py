@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from quantpatch.descriptor import QuantDescriptor, Recipe
+from quantpatch.errors import LayerError
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.recipes import active_recipe
 
@@ -55,9 +56,25 @@ class QuantizedLayer:
         if not floats or floats[0] is nn.Module:
             return  # a mixin of its own, to be combined with a float class later
         cls.float_class = floats[0]
+        cls._check_inputs()
         if "__init__" not in vars(cls):
             # The mixin takes whatever the float class takes; tools that ask shall see its parameters.
             cls.__signature__ = inspect.signature(cls.float_class)  # type: ignore[attr-defined]
+
+    @classmethod
+    def _check_inputs(cls) -> None:
+        """A misspelled input would pass by its quantizer, and nobody would notice."""
+        own = (QuantizedLayer.forward, QuantizedLayer.quantize_inputs)
+        if (cls.forward, cls.quantize_inputs) != own:
+            return  # it hands its inputs on as it likes
+        names = [name for name in inspect.signature(cls.float_class.forward).parameters if name != "self"]
+        if list(cls.inputs) != names[: len(cls.inputs)]:
+            raise LayerError(
+                f"{cls.__qualname__}.inputs is {cls.inputs!r}, but {cls.float_class.__qualname__}.forward "
+                f"takes ({', '.join(names)}). Write the names of its first parameters: inputs = "
+                f"{tuple(names[: max(1, len(cls.inputs))])!r}",
+                layer=cls,
+            )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -176,7 +176,7 @@ def test_a_model_agrees_with_optimizations_off_and_on(recipe: str, tmp_path: Pat
 
 def test_integer_kernels_run(tmp_path: Path) -> None:
     model = calibrated(
-        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 5, bias=False)),
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 5)),
         X,
         recipe=qp.Recipe(name="everywhere", output=qp.QuantDescriptor()),
     )

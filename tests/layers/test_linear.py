@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 
 import quantpatch as qp
 from quantpatch.descriptor import QuantDescriptor, Recipe
+from quantpatch.errors import LayerError
 from quantpatch.layers import QuantBilinear, QuantConv2d, QuantizedLayer, QuantLinear
 from quantpatch.quantizer import TensorQuantizer
 
@@ -176,3 +177,12 @@ def test_autocast():
         output = layer(x)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), layer(x), atol=0.05, rtol=0.05)
+
+
+def test_a_misspelled_input_is_an_error_at_the_class():
+    class Mine(nn.Module):
+        def forward(self, features, mask=None):
+            return features
+
+    with pytest.raises(LayerError, match=r"inputs is \('x',\).*\(features, mask\).*inputs = \('features',\)"):
+        type("QuantMine", (qp.QuantizedLayer, Mine), {"inputs": ("x",), "weights": {}})

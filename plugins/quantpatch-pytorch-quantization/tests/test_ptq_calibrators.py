@@ -262,3 +262,18 @@ def test_ranges_of_weights_have_the_shape_that_the_quantizer_keeps(method, perch
 def test_an_unknown_method_for_weights():
     with pytest.raises(TypeError, match="guess"):
         calib.calibrate_weights(nn.Linear(1, 1), method="guess")
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse", "entropy"])
+def test_ranges_of_weights_are_those_of_a_calibrator_for_each_channel(method):
+    layer = quant_nn.QuantConvTranspose2d(6, 3, 5)
+    with torch.no_grad():
+        layer.weight[:, 1] = 0  # a dead channel
+    calib.calibrate_weights(layer, method=method, percentile=99, num_bins=256)
+    for channel in (0, 2):
+        calibrator = histogram(num_bins=256)
+        calibrator.collect(layer.weight[:, channel])
+        expected = calibrator.compute_amax(method, percentile=99)
+        assert layer._weight_quantizer._amax[0, channel].item() == pytest.approx(expected.item())
+    assert layer._weight_quantizer._amax.shape == (1, 3, 1, 1)
+    assert layer._weight_quantizer._amax[0, 1].item() == 0

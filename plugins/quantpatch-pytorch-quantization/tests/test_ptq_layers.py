@@ -27,9 +27,11 @@ INPUT_ONLY = [
 RECURRENT = [("LSTM", (3, 4), {"num_layers": 2}, (5, 2, 3)), ("LSTMCell", (3, 4), {}, (2, 3))]
 ALL = [*WEIGHTED, *INPUT_ONLY, *RECURRENT]
 
-cases = lambda some: pytest.mark.parametrize(
-    ("name", "args", "keywords", "shape"), some, ids=lambda x: str(x)
-)
+
+def cases(some):
+    return pytest.mark.parametrize(
+        ("name", "args", "keywords", "shape"), some, ids=[case[0] for case in some]
+    )
 
 
 def pair(name, args, keywords, **own):

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from pytorch_quantization._descriptor import Axis, NumBits
 from pytorch_quantization.calib.calibrator import _Calibrator
-from pytorch_quantization.calib.thresholds import entropy_amax, mse_amax, percentile_amax
-from pytorch_quantization.utils.reduce_amax import kept_to_reduced, reduce_amax
+from pytorch_quantization.calib.thresholds import METHODS, amax_of
+from pytorch_quantization.utils.reduce_amax import kept_to_reduced
 
 __all__ = ["HistogramCalibrator", "calibrate_weights"]
 
 # A later batch may be a million times larger than the first, to whose range the width of the bins fits.
 # From this many times the first number on, neighbouring bins are merged instead of adding more.
 _MOST_GROWTH = 64
+_MOST_BINS = 1 << 20  # of all weights' histograms at a time
 
 
 class HistogramCalibrator(_Calibrator):
@@ -93,7 +94,7 @@ class HistogramCalibrator(_Calibrator):
         edges = torch.arange(self._num_bins + 1, dtype=torch.float64, device=x.device)
         edges = edges.mul_(self._width).float()
         if largest:
-            counts = counts + _count(x, edges, self._width)
+            counts = counts + _count(x[None], edges[None], torch.tensor([[self._width]], device=x.device))[0]
         else:
             counts[0] += x.numel()  # they belong to the first bin, however wide it will be
         self._calib_hist = counts if self._torch_hist else counts.cpu().numpy()
@@ -135,31 +136,44 @@ class HistogramCalibrator(_Calibrator):
             TypeError: There is no such method.
             ValueError: The percentile is not from 0 to 100.
         """
-        if method not in ("entropy", "mse", "percentile"):
-            raise TypeError(f"unknown calibration method {method!r}: entropy, mse or percentile")
-        if not 0 <= percentile <= 100:
-            raise ValueError(f"percentile must be from 0 to 100, got {percentile!r}")
+        _check(method, METHODS, percentile)
         if self._calib_hist is None:
             return None
         counts = torch.as_tensor(self._calib_hist).cpu().numpy()
         edges = torch.as_tensor(self._calib_bin_edges).double().cpu().numpy()
-        if method == "percentile":
-            amax = percentile_amax(counts, edges, percentile)
-        else:
-            search = entropy_amax if method == "entropy" else mse_amax
-            amax = search(counts, edges, self._num_bits, self._unsigned, stride=stride, start_bin=start_bin)
+        amax = amax_of(
+            counts,
+            edges,
+            method,
+            self._num_bits,
+            self._unsigned,
+            stride=stride,
+            start_bin=start_bin,
+            percentile=percentile,
+        )
         device = self._calib_hist.device if isinstance(self._calib_hist, Tensor) else None
         return torch.tensor(amax, dtype=torch.float32, device=device)
 
 
-def _count(x: Tensor, edges: Tensor, width: float) -> Tensor:
-    """How many of the flat ``x`` lie in ``[edges[i], edges[i + 1])``; the last bin has its upper edge too."""
-    bins = len(edges) - 1
+def _check(method: str, methods: tuple[str, ...], percentile: float) -> None:
+    if method not in methods:
+        raise TypeError(f"unknown calibration method {method!r}: expected one of {', '.join(methods)}")
+    if not 0 <= percentile <= 100:
+        raise ValueError(f"percentile must be from 0 to 100, got {percentile!r}")
+
+
+def _count(x: Tensor, edges: Tensor, width: Tensor) -> Tensor:
+    """How many values of each row of ``x`` lie in each ``[edges[i], edges[i + 1])`` of its row of edges.
+
+    The last bin has its upper edge too.
+    """
+    rows, bins = len(edges), edges.shape[1] - 1
     index = (x.double() / width).long().clamp_(max=bins - 1)
     # The edges are rounded: next to one the quotient may be off by a bin.
-    index -= (x < edges[index]).long()
-    index += (x >= edges[index + 1]).long()
-    return torch.bincount(index.clamp_(0, bins - 1), minlength=bins)
+    index -= (x < edges.gather(1, index)).long()
+    index += (x >= edges.gather(1, index + 1)).long()
+    index.clamp_(0, bins - 1).add_(torch.arange(rows, device=x.device)[:, None] * bins)
+    return torch.bincount(index.flatten(), minlength=rows * bins).view(rows, bins)
 
 
 @torch.no_grad()
@@ -186,28 +200,35 @@ def calibrate_weights(
     # Here, since quantizers have calibrators: their module imports this package.
     from pytorch_quantization.nn.modules._utils import joined, quantized_weights
 
-    if method not in ("max", "percentile", "mse", "entropy"):
-        raise TypeError(f"unknown calibration method {method!r}: max, percentile, mse or entropy")
-
-    def range_of(values: Tensor, num_bits: NumBits, unsigned: bool) -> Tensor:
-        if method == "max":
-            return reduce_amax(values).float()
-        calibrator = HistogramCalibrator(num_bits, None, unsigned, num_bins=num_bins)
-        calibrator.collect(values)
-        amax = calibrator.compute_amax(method, percentile=percentile)
-        assert amax is not None, "a weight has values"
-        return amax
-
+    _check(method, ("max", *METHODS), percentile)
     for quantizer, parts in quantized_weights(model):
         weight = joined(parts)
         reduced = kept_to_reduced(quantizer.axis, weight.dim())
-        kept = [d for d in range(weight.dim()) if reduced is not None and d not in reduced]
-        shape = torch.Size(n if d in kept else 1 for d, n in enumerate(weight.shape))
+        kept = [] if reduced is None else [d for d in range(weight.dim()) if d not in reduced]
+        shape = (
+            torch.Size(n if d in kept else 1 for d, n in enumerate(weight.shape)) if kept else torch.Size()
+        )
+        rows = weight.reshape(1, -1)
         if kept and perchannel:
-            rows = weight.permute(*kept, *(d for d in range(weight.dim()) if d not in kept))
-            rows = rows.reshape(shape.numel(), -1)
-            ranges = [range_of(row, quantizer.num_bits, quantizer.unsigned) for row in rows]
-            quantizer._hold_amax(torch.stack(ranges).view(shape))
-        else:
-            amax = range_of(weight, quantizer.num_bits, quantizer.unsigned)
-            quantizer._hold_amax(amax.expand(shape).clone() if kept else amax)
+            rows = weight.permute(*kept, *(reduced or ())).reshape(shape.numel(), -1)
+        amax = rows.float().abs().amax(1)
+        if method != "max":
+            settings = method, quantizer.num_bits, quantizer.unsigned
+            for some in torch.split(torch.arange(len(rows)), max(1, _MOST_BINS // num_bins)):
+                amax[some] = _ranges(rows[some].float().abs(), amax[some], num_bins, settings, percentile)
+        quantizer._hold_amax(amax.expand(shape.numel()).view(shape))
+
+
+def _ranges(
+    rows: Tensor, amax: Tensor, num_bins: int, settings: tuple[str, NumBits, bool], percentile: float
+) -> Tensor:
+    """The range that a method chooses for each row of magnitudes; ``amax`` has the largest of each."""
+    empty = amax == 0
+    width = (amax.double() / num_bins).masked_fill(empty, 1.0)[:, None]
+    edges = torch.arange(num_bins + 1, dtype=torch.float64, device=rows.device) * width
+    counts = _count(rows, edges.float(), width).cpu().numpy()
+    chosen = [
+        amax_of(row, ends, *settings, percentile=percentile)
+        for row, ends in zip(counts, edges.float().double().cpu().numpy(), strict=True)
+    ]
+    return torch.tensor(chosen, dtype=torch.float32, device=rows.device).masked_fill(empty, 0.0)

@@ -13,7 +13,9 @@ import torch
 from pytorch_quantization._descriptor import NumBits
 from pytorch_quantization.tensor_quant import bound_of, fake_tensor_quant, scaled_e4m3
 
-__all__ = ["entropy_amax", "mse_amax", "percentile_amax"]
+__all__ = ["METHODS", "amax_of"]
+
+METHODS = ("entropy", "mse", "percentile")
 
 Array = np.ndarray[Any, Any]
 
@@ -21,20 +23,32 @@ _TIE = 1e-12  # divergences that differ by less than rounding does are equal
 _CHUNK = 1 << 20  # elements of intermediate results
 
 
-def percentile_amax(counts: Array, edges: Array, percentile: float) -> float:
-    """Upper edge of the first bin up to which there is the given percentage of all values.
+def amax_of(
+    counts: Array,
+    edges: Array,
+    method: str,
+    num_bits: NumBits,
+    unsigned: bool,
+    *,
+    stride: int = 1,
+    start_bin: int = 128,
+    percentile: float = 99.99,
+) -> float:
+    """The range that one of ``METHODS`` chooses."""
+    if method == "percentile":
+        return _percentile_amax(counts, edges, percentile)
+    search = _entropy_amax if method == "entropy" else _mse_amax
+    return search(counts, edges, num_bits, unsigned, stride=stride, start_bin=start_bin)
 
-    Raises:
-        ValueError: The percentage is not from 0 to 100.
-    """
-    if not 0 <= percentile <= 100:
-        raise ValueError(f"percentile must be from 0 to 100, got {percentile!r}")
+
+def _percentile_amax(counts: Array, edges: Array, percentile: float) -> float:
+    """Upper edge of the first bin up to which there is the given percentage of all values."""
     below = np.cumsum(counts)
     reached = np.searchsorted(below, percentile / 100 * below[-1])
     return float(edges[min(int(reached), len(counts) - 1) + 1])
 
 
-def mse_amax(
+def _mse_amax(
     counts: Array, edges: Array, num_bits: NumBits, unsigned: bool, *, stride: int, start_bin: int
 ) -> float:
     """The centre of a bin for which quantizing the centres of all bins has the least squared error."""
@@ -52,7 +66,7 @@ def mse_amax(
     return float(candidates[torch.cat(errors).argmin()])
 
 
-def entropy_amax(
+def _entropy_amax(
     counts: Array, edges: Array, num_bits: NumBits, unsigned: bool, *, stride: int, start_bin: int
 ) -> float:
     """The bin's upper edge for which the quantized distribution is nearest in Kullback-Leibler divergence.

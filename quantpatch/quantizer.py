@@ -12,6 +12,7 @@ loop that evaluates after each epoch sees every change.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -243,9 +244,19 @@ class TensorQuantizer(nn.Module):
             **options: Handed to it.
 
         Raises:
+            CalibrationError: The calibrator has no such option.
             UnknownNameError: There is no such calibrator.
         """
-        kind = registry.calibrator(method or self.descriptor.calib_method)
+        method = method or self.descriptor.calib_method
+        kind = registry.calibrator(method)
+        parameters = inspect.signature(kind).parameters.values()
+        takes = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        unknown = sorted(options.keys() - takes)
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            known = ", ".join(sorted(takes)) or "none"
+            raise CalibrationError(
+                f"calibrator {method!r} has no option {unknown[0]!r}; its options are: {known}"
+            )
         # The axis of a format in blocks is the one that blocks run along, not one that is kept.
         axis = self.descriptor.kept_axes if self.format.block_size is None else None
         return kind(self.format, axis, **options)

@@ -127,6 +127,10 @@ class Registry:
         if known is not None:
             raise known.error("is registered already, so that no second one can have its name")
         candidate = _Candidate(name, lambda: plugin, None, None)
+        if type(plugin).__hash__ is None:  # pluggy keeps plugins in sets, and would complain much later
+            raise candidate.error(
+                f"is {type(plugin).__name__}, which has no hash; register a module or a class"
+            )
         self._candidates[name] = candidate
         try:
             self._load(candidate)

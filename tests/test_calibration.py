@@ -267,6 +267,13 @@ def test_an_unknown_method_is_an_error_with_near_misses(batches):
     assert states(model) == states(build())
 
 
+def test_an_option_that_the_method_does_not_have_is_an_error_that_lists_those_it_has(batches):
+    model = build()
+    with pytest.raises(CalibrationError, match="'percentile' has no option 'percent'.*num_bins, percentile"):
+        qp.calibrate(model, batches, "percentile", percent=99.0)
+    assert states(model) == states(build())
+
+
 def test_a_float_model_is_an_error_that_says_what_to_write():
     with pytest.raises(CalibrationError, match="with quantize_modules"):
         qp.calibrate(nn.Linear(2, 2), [torch.randn(1, 2)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -187,3 +187,8 @@ def test_names_of_another_kind_are_refused(bad, plugin) -> None:
     ) as caught:
         qp.registry.recipe("int8")
     assert caught.value.hook == "quantpatch_recipes"
+
+
+def test_a_plugin_without_a_hash_is_refused_at_once():
+    with pytest.raises(PluginError, match="SimpleNamespace, which has no hash"):
+        Registry(discover=False).register(SimpleNamespace(), "unhashable")

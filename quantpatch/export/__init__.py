@@ -5,6 +5,7 @@ from quantpatch.export.check import Comparison, ExportReport
 from quantpatch.export.checkpoint import SaveReport, float_state_dict, load, save
 from quantpatch.export.fold import FoldedWeights, fold_weights
 from quantpatch.export.onnx import export_onnx
+from quantpatch.export.placement import quantize_conv_outputs, use_unsigned
 
 __all__ = [
     "Comparison",
@@ -17,5 +18,7 @@ __all__ = [
     "fold_batchnorm",
     "fold_weights",
     "load",
+    "quantize_conv_outputs",
     "save",
+    "use_unsigned",
 ]

@@ -1,7 +1,7 @@
-"""``fold_batchnorm``: batch norm in eval mode is a factor and an addend for each channel of the layer before it.
+"""``fold_batchnorm``: batch norm in eval mode is a factor and an addend for each channel before it.
 
-Which batch norm follows which layer is read from the traced graph (torch.fx), not from the order of modules: the
-layer's output must go into the batch norm and nowhere else. A model that cannot be traced as a whole is
+Which batch norm follows which layer is read from the traced graph (torch.fx), not from the order of modules:
+the layer's output must go into the batch norm and nowhere else. A model that cannot be traced as a whole is
 traced in parts.
 """
 
@@ -172,17 +172,23 @@ def _axis(layer: Any) -> int:
 def _is_per_channel(amax: Tensor, layer: Any, axis: int) -> bool:
     shape = [1] * layer.weight.dim()
     shape[axis] = layer.weight.shape[axis]
-    return list(amax.shape) == shape and getattr(layer, "groups", 1) == 1 if axis else list(amax.shape) == shape
+    return (
+        list(amax.shape) == shape and getattr(layer, "groups", 1) == 1 if axis else list(amax.shape) == shape
+    )
 
 
 @torch.no_grad()
 def _fold(layer: Any, norm: Any) -> None:
-    """weight * factor, (bias - mean) * factor + shift, in float64 and back."""
+    """Weights times the factor, (bias - mean) * factor + shift; in float64 and back."""
     axis = _axis(layer)
     factor = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         factor = factor * norm.weight.double()
-    bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
+    bias = (
+        -norm.running_mean.double()
+        if layer.bias is None
+        else layer.bias.double() - norm.running_mean.double()
+    )
     bias = bias * factor
     if norm.bias is not None:
         bias = bias + norm.bias.double()

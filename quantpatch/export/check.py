@@ -1,7 +1,7 @@
 """The export's check of its own work: the file in ONNX Runtime, beside the model in torch.
 
-ONNX Runtime runs with its graph optimizations off, so that it computes what the file says. Outputs are compared,
-and the integers that every quantizer gives.
+ONNX Runtime runs with its graph optimizations off, so that it computes what the file says. Outputs are
+compared, and the integers that every quantizer gives.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Comparison:
         if self.not_run:
             return f"not compared: {self.not_run}"
         return (
-            f"largest difference {self.largest_difference:.3g} ({self.relative_difference:.2g} of the output), "
+            f"largest difference {self.largest_difference:.3g} "
+            f"({self.relative_difference:.2g} of the output), "
             f"{self.differing} of {self.integers} integers differ"
         )
 
@@ -79,7 +80,9 @@ class ExportReport:
     comparison: Comparison | None
 
     def __str__(self) -> str:
-        nodes = ", ".join(f"{count} {name}" for name, count in sorted(self.nodes.items(), key=lambda n: -n[1]))
+        nodes = ", ".join(
+            f"{count} {name}" for name, count in sorted(self.nodes.items(), key=lambda n: -n[1])
+        )
         text = f"{self.path} for {self.target}: {self.bytes:,} bytes, opset {self.opset}\n  {nodes}"
         return text if self.comparison is None else f"{text}\n  {self.comparison}"
 
@@ -116,7 +119,7 @@ def compare_with_torch(
 
 def session_options(*, optimized: bool) -> Any:
     """ONNX Runtime's options, with graph optimizations on or off; quiet."""
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -189,7 +192,8 @@ def _feed(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     tensors = [x for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
     if len(tensors) != len(names):
         raise ExportError(
-            f"the file has the inputs {', '.join(names)}, and {len(tensors)} tensors were given: one is not used by "
+            f"the file has the inputs {', '.join(names)}, and {len(tensors)} tensors were "
+            f"given: one is not used by "
             f"the model. Leave it out, or pass check=False"
         )
     return {name: x.detach().cpu().numpy() for name, x in zip(names, tensors, strict=True)}
@@ -237,7 +241,8 @@ def _differences(
         theirs = torch.as_tensor(theirs).double()
         if ours.shape != theirs.shape:
             raise ExportError(
-                f"an output has the shape {tuple(theirs.shape)} in ONNX Runtime and {tuple(ours.shape)} in torch"
+                f"an output has the shape {tuple(theirs.shape)} in ONNX Runtime and "
+                f"{tuple(ours.shape)} in torch"
             )
         same = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinities too
         difference = (ours - theirs).abs().masked_fill(same, 0.0)

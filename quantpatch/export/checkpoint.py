@@ -83,7 +83,9 @@ def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The ``state_dict`` without the quantizers' ranges: loads strictly into the float model."""
     prefixes = tuple(f"{name}." for name in quantizers_by_name(model, every_name=True))
     return {
-        key: value for key, value in model.state_dict().items() if not prefixes or not key.startswith(prefixes)
+        key: value
+        for key, value in model.state_dict().items()
+        if not prefixes or not key.startswith(prefixes)
     }
 
 
@@ -172,9 +174,7 @@ def _own_memory(tensor: Tensor) -> Tensor:
 
 def _packable(model: nn.Module) -> dict[str, TensorQuantizer]:
     """Weights that nothing but one active quantizer reads, by their key in the ``state_dict``."""
-    users = Counter(
-        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
-    )
+    users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {}
     for layer in model.modules():
@@ -308,7 +308,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise wrong(f"its description cannot be read ({type(error).__name__}: {error})") from error
     if newer:
         raise wrong(
-            f"it was written by quantpatch {description.get('quantpatch')} in version {version} of the format, and "
+            f"it was written by quantpatch {description.get('quantpatch')} in version "
+            f"{version} of the format, and "
             f"this one reads version {FILE_VERSION}. Write: pip install --upgrade quantpatch"
         )
     return description, tensors

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import attrs
 from torch import nn
@@ -86,12 +86,12 @@ def missing_plugins(described: list[Mapping[str, Any]]) -> list[str]:
 # --- Formats and descriptors ------------------------------------------------------------------------------
 
 
-def _describe_format(format: NumberFormat | str | None, where: str) -> Any:
+def _describe_format(format: Any, where: str) -> Any:
     if format is None or isinstance(format, str):
         return format
     for kind, cls in _FORMATS.items():
         if type(format) is cls:
-            fields = {a.name: getattr(format, a.name) for a in attrs.fields(cls)}
+            fields = {a.name: getattr(format, a.name) for a in attrs.fields(type(format))}
             if "element" in fields:
                 fields["element"] = _describe_format(fields["element"], where)
             return {"kind": kind, **fields}
@@ -99,7 +99,8 @@ def _describe_format(format: NumberFormat | str | None, where: str) -> Any:
         if offered == format:
             return name
     raise CheckpointError(
-        f"{where}: its format {format.name!r} ({type(format).__name__}) can be written only by its name, and no "
+        f"{where}: its format {format.name!r} ({type(format).__name__}) can be written "
+        f"only by its name, and no "
         f"plugin offers it. Return it from the hook quantpatch_formats: {{{format.name!r}: ...}}"
     )
 
@@ -135,7 +136,7 @@ def descriptor_of(described: Mapping[str, Any]) -> QuantDescriptor:
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
     if "format" in fields:
         fields["format"] = _format_of(fields["format"])
-    descriptor = QuantDescriptor(**fields)
+    descriptor = QuantDescriptor(**cast(Any, fields))
     registry.format(descriptor)
     return descriptor
 
@@ -163,7 +164,7 @@ def describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
 def describe_layers(model: nn.Module) -> dict[str, dict[str, str]]:
     """The quantized layers by name: their class and the float class that it stands for."""
     return {
-        name: {"class": dotted(own_class(layer)), "float": dotted(layer.float_class)}
+        name: {"class": dotted(own_class(cast(nn.Module, layer))), "float": dotted(layer.float_class)}
         for name, layer in model.named_modules()
         if isinstance(layer, QuantizedLayer)
     }

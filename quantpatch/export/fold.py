@@ -114,8 +114,10 @@ def fold_weights(model: nn.Module) -> FoldedWeights:
                 known[3].append(quantizer)
             else:
                 skipped[name] = f"it is tied to {known[0]}, which is quantized otherwise"
-    for key, (name, weight, quantized, quantizers) in plans.items():
-        if len(users[key]) > len(quantizers) or any("tied" in why and name in why for why in skipped.values()):
+    for identity, (name, weight, quantized, quantizers) in plans.items():
+        if len(users[identity]) > len(quantizers) or any(
+            "tied" in why and name in why for why in skipped.values()
+        ):
             skipped[name] = "it is tied to a weight that is not quantized like it"
             continue
         undo.append((weight, weight.data, quantized))

@@ -156,7 +156,11 @@ def _turned(graph: Any, value: Any) -> Any:
     import onnx_ir as ir
 
     node = value.producer()
-    if node is None or node.op_type != "DequantizeLinear" or len([i for i in node.inputs if i is not None]) != 2:
+    if (
+        node is None
+        or node.op_type != "DequantizeLinear"
+        or len([i for i in node.inputs if i is not None]) != 2
+    ):
         return None
     codes, scale = node.inputs
     if not (_is_constant(graph, codes) and _is_constant(graph, scale)) or len(codes.shape) != 2:

@@ -25,7 +25,7 @@ from quantpatch.export.description import active_plugins, describe_quantizers
 from quantpatch.export.files import own_version, written_whole
 from quantpatch.export.graph import tidy
 from quantpatch.export.targets import TARGETS, Operand, Target, codes_name, operands, problems
-from quantpatch.formats import Blocked, Float, Integer
+from quantpatch.formats import Float, Integer
 from quantpatch.modes import evaluating
 
 __all__ = ["export_onnx"]
@@ -58,8 +58,8 @@ def export_onnx(
         path: Where to write.
         kwargs: Keyword arguments to run it on.
         target: What will run the file. ``"onnxruntime"``: weights are stored as integers, signed activations
-            as uint8 with zero point 128, which are the same values. ``"tensorrt"``: signed INT8 with zero point 0,
-            weights as floats with a pair behind them.
+            as uint8 with zero point 128, which are the same values. ``"tensorrt"``: signed INT8 with zero
+            point 0, weights as floats with a pair behind them.
         dynamic_shapes: As ``torch.export.export`` takes it, such as ``({0: "batch"},)``.
         input_names: Names of the file's inputs.
         output_names: Names of the file's outputs.
@@ -100,7 +100,7 @@ def _demand_extra(check: bool) -> None:
     for package in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
         try:
             __import__(package)
-        except ImportError:
+        except ImportError:  # noqa: PERF203
             raise MissingExtraError.of("onnx", package, "qp.export_onnx") from None
 
 
@@ -159,7 +159,8 @@ def _traced(
             )
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(
-                f"{type(model).__name__} cannot be traced for ONNX. Try torch.onnx.export(model, ..., dynamo=True) "
+                f"{type(model).__name__} cannot be traced for ONNX. Try torch.onnx.export(model, "
+                f"..., dynamo=True) "
                 f"on the float model first, which says more: {str(error).strip().splitlines()[-1]}",
                 target=target,
             ) from error
@@ -254,9 +255,9 @@ def _weight(operand: Operand, target: str) -> Callable[..., Tensor]:
 
         def forward(x: Tensor, *, is_weight: bool = False) -> Tensor:
             device = x.device
-            return quantize_dequantize(
-                values.to(device), scale.to(device), zero.to(device), dim, name
-            ).to(x.dtype)
+            return quantize_dequantize(values.to(device), scale.to(device), zero.to(device), dim, name).to(
+                x.dtype
+            )
 
         return forward
     kind = "" if not four_bits else "uint4" if getattr(element, "unsigned", False) else "int4"

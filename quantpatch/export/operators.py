@@ -41,7 +41,7 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, name: str) -> Ten
 
 @torch.library.custom_op("quantpatch::dequantize", mutates_args=())
 def dequantize(codes: Tensor, scale: Tensor, axis: int, block_size: int, kind: str) -> Tensor:
-    """DequantizeLinear of codes, which ONNX is to store as ``kind`` ("int4", "uint4", or "" for as they are)."""
+    """DequantizeLinear of codes; ``kind`` is how ONNX stores them ("int4", "uint4", "" for as they are)."""
     values = codes.float()
     if block_size:
         scale = scale.repeat_interleave(block_size, axis).narrow(axis, 0, codes.shape[axis])

@@ -67,7 +67,9 @@ def range_of(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
         return reduce_amax(weight, axis)
     dim = -1 if axis is None else axis if isinstance(axis, int) else axis[0]
     dim %= weight.dim()
-    blocks = [block.detach().abs().amax(dim, keepdim=True) for block in weight.split(format.block_size, dim)]
+    blocks = [
+        block.detach().abs().amax(dim, keepdim=True) for block in torch.split(weight, format.block_size, dim)
+    ]
     return torch.cat(blocks, dim).float()
 
 

@@ -4,8 +4,8 @@ ONNX Runtime's integer convolution takes integers and gives integers. It runs wh
 once, or after a ReLU that the quantization makes superfluous, because its smallest integer means 0.
 
 ``quantize_conv_outputs`` is for before calibration (or training): it gives an output quantizer to each
-convolution whose output goes somewhere else, such as a residual addition. ``use_unsigned`` is for after it: ranges
-that were never negative become unsigned ones, which have twice the resolution and need no ReLU before them.
+convolution whose output goes somewhere else, such as a residual addition. ``use_unsigned`` is for after it:
+ranges that were never negative become unsigned ones, which have twice the resolution and need no ReLU before.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def quantize_conv_outputs(model: nn.Module) -> tuple[str, ...]:
     """Gives convolutions an output quantizer where nothing else quantizes their output.
 
     Call it after ``fold_batchnorm`` and before calibration. A convolution whose output goes, directly or
-    through a ReLU, only into quantized inputs needs none, and gets none. Neither does one that gives the model's
-    output, or one in a part of the model that torch.fx cannot trace.
+    through a ReLU, only into quantized inputs needs none, and gets none. Neither does one that gives the
+    model's output, or one in a part of the model that torch.fx cannot trace.
 
     Args:
         model: A quantized model; changed in place.
@@ -74,9 +74,7 @@ def _visit(module: nn.Module, prefix: str, added: list[str], *, whole: bool) -> 
             continue
         if all(_is_quantized(user, modules) for user in node.users):
             continue
-        descriptor = QuantDescriptor(
-            num_bits=source.format.bits, calib_method=source.descriptor.calib_method
-        )
+        descriptor = QuantDescriptor(num_bits=source.format.bits, calib_method=source.descriptor.calib_method)
         quantizer = TensorQuantizer(descriptor)
         quantizer.train(layer.training)
         layer._modules["output_quantizer"] = quantizer
@@ -87,7 +85,9 @@ def _is_quantized(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether what goes into a node is quantized by it, or by all that follow; or is what the graph gives."""
     if node.op == "output":
         return True
-    passed = node.target in _PASSED_FUNCTIONS or (node.op == "call_method" and node.target in ("relu", "flatten"))
+    passed = node.target in _PASSED_FUNCTIONS or (
+        node.op == "call_method" and node.target in ("relu", "flatten")
+    )
     if node.op == "call_module":
         layer: Any = modules[str(node.target)]
         if isinstance(layer, QuantizedLayer):
@@ -97,9 +97,7 @@ def _is_quantized(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return passed and all(_is_quantized(user, modules) for user in node.users)
 
 
-def use_unsigned(
-    model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], Any]
-) -> tuple[str, ...]:
+def use_unsigned(model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], Any]) -> tuple[str, ...]:
     """Makes signed 8-bit ranges of activations unsigned where no batch has a negative value.
 
     The range stays what calibration found, so the result is the same or finer; a negative value that comes

@@ -58,7 +58,7 @@ class Plan:
     def __init__(self, model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
         self.model = model
         self.problems: list[str] = []
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
         self._converted: dict[str, type[Any]] = {}
         self._quantizers: dict[str, _Quantizer] = {}
         self._state: dict[str, Tensor] = {}
@@ -91,7 +91,9 @@ class Plan:
                 continue
             float_now = layer.float_class if isinstance(layer, QuantizedLayer) else now
             if dotted(float_now) != saved["float"]:
-                self.problems.append(f"{shown}: the file has a {saved['float']}, the model a {dotted(float_now)}")
+                self.problems.append(
+                    f"{shown}: the file has a {saved['float']}, the model a {dotted(float_now)}"
+                )
                 continue
             cls = find_class(saved["class"])
             if cls is None:
@@ -108,14 +110,15 @@ class Plan:
                 )
             else:
                 self._converted[name] = cls
-        for name, layer in self._modules.items():
+        for name, module in self._modules.items():
+            layer = module
             if isinstance(layer, QuantizedLayer) and name not in layers and not self._known_elsewhere(layer):
-                if parametrize.is_parametrized(layer):
+                if parametrize.is_parametrized(module):
                     self.problems.append(f"{name}: the file has it float; write qp.revert(model), then load")
                 else:
                     self._converted[name] = layer.float_class
 
-    def _known_elsewhere(self, layer: nn.Module) -> bool:
+    def _known_elsewhere(self, layer: Any) -> bool:
         """Whether a layer that is shared is in the file under another of its names."""
         layers = self._description["layers"]
         return any(module is layer and name in layers for name, module in self._modules.items())
@@ -247,11 +250,11 @@ class Plan:
             object.__setattr__(layer, "__class__", cls)
         described = self._description["layers"]
         for name in described:
-            layer: Any = self._modules[name]
+            now: Any = self._modules[name]
             prefix = f"{name}." if name else ""
-            for own in list(layer.quantizers()):
-                if prefix + own not in self._quantizers and not self._shared(layer._modules[own]):
-                    del layer._modules[own]
+            for own in list(now.quantizers()):
+                if prefix + own not in self._quantizers and not self._shared(now._modules[own]):
+                    del now._modules[own]
         for name, saved in self._quantizers.items():
             self._put(name, saved)
         self._fill()
@@ -265,7 +268,7 @@ class Plan:
         return any(m is quantizer and name in self._quantizers for name, m in self._modules.items())
 
     def _put(self, name: str, saved: _Quantizer) -> None:
-        parent, _, own = name.rpartition(".")
+        parent = name.rpartition(".")[0]
         quantizer = self._modules.get(name)
         if not isinstance(quantizer, TensorQuantizer) or quantizer.descriptor != saved.descriptor:
             old = quantizer
@@ -292,7 +295,7 @@ class Plan:
         parent = self._modules[name.rpartition(".")[0]]
         for tensor in (*parent.parameters(recurse=False), *parent.parameters()):
             if not tensor.is_meta:
-                return tensor.device
+                return torch.device(tensor.device)
         return torch.device("cpu")
 
     def _fill(self) -> None:

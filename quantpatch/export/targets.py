@@ -2,10 +2,10 @@
 
 Sources for TensorRT:
 
-- "Working with Quantized Types", TensorRT 10.11 documentation: quantization is symmetric; values are signed INT8,
-  FP8 E4M3, signed INT4 or FP4; INT4 is for weights only; an activation has one scale.
-- onnx-tensorrt's docs/operators.md, QuantizeLinear and DequantizeLinear: the scale is a positive constant and the
-  zero point is 0.
+- "Working with Quantized Types", TensorRT 10.11 documentation: quantization is symmetric; values are signed
+  INT8, FP8 E4M3, signed INT4 or FP4; INT4 is for weights only; an activation has one scale.
+- onnx-tensorrt's docs/operators.md, QuantizeLinear and DequantizeLinear: the scale is a positive constant and
+  the zero point is 0.
 - pytorch-quantization's tensor_quant.py: per-channel scales of ConvTranspose weights are on axis 0.
 
 For ONNX Runtime: "Quantize ONNX Models" and its CPU provider's list of kernels.
@@ -114,7 +114,10 @@ def _common(operand: Operand, opset: int) -> str | None:
         return "it is being calibrated; end the calibration first"
     if operand.amax is None and not (is_weight and quantizer.descriptor.dynamic):
         if quantizer.descriptor.dynamic:
-            return "it takes its range from each tensor, which a file of constants cannot; use a static recipe such as 'int8'"
+            return (
+                "it takes its range from each tensor, which a file of constants cannot; use a "
+                "static recipe such as 'int8'"
+            )
         return "its range is not known; write qp.calibrate(model, batches), or disable it"
     tensors = [t for t in (operand.amax, operand.weight) if t is not None]
     if any(t.is_meta for t in tensors):
@@ -124,9 +127,14 @@ def _common(operand: Operand, opset: int) -> str | None:
     element = operand.element
     if isinstance(format, Blocked):
         if not is_weight:
-            return f"its format {format.name} is in blocks, which are exported for weights only; give it an integer format"
+            return (
+                f"its format {format.name} is in blocks, which are exported for weights only; "
+                f"give it an integer format"
+            )
         if not isinstance(element, Integer) or format.scale == "e4m3":
-            return f"its format {format.name} has no operator in ONNX; blocks of integers such as int4_g128 have"
+            return (
+                f"its format {format.name} has no operator in ONNX; blocks of integers such as int4_g128 have"
+            )
         if opset < 21:
             return f"blocks need opset 21, asked for was {opset}; leave opset out"
     if isinstance(element, Float):
@@ -135,7 +143,10 @@ def _common(operand: Operand, opset: int) -> str | None:
         if opset < 19:
             return f"FP8 needs opset 19, asked for was {opset}; leave opset out"
     elif not isinstance(element, Integer):
-        return f"its format {format.name} comes from a plugin and has no operator in ONNX; use an integer or FP8 format"
+        return (
+            f"its format {format.name} comes from a plugin and has no operator in ONNX; use "
+            f"an integer or FP8 format"
+        )
     return None
 
 
@@ -146,23 +157,29 @@ def _tensorrt(operand: Operand) -> str | None:
     element, is_weight = operand.element, operand.weight is not None
     blocked = isinstance(operand.format, Blocked)
     if isinstance(element, Integer) and element.unsigned:
-        return f"{element.name} is unsigned, and TensorRT has signed INT8 only; use QuantDescriptor(unsigned=False)"
+        return (
+            f"{element.name} is unsigned, and TensorRT has signed INT8 only; use "
+            f"QuantDescriptor(unsigned=False)"
+        )
     if isinstance(element, Float) and element.mantissa_bits != 3:
         return "of FP8 TensorRT has E4M3 only; use format='fp8_e4m3'"
     if not is_weight and operand.axis is not None:
         return "an activation has one scale in TensorRT; use axis=None"
     if isinstance(element, Float) and operand.axis is not None:
         return (
-            "FP8 has one scale for the tensor in TensorRT; use QuantDescriptor(format='fp8_e4m3') without axis"
+            "FP8 has one scale for the tensor in TensorRT; use "
+            "QuantDescriptor(format='fp8_e4m3') without axis"
         )
     if blocked and isinstance(element, Integer) and element.bits > 4:
-        return f"blocks are of INT4 in TensorRT, not of {element.name}; use int4_g128, or int8 with axis='channel'"
-    transposed = isinstance(
-        operand.layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    )
+        return (
+            f"blocks are of INT4 in TensorRT, not of {element.name}; use int4_g128, or int8 "
+            f"with axis='channel'"
+        )
+    transposed = isinstance(operand.layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
     if is_weight and transposed and not blocked and operand.axis not in (None, 0):
         return (
-            f"its scales are on axis {operand.axis}, and for a transposed convolution TensorRT takes axis 0; set the "
+            f"its scales are on axis {operand.axis}, and for a transposed convolution "
+            f"TensorRT takes axis 0; set the "
             f"quantizer's descriptor to QuantDescriptor(axis=0, narrow_range=True) and calibrate again"
         )
     return None

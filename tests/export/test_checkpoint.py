@@ -314,7 +314,9 @@ def test_packing_saves_what_it_says(recipe: str, least: float, tmp_path: Path) -
     assert report.saved > least
     assert report.packed == ("0.weight", "2.weight")
     assert "2 weights packed" in str(report)
-    assert not any(tensor.dtype == torch.float32 and tensor.numel() > 600 for tensor in load_file(report.path).values())
+    assert not any(
+        tensor.dtype == torch.float32 and tensor.numel() > 600 for tensor in load_file(report.path).values()
+    )
     back = load(report.path, build=build).eval()
     assert torch.equal(back(x), model(x))
 
@@ -365,12 +367,13 @@ CHANGES = {
     "the file has no 2.bias": lambda d, t: t.pop("2.bias"),
     "the model has no 3.weight": lambda d, t: t.update({"3.weight": torch.ones(2)}),
     "written by quantpatch 9.0 in version 99": lambda d, t: d.update(file_version=99, quantpatch="9.0"),
-    "2: the file has a torch.nn.modules.conv.Conv2d, the model a torch.nn.modules.linear.Linear": lambda d, t: (
-        d["layers"].update(
-            {"2": {"class": "quantpatch.layers.conv.QuantConv2d", "float": "torch.nn.modules.conv.Conv2d"}}
-        )
+    "2: the file has a torch.nn.modules.conv.Conv2d, the model a "
+    "torch.nn.modules.linear.Linear": lambda d, t: d["layers"].update(
+        {"2": {"class": "quantpatch.layers.conv.QuantConv2d", "float": "torch.nn.modules.conv.Conv2d"}}
     ),
-    "7 (q.Q): the model has no such layer": lambda d, t: d["layers"].update({"7": {"class": "q.Q", "float": "F"}}),
+    "7 (q.Q): the model has no such layer": lambda d, t: d["layers"].update(
+        {"7": {"class": "q.Q", "float": "F"}}
+    ),
     "offered by no plugin": lambda d, t: d["layers"]["2"].update({"class": "elsewhere.QuantLinear"}),
     "unknown format 'nibble'": lambda d, t: d["quantizers"]["0.input_quantizer"]["descriptor"].update(
         format="nibble"

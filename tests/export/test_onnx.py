@@ -202,7 +202,9 @@ def test_weight_formats(recipe: str, tmp_path: Path) -> None:
             model = build().eval()
     export_onnx(model, x, tmp_path / "m.onnx")
     assert torch.allclose(run(tmp_path / "m.onnx", x)[0], model(x), rtol=1e-5, atol=1e-5)
-    kinds = {tensor.data_type for tensor in initializers(tmp_path / "m.onnx").values() if len(tensor.dims) > 1}
+    kinds = {
+        tensor.data_type for tensor in initializers(tmp_path / "m.onnx").values() if len(tensor.dims) > 1
+    }
     assert (onnx.TensorProto.FLOAT8E4M3FN if recipe == "fp8" else onnx.TensorProto.INT4) in kinds
 
 
@@ -214,7 +216,9 @@ def test_several_inputs_outputs_and_keywords(tmp_path: Path) -> None:
             self.a = nn.Linear(6, 4)
             self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
 
-        def forward(self, tokens: torch.Tensor, *, scale: torch.Tensor, extra: Any) -> dict[str, torch.Tensor]:
+        def forward(
+            self, tokens: torch.Tensor, *, scale: torch.Tensor, extra: Any
+        ) -> dict[str, torch.Tensor]:
             y = self.table(tokens) * scale + extra["shift"]
             y = self.attention(y, y, y, need_weights=False)[0]
             return {"first": self.a(y), "second": y}
@@ -295,7 +299,9 @@ def refused(model: nn.Module, path: Path, **options: Any) -> ExportError:
 
 def linear(**options: Any) -> nn.Module:
     recipe = qp.Recipe(name="r", **options)
-    return calibrated(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4), recipe=recipe)
+    return calibrated(
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4), recipe=recipe
+    )
 
 
 def test_uncalibrated_and_calibrating_quantizers(tmp_path: Path) -> None:
@@ -374,9 +380,7 @@ def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture(scope="module")
 def for_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportReport, nn.Module]:
     path = tmp_path_factory.mktemp("tensorrt") / "m.onnx"
-    model = calibrated(
-        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3)), X
-    )
+    model = calibrated(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3)), X)
     return path, export_onnx(model, X, path, target="tensorrt"), model
 
 
@@ -384,7 +388,9 @@ def test_tensorrt_zero_points_are_int8_zeros(for_tensorrt: Any) -> None:
     """OPS: the zero point is 0. WQT: values are signed INT8."""
     path, _, _ = for_tensorrt
     constants = initializers(path)
-    nodes = [n for n in onnx.load(str(path)).graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    nodes = [
+        n for n in onnx.load(str(path)).graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")
+    ]
     assert nodes
     for node in nodes:
         zero = onnx.numpy_helper.to_array(constants[node.input[2]])
@@ -456,5 +462,3 @@ def test_tensorrt_takes_transposed_convolutions_on_axis_0(tmp_path: Path) -> Non
     report = export_onnx(model, torch.randn(2, 4, 5), tmp_path / "m.onnx", target="tensorrt")
     assert report.comparison is not None
     assert report.comparison.differing == 0
-
-

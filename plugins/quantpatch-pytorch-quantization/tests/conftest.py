@@ -12,6 +12,7 @@ from torch import nn
 from pytorch_quantization import quant_modules
 from pytorch_quantization.nn import TensorQuantizer
 
+
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """Tests run side by side, on tensors too small to share out over threads."""

@@ -11,6 +11,7 @@ from quantpatch.configure import configure
 from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.entries import Entry
 from quantpatch.errors import QuantPatchError, QuantPatchWarning
+from quantpatch.export import export_onnx, float_state_dict, fold_batchnorm, fold_weights, load, save
 from quantpatch.hookspecs import hookimpl
 from quantpatch.layers import QuantizedLayer
 from quantpatch.models import convert, quantized, revert
@@ -35,12 +36,18 @@ __all__ = [
     "compare",
     "configure",
     "convert",
+    "export_onnx",
+    "float_state_dict",
+    "fold_batchnorm",
+    "fold_weights",
     "hookimpl",
     "keep_float",
+    "load",
     "quantize_modules",
     "quantized",
     "registry",
     "revert",
+    "save",
     "sensitivity",
     "summary",
 ]

@@ -224,8 +224,8 @@ def _activation(operand: Operand, target: str) -> Callable[..., Tensor]:
         elif bounds is not None:
             low, high = (bound.to(device) for bound in bounds)
             y = torch.minimum(torch.maximum(y, low), high)
-        y = quantize_dequantize(y, flat.to(device), zero.to(device), axis or 0, name)
-        return y.to(x.dtype)
+        result: Tensor = quantize_dequantize(y, flat.to(device), zero.to(device), axis or 0, name)
+        return result.to(x.dtype)
 
     return forward
 
@@ -255,16 +255,18 @@ def _weight(operand: Operand, target: str) -> Callable[..., Tensor]:
 
         def forward(x: Tensor, *, is_weight: bool = False) -> Tensor:
             device = x.device
-            return quantize_dequantize(values.to(device), scale.to(device), zero.to(device), dim, name).to(
-                x.dtype
+            result: Tensor = quantize_dequantize(
+                values.to(device), scale.to(device), zero.to(device), dim, name
             )
+            return result.to(x.dtype)
 
         return forward
     kind = "" if not four_bits else "uint4" if getattr(element, "unsigned", False) else "int4"
 
     def forward_codes(x: Tensor, *, is_weight: bool = False) -> Tensor:
         device = x.device
-        return dequantize(codes.to(device), scale.to(device), dim, blocks, kind).to(x.dtype)
+        result: Tensor = dequantize(codes.to(device), scale.to(device), dim, blocks, kind)
+        return result.to(x.dtype)
 
     return forward_codes
 

@@ -246,7 +246,7 @@ class Plan:
             layer = self._modules[name]
             if isinstance(layer, QuantizedLayer):
                 for own in layer.quantizers():
-                    del layer._modules[own]
+                    del self._modules[name]._modules[own]
             object.__setattr__(layer, "__class__", cls)
         described = self._description["layers"]
         for name in described:

@@ -1,4 +1,4 @@
-"""``quantpatch demo``: float, calibrated and fine-tuned on scikit-learn's handwritten digits.
+"""``quantpatch demo``: float, calibrated, fine-tuned and exported, on scikit-learn's handwritten digits.
 
 ``build_model`` is plain PyTorch: nothing in it knows of quantization.
 """
@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -19,6 +22,7 @@ from torch.nn import functional as F
 from quantpatch.audit import audit
 from quantpatch.calibration import calibrate
 from quantpatch.errors import MissingExtraError
+from quantpatch.export import export_onnx
 from quantpatch.report.render import as_text
 from quantpatch.scope import Scope, quantize_modules
 
@@ -190,4 +194,22 @@ def run(*, epochs: int = 20, tuning_epochs: int = 4) -> DemoReport:
                 seconds = _timed(*step)
                 covered = audit(quantized, test[0][:1]).share
                 rows.append(DemoRow(name, bits, accuracy(quantized, test), replaced, covered, seconds))
+            if bits == 8 and importlib.util.find_spec("onnxruntime") is not None:
+                start = time.perf_counter()
+                exported = _accuracy_of_file(quantized, test)
+                seconds = time.perf_counter() - start
+                rows.append(DemoRow("in ONNX Runtime", bits, exported, replaced, covered, seconds))
     return DemoReport(tuple(rows))
+
+
+def _accuracy_of_file(model: nn.Module, data: Data) -> float:
+    """Writes the model as ONNX, runs the file on all images, and measures as for the model."""
+    import onnxruntime  # type: ignore[import-untyped]  # an optional extra
+
+    images, labels = data
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "digits.onnx"
+        export_onnx(model, images[:2], path, dynamic_shapes=({0: "batch"},), check=False)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (scores,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    return float((torch.from_numpy(scores).argmax(1) == labels).float().mean())

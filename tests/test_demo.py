@@ -25,6 +25,7 @@ def test_figures_make_sense_and_are_the_same_in_each_run():
     assert accuracy["calibrated", 8] > accuracy["float", 32] - 0.02
     assert accuracy["calibrated", 4] < accuracy["calibrated", 8]
     assert accuracy["fine-tuned", 4] > accuracy["calibrated", 4]
+    assert accuracy["in ONNX Runtime", 8] == accuracy["fine-tuned", 8]
     assert all((row.replaced, row.covered) == (1.0, 1.0) for row in first.rows[1:])
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads

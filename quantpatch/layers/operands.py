@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ class ScaledDotProductAttention(nn.Module):
 
 
 class _QuantizedOperation(QuantizedLayer):
-    inputs = ("x", "y")
+    inputs: ClassVar[tuple[str, ...]] = ("x", "y")
     weights = {}
 
 

@@ -20,7 +20,7 @@ class Residual(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.relu(self.first(x))
-        return self.last(self.second(y) + 1.0)
+        return self.last(self.second(y) - 1.0)
 
 
 def built(recipe: str = "int8") -> nn.Module:

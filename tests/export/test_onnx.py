@@ -238,6 +238,24 @@ def test_several_inputs_outputs_and_keywords(tmp_path: Path) -> None:
     assert torch.allclose(second, expected["second"], atol=1e-5)
 
 
+def test_recurrent_layers_keep_their_operator(tmp_path: Path) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(8, 16, 2, batch_first=True)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.rnn(x)[0])
+
+    x = torch.randn(2, 7, 8)
+    report = export_onnx(calibrated(Recurrent, x), x, tmp_path / "m.onnx")
+    assert report.nodes["LSTM"] == 2  # not a loop over time steps
+    assert report.comparison is not None
+    assert report.comparison.differing == 0
+    assert report.comparison.relative_difference < 1e-5
+
+
 def test_half_precision_keeps_scales_in_float32(tmp_path: Path) -> None:
     model = calibrated(lambda: nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)).half()
     x = torch.randn(3, 8).half()

@@ -24,7 +24,7 @@ def installed() -> dict[str, str | None]:
     for peer in PEERS:
         try:
             found[peer] = version(peer)
-        except PackageNotFoundError:
+        except PackageNotFoundError:  # noqa: PERF203
             found[peer] = None
     return found
 

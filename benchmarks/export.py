@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import quantpatch as qp
 from benchmarks.timing import medians
-from quantpatch.export import export_onnx, fold_batchnorm
-from quantpatch.export.placement import quantize_conv_outputs, use_unsigned
+from quantpatch.demo import build_model
+from quantpatch.export import export_onnx, fold_batchnorm, quantize_conv_outputs, use_unsigned
 
 __all__ = ["rows"]
 
@@ -74,6 +74,7 @@ def plain_cnn() -> nn.Module:
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "small ResNet": (small_resnet, (1, 3, 96, 96)),
     "plain CNN": (plain_cnn, (1, 1, 28, 28)),
+    "demo CNN": (build_model, (64, 1, 8, 8)),
 }
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +88,43 @@ def pair(build: Callable[[], nn.Module], x: Tensor) -> tuple[nn.Module, nn.Modul
     return model, twin
 
 
+def modelopt(model: nn.Module, x: Tensor) -> nn.Module:
+    """NVIDIA ModelOpt with its default int8 configuration."""
+    import modelopt.torch.quantization as mtq
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        quantized: nn.Module = mtq.quantize(copy.deepcopy(model), mtq.INT8_DEFAULT_CFG, lambda m: m(x))
+    return quantized
+
+
+def quanto(model: nn.Module, x: Tensor) -> nn.Module:
+    """optimum-quanto with int8 weights and activations."""
+    from optimum.quanto import Calibration, qint8, quantize
+
+    quantized = copy.deepcopy(model)
+    quantize(quantized, weights=qint8, activations=qint8)
+    with torch.no_grad(), Calibration():
+        quantized(x)
+    return quantized
+
+
+PEERS = {"modelopt": modelopt, "quanto": quanto}
+
+
+def twins(model: nn.Module, x: Tensor) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The model as each peer quantizes it, and why not where one does not."""
+    made: dict[str, nn.Module] = {}
+    missing: dict[str, str] = {}
+    for name, make in PEERS.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                made[name] = make(model, x)
+        except Exception as error:  # a peer that fails is a result as well  # noqa: PERF203
+            missing[name] = type(error).__name__
+    return made, missing
+
+
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
     """A training step without the optimizer, which both sides share."""
     model.train()
@@ -108,7 +148,7 @@ def evaluation(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def rows(compiled: bool = False) -> list[dict[str, Any]]:
+def rows() -> list[dict[str, Any]]:
     """A row for each model and kind of run; ratios to the float model."""
     torch.set_num_threads(1)
     found = []
@@ -116,7 +156,16 @@ def rows(compiled: bool = False) -> list[dict[str, Any]]:
         x = torch.randn(shape)
         for kind, make, aim in (("training step", step, 1.15), ("eval", evaluation, 1.2)):
             float_model, quantized = pair(build, x)
-            times = medians({"float": make(float_model, x), "ours": make(quantized, x)}, repeats=9)
+            others, missing = twins(float_model, x)
+            runs = {"float": make(float_model, x), "ours": make(quantized, x)}
+            for peer, twin in others.items():
+                try:
+                    runs[peer] = make(twin, x)
+                    runs[peer]()
+                except Exception as error:  # noqa: PERF203
+                    del runs[peer]
+                    missing[peer] = type(error).__name__
+            times = medians(runs, repeats=7)
             if name.endswith("LSTM"):
                 aim = 1.1
             found.append(
@@ -126,7 +175,7 @@ def rows(compiled: bool = False) -> list[dict[str, Any]]:
                     "baseline_ms": times["float"],
                     "ratio": times["ours"] / times["float"],
                     "aim": aim,
-                    "peers": {},
+                    "peers": {**{p: times[p] / times["float"] for p in others if p in times}, **missing},
                 }
             )
     return found
@@ -134,4 +183,7 @@ def rows(compiled: bool = False) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     for row in rows():
-        print(f"{row['name']:40} {row['ours_ms']:9.2f} ms  ratio {row['ratio']:.2f} (aim {row['aim']})")
+        print(
+            f"{row['name']:40} {row['ours_ms']:9.2f} ms  ratio {row['ratio']:.2f} (aim {row['aim']})",
+            row["peers"],
+        )

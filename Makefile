@@ -37,7 +37,8 @@ format: $(STAMP)  ## rewrite the files the way `make check` wants them
 
 # Peers get an environment of their own, so that none of them is ever a dependency. One that does not
 # install is left out, and the benchmarks name it.
-PEERS := torchao nvidia-modelopt brevitas optimum-quanto
+# requests: ModelOpt imports it without asking for it.
+PEERS := torchao nvidia-modelopt requests brevitas optimum-quanto
 .bench/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .bench/venv
 	.bench/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch

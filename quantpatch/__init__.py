@@ -11,7 +11,16 @@ from quantpatch.configure import configure
 from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.entries import Entry
 from quantpatch.errors import QuantPatchError, QuantPatchWarning
-from quantpatch.export import export_onnx, float_state_dict, fold_batchnorm, fold_weights, load, save
+from quantpatch.export import (
+    export_onnx,
+    float_state_dict,
+    fold_batchnorm,
+    fold_weights,
+    load,
+    quantize_conv_outputs,
+    save,
+    use_unsigned,
+)
 from quantpatch.hookspecs import hookimpl
 from quantpatch.layers import QuantizedLayer
 from quantpatch.models import convert, quantized, revert
@@ -43,6 +52,7 @@ __all__ = [
     "hookimpl",
     "keep_float",
     "load",
+    "quantize_conv_outputs",
     "quantize_modules",
     "quantized",
     "registry",
@@ -50,4 +60,5 @@ __all__ = [
     "save",
     "sensitivity",
     "summary",
+    "use_unsigned",
 ]

@@ -20,16 +20,11 @@ from quantpatch.calibrators import Calibrator
 from quantpatch.errors import CalibrationError, QuantPatchWarning
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.modes import evaluating
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.quantizer import TensorQuantizer, named_quantizers
 
-__all__ = ["calibrate", "calibrating", "named_quantizers", "run_batch"]
+__all__ = ["calibrate", "calibrating", "run_batch"]
 
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
-
-
-def named_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
-    """Every quantizer of a model by its qualified name; one that is shared, by its first name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, TensorQuantizer)}
 
 
 def _weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:

@@ -26,7 +26,7 @@ from quantpatch.fake_quant import fake_quantize
 from quantpatch.formats import NumberFormat
 from quantpatch.registry import registry
 
-__all__ = ["TensorQuantizer"]
+__all__ = ["TensorQuantizer", "named_quantizers"]
 
 _DEFAULT = QuantDescriptor()
 _KEY = "_amax"
@@ -446,3 +446,14 @@ class TensorQuantizer(nn.Module):
         """Format, axis and state, for ``print(model)``."""
         axis = "" if self.descriptor.axis is None else f", axis={self.descriptor.axis}"
         return f"{self.format.name}{axis}, {self.state}"
+
+
+def named_quantizers(model: nn.Module, *, every_name: bool = False) -> dict[str, TensorQuantizer]:
+    """Every quantizer of a model by its qualified name.
+
+    Args:
+        model: Any module.
+        every_name: Whether one that is shared is there by all its names, instead of the first alone.
+    """
+    modules = model.named_modules(remove_duplicate=not every_name)
+    return {name: module for name, module in modules if isinstance(module, TensorQuantizer)}

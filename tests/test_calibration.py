@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.calibration import named_quantizers
 from quantpatch.errors import CalibrationError, QuantPatchWarning, UnknownNameError
+from quantpatch.quantizer import named_quantizers
 
 
 def build():

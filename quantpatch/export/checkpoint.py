@@ -26,12 +26,11 @@ from quantpatch.export.description import (
     describe_quantizers,
     dotted,
     own_class,
-    quantizers_by_name,
 )
 from quantpatch.export.files import own_version, written_whole
 from quantpatch.export.restore import Plan
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.quantizer import TensorQuantizer, named_quantizers
 
 __all__ = ["SaveReport", "float_state_dict", "load", "save"]
 
@@ -81,7 +80,7 @@ def _safetensors(purpose: str) -> Any:
 
 def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The ``state_dict`` without the quantizers' ranges: loads strictly into the float model."""
-    prefixes = tuple(f"{name}." for name in quantizers_by_name(model, every_name=True))
+    prefixes = tuple(f"{name}." for name in named_quantizers(model, every_name=True))
     return {
         key: value
         for key, value in model.state_dict().items()

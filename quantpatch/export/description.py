@@ -18,7 +18,7 @@ from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import CheckpointError, QuantPatchError
 from quantpatch.formats import Blocked, Float, Integer, NumberFormat
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.quantizer import named_quantizers
 from quantpatch.registry import registry
 
 __all__ = [
@@ -30,18 +30,11 @@ __all__ = [
     "find_class",
     "missing_plugins",
     "own_class",
-    "quantizers_by_name",
 ]
 
 _BUILTIN = "quantpatch.builtin"
 _FORMATS: Mapping[str, type[Any]] = {"integer": Integer, "float": Float, "blocked": Blocked}
 _LATER = ("format", "number_format")
-
-
-def quantizers_by_name(model: nn.Module, *, every_name: bool = False) -> dict[str, TensorQuantizer]:
-    """Each quantizer by its qualified name; with ``every_name`` a shared one under each of its names."""
-    named = model.named_modules(remove_duplicate=not every_name)
-    return {name: module for name, module in named if isinstance(module, TensorQuantizer)}
 
 
 def dotted(cls: type) -> str:
@@ -148,7 +141,7 @@ def describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
         CheckpointError: One has a format that no file can name.
     """
     described: dict[str, dict[str, Any]] = {}
-    for name, quantizer in quantizers_by_name(model).items():
+    for name, quantizer in named_quantizers(model).items():
         described[name] = {
             "descriptor": _describe_descriptor(quantizer.descriptor, name),
             "disabled": quantizer.disabled,

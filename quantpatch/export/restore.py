@@ -20,11 +20,10 @@ from quantpatch.export.description import (
     find_class,
     missing_plugins,
     own_class,
-    quantizers_by_name,
 )
 from quantpatch.formats import NumberFormat
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.registry import registry
 
 __all__ = ["Plan"]
@@ -187,7 +186,7 @@ class Plan:
         for alias, source in self._description["tied"].items():
             if source in tensors:
                 tensors[alias] = tensors[source]
-        prefixes = tuple(f"{name}." for name in quantizers_by_name(self.model, every_name=True))
+        prefixes = tuple(f"{name}." for name in named_quantizers(self.model, every_name=True))
         wanted = {
             key: value
             for key, value in self.model.state_dict().items()
@@ -300,7 +299,7 @@ class Plan:
 
     def _fill(self) -> None:
         """Copies the weights in; a model with tensors on the meta device gets the file's own."""
-        prefixes = tuple(f"{name}." for name in quantizers_by_name(self.model, every_name=True))
+        prefixes = tuple(f"{name}." for name in named_quantizers(self.model, every_name=True))
         own = {k: v for k, v in self.model.state_dict().items() if not k.startswith(prefixes)}
         assign = any(value.is_meta for value in own.values())
         ties: dict[int, list[tuple[nn.Module, str]]] = {}

@@ -20,11 +20,10 @@ import attrs
 import torch
 from torch import nn
 
-from quantpatch.export.description import quantizers_by_name
 from quantpatch.fake_quant import quantize
 from quantpatch.formats import Blocked, Float, Integer, NumberFormat
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.quantizer import TensorQuantizer, named_quantizers
 
 __all__ = ["TARGETS", "Operand", "Target", "codes_name", "operands", "problems"]
 
@@ -89,7 +88,7 @@ def operands(model: nn.Module) -> list[Operand]:
                 own = operand.removesuffix("_quantizer")
                 owners[id(layer.quantizer(own))] = (layer, own if own in weights else "")
     found = []
-    for name, quantizer in quantizers_by_name(model).items():
+    for name, quantizer in named_quantizers(model).items():
         if quantizer.disabled or not (quantizer.quantizing or quantizer.calibrating):
             continue
         layer, weight = owners.get(id(quantizer), (None, ""))

@@ -20,12 +20,11 @@ from torch import Tensor, fx, nn
 from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import ExportError
 from quantpatch.export.batchnorm import Tracer
-from quantpatch.export.description import quantizers_by_name
 from quantpatch.export.targets import operands
 from quantpatch.formats import Integer
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.modes import evaluating
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.quantizer import TensorQuantizer, named_quantizers
 
 __all__ = ["quantize_conv_outputs", "use_unsigned"]
 
@@ -136,7 +135,7 @@ def use_unsigned(model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], A
             handle.remove()
     if found and not lowest:
         raise ExportError("the data reached none of the quantizers", quantizers=tuple(found))
-    every_name = quantizers_by_name(model, every_name=True)
+    every_name = named_quantizers(model, every_name=True)
     changed = []
     for name, quantizer in found.items():
         if lowest.get(name, -1.0) < 0:

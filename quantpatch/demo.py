@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -207,6 +208,8 @@ def _accuracy_of_file(model: nn.Module, data: Data) -> float:
     import onnxruntime  # type: ignore[import-untyped]  # an optional extra
 
     images, labels = data
+    # torch tells of every package it has no converters for; the demo has no use for them.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "digits.onnx"
         export_onnx(model, images[:2], path, dynamic_shapes=({0: "batch"},), check=False)

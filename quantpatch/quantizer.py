@@ -24,68 +24,13 @@ from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import CalibrationError, RangeError
 from quantpatch.fake_quant import fake_quantize
 from quantpatch.formats import NumberFormat
+from quantpatch.kept_weight import KeptWeight, Snapshot
 from quantpatch.registry import registry
 
 __all__ = ["TensorQuantizer", "named_quantizers"]
 
 _DEFAULT = QuantDescriptor()
 _KEY = "_amax"
-_PROBED = 32  # elements
-
-
-class _Snapshot:
-    """Tells whether a tensor holds what it held when this was made, without reading all of it."""
-
-    __slots__ = ("alias", "probe", "tensor", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.version = tensor._version
-        # Shares the memory, and so keeps its address from being given to another tensor: an address that
-        # is the same then means memory that is the same, also after `tensor.data = ...`.
-        self.alias = tensor.detach()
-        probe = self._probe(tensor)
-        self.probe = None if probe is None else probe.clone()
-
-    def holds(self, tensor: Tensor) -> bool:
-        alias = self.alias
-        return (
-            tensor is self.tensor
-            and tensor._version == self.version
-            and tensor.data_ptr() == alias.data_ptr()
-            and tensor.dtype == alias.dtype
-            and tensor.shape == alias.shape
-            and tensor.stride() == alias.stride()
-            and (self.probe is None or torch.equal(self.probe, self._probe(alias)))  # type: ignore[arg-type]
-        )
-
-    @staticmethod
-    def _probe(tensor: Tensor) -> Tensor | None:
-        """Some elements, evenly spaced in memory; None where looking at them is not cheap."""
-        if tensor.device.type != "cpu" or tensor.numel() == 0:
-            return None
-        span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-        step = max(1, span // (_PROBED - 1))
-        return tensor.detach().as_strided((span // step + 1,), (step,))
-
-
-class _Kept:
-    """A weight's quantized values, and all that they depend on."""
-
-    __slots__ = ("amax", "quantized", "settings", "weight")
-
-    def __init__(self, quantized: Tensor, weight: Tensor, amax: Tensor | None, settings: object) -> None:
-        self.quantized = quantized
-        self.weight = _Snapshot(weight)
-        self.amax = None if amax is None else _Snapshot(amax)
-        self.settings = settings
-
-    def is_of(self, weight: Tensor, amax: Tensor | None, settings: object) -> bool:
-        if self.settings is not settings or not self.weight.holds(weight):
-            return False
-        if amax is None or self.amax is None:
-            return amax is None and self.amax is None
-        return self.amax.holds(amax)
 
 
 def _look_here(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -121,7 +66,7 @@ class TensorQuantizer(nn.Module):
     calibrating: bool
     quantizing: bool
     calibrator: Calibrator | None
-    _kept: _Kept | None
+    _kept: KeptWeight | None
 
     def __init__(self, descriptor: QuantDescriptor | None = None) -> None:
         super().__init__()
@@ -336,7 +281,7 @@ class TensorQuantizer(nn.Module):
             plain = type(quantized) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(
                 quantized
             )
-            self.__dict__["_kept"] = _Kept(quantized, weight, amax, descriptor) if plain else None
+            self.__dict__["_kept"] = KeptWeight(quantized, weight, amax, descriptor) if plain else None
         return quantized
 
     def train(self, mode: bool = True) -> TensorQuantizer:
@@ -364,7 +309,7 @@ class TensorQuantizer(nn.Module):
         if known is None or not (known[0].holds(mine) and known[1].holds(others)):
             if mine.is_inference() or others.is_inference() or mine.device != others.device:
                 return False
-            known = (_Snapshot(mine), _Snapshot(others), torch.equal(mine, others))
+            known = (Snapshot(mine), Snapshot(others), torch.equal(mine, others))
             self.__dict__["_compared"] = known
         return bool(known[2])
 

@@ -19,7 +19,7 @@ FLOORS = [
     {"errors"},
     {"formats", "entries"},
     {"_rounding"},
-    {"fake_quant", "interception", "lazy_imports", "hookspecs", "modes"},
+    {"fake_quant", "interception", "lazy_imports", "hookspecs", "modes", "kept_weight"},
     {"descriptor"},
     {"calibrators", "recipes"},
     {"registry"},

@@ -44,7 +44,10 @@ def reason_for(seen: Seen, targets: Targets) -> str:
         off = [name for name, q in layer.quantizers().items() if q.disabled or not q.quantizing]
         if off:
             return f"{' and '.join(off)} of {cls.__name__} {'is' if len(off) == 1 else 'are'} switched off"
-        return f"{cls.__name__} has no quantizer for {' and '.join(missing)}"
+        return (
+            f"{cls.__name__} has no quantizer for {' and '.join(missing)}: the recipe leaves it float, or it is "
+            f"made inside the layer, as a hidden state is"
+        )
     if cls in targets:
         by = targets[cls]
         ask = "" if by.entry.default else f", and not by default: include=[{by.entry.name!r}]"

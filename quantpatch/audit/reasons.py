@@ -45,8 +45,8 @@ def reason_for(seen: Seen, targets: Targets) -> str:
         if off:
             return f"{' and '.join(off)} of {cls.__name__} {'is' if len(off) == 1 else 'are'} switched off"
         return (
-            f"{cls.__name__} has no quantizer for {' and '.join(missing)}: the recipe leaves it float, or it is "
-            f"made inside the layer, as a hidden state is"
+            f"{cls.__name__} has no quantizer for {' and '.join(missing)}: the recipe leaves it float, or it "
+            f"is made inside the layer, as a hidden state is"
         )
     if cls in targets:
         by = targets[cls]

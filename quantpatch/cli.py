@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import sys
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import attrs
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from quantpatch.audit import audit
 from quantpatch.errors import QuantPatchError, ScopeError
+from quantpatch.files import own_version
 from quantpatch.interception import Slot
 from quantpatch.registry import registry
 from quantpatch.scope import quantize_modules
@@ -46,7 +46,7 @@ def _print_json(value: Any) -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"quantpatch {version('quantpatch')}")
+        typer.echo(f"quantpatch {own_version()}")
         raise typer.Exit
 
 

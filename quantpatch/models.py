@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from quantpatch.classes import dotted, own_class
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import EntryLike
 from quantpatch.errors import ConversionError
@@ -50,10 +51,6 @@ class _Step:
     layer: nn.Module
     replacement: type[QuantizedLayer]
     choice: Choice
-
-
-def _dotted(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def convert(
@@ -119,7 +116,7 @@ def convert(
     counts = Counter((step.choice, step.replacement) for step in steps)
     return Conversion(
         tuple(
-            Replaced(c.offer.entry.dotted, _dotted(replacement), c.offer.entry, c.offer.plugin, count)
+            Replaced(c.offer.entry.dotted, dotted(replacement), c.offer.entry, c.offer.plugin, count)
             for (c, replacement), count in counts.items()
         ),
         skipped,
@@ -143,12 +140,6 @@ def _refuse_wrapped(model: nn.Module, verb: str) -> None:
             )
 
 
-def _own_class(layer: nn.Module) -> type:
-    """A layer's class, looking through the one that ``parametrize`` puts around it."""
-    cls = type(layer)
-    return cls.__bases__[0] if parametrize.is_parametrized(layer) else cls
-
-
 def _plan(
     model: nn.Module, choices: dict[type, tuple[Slot, Choice]]
 ) -> tuple[list[_Step], tuple[Skipped, ...]]:
@@ -156,13 +147,13 @@ def _plan(
     left: Counter[tuple[str, str]] = Counter()
     loaded: dict[type, type[QuantizedLayer]] = {}
     for name, layer in model.named_modules():
-        cls = _own_class(layer)
+        cls = own_class(layer)
         found = choices.get(cls)
         if found is None:
             base = next((base for base in cls.__mro__ if base in choices), None)
             if base is not None:
                 target = choices[base][1].offer.entry.dotted
-                left[_dotted(cls), f"a subclass of {target}, for which there is no entry"] += 1
+                left[dotted(cls), f"a subclass of {target}, for which there is no entry"] += 1
             continue
         slot, choice = found
         if choice.float_because:

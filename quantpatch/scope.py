@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import attrs
 
 from quantpatch import interception
+from quantpatch.classes import dotted
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import Entry, EntryLike
 from quantpatch.errors import EntryError, QuantPatchWarning, ScopeError
@@ -61,10 +62,6 @@ class Skipped:
     count: int
 
 
-def _dotted(thing: Any) -> str:
-    return f"{thing.__module__}.{thing.__qualname__}"
-
-
 class _Opening(Policy):
     """What belongs to one opening of a scope: its table, its recipe, and the watch for late imports."""
 
@@ -86,7 +83,7 @@ class _Opening(Policy):
         if cls is not None and cls is not slot.target:
             if self._is_mere_subclass(slot, cls):
                 target = choice.offer.entry.dotted
-                scope._count(_dotted(cls), f"a subclass of {target}, for which there is no entry")
+                scope._count(dotted(cls), f"a subclass of {target}, for which there is no entry")
             return None
         because = scope._float_because or choice.float_because
         if not because and choice.replacement is None:  # imported since the block was opened
@@ -331,7 +328,7 @@ class Scope:
     def replaced(self) -> tuple[Replaced, ...]:
         """What was replaced in this scope so far, by which entry and plugin, and how often."""
         return tuple(
-            Replaced(o.entry.dotted, _dotted(o.entry.load_replacement()), o.entry, o.plugin, count)
+            Replaced(o.entry.dotted, dotted(o.entry.load_replacement()), o.entry, o.plugin, count)
             for (o, because), count in self._counted()
             if isinstance(o, Offer) and not because
         )

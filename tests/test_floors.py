@@ -19,7 +19,7 @@ FLOORS = [
     {"errors"},
     {"formats", "entries"},
     {"_rounding"},
-    {"fake_quant", "interception", "lazy_imports", "hookspecs", "modes", "kept_weight"},
+    {"fake_quant", "interception", "lazy_imports", "hookspecs", "modes", "kept_weight", "classes", "files"},
     {"descriptor"},
     {"calibrators", "recipes"},
     {"registry"},

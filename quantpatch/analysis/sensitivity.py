@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -17,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from quantpatch.errors import ComparisonError
+from quantpatch.files import written_whole
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.report.render import as_text
@@ -186,7 +186,6 @@ class _Results:
         self._found[key] = value
         if self._path is None:
             return
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)
-        with os.fdopen(handle, "w") as file:
-            json.dump({"mode": self._mode, "results": self._found}, file)
-        os.replace(name, self._path)
+        with written_whole(self._path) as folder:
+            text = json.dumps({"mode": self._mode, "results": self._found})
+            (folder / self._path.name).write_text(text)

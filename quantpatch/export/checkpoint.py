@@ -18,17 +18,16 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from quantpatch.classes import dotted, own_class
 from quantpatch.errors import CheckpointError, MissingExtraError
 from quantpatch.export import packing
 from quantpatch.export.description import (
     active_plugins,
     describe_layers,
     describe_quantizers,
-    dotted,
-    own_class,
 )
-from quantpatch.export.files import own_version, written_whole
 from quantpatch.export.restore import Plan
+from quantpatch.files import own_version, written_whole
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
 

@@ -12,8 +12,8 @@ from typing import Any, cast
 
 import attrs
 from torch import nn
-from torch.nn.utils import parametrize
 
+from quantpatch.classes import dotted, own_class
 from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import CheckpointError, QuantPatchError
 from quantpatch.formats import Blocked, Float, Integer, NumberFormat
@@ -26,26 +26,13 @@ __all__ = [
     "describe_layers",
     "describe_quantizers",
     "descriptor_of",
-    "dotted",
     "find_class",
     "missing_plugins",
-    "own_class",
 ]
 
 _BUILTIN = "quantpatch.builtin"
 _FORMATS: Mapping[str, type[Any]] = {"integer": Integer, "float": Float, "blocked": Blocked}
 _LATER = ("format", "number_format")
-
-
-def dotted(cls: type) -> str:
-    """Where a class is found: ``module.Qualified.Name``."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def own_class(layer: nn.Module) -> type[Any]:
-    """A layer's class, looking through the one that ``parametrize`` puts around it."""
-    cls = type(layer)
-    return cls.__bases__[0] if parametrize.is_parametrized(layer) else cls
 
 
 def active_plugins() -> list[dict[str, str | None]]:

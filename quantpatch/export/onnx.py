@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError
 from quantpatch.export.check import ExportReport, compare_with_torch
 from quantpatch.export.description import active_plugins, describe_quantizers
-from quantpatch.export.files import own_version, written_whole
 from quantpatch.export.graph import tidy
 from quantpatch.export.targets import TARGETS, Operand, Target, codes_name, operands, problems
+from quantpatch.files import own_version, written_whole
 from quantpatch.formats import Float, Integer
 from quantpatch.modes import evaluating
 

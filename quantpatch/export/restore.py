@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from quantpatch.classes import dotted, own_class
 from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import QuantPatchError
 from quantpatch.export import packing
 from quantpatch.export.description import (
     descriptor_of,
-    dotted,
     find_class,
     missing_plugins,
-    own_class,
 )
 from quantpatch.formats import NumberFormat
 from quantpatch.layers.base import QuantizedLayer

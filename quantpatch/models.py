@@ -7,7 +7,6 @@ weights, hooks, tied parameters and place in an optimizer are kept. Reverting is
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,9 +21,9 @@ from quantpatch.entries import EntryLike
 from quantpatch.errors import ConversionError
 from quantpatch.interception import Slot
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.outcome import Outcome, Replaced, Skipped
 from quantpatch.recipes import DEFAULT_RECIPE
 from quantpatch.registry import registry
-from quantpatch.scope import Replaced, Skipped
 from quantpatch.table import Choice, Pattern, compose, load_checked
 
 __all__ = ["Conversion", "convert", "quantized", "revert"]
@@ -101,7 +100,8 @@ def convert(
         custom=tuple(custom),
     )
     choices = {key.target: (key, c) for key, c in table.items() if isinstance(key, Slot)}
-    steps, skipped = _plan(model, choices)
+    outcome = Outcome()
+    steps = _plan(model, choices, outcome)
     if not steps:
         seen = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
         raise ConversionError(
@@ -113,14 +113,7 @@ def convert(
             undo.callback(_unconvert, step.layer, type(step.layer), tuple(step.layer._modules))
             _convert_layer(step, chosen)
         undo.pop_all()  # all went well: keep it
-    counts = Counter((step.choice, step.replacement) for step in steps)
-    return Conversion(
-        tuple(
-            Replaced(c.offer.entry.dotted, dotted(replacement), c.offer.entry, c.offer.plugin, count)
-            for (c, replacement), count in counts.items()
-        ),
-        skipped,
-    )
+    return Conversion(outcome.replaced, outcome.skipped)
 
 
 def _refuse_wrapped(model: nn.Module, verb: str) -> None:
@@ -140,11 +133,8 @@ def _refuse_wrapped(model: nn.Module, verb: str) -> None:
             )
 
 
-def _plan(
-    model: nn.Module, choices: dict[type, tuple[Slot, Choice]]
-) -> tuple[list[_Step], tuple[Skipped, ...]]:
+def _plan(model: nn.Module, choices: dict[type, tuple[Slot, Choice]], outcome: Outcome) -> list[_Step]:
     steps: list[_Step] = []
-    left: Counter[tuple[str, str]] = Counter()
     loaded: dict[type, type[QuantizedLayer]] = {}
     for name, layer in model.named_modules():
         cls = own_class(layer)
@@ -153,16 +143,16 @@ def _plan(
             base = next((base for base in cls.__mro__ if base in choices), None)
             if base is not None:
                 target = choices[base][1].offer.entry.dotted
-                left[dotted(cls), f"a subclass of {target}, for which there is no entry"] += 1
+                outcome.count(dotted(cls), f"a subclass of {target}, for which there is no entry")
             continue
         slot, choice = found
+        outcome.count(choice.offer, choice.float_because)
         if choice.float_because:
-            left[choice.offer.entry.dotted, choice.float_because] += 1
             continue
         if cls not in loaded:
             loaded[cls] = _fit_for_conversion(load_checked(choice.offer, slot), choice)
         steps.append(_Step(name, layer, loaded[cls], choice))
-    return steps, tuple(Skipped(*key, count) for key, count in left.items())
+    return steps
 
 
 def _fit_for_conversion(replacement: Any, choice: Choice) -> type[QuantizedLayer]:

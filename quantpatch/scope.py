@@ -5,12 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
-
-import attrs
 
 from quantpatch import interception
 from quantpatch.classes import dotted
@@ -19,47 +16,14 @@ from quantpatch.entries import Entry, EntryLike
 from quantpatch.errors import EntryError, QuantPatchWarning, ScopeError
 from quantpatch.interception import Activation, Policy, Slot
 from quantpatch.lazy_imports import ImportWatch
+from quantpatch.outcome import Outcome, Replaced, Skipped
 from quantpatch.recipes import DEFAULT_RECIPE
-from quantpatch.registry import Offer, registry
+from quantpatch.registry import registry
 from quantpatch.table import Choice, Key, Pattern, Table, compose, load, load_all, outermost, slot_of
 
-__all__ = ["Replaced", "Scope", "Skipped", "keep_float", "quantize_modules"]
+__all__ = ["Scope", "keep_float", "quantize_modules"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-@attrs.frozen
-class Replaced:
-    """A line of ``scope.replaced``.
-
-    Attributes:
-        target: Dotted name of the class or function.
-        replacement: Dotted name of what took its place.
-        entry: The entry that applied.
-        plugin: The plugin it came from; None for an entry given as ``custom``.
-        count: How many objects were built (or calls made).
-    """
-
-    target: str
-    replacement: str
-    entry: Entry
-    plugin: str | None
-    count: int
-
-
-@attrs.frozen
-class Skipped:
-    """A line of ``scope.skipped``: what was built in the block and left float.
-
-    Attributes:
-        target: Dotted name of the class (or function).
-        reason: Why it was left float.
-        count: How many objects were built.
-    """
-
-    target: str
-    reason: str
-    count: int
 
 
 class _Opening(Policy):
@@ -83,13 +47,13 @@ class _Opening(Policy):
         if cls is not None and cls is not slot.target:
             if self._is_mere_subclass(slot, cls):
                 target = choice.offer.entry.dotted
-                scope._count(dotted(cls), f"a subclass of {target}, for which there is no entry")
+                scope._outcome.count(dotted(cls), f"a subclass of {target}, for which there is no entry")
             return None
         because = scope._float_because or choice.float_because
         if not because and choice.replacement is None:  # imported since the block was opened
             choice = load(slot, choice)
             self._put(slot, choice)
-        scope._count(choice.offer, because)
+        scope._outcome.count(choice.offer, because)
         return None if because else choice.replacement
 
     def _is_mere_subclass(self, slot: Slot, cls: type) -> bool:
@@ -160,7 +124,7 @@ class Scope:
         self._float_because = float_because  # if not empty, nothing is replaced
         self._openings: list[_Opening] = []
         self._started: _Opening | None = None
-        self._counts: Counter[tuple[Offer | str, str]] = Counter()  # what was built, why it stayed float
+        self._outcome = Outcome()
 
     def __repr__(self) -> str:
         if self._float_because:
@@ -320,31 +284,15 @@ class Scope:
 
     # --- what came out -------------------------------------------------------------------------
 
-    def _count(self, built: Offer | str, because: str) -> None:
-        with interception.lock:
-            self._counts[built, because] += 1
-
     @property
     def replaced(self) -> tuple[Replaced, ...]:
         """What was replaced in this scope so far, by which entry and plugin, and how often."""
-        return tuple(
-            Replaced(o.entry.dotted, dotted(o.entry.load_replacement()), o.entry, o.plugin, count)
-            for (o, because), count in self._counted()
-            if isinstance(o, Offer) and not because
-        )
+        return self._outcome.replaced
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
         """What was built in this scope so far and left float, why, and how often."""
-        return tuple(
-            Skipped(built.entry.dotted if isinstance(built, Offer) else built, because, count)
-            for (built, because), count in self._counted()
-            if because
-        )
-
-    def _counted(self) -> list[tuple[tuple[Offer | str, str], int]]:
-        with interception.lock:
-            return list(self._counts.items())
+        return self._outcome.skipped
 
 
 def _several(given: Any, argument: str, single: tuple[type, ...]) -> tuple[Any, ...]:

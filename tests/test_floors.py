@@ -23,7 +23,7 @@ FLOORS = [
     {"descriptor"},
     {"calibrators", "recipes"},
     {"registry"},
-    {"table", "quantizer"},
+    {"table", "quantizer", "outcome"},
     {"layers"},
     {"builtin", "scope", "report", "configure"},
     {"calibration", "models", "audit", "export"},

@@ -1,0 +1,127 @@
+"""Whether PyTorch is what it was: its dictionaries, keys in order and values by identity."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import operator
+import pkgutil
+import sys
+from types import ModuleType
+from typing import Any, Final
+
+import attrs
+import torch
+from torch import nn
+
+__all__ = ["ABSENT", "Change", "Snapshot"]
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+#: Stands for an attribute that there is not.
+ABSENT: Final = _Absent()
+
+
+@attrs.frozen(eq=False)
+class Change:
+    """An attribute of torch that is another than it was.
+
+    Attributes:
+        owner: The module or class.
+        name: Name of the attribute; empty if only the order of the attributes changed.
+        old: What it was, or ``ABSENT``.
+        new: What it is, or ``ABSENT``.
+    """
+
+    owner: Any
+    name: str
+    old: Any = ABSENT
+    new: Any = ABSENT
+
+    def __str__(self) -> str:
+        owner = self.owner
+        where = (
+            owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
+        )
+        if not self.name:
+            return f"{where}: the order of its attributes"
+        return f"{where}.{self.name}: {self.old!r} became {self.new!r}"
+
+    def undo(self) -> None:
+        """Puts back what was there."""
+        if not self.name:
+            return
+        # Straight to where it lies: torch's modules have a __setattr__ of their own.
+        write = type.__setattr__ if isinstance(self.owner, type) else ModuleType.__setattr__
+        remove = type.__delattr__ if isinstance(self.owner, type) else ModuleType.__delattr__
+        if self.old is ABSENT:
+            remove(self.owner, self.name)
+        else:
+            write(self.owner, self.name, self.old)
+
+
+@functools.cache
+def owners() -> tuple[Any, ...]:
+    """The classes of ``torch.nn``, ``Tensor``, and the modules ``torch``, ``nn`` and ``nn.functional``."""
+    parts = [
+        importlib.import_module(found.name)
+        for found in pkgutil.iter_modules(nn.modules.__path__, "torch.nn.modules.")
+    ]
+    classes = {
+        value: None
+        for module in (nn, *parts)
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__.startswith("torch.nn")
+    }
+    return (*classes, torch.Tensor, nn, nn.functional, torch)
+
+
+class Snapshot:
+    """What torch is made of at this moment, to be compared with later."""
+
+    def __init__(self) -> None:
+        self._dicts = [(owner, list(vars(owner)), list(vars(owner).values())) for owner in owners()]
+        self._meta_path = list(sys.meta_path)
+
+    def changes(self) -> list[Change]:
+        """What is different now. What torch or Python add by themselves in use does not count."""
+        return [change for owner, keys, values in self._dicts for change in _changes(owner, keys, values)]
+
+    def differences(self) -> list[str]:
+        """The same as sentences, and whether ``sys.meta_path`` is different."""
+        found = [str(change) for change in self.changes()]
+        now = sys.meta_path
+        if len(now) != len(self._meta_path) or not all(map(operator.is_, now, self._meta_path)):
+            found.append(f"sys.meta_path: {self._meta_path} became {now}")
+        return found
+
+    def had(self, value: Any) -> bool:
+        """Whether a value was there, under whatever name."""
+        return any(value is held for _, _, values in self._dicts for held in values)
+
+
+def _is_added_in_use(owner: Any, key: str, value: Any) -> bool:
+    if isinstance(owner, ModuleType):  # a submodule that torch imports when it is first used
+        return sys.modules.get(f"{owner.__name__}.{key}") is value
+    # Python's note on a class when an object of it is first copied or pickled.
+    return key == "__slotnames__"
+
+
+def _changes(owner: Any, keys: list[str], values: list[Any]) -> list[Change]:
+    now = vars(owner)
+    if list(now) == keys and all(map(operator.is_, now.values(), values)):
+        return []
+    now, was = dict(now), dict(zip(keys, values, strict=True))
+    new = [key for key in now if key not in was and not _is_added_in_use(owner, key, now[key])]
+    found = [
+        *(Change(owner, key, was[key], now[key]) for key in keys if key in now and now[key] is not was[key]),
+        *(Change(owner, key, was[key], ABSENT) for key in keys if key not in now),
+        *(Change(owner, key, ABSENT, now[key]) for key in new),
+    ]
+    if not found and [key for key in now if key in was] != keys:
+        found.append(Change(owner, ""))
+    return found

@@ -13,9 +13,8 @@ from typing import Any
 import attrs
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-from quantpatch.classes import dotted, own_class
+from quantpatch.classes import change_class, dotted, own_class
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import EntryLike
 from quantpatch.errors import ConversionError
@@ -110,7 +109,7 @@ def convert(
         )
     with contextlib.ExitStack() as undo:
         for step in steps:
-            undo.callback(_unconvert, step.layer, type(step.layer), tuple(step.layer._modules))
+            undo.callback(_unconvert, step.layer, own_class(step.layer), tuple(step.layer._modules))
             _convert_layer(step, chosen)
         undo.pop_all()  # all went well: keep it
     return Conversion(outcome.replaced, outcome.skipped)
@@ -171,21 +170,14 @@ def _fit_for_conversion(replacement: Any, choice: Choice) -> type[QuantizedLayer
 
 def _convert_layer(step: _Step, recipe: Recipe) -> None:
     layer: Any = step.layer
-    cls: type = step.replacement
-    if parametrize.is_parametrized(layer):
-        # The class that parametrize made for this layer holds its properties; ours is made of the same,
-        # and of the replacement.
-        theirs = type(layer)
-        members = {k: v for k, v in vars(theirs).items() if k not in ("__dict__", "__weakref__")}
-        cls = type(theirs.__name__, (step.replacement,), {**members, "_parametrized_float": theirs})
-    object.__setattr__(layer, "__class__", cls)
+    change_class(layer, step.replacement)
     layer.add_quantizers(recipe)
     for name in layer.quantizers():
         layer._modules[name].train(layer.training)
 
 
 def _unconvert(layer: Any, cls: type, children: tuple[str, ...]) -> None:
-    object.__setattr__(layer, "__class__", cls)
+    change_class(layer, cls)
     for name in [name for name in layer._modules if name not in children]:
         del layer._modules[name]
 
@@ -204,27 +196,8 @@ def revert(model: nn.Module) -> None:
         raise ConversionError(f"{type(model).__name__} holds no quantized layer, so nothing can be reverted")
     for layer in layers:
         own: Any = layer
-        cls = getattr(type(own), "_parametrized_float", None)
-        if cls is None:
-            cls = _float_twin(own)
         kept = tuple(name for name in own._modules if name not in layer.quantizers())
-        _unconvert(own, cls, kept)
-
-
-def _float_twin(layer: Any) -> type:
-    """The float class of a layer; made anew if the layer was parametrized after it was quantized."""
-    if not parametrize.is_parametrized(layer):
-        float_class: type = layer.float_class
-        return float_class
-    theirs = type(layer)
-    members = {
-        k: v
-        for k, v in vars(theirs).items()
-        if k not in ("__dict__", "__weakref__", "float_class", "__signature__")
-    }
-    quantized_class: Any = theirs.__bases__[0]
-    float_class = quantized_class.float_class
-    return type(f"Parametrized{float_class.__name__}", (float_class,), members)
+        _unconvert(own, layer.float_class, kept)
 
 
 @contextlib.contextmanager

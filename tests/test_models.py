@@ -165,6 +165,16 @@ def test_a_layer_parametrized_after_conversion_reverts():
     assert type(model.fc) is nn.Linear
 
 
+def test_a_second_parametrization_after_conversion_stays_when_reverting():
+    model = net()
+    parametrizations.weight_norm(model.fc)
+    qp.convert(model)
+    parametrize.register_parametrization(model.fc, "bias", nn.ReLU())
+    qp.revert(model)
+    assert model.fc.bias.min() >= 0
+    assert "bias" not in vars(model.fc)
+
+
 def test_converting_a_copy_leaves_the_parametrized_original_alone():
     model = net()
     parametrizations.weight_norm(model.fc)

@@ -9,9 +9,8 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from quantpatch.classes import dotted, own_class
+from quantpatch.classes import change_class, dotted, own_class
 from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import QuantPatchError
 from quantpatch.export import packing
@@ -101,20 +100,12 @@ class Plan:
                 )
             elif cls.float_class is not float_now:
                 self.problems.append(f"{shown}: {saved['class']} stands for {dotted(cls.float_class)} here")
-            elif parametrize.is_parametrized(layer):
-                self.problems.append(
-                    f"{shown} is parametrized and cannot change its class: quantize the model with "
-                    f"qp.convert(model), then load"
-                )
             else:
                 self._converted[name] = cls
         for name, module in self._modules.items():
             layer = module
             if isinstance(layer, QuantizedLayer) and name not in layers and not self._known_elsewhere(layer):
-                if parametrize.is_parametrized(module):
-                    self.problems.append(f"{name}: the file has it float; write qp.revert(model), then load")
-                else:
-                    self._converted[name] = layer.float_class
+                self._converted[name] = layer.float_class
 
     def _known_elsewhere(self, layer: Any) -> bool:
         """Whether a layer that is shared is in the file under another of its names."""
@@ -245,7 +236,7 @@ class Plan:
             if isinstance(layer, QuantizedLayer):
                 for own in layer.quantizers():
                     del self._modules[name]._modules[own]
-            object.__setattr__(layer, "__class__", cls)
+            change_class(layer, cls)
         described = self._description["layers"]
         for name in described:
             now: Any = self._modules[name]

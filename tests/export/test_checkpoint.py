@@ -207,12 +207,15 @@ def test_parametrized_weights(tmp_path: Path) -> None:
     qp.convert(model)
     qp.calibrate(model.eval(), [torch.randn(4, 6)], progress=False)
     save(model, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match="parametrized"):
-        load(tmp_path / "m.safetensors", build=build)
-    other = build()
-    qp.convert(other)
-    load(tmp_path / "m.safetensors", other).eval()
     x = torch.randn(3, 6)
+    quantized_already = build()
+    qp.convert(quantized_already)
+    for other in (build(), quantized_already):
+        load(tmp_path / "m.safetensors", other).eval()
+        assert torch.equal(other(x), model(x))
+    qp.revert(other)
+    save(other, tmp_path / "float.safetensors")
+    assert type(load(tmp_path / "float.safetensors", model)[0]).__bases__ == (nn.Linear,)
     assert torch.equal(other(x), model(x))
 
 

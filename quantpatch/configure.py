@@ -83,12 +83,17 @@ def configure(model: nn.Module, rules: Mapping[Matcher, Value] | Iterable[tuple[
         _put(operand, quantizer)
 
 
+_EVERYTHING = Recipe(name="everything", output=QuantDescriptor(), hidden=QuantDescriptor())
+
+
 def _operands(model: nn.Module) -> Iterable[_Operand]:
-    everything = Recipe(name="everything", output=QuantDescriptor())
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLayer):
-            for operand, _ in layer.descriptors(everything):
-                yield _Operand(name, layer, operand)
+            yield from _of_layer(name, layer)
+
+
+def _of_layer(name: str, layer: QuantizedLayer) -> list[_Operand]:
+    return [_Operand(name, layer, operand) for operand, _ in layer.descriptors(_EVERYTHING)]
 
 
 def _checked(pairs: list[Any]) -> list[tuple[Matcher, Value]]:
@@ -128,24 +133,31 @@ def _matches(matcher: Matcher, operand: _Operand) -> bool:
     # The quantizer, its layer, and every module around them; '' is the model itself.
     parts = operand.layer_name.split(".") if operand.layer_name else []
     names = [operand.quantizer_name, *(".".join(parts[:n]) for n in range(len(parts) + 1))]
-    if matcher.startswith("re:"):
-        try:
-            pattern = re.compile(matcher[3:])
-        except re.error as error:
-            raise RuleError(f"{matcher!r} is no regular expression: {error}", rule=matcher) from error
-        return any(pattern.fullmatch(name) for name in names if name)
-    return any(fnmatch.fnmatchcase(name, matcher) for name in names if name)
+    return any(_fits(matcher, name) for name in names if name)
+
+
+def _fits(pattern: str, name: str) -> bool:
+    if not pattern.startswith("re:"):
+        return fnmatch.fnmatchcase(name, pattern)
+    try:
+        return re.fullmatch(pattern[3:], name) is not None
+    except re.error as error:
+        raise RuleError(f"{pattern!r} is no regular expression: {error}", rule=pattern) from error
 
 
 def _is_meant(operand: _Operand, matcher: Matcher, value: Value) -> bool:
     """Whether a rule for a whole layer speaks of this operand.
 
-    One descriptor for a layer changes the quantizers that are there. A new one is made only where the
-    rule names it (``"head.output_quantizer"``) or a recipe has a descriptor for it.
+    One descriptor for a layer changes the quantizers that are there. A new one is made only where a recipe
+    has a descriptor for it, or the rule tells its name from others (``"head.output_quantizer"``).
     """
     if operand.layer.quantizer(operand.name) is not None or not isinstance(value, QuantDescriptor):
         return True
-    return isinstance(matcher, str) and quantizer_name(operand.name) in matcher
+    if not isinstance(matcher, str) or not _fits(matcher, operand.quantizer_name):
+        return False
+    return not all(
+        _fits(matcher, other.quantizer_name) for other in _of_layer(operand.layer_name, operand.layer)
+    )
 
 
 def _unmatched(matcher: Matcher, operands: list[_Operand]) -> RuleError:
@@ -161,7 +173,7 @@ def _quantizer_for(operand: _Operand, value: Value) -> TensorQuantizer | None:
         return None
     assert not isinstance(value, str)
     if isinstance(value, QuantDescriptor):
-        value = Recipe(name="rule", input=value, weight=value, output=value)
+        value = Recipe(name="rule", input=value, weight=value, output=value, hidden=value)
     descriptor = dict(operand.layer.descriptors(value)).get(operand.name)
     if descriptor is None:
         return None

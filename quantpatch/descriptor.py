@@ -147,6 +147,10 @@ class Recipe:
         input: Activations that come into a layer.
         weight: Weights.
         output: Activations that leave a layer.
+        hidden: What a recurrent layer (``nn.LSTM`` …) hands from one time step to the next. None leaves it
+            float within torch's fused kernel. Quantizing it means running in Python, step by step, which is
+            slower (see ``quantpatch.layers.recurrent`` for figures). Cells, which run step by step anyway,
+            take ``input`` for it if this is None.
         include: Names of targets that blocks leave float by default and this recipe wants replaced.
     """
 
@@ -156,4 +160,5 @@ class Recipe:
         factory=lambda: QuantDescriptor(axis=CHANNEL, narrow_range=True)
     )
     output: QuantDescriptor | None = None
+    hidden: QuantDescriptor | None = None
     include: tuple[str, ...] = ()

@@ -106,8 +106,10 @@ IMAGES = torch.randn(2, 3, 16, 16, generator=GENERATOR)
 IDS = torch.randint(0, 50, (2, 7), generator=GENERATOR)
 SOURCE, GOAL = torch.randn(2, 5, 16, generator=GENERATOR), torch.randn(2, 4, 16, generator=GENERATOR)
 
+WITH_HIDDEN = qp.Recipe(name="int8 with hidden states", hidden=qp.QuantDescriptor())
+
 # How to build it, its inputs, and the share that runs quantized. The LSTM's hidden state never leaves the
-# fused kernel, so half of its work keeps a float operand.
+# fused kernel, so half of its work keeps a float operand unless the recipe asks for it.
 MODELS = {
     "resnet": (resnet, (IMAGES,), 1.0),
     "mobilenet": (mobilenet, (IMAGES,), 1.0),
@@ -139,6 +141,24 @@ def test_the_share_that_runs_quantized_is_the_same_built_or_converted(case):
     _, models, inputs, share = case
     for model in models:
         assert qp.audit(model, *inputs).share == pytest.approx(share)
+
+
+def test_a_language_model_with_its_hidden_states_quantized_is_covered_whole():
+    torch.manual_seed(0)
+    reference = LanguageModel().eval()
+    with qp.quantize_modules(recipe=WITH_HIDDEN):
+        built = LanguageModel().eval()
+    built.load_state_dict(reference.state_dict())
+    converted = copy.deepcopy(reference)
+    qp.convert(converted, recipe=WITH_HIDDEN)
+    for model in (built, converted):
+        report = qp.audit(model, IDS)
+        assert report.share == 1.0
+        assert report.unreached == ()
+        for module in model.modules():
+            if isinstance(module, qp.TensorQuantizer):
+                module.disable()
+        assert torch.equal(model(IDS), reference(IDS))
 
 
 def test_disabled_quantizers_give_the_float_result_bit_for_bit(case):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
+import quantpatch as qp
+from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.layers import QuantGRU, QuantLSTM, QuantLSTMCell, QuantRNN
 from quantpatch.quantizer import TensorQuantizer
 
@@ -172,10 +177,258 @@ def test_gradients_of_weights_are_those_of_the_float_stack():
     assert all(g.isfinite().all() and g.abs().sum() > 0 for g in ours)
 
 
+# --- the hidden state, step by step --------------------------------------------------------------------
+
+HIDDEN = Recipe(name="hidden", hidden=QuantDescriptor())
+LAYOUTS = {
+    "plain": {},
+    "batch-first": {"batch_first": True},
+    "no-bias": {"bias": False},
+    "deep": {"num_layers": 3, "bidirectional": True},
+    "projected": {"num_layers": 2, "bidirectional": True, "proj_size": 3},
+}
+every_layout = pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(kind, options, id=f"{kind.__name__}-{label}")
+        for kind in KINDS
+        for label, options in LAYOUTS.items()
+        if "proj_size" not in options or kind is QuantLSTM
+    ],
+)
+
+
+def with_hidden(kind, **options):
+    """A layer whose every quantizer, those inside included, has a range of its own."""
+    torch.manual_seed(0)
+    with qp.quantize_modules(recipe=HIDDEN):
+        layer = kind.float_class(5, 4, **options)
+    for position, (name, quantizer) in enumerate(layer.quantizers().items()):
+        if name.startswith("weight"):
+            quantizer.amax = (
+                getattr(layer, name.removesuffix("_quantizer")).detach().abs().amax(1, keepdim=True)
+            )
+        else:
+            quantizer.amax = 0.3 + 0.05 * position
+    return layer
+
+
+CELLS = {nn.RNN: nn.RNNCell, nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell}
+
+
+def one_sequence(layer, x, state):
+    """What the layer should give for one sequence ``(steps, features)``: torch's cells, operands by hand.
+
+    The state is a list for hidden and cell state, each ``(layers * directions, features)``.
+    """
+    directions = 2 if layer.bidirectional else 1
+    finals = []
+    for number in range(layer.num_layers):
+        x = layer.quantizer(f"input_l{number}" if number else "input")(x)
+        outputs = []
+        for direction in range(directions):
+            suffix = f"l{number}" + "_reverse" * direction
+
+            def weight(name, suffix=suffix):
+                name = f"{name}_{suffix}"
+                return (
+                    layer.quantizer(name)(getattr(layer, name))
+                    if name.startswith("weight")
+                    else getattr(layer, name)
+                )
+
+            h, *c = (part[number * directions + direction] for part in state)
+            steps = []
+            for step in x.flip(0) if direction else x:
+                h = layer.quantizer(f"hidden_{suffix}")(h)
+                # A cell wants a hidden state as wide as its own, so a narrow one gets columns of zeros.
+                wide = layer.hidden_size - h.shape[0]
+                cell = CELLS[layer.float_class](x.shape[1], layer.hidden_size, bias=layer.bias)
+                with torch.no_grad():
+                    cell.weight_ih.copy_(weight("weight_ih"))
+                    cell.weight_hh.copy_(F.pad(weight("weight_hh"), (0, wide)))
+                    if layer.bias:
+                        cell.bias_ih.copy_(weight("bias_ih"))
+                        cell.bias_hh.copy_(weight("bias_hh"))
+                h = F.pad(h, (0, wide))
+                new = cell(step, (h, *c) if c else h)
+                h, c = (new[0], [new[1]]) if c else (new, [])
+                if layer.proj_size:
+                    h = layer.quantizer(f"projection_input_{suffix}")(h) @ weight("weight_hr").T
+                steps.append(h)
+            outputs.append(torch.stack(steps[::-1] if direction else steps))
+            finals.append([h, *c])
+        x = torch.cat(outputs, dim=1)
+    return x, [torch.stack(parts) for parts in zip(*finals, strict=True)]
+
+
+def initial_state(layer, count):
+    sizes = [layer.proj_size or layer.hidden_size] + [layer.hidden_size] * isinstance(layer, nn.LSTM)
+    rows = layer.num_layers * (2 if layer.bidirectional else 1)
+    return [torch.randn(rows, count, size) for size in sizes]
+
+
+def as_given(state):
+    return state[0] if len(state) == 1 else tuple(state)
+
+
+def as_list(state):
+    return [state] if isinstance(state, torch.Tensor) else list(state)
+
+
+@pytest.mark.parametrize("with_state", [False, True], ids=["no-state", "state"])
+@pytest.mark.parametrize("form", ["padded", "packed", "packed-sorted", "unbatched"])
+@every_layout
+def test_every_step_quantizes_the_hidden_state(kind, options, form, with_state):
+    layer = with_hidden(kind, **options)
+    lengths = {"padded": [5, 5, 5], "packed": [3, 5, 1, 4], "packed-sorted": [5, 3, 3], "unbatched": [5]}[
+        form
+    ]
+    sequences = [torch.randn(n, 5) for n in lengths]
+    state = initial_state(layer, len(lengths))
+    if not with_state:
+        state = [torch.zeros_like(part) for part in state]
+    if form == "unbatched":
+        given, given_state = sequences[0], [part[:, 0] for part in state]
+    else:
+        dim = 0 if layer.batch_first and form == "padded" else 1
+        given = (
+            torch.stack(sequences, dim) if form == "padded" else pack_sequence(sequences, form != "packed")
+        )
+        given_state = state
+    output, final = layer(given, as_given(given_state)) if with_state else layer(given)
+    final = as_list(final)
+    if form == "unbatched":
+        outputs, final = [output], [part.unsqueeze(1) for part in final]
+    elif form == "padded":
+        outputs = output.unbind(dim)
+    else:
+        assert type(output) is type(given)
+        outputs = [
+            row[:n] for row, n in zip(pad_packed_sequence(output, batch_first=True)[0], lengths, strict=True)
+        ]
+    for number, sequence in enumerate(sequences):
+        expected, ends = one_sequence(layer, sequence, [part[:, number] for part in state])
+        torch.testing.assert_close(outputs[number], expected, rtol=1e-5, atol=1e-6)
+        for part, end in zip(final, ends, strict=True):
+            torch.testing.assert_close(part[:, number], end, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@every_layout
+def test_with_the_quantizers_inside_disabled_the_kernel_runs_and_nothing_differs(kind, options, monkeypatch):
+    layer = with_hidden(kind, **options)
+    plain = copy.deepcopy(layer)
+    for name in [name for name in plain.quantizers() if "hidden" in name or "projection_input" in name]:
+        del plain._modules[name]
+        layer.get_submodule(name).disable()
+    monkeypatch.setattr(layer.__class__, "_advance", None)
+    x = torch.randn(6, 3, 5)
+    output, final = layer(x)
+    expected, ends = plain(x)
+    assert torch.equal(output, expected)
+    assert all(map(torch.equal, as_list(final), as_list(ends)))
+    for quantizer in layer.quantizers().values():
+        quantizer.disable()
+    reference = layer.float_class(5, 4, **options)
+    reference.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.endswith("_amax")})
+    assert torch.equal(layer(x)[0], reference(x)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_layer_of_a_stack_can_run_by_steps_and_the_others_by_the_kernel(kind, monkeypatch):
+    layer = with_hidden(kind, num_layers=3)
+    for number in (0, 2):
+        layer.quantizer(f"hidden_l{number}").disable()
+    x = torch.randn(4, 2, 5)
+    advanced = []
+    advance = kind._advance
+    monkeypatch.setattr(kind, "_advance", lambda *args: advanced.append(1) or advance(*args))
+    output, _ = layer(x)
+    assert len(advanced) == 4
+    for number in range(2):
+        expected, _ = one_sequence(layer, x[:, number], [torch.zeros(3, 4)] * (2 if kind is QuantLSTM else 1))
+        torch.testing.assert_close(output[:, number], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_drop_between_layers_as_the_kernel_does(kind):
+    layer = with_hidden(kind, num_layers=2, dropout=0.5, bidirectional=True)
+    twin = layer.float_class(5, 4, num_layers=2, dropout=0.5, bidirectional=True)
+    twin.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.endswith("_amax")})
+    for quantizer in layer.quantizers().values():
+        quantizer.disable_quant()
+        quantizer.enable_calib()  # active, and changes nothing
+    x = torch.randn(6, 3, 5)
+    torch.manual_seed(3)
+    ours, _ = layer(x)
+    torch.manual_seed(3)
+    theirs, _ = twin(x)
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(theirs, twin(x)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_tell_of_wrong_inputs_in_torchs_words(kind):
+    layer = with_hidden(kind)
+    states = 2 if kind is QuantLSTM else 1
+    with pytest.raises(RuntimeError, match="Expected hidden"):
+        layer(torch.randn(6, 2, 5), as_given([torch.randn(1, 3, 4)] * states))
+    with pytest.raises(RuntimeError, match=r"hidden|hx|2-D"):
+        layer(torch.randn(6, 5), as_given([torch.randn(1, 3, 4)] * states))
+    with pytest.raises(RuntimeError, match="input_size|must be equal"):
+        layer(torch.randn(6, 2, 7))
+    with pytest.raises((RuntimeError, ValueError), match="2-?D or 3-?D"):
+        layer(torch.randn(1, 6, 2, 5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_pass_through_all_steps(kind):
+    layer = with_hidden(kind, num_layers=2)
+    for quantizer in layer.quantizers().values():
+        quantizer.amax = None  # no clipping that would stop some
+    x = torch.randn(6, 2, 5, requires_grad=True)
+    output, _ = layer(x)
+    output[-1].square().sum().backward()
+    assert x.grad[0].abs().sum() > 0
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in layer.parameters())
+
+
+def test_a_model_with_hidden_states_quantized_calibrates_and_saves(tmp_path):
+    pytest.importorskip("safetensors")
+    layer, x = with_hidden(QuantLSTM, num_layers=2), torch.randn(6, 2, 5)
+    for quantizer in layer.quantizers().values():
+        quantizer.amax = None
+    qp.calibrate(layer, [x])
+    assert {row.state for row in qp.summary(layer).rows} == {"calibrated"}
+    qp.save(layer, tmp_path / "lstm.safetensors")
+    fresh = nn.LSTM(5, 4, num_layers=2)
+    qp.load(tmp_path / "lstm.safetensors", fresh)
+    assert torch.equal(fresh(x)[0], layer(x)[0])
+
+
+def test_a_rule_gives_an_existing_layer_the_quantizers_inside():
+    with qp.quantize_modules():
+        model = nn.ModuleDict({"rnn": nn.LSTM(5, 4, 2, bidirectional=True), "fc": nn.Linear(4, 2)})
+    before = set(model["rnn"].quantizers())
+    qp.configure(model, {"rnn.*": qp.QuantDescriptor(num_bits=4)})
+    assert set(model["rnn"].quantizers()) == before
+    qp.configure(model, {"*.hidden_*_quantizer": qp.QuantDescriptor()})
+    new = set(model["rnn"].quantizers()) - before
+    assert new == {f"hidden_l{n}{d}_quantizer" for n in (0, 1) for d in ("", "_reverse")}
+    assert qp.audit(model["rnn"], torch.randn(3, 2, 5)).share == 1.0
+
+
+@pytest.mark.parametrize("cell", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])
+def test_cells_take_the_recipes_descriptor_for_the_hidden_state(cell):
+    with qp.quantize_modules(recipe=Recipe(name="four", hidden=QuantDescriptor(num_bits=4))):
+        assert cell(3, 4).hidden_quantizer.format.bits == 4
+    with qp.quantize_modules(recipe="int8"):
+        assert cell(3, 4).hidden_quantizer.format.bits == 8
+
+
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell])
 def test_they_come_out_of_a_block(kind):
-    import quantpatch as qp
-
     with qp.quantize_modules():
         layer = kind(3, 4)
     assert type(layer).__name__ == f"Quant{kind.__name__}"

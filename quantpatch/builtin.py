@@ -8,8 +8,11 @@ from quantpatch.calibrators import BUILTIN_CALIBRATORS, Calibrator
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import Entry
 from quantpatch.formats import BUILTIN_FORMATS, NumberFormat
-from quantpatch.hookspecs import hookimpl
+from quantpatch.hookspecs import API_VERSION, hookimpl
 from quantpatch.recipes import BUILTIN_RECIPES
+
+#: Versions of the plugin API it works with, oldest and newest.
+quantpatch_api = (API_VERSION, API_VERSION)
 
 # A file of quantpatch.layers each, and the classes of torch.nn that it has quantized versions of.
 FAMILIES = {

@@ -1,8 +1,9 @@
 """The plugin manual: every hook a plugin can implement.
 
 A plugin is a module (or any object) with functions marked ``@quantpatch.hookimpl``, named in its
-distribution's entry-point group ``quantpatch``; the entry point's name is the plugin's name. Hooks
-return values and change nothing. quantpatch's own layers, recipes, formats and calibrators come in
+distribution's entry-point group ``quantpatch``; the entry point's name is the plugin's name. It states
+the versions of the plugin API it works with, ``quantpatch_api = (oldest, newest)``. Hooks return values
+and change nothing. quantpatch's own layers, recipes, formats and calibrators come in
 through these same hooks, from the plugin ``quantpatch.builtin``.
 """
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from quantpatch.formats import NumberFormat
 
 __all__ = [
+    "API_VERSION",
     "PROJECT",
     "hookimpl",
     "quantpatch_calibrators",
@@ -29,6 +31,11 @@ __all__ = [
 ]
 
 PROJECT = "quantpatch"
+
+#: Version of the plugin API: of the hooks below, and of what plugins build on (``QuantizedLayer``, ``Entry``,
+#: ``Recipe``, ``NumberFormat``, ``Calibrator``). It rises when a plugin written for the version before may
+#: no longer work; a new hook alone does not raise it.
+API_VERSION = 1
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

@@ -29,7 +29,7 @@ class ImportWatch(importlib.abc.MetaPathFinder):
     """
 
     def __init__(self, names: Iterable[str], notify: Notify) -> None:
-        self._names = frozenset(names)
+        self.names = frozenset(names)
         self._notify = notify
 
     def start(self) -> None:
@@ -45,7 +45,7 @@ class ImportWatch(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """The specification that the other finders give, with a loader that notifies."""
-        if fullname not in self._names or self not in sys.meta_path:
+        if fullname not in self.names or self not in sys.meta_path:
             return None
         # Those before this one have been asked; among those after it may be the watch of another scope.
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:

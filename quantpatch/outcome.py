@@ -6,10 +6,10 @@ from collections import Counter
 
 import attrs
 
-from quantpatch import interception
+from quantpatch import interception, tracing
 from quantpatch.classes import dotted
 from quantpatch.entries import Entry
-from quantpatch.registry import Offer
+from quantpatch.plugins import Offer
 
 __all__ = ["Outcome", "Replaced", "Skipped"]
 
@@ -63,6 +63,9 @@ class Outcome:
         """
         with interception.lock:
             self._counts[built, float_because] += 1
+            first = self._counts[built, float_because] == 1
+        if first and tracing.is_on():
+            tracing.say(_decision(built, float_because))
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:
@@ -85,3 +88,11 @@ class Outcome:
     def _items(self) -> list[tuple[tuple[Offer | str, str], int]]:
         with interception.lock:
             return list(self._counts.items())
+
+
+def _decision(built: Offer | str, float_because: str) -> str:
+    if isinstance(built, str):
+        return f"  {built} stays float: {float_because}"
+    if float_because:
+        return f"  {built.entry.dotted} stays float: {float_because}"
+    return f"  {built.entry} ({built.source})"

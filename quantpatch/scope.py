@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
-from quantpatch import interception
+from quantpatch import interception, tracing
 from quantpatch.classes import dotted
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import Entry, EntryLike
@@ -38,6 +38,17 @@ class _Opening(Policy):
         self.watch = ImportWatch(waiting, self._imported) if waiting else None
         if self.watch is not None:
             self.watch.start()
+        if tracing.is_on():
+            self._say_what_it_replaces()
+
+    def _say_what_it_replaces(self) -> None:
+        choices = self.table.values()
+        float_ = sum(bool(self.scope._float_because or choice.float_because) for choice in choices)
+        later = f"; waits for {', '.join(sorted(self.watch.names))}" if self.watch is not None else ""
+        tracing.say(
+            f"{self.scope!r} opened, recipe {self.recipe.name}: replaces {len(choices) - float_} targets, "
+            f"leaves {float_} float{later}"
+        )
 
     def replacement_for(self, slot: Slot, cls: type | None) -> Any | None:
         choice = self.table.get(slot)

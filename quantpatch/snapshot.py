@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import operator
 import pkgutil
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Final
 
@@ -14,7 +16,7 @@ import attrs
 import torch
 from torch import nn
 
-__all__ = ["ABSENT", "Change", "Snapshot"]
+__all__ = ["ABSENT", "Change", "Snapshot", "protected"]
 
 
 class _Absent:
@@ -125,3 +127,50 @@ def _changes(owner: Any, keys: list[str], values: list[Any]) -> list[Change]:
     if not found and [key for key in now if key in was] != keys:
         found.append(Change(owner, ""))
     return found
+
+
+# --- code that may not change torch ------------------------------------------------------------
+
+_last: Snapshot | None = None  # good as long as nothing has changed since: comparing is cheaper than taking
+
+
+@contextlib.contextmanager
+def protected(changes: list[Change]) -> Iterator[None]:
+    """A block after which torch is what it was before, whatever code of others did in it.
+
+    What torch itself changes (some of its parts do when they are imported) stays, and so do the hooks
+    of scopes that other threads open or leave meanwhile.
+
+    Args:
+        changes: What was taken back is added to it.
+    """
+    global _last
+    if _last is None or _last.changes():
+        _last = Snapshot()
+    before = _last
+    try:
+        yield
+    finally:
+        for change in before.changes():
+            if _is_foreign(change, before):
+                change.undo()
+                changes.append(change)
+
+
+def _is_foreign(change: Change, before: Snapshot) -> bool:
+    """Whether it is neither torch's own doing nor a hook of quantpatch that came or went."""
+    if not change.name or _home(change.old) == "quantpatch":
+        return False
+    home = _home(change.new)
+    # A part of torch in another part's place is nobody's but the code's that ran.
+    return home != "quantpatch" and (home != "torch" or before.had(change.new))
+
+
+def _home(value: Any) -> str:
+    """The top-level package whose code made a value."""
+    value = getattr(value, "fget", getattr(value, "__func__", value))
+    if value is ABSENT:
+        return ""
+    module = value.__module__ if isinstance(value, type) else type(value).__module__
+    # A decorator may have given a function the name of another's module; what it runs in cannot lie.
+    return str(getattr(value, "__globals__", {}).get("__name__", module)).partition(".")[0]

@@ -19,7 +19,9 @@ import attrs
 from quantpatch.entries import Entry, EntryLike
 from quantpatch.errors import EntryConflictError, EntryError, ScopeError, UnknownNameError, near_misses
 from quantpatch.interception import Slot
-from quantpatch.registry import BUILTIN, Offer
+from quantpatch.plugins import BUILTIN, Offer
+from quantpatch.snapshot import Change, protected
+from quantpatch.tracing import listed
 
 __all__ = [
     "Choice",
@@ -95,10 +97,11 @@ def load_checked(offer: Offer, slot: Slot) -> Any:
     """The entry's replacement, imported and fit to take the target's place.
 
     Raises:
-        EntryError: It is not.
+        EntryError: It is not; or it comes from a plugin and cannot be pickled, or changes torch when it is
+            imported.
     """
     try:
-        replacement = offer.entry.load_replacement()
+        replacement = _imported(offer)
     except EntryError as error:
         raise entry_error(offer, str(error)) from error
     try:
@@ -111,7 +114,36 @@ def load_checked(offer: Offer, slot: Slot) -> Any:
             else f"Write a function that takes the arguments of {name}"
         )
         raise entry_error(offer, f"the replacement cannot take the target's place: {error}", hint) from error
+    if offer.plugin is not None and isinstance(replacement, type) and not _is_importable(replacement):
+        # In code of one's own, given as custom, that is a matter of one's own.
+        name = replacement.__name__
+        raise entry_error(
+            offer,
+            f"{replacement.__module__}.{replacement.__qualname__} is not found under that name, so that the "
+            f"layers built from it could not be pickled",
+            f"Define the class at the top of a module, and name it as text: 'package.module:{name}'",
+        )
     return replacement
+
+
+def _imported(offer: Offer) -> Any:
+    """The replacement; importing that of a plugin may not change torch."""
+    if offer.plugin in (None, BUILTIN) or not isinstance(offer.entry.replacement, str):
+        return offer.entry.load_replacement()
+    changes: list[Change] = []
+    with protected(changes):
+        replacement = offer.entry.load_replacement()
+    if changes:
+        what = listed(map(str, changes))
+        raise EntryError(f"importing it changes PyTorch: {what}. That was taken back")
+    return replacement
+
+
+def _is_importable(cls: type) -> bool:
+    found: Any = sys.modules.get(cls.__module__)
+    for name in cls.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is cls
 
 
 def _key(offer: Offer) -> Key:

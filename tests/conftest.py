@@ -87,3 +87,32 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     yield write
     for module in [m for m in sys.modules if m.partition(".")[0] in names]:
         del sys.modules[module]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """Installs a real distribution with one plugin; returns the name of its module.
+
+    ``more`` goes into its metadata, ``points`` into its entry points.
+    """
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules: list[str] = []
+
+    def make(
+        plugin: str, source: str, dist: str = "", version: str = "1.2", *, more: str = "", points: str = ""
+    ) -> str:
+        module = f"plugin_module_{next(_unique)}"
+        (tmp_path / f"{module}.py").write_text(source)
+        dist = dist or f"dist-{module}"
+        info = tmp_path / f"{dist.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: {version}\n{more}")
+        points = points.replace("MODULE", module)
+        (info / "entry_points.txt").write_text(f"[quantpatch]\n{plugin} = {module}\n{points}")
+        importlib.invalidate_caches()
+        modules.append(module)
+        return module
+
+    yield make
+    for module in modules:
+        sys.modules.pop(module, None)

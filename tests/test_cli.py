@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 import quantpatch
 from quantpatch import hookimpl
 from quantpatch.cli import app, main
-from quantpatch.registry import BUILTIN, registry
+from quantpatch.plugins import BUILTIN
+from quantpatch.registry import registry
 
 
 def run(*arguments):

@@ -28,10 +28,11 @@ FLOORS = [
         "kept_weight",
         "classes",
         "files",
-        "snapshot",
     },
+    {"snapshot", "tracing"},
     {"descriptor"},
     {"calibrators", "recipes"},
+    {"plugins"},
     {"registry"},
     {"table", "quantizer", "outcome"},
     {"layers"},
@@ -87,7 +88,9 @@ def test_imports_point_down_only(module: str) -> None:
         assert other == own or FLOOR[other] < FLOOR[own], f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("module", ["interception", "lazy_imports", "entries", "errors", "hookspecs"])
+@pytest.mark.parametrize(
+    "module", ["interception", "lazy_imports", "entries", "errors", "hookspecs", "tracing"]
+)
 def test_the_ground_floor_imports_no_torch(module: str) -> None:
     tree = ast.parse((ROOT / f"{module}.py").read_text())
     named = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]

@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 import quantpatch as qp
-from quantpatch.errors import PluginError, UnknownNameError
+from quantpatch import hookspecs
+from quantpatch.errors import EntryError, PluginError, QuantPatchWarning, UnknownNameError
+from quantpatch.plugins import BUILTIN, discover
 from quantpatch.recipes import DEFAULT_RECIPE
-from quantpatch.registry import BUILTIN, Registry
+from quantpatch.registry import Registry
 
-_count = itertools.count()
 GOOD = """
 import quantpatch
 @quantpatch.hookimpl
 def quantpatch_entries():
     return [("far.away", "Layer", "far.quant:QuantLayer")]
 """
-
-
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Installs a real distribution with one plugin; returns the name of its module."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    def make(plugin: str, source: str, dist: str = "", version: str = "1.2") -> str:
-        module = f"plugin_module_{next(_count)}"
-        (tmp_path / f"{module}.py").write_text(source)
-        dist = dist or f"dist-{module}"
-        info = tmp_path / f"{dist.replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(f"[quantpatch]\n{plugin} = {module}\n")
-        return module
-
-    return make
 
 
 def test_an_installed_plugin_is_found_with_its_distribution(install) -> None:
@@ -87,6 +70,43 @@ BROKEN = {
         GOOD.replace("_entries", "_entrys"),
         "does not fit the hooks: .*quantpatch_entrys.*there are .*quantpatch_entries",
     ),
+    "needs a module that is missing": (
+        "import far_away_module",
+        "cannot be imported: ModuleNotFoundError: .*far_away_module'. Install what brings the module "
+        "'far_away_module'",
+    ),
+    "changes a class's method": (
+        f"import torch\ntorch.nn.Linear.forward = lambda self, x: x\n{GOOD}",
+        "changes PyTorch when it is imported: torch.nn.modules.linear.Linear.forward: <function .* became "
+        "<function <lambda>.*was taken back",
+    ),
+    "changes a name": (
+        f"import torch\ntorch.nn.Linear = torch.nn.Identity\n{GOOD}",
+        "changes PyTorch when it is imported: torch.nn.Linear: <class .*Linear'> became <class .*Identity'>",
+    ),
+    "changes torch behind a decorator": (
+        "import functools, torch\n@functools.wraps(torch.relu)\ndef relu(x): ...\n"
+        f"torch.relu, torch.shiny = relu, property(relu)\n{GOOD}",
+        "changes PyTorch when it is imported: torch.relu.*, torch.shiny: nothing became",
+    ),
+    "changes torch and then fails": (
+        "import torch\ntorch.nn.ReLU.forward = None\nraise OSError('no disk')",
+        "cannot be imported: OSError: no disk",
+    ),
+    "is built for a future API": (
+        f"quantpatch_api = (7, 9)\n{GOOD}",
+        "is written for versions 7 to 9 of the plugin API, and this quantpatch .* has version 1. "
+        "Update quantpatch: pip install --upgrade quantpatch",
+    ),
+    "is built for a quantpatch with more in it": (
+        "from quantpatch import FutureThing",
+        "cannot be imported: ImportError: .*FutureThing.*It is written for another quantpatch "
+        "\\(broken-dist requires quantpatch>=7\\); this is .*, with version 1 of the plugin API",
+    ),
+    "states its API in another way": (
+        f"quantpatch_api = '>=1'\n{GOOD}",
+        "states quantpatch_api = '>=1'; expected .*: quantpatch_api = \\(1, 1\\)",
+    ),
     "takes arguments": (GOOD.replace("entries()", "entries(torch)"), "does not fit the hooks: .*torch"),
 }
 
@@ -96,7 +116,8 @@ def test_a_broken_plugin_is_named_with_its_distribution_and_can_be_blocked(
     case, install, monkeypatch
 ) -> None:
     source, message = BROKEN[case]
-    module = install("broken", source, "broken-dist", "0.3")
+    requires = "Requires-Dist: quantpatch-other\nRequires-Dist: quantpatch>=7\n"
+    module = install("broken", source, "broken-dist", "0.3", more=requires)
     registry = Registry()
     for _ in range(2):  # the same each time
         with pytest.raises(
@@ -109,7 +130,7 @@ def test_a_broken_plugin_is_named_with_its_distribution_and_can_be_blocked(
     assert info.state == "failed"
     assert "broken-dist 0.3" in info.reason
     assert registry.offers([])  # those not asked for do not matter
-    monkeypatch.setenv("QUANTPATCH_BLOCK", " other, broken ")
+    monkeypatch.setenv("QUANTPATCH_BLOCK", " broken ,")
     sys.modules.pop(module, None)
     registry = Registry()
     assert {offer.plugin for offer in registry.offers(["broken"])} == {BUILTIN}
@@ -126,7 +147,7 @@ def test_the_environment_allows_and_blocks(install, monkeypatch) -> None:
         return {str(offer.plugin) for offer in Registry().offers()} & {"one", "two", BUILTIN}
 
     assert active() == {"one", "two", BUILTIN}
-    monkeypatch.setenv("QUANTPATCH_PLUGINS", "one, unknown")
+    monkeypatch.setenv("QUANTPATCH_PLUGINS", "one, ")
     assert active() == {"one", BUILTIN}
     monkeypatch.setenv("QUANTPATCH_BLOCK", "one")
     assert active() == {BUILTIN}
@@ -141,9 +162,138 @@ def test_two_distributions_with_one_plugin_name(install) -> None:
     install("same", GOOD, "first-dist")
     install("same", GOOD, "second-dist")
     with pytest.raises(
-        PluginError, match=r"from first-dist 1.2\) has the same name as one from second-dist 1.2"
+        PluginError, match=r"from first-dist 1.2\) has the same name as one from second-dist 1.2. Uninstall"
     ):
         Registry().offers(["same"])
+
+
+def test_a_distribution_may_bring_two_plugins_but_not_under_one_name_or_from_one_module(install) -> None:
+    install("one", GOOD, points="two = throwaway_second", dist="both")
+    assert {"one", "two"} <= {info.name for info in Registry().plugins()}
+    install("twice", GOOD, points="twice = MODULE:Other", dist="doubled")
+    with pytest.raises(
+        PluginError, match=r"'twice' \(from doubled 1.2\) is declared twice, as plugin_module"
+    ):
+        Registry().offers(["twice"])
+    module = install("alpha", GOOD, points="omega = MODULE", dist="echo")
+    registry = Registry()
+    assert registry.offers(["alpha"])
+    with pytest.raises(
+        PluginError,
+        match=rf"'omega' \(from echo 1.2\) is the same module as plugin 'alpha': two .* {module}. Remove one",
+    ):
+        registry.offers(["alpha", "omega"])
+    assert registry.offers(["alpha"])
+
+
+def test_what_torch_changes_by_itself_while_a_plugin_is_imported_is_not_the_plugins_doing(
+    install, monkeypatch
+) -> None:
+    # As importing torch._dynamo does: a function of torch's own, which was not there before.
+    source = "import torch\nexec('def manual_seed(seed): ...', vars(torch.random))\n"
+    monkeypatch.setattr(torch, "manual_seed", torch.manual_seed)
+    monkeypatch.setattr(torch.random, "manual_seed", torch.random.manual_seed)
+    install("innocent", f"{source}torch.manual_seed = torch.random.manual_seed\n{GOOD}")
+    assert "innocent" in {offer.plugin for offer in Registry().offers(["innocent"])}
+    assert torch.manual_seed is torch.random.manual_seed
+
+
+def test_blocks_that_other_threads_open_during_an_import_are_not_the_plugins_doing(install) -> None:
+    source = "import quantpatch\nscope = quantpatch.quantize_modules(plugins=[]).start()\n"
+    module = install("busy", source + GOOD)
+    assert "busy" in {offer.plugin for offer in Registry().offers(["busy"])}
+    sys.modules[module].scope.stop()
+
+
+def test_a_plugin_written_for_an_older_api_is_to_be_updated(install, monkeypatch) -> None:
+    install("old", f"quantpatch_api = (1, 2)\n{GOOD}", "old-dist")
+    install("silent", GOOD.replace("Layer", "Other"), "silent-dist")
+    for version in (1, 2):
+        monkeypatch.setattr(hookspecs, "API_VERSION", version)
+        monkeypatch.setattr("quantpatch.builtin.quantpatch_api", (version, version))
+        assert "old" in {offer.plugin for offer in Registry().offers(["old"])}
+    monkeypatch.setattr(hookspecs, "API_VERSION", 3)
+    monkeypatch.setattr("quantpatch.builtin.quantpatch_api", (3, 3))
+    with pytest.raises(
+        PluginError,
+        match="for versions 1 to 2 .* has version 3. Update old-dist: pip install --upgrade old-dist",
+    ):
+        Registry().offers(["old"])
+    with pytest.raises(PluginError, match=r"'silent' .*for version 1 of the plugin API"):
+        Registry().offers(["silent"])
+
+
+def test_an_unknown_name_in_the_allowlist_is_an_error_and_in_the_blocklist_a_warning(
+    install, monkeypatch
+) -> None:
+    install("mylib", GOOD)
+    monkeypatch.setenv("QUANTPATCH_PLUGINS", "mylob")
+    with pytest.raises(
+        UnknownNameError, match="unknown plugin in QUANTPATCH_PLUGINS 'mylob'. Did you mean 'mylib'"
+    ):
+        Registry().offers()
+    with pytest.warns(QuantPatchWarning, match="QUANTPATCH_PLUGINS names 'mylob', .* Did you mean 'mylib'"):
+        assert "mylib" in {info.name for info in Registry().plugins()}  # can be listed all the same
+    monkeypatch.delenv("QUANTPATCH_PLUGINS")
+    monkeypatch.setenv("QUANTPATCH_BLOCK", "mylob")
+    registry = Registry()
+    with pytest.warns(
+        QuantPatchWarning, match="QUANTPATCH_BLOCK names 'mylob', and there is no such plugin. Did you mean"
+    ):
+        registry.offers()
+    assert "mylib" in {offer.plugin for offer in registry.offers()}  # told once
+
+
+UNFIT = """
+import quantpatch, torch
+def make():
+    class QuantTanh(quantpatch.QuantizedLayer, torch.nn.Tanh):
+        inputs = ("input",)
+    return QuantTanh
+@quantpatch.hookimpl
+def quantpatch_entries():
+    return [("torch.nn", "Tanh", REPLACEMENT)]
+"""
+PATCHING = """
+import quantpatch, torch
+torch.nn.Linear.shiny = 1
+class QuantTanh(quantpatch.QuantizedLayer, torch.nn.Tanh):
+    inputs = ("input",)
+"""
+
+
+def test_a_class_that_cannot_be_pickled_is_refused_with_what_to_write(install) -> None:
+    module = install("local", UNFIT.replace("REPLACEMENT", "make()"), "local-dist")
+    qp.registry._plugins |= {"local": discover()["local"]}
+    try:
+        with (
+            pytest.raises(
+                EntryError,
+                match=rf"plugin 'local': entry torch.nn.Tanh.*{module}.make.<locals>.QuantTanh is not found "
+                r"under that name, .* pickled. Define the class at the top of a module, .*:QuantTanh'",
+            ),
+            qp.quantize_modules(),
+        ):
+            pass
+    finally:
+        qp.registry.unregister("local")
+
+
+def test_a_replacement_that_changes_torch_when_it_is_imported_is_refused(install, package) -> None:
+    layers = package(layers=PATCHING)
+    install("late", UNFIT.replace("REPLACEMENT", repr(f"{layers}.layers:QuantTanh")), "late-dist")
+    qp.registry._plugins |= {"late": discover()["late"]}
+    try:
+        with (
+            pytest.raises(
+                EntryError,
+                match="plugin 'late': .*importing it changes PyTorch: .*Linear.shiny: nothing became 1",
+            ),
+            qp.quantize_modules(),
+        ):
+            pass
+    finally:
+        qp.registry.unregister("late")
 
 
 def test_plugins_by_hand() -> None:

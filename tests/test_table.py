@@ -8,7 +8,8 @@ from torch import nn
 from quantpatch.entries import Entry
 from quantpatch.errors import EntryConflictError, ScopeError
 from quantpatch.interception import Slot
-from quantpatch.registry import BUILTIN, Offer, registry
+from quantpatch.plugins import BUILTIN, Offer
+from quantpatch.registry import registry
 from quantpatch.table import compose, outermost
 
 

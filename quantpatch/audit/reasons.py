@@ -10,7 +10,8 @@ from torch import nn
 from quantpatch.audit.operations import FAST_PATHS
 from quantpatch.audit.trace import Seen
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.registry import Offer, registry
+from quantpatch.plugins import Offer
+from quantpatch.registry import registry
 from quantpatch.table import slot_of
 
 __all__ = ["Targets", "reason_for", "skeleton"]

@@ -1,0 +1,311 @@
+"""One plugin: found by its entry point, imported when it is needed, and asked through its hooks.
+
+Whatever is wrong with a plugin becomes a ``PluginError`` with its name, its distribution and what to do,
+and is remembered: the same plugin fails in the same words each time.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import attrs
+import pluggy
+
+from quantpatch import hookspecs, tracing
+from quantpatch.entries import Entry, EntryLike
+from quantpatch.errors import EntryError, PluginError
+from quantpatch.files import own_version
+from quantpatch.interception import lock
+from quantpatch.snapshot import Change, protected
+
+__all__ = ["BLOCK_VARIABLE", "BUILTIN", "Offer", "Plugin", "discover"]
+
+BUILTIN = "quantpatch.builtin"
+BLOCK_VARIABLE = "QUANTPATCH_BLOCK"
+
+
+# A line of a distribution's requirements that is about quantpatch itself.
+_IS_OURS = re.compile(r"quantpatch(?![\w.-])", re.IGNORECASE).match
+
+
+@attrs.frozen(cache_hash=True)
+class Offer:
+    """An entry with its provenance.
+
+    Attributes:
+        entry: The entry.
+        plugin: Name of the plugin that offers it, or None for one given to a scope as ``custom``.
+    """
+
+    entry: Entry
+    plugin: str | None
+
+    @property
+    def source(self) -> str:
+        """Whose it is, for messages."""
+        return "custom" if self.plugin is None else f"plugin {self.plugin!r}"
+
+
+class Plugin:
+    """A plugin that is known, imported or not.
+
+    Args:
+        name: Name of the entry point.
+        get: Imports it.
+        where: What the entry point names, ``"package.module"``; empty if it was registered by hand.
+        dist: The distribution that brings it, or None if it was registered by hand.
+
+    Attributes:
+        distribution: That distribution's name.
+        version: That distribution's version.
+        plugin: The module or object with the hooks, once it is loaded.
+        failure: Why it cannot take part, once that is known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        get: Callable[[], Any],
+        *,
+        where: str = "",
+        dist: importlib.metadata.Distribution | None = None,
+    ) -> None:
+        self.name = name
+        self.where = where
+        self.distribution = dist.name if dist else None
+        self.version = dist.version if dist else None
+        self.plugin: Any = None
+        self.failure: PluginError | None = None
+        self._get = get
+        self._dist = dist
+        self._results: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"plugin {self.name!r}{self._whose}"
+
+    @property
+    def provenance(self) -> str | None:
+        """Name and version of its distribution."""
+        return f"{self.distribution} {self.version}" if self.distribution else None
+
+    @property
+    def _whose(self) -> str:
+        return f" (from {self.provenance})" if self.provenance else ""
+
+    def error(self, what: str, hook: str | None = None) -> PluginError:
+        """The error that says what is wrong with it, whose it is, and how to go on without it."""
+        return PluginError(
+            f"{self!r} {what}. To go on without it, set {BLOCK_VARIABLE}={self.name}",
+            plugin=self.name,
+            distribution=self.provenance,
+            hook=hook,
+        )
+
+    # --- loading -------------------------------------------------------------------------------
+
+    def load(self, manager: pluggy.PluginManager) -> None:
+        """Imports it and registers its hooks, once.
+
+        Raises:
+            PluginError: It cannot be imported, changes torch, is written for another version of the
+                plugin API, or does not fit the hooks.
+        """
+        if self.failure is not None:
+            raise self.failure
+        if self.plugin is not None:
+            return
+        try:
+            plugin = self._import()
+            self._check_api(plugin)
+        except PluginError as error:
+            self.failure = error
+            raise
+        with lock:  # not around the import, which may wait for another thread's
+            if self.plugin is None:  # else another thread was faster
+                self._register(plugin, manager)
+                self.plugin = plugin
+
+    def _import(self) -> Any:
+        changes: list[Change] = []
+        try:
+            with tracing.timed(f"{self!r} imported"):
+                if self.name == BUILTIN or not self.where:
+                    return self._get()
+                with protected(changes):
+                    plugin = self._get()
+        except (Exception, SystemExit) as error:
+            raise self.error(
+                f"cannot be imported: {type(error).__name__}: {error}{self._hint(error)}"
+            ) from error
+        if changes:
+            what = tracing.listed(map(str, changes))
+            raise self.error(
+                f"changes PyTorch when it is imported: {what}. That was taken back. A plugin replaces "
+                f"classes and functions by returning entries from its hook quantpatch_entries"
+            )
+        return plugin
+
+    def _hint(self, error: BaseException) -> str:
+        """What to do about an import that fails."""
+        missing = getattr(error, "name", None) if isinstance(error, ImportError) else None
+        if not missing:
+            return ""
+        if missing.partition(".")[0] != "quantpatch":
+            return f". Install what brings the module {missing!r}"
+        required = [line for line in (self._dist.requires if self._dist else None) or () if _IS_OURS(line)]
+        wants = f" ({self.distribution} requires {required[0]})" if required else ""
+        return (
+            f". It is written for another quantpatch{wants}; this is {own_version()}, with version "
+            f"{hookspecs.API_VERSION} of the plugin API. Install versions that go together"
+        )
+
+    def _check_api(self, plugin: Any) -> None:
+        stated = getattr(plugin, "quantpatch_api", (1, 1))
+        match stated:
+            case (int(oldest), int(newest)) if 1 <= oldest <= newest:
+                pass
+            case _:
+                raise self.error(
+                    f"states quantpatch_api = {stated!r}; expected the oldest and the newest version of the "
+                    f"plugin API that it works with: quantpatch_api = (1, {hookspecs.API_VERSION})"
+                )
+        ours = hookspecs.API_VERSION
+        if oldest <= ours <= newest:
+            return
+        versions = f"version {oldest}" if oldest == newest else f"versions {oldest} to {newest}"
+        update = "quantpatch" if ours < oldest else self.distribution or "the plugin"
+        raise self.error(
+            f"is written for {versions} of the plugin API, and this quantpatch ({own_version()}) has version "
+            f"{ours}. Update {update}: pip install --upgrade {update}"
+        )
+
+    def _register(self, plugin: Any, manager: pluggy.PluginManager) -> None:
+        if type(plugin).__hash__ is None:  # pluggy keeps plugins in sets, and would complain much later
+            self.failure = self.error(
+                f"is {type(plugin).__name__}, which has no hash; register a module or a class"
+            )
+            raise self.failure
+        other = manager.get_name(plugin)
+        if other is not None:
+            self.failure = self.error(
+                f"is the same module as plugin {other!r}: two entry points name {self.where}. Remove one"
+            )
+            raise self.failure
+        try:
+            manager.register(plugin, self.name)
+            manager.check_pending()
+        except Exception as error:
+            if manager.has_plugin(self.name):
+                manager.unregister(name=self.name)
+            known = ", ".join(name for name in hookspecs.__all__ if name.startswith("quantpatch_"))
+            self.failure = self.error(
+                f"does not fit the hooks: {str(error).splitlines()[-1]}; there are {known}"
+            )
+            raise self.failure from error
+
+    # --- asking --------------------------------------------------------------------------------
+
+    def hooks(self, manager: pluggy.PluginManager) -> tuple[str, ...]:
+        """Names of the hooks it implements, sorted."""
+        return tuple(sorted(caller.name for caller in manager.get_hookcallers(self.plugin) or []))
+
+    def _ask(self, manager: pluggy.PluginManager, hook: str, read: Callable[[Any], Any]) -> Any:
+        """What its hook returned, as ``read`` understands it; called once, then remembered."""
+        if hook not in self._results:
+            with lock:
+                others = [plugin for plugin in manager.get_plugins() if plugin is not self.plugin]
+                caller = manager.subset_hook_caller(hook, others)
+            if not caller.get_hookimpls():
+                self._results[hook] = read(())
+                return self._results[hook]
+            try:
+                with tracing.timed(f"plugin {self.name!r}: {hook}()") as shown:
+                    returned = caller()
+                    # pluggy drops None, but a hook that forgot to return is not one that does not exist.
+                    result = read(returned[0] if returned else None)
+                    shown.append(tracing.listed(map(str, result)) or "nothing")
+            except PluginError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise self.error(
+                    f"failed in its hook {hook}: {type(error).__name__}: {error}", hook
+                ) from error
+            self._results[hook] = result
+        return self._results[hook]
+
+    def entries(self, manager: pluggy.PluginManager) -> tuple[Offer, ...]:
+        """What it offers to replace.
+
+        Raises:
+            PluginError: Its hook failed or returned something else than entries.
+        """
+        hook = "quantpatch_entries"
+
+        def read(returned: Any) -> tuple[Entry, ...]:
+            if isinstance(returned, (str, bytes, Entry)) or not isinstance(returned, Iterable):
+                raise self.error(
+                    f"returned {returned!r} from {hook}, expected a list of (module, name, replacement)", hook
+                )
+            entries = []
+            given: EntryLike
+            for given in returned:
+                try:
+                    entries.append(Entry.of(given))
+                except EntryError as error:  # noqa: PERF203
+                    raise self.error(
+                        f"returned something else than entries from {hook}: {error}", hook
+                    ) from error
+            targets = Counter(entry.dotted for entry in entries)
+            doubled = sorted(target for target, count in targets.items() if count > 1)
+            if doubled:
+                raise self.error(f"returned more than one entry for {', '.join(doubled)} from {hook}", hook)
+            return tuple(entries)
+
+        return tuple(Offer(entry, self.name) for entry in self._ask(manager, hook, read))
+
+    def names(self, manager: pluggy.PluginManager, hook: str, kind: type) -> Mapping[str, Any]:
+        """What it offers by name through a hook that returns a mapping.
+
+        Raises:
+            PluginError: Its hook failed or returned something else.
+        """
+
+        def read(returned: Any) -> Mapping[str, Any]:
+            if returned == ():
+                return {}
+            if not isinstance(returned, Mapping):
+                raise self.error(f"returned {returned!r} from {hook}, expected a mapping by name", hook)
+            for name, value in returned.items():
+                good = isinstance(value, kind) or (isinstance(value, type) and issubclass(value, kind))
+                if not isinstance(name, str) or not good:
+                    raise self.error(
+                        f"returned {name!r}: {value!r} from {hook}, expected a name and a {kind.__name__}",
+                        hook,
+                    )
+            return dict(returned)
+
+        names: Mapping[str, Any] = self._ask(manager, hook, read)
+        return names
+
+
+def discover() -> dict[str, Plugin]:
+    """The plugins of the installed distributions, by name. Nothing is imported.
+
+    Of several with one name there is one, which fails and names the others.
+    """
+    found: dict[str, Plugin] = {}
+    points = importlib.metadata.entry_points(group=hookspecs.PROJECT)
+    for point in sorted(points, key=lambda p: (p.name, p.dist.name if p.dist else "", p.value)):
+        plugin = Plugin(point.name, point.load, where=point.value, dist=point.dist)
+        taken = found.setdefault(point.name, plugin)
+        if taken.provenance != plugin.provenance:
+            taken.failure = taken.error(f"has the same name as one from {plugin.provenance}. Uninstall one")
+        elif taken.where != plugin.where:
+            taken.failure = taken.error(
+                f"is declared twice, as {taken.where} and as {plugin.where}. Give one of them another name"
+            )
+    return found

@@ -3,7 +3,8 @@
 Two ways lead to the same bits. In eager mode on a CPU every operation costs a trip through memory, so they
 work in place in the result, large tensors a piece at a time. Wherever somebody records the operations
 (``torch.compile``, ``torch.export``, ``torch.func``, gradients of gradients) or the tensor is on an
-accelerator, the same arithmetic is plain operations on the whole tensor and no value is read back.
+accelerator, the same arithmetic is plain operations on the whole tensor and no value is read back; on CUDA
+one kernel of our own (:mod:`quantpatch._triton`) does what is most common.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from quantpatch._cuda import fused_kernel
+from quantpatch._division import quotient
 from quantpatch.formats import Blocked, Integer, NumberFormat
 
 __all__ = ["block_views", "divisor", "is_in_memory", "rescale_", "round_trip", "spread"]
@@ -40,6 +43,9 @@ def round_trip(
         dim: For blocks that have scales of their own the axis they run along: there ``amax`` and ``scale``
             have the number of blocks, or 1.
     """
+    kernel = fused_kernel(x)
+    if kernel is not None and (fused := kernel(x, amax, scale, format, dim)) is not None:
+        return fused
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     needs_gradient = transformed or x.requires_grad or (amax is not None and amax.requires_grad)
     if not (needs_gradient and torch.is_grad_enabled()):
@@ -117,7 +123,7 @@ def _forward(x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat
         scales = [*torch.split(scale, counts, dim)] if scale.shape[dim] > 1 else [scale] * len(sources)
     if out is None:
         parts = [
-            rescale_(element.round_(source.float() / divisor(s)), s, element)
+            rescale_(element.round_(quotient(source.float(), divisor(s))), s, element)
             for source, s in zip(sources, scales, strict=True)
         ]
         if len(sources[0].shape) > x.dim() and dim is not None:
@@ -325,7 +331,7 @@ def _lsq_gradients(
     none and the scale the end of the grid. Times the paper's gradient scale (section 2.2), through
     ``scale = amax / format.max``.
     """
-    v = x.float() / divisor(spread(scale, x, format, dim))
+    v = quotient(x.float(), divisor(spread(scale, x, format, dim)))
     q = _element(format).round_(v.clone())
     inside = (v > format.min) & (v < format.max)
     slope = (q - v.masked_fill(~inside, 0.0)) * grad

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantpatch._division import quotient
 from quantpatch._rounding import block_views, divisor, is_in_memory, rescale_, round_trip, spread
 from quantpatch.errors import DescriptorError, RangeError
 from quantpatch.formats import Blocked, Integer, NumberFormat
@@ -151,8 +152,10 @@ def reduce_amax(x: Tensor, axis: Axis = None) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=x.device)
     if not reduced:
         return x.abs().float()
+    if torch.compiler.is_compiling():
+        return x.abs().amax(reduced, keepdim=axis is not None).float()
     # Two reductions rather than one of |x|, which would allocate as much as x again.
-    if axis is None and not torch.compiler.is_compiling():
+    if axis is None:
         low, high = torch.aminmax(x)
     else:
         low, high = x.amin(reduced, keepdim=axis is not None), x.amax(reduced, keepdim=axis is not None)
@@ -167,11 +170,11 @@ def _range_and_scale(
 ) -> tuple[Tensor | None, Tensor]:
     """The given range, if there is one, in float32, and the scale."""
     if amax is None:
-        return None, reduce_amax(x, axis) / format.max
+        return None, quotient(reduce_amax(x, axis), format.max)
     amax = _checked_amax(
-        amax, x.shape, [x.shape[d] if axis is None or d in _axes(x, axis) else 1 for d in range(x.dim())]
+        amax, x, [x.shape[d] if axis is None or d in _axes(x, axis) else 1 for d in range(x.dim())]
     )
-    return amax, amax.detach() / format.max
+    return amax, quotient(amax.detach(), format.max)
 
 
 def _ranges_and_scales_of_blocks(
@@ -188,7 +191,7 @@ def _ranges_and_scales_of_blocks(
         count = -(-x.shape[dim] // format.block_size)
         shape = [count if d == dim else n for d, n in enumerate(x.shape)]
         # That of the whole tensor, where the scales of blocks share one of its own.
-        amax = _checked_amax(amax, x.shape, [] if format.scale == "e4m3" else shape)
+        amax = _checked_amax(amax, x, [] if format.scale == "e4m3" else shape)
     if amax is not None and format.scale != "e4m3":
         return amax, format.block_scale(amax.detach())
     own = _block_amax(x.detach(), format.block_size, dim)
@@ -227,7 +230,7 @@ def _amax_along(x: Tensor, dim: int) -> Tensor:
 
 
 def _codes(x: Tensor, scale: Tensor, format: NumberFormat) -> Tensor:
-    codes = format.round_(x.float() / divisor(scale))
+    codes = format.round_(quotient(x.float(), divisor(scale)))
     if isinstance(format, Integer):
         return codes.to(torch.uint8 if format.unsigned else torch.int8)
     return codes
@@ -261,14 +264,16 @@ def _check_floating(x: Tensor) -> None:
         )
 
 
-def _checked_amax(amax: Tensor, shape: Sequence[int], wanted: Sequence[int]) -> Tensor:
+def _checked_amax(amax: Tensor, x: Tensor, wanted: Sequence[int]) -> Tensor:
     """``amax`` in float32, if it is 0-dim or of the shape wanted, with 1 in any place."""
     sizes = zip(amax.shape, wanted, strict=False)
     if amax.dim() and (amax.dim() != len(wanted) or any(m not in (1, n) for m, n in sizes)):
         expected = f"() or {tuple(wanted)}" if wanted else "(), the range of the whole tensor"
         raise RangeError(
-            f"a range of shape {tuple(amax.shape)} does not fit a tensor of shape {tuple(shape)}: "
+            f"a range of shape {tuple(amax.shape)} does not fit a tensor of shape {tuple(x.shape)}: "
             f"expected {expected}",
             value=tuple(amax.shape),
         )
-    return amax.float()
+    # A number on the CPU goes with a tensor anywhere, as in torch's own operations; but of those, a division
+    # by such a number is not exact.
+    return amax.float() if amax.dim() else amax.to(x.device, torch.float32)

@@ -20,6 +20,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from quantpatch._division import quotient
 from quantpatch.errors import DescriptorError
 
 __all__ = ["BUILTIN_FORMATS", "Blocked", "Float", "Integer", "NumberFormat"]
@@ -303,11 +304,12 @@ class Blocked(NumberFormat):
                 emax, unit = 0, 2.0 ** (2 - self.element.bits)
             shared = power.mul_(2.0**-emax).clamp(2.0**-127, 2.0**127).mul_(unit)
             return shared.masked_fill(~amax.isfinite(), math.nan)
-        scale = amax / self.element.max
+        scale = quotient(amax, self.element.max)
         if self.scale == "e4m3":
-            tensor_scale = (amax.max() if tensor_amax is None else tensor_amax) / (self.element.max * 448.0)
+            tensor_amax = amax.max() if tensor_amax is None else tensor_amax
+            tensor_scale = quotient(tensor_amax, self.element.max * 448.0)
             divisor = tensor_scale.masked_fill(tensor_scale == 0, 1.0)
-            scale = _E4M3.round_(scale / divisor) * tensor_scale
+            scale = _E4M3.round_(quotient(scale, divisor)) * tensor_scale
         return scale
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -58,8 +59,8 @@ def calibrating(
                 model(images)
 
     Ranges are set when the block ends. If it raises, or a range cannot be told, none is set and every
-    quantizer and module is in the state it was in. With ``torch.distributed`` initialised, statistics
-    are put together over all ranks first.
+    quantizer and module is in the state it was in. With ``torch.distributed`` initialised, every rank must
+    calibrate: statistics are put together over all ranks first, and where one rank fails all of them raise.
 
     Args:
         model: Holds the quantizers.
@@ -73,26 +74,33 @@ def calibrating(
 
     Raises:
         CalibrationError: There is nothing to calibrate, ranges are known already, the data holds NaN
-            or infinity, or (``strict``) a quantizer saw no data or only zeros.
+            or infinity, (``strict``) a quantizer saw no data or only zeros, or another rank failed.
         UnknownNameError: There is no calibrator of that name.
     """
-    quantizers = _to_calibrate(model, overwrite)
-    of_weights = _weight_quantizers(model)
-    calibrators = {
-        name: quantizer.make_calibrator(weight_method)
-        if quantizer in of_weights
-        else quantizer.make_calibrator(method, **options)
-        for name, quantizer in quantizers.items()
-    }
+    quantizers: dict[str, TensorQuantizer] = {}
+    calibrators: dict[str, Calibrator] = {}
     with _restored(model):
-        for name, quantizer in quantizers.items():
-            quantizer.enable_calib(calibrators[name])
-            quantizer.disable_quant()
         try:
+            quantizers = _to_calibrate(model, overwrite)
+            of_weights = _weight_quantizers(model)
+            for name, quantizer in quantizers.items():
+                calibrators[name] = (
+                    quantizer.make_calibrator(weight_method)
+                    if quantizer in of_weights
+                    else quantizer.make_calibrator(method, **options)
+                )
+            for name, quantizer in quantizers.items():
+                quantizer.enable_calib(calibrators[name])
+                quantizer.disable_quant()
             with torch.no_grad():
                 yield
-        except CalibrationError as error:
-            raise _named(error, quantizers) from error
+        except Exception as error:
+            failure = _named(error, quantizers) if isinstance(error, CalibrationError) else error
+            _agree(calibrators, failure)
+            if failure is error:
+                raise
+            raise failure from error
+        _agree(calibrators)
         ranges = _ranges(calibrators, quantizers, of_weights, strict)
     for name, amax in ranges.items():
         quantizer = quantizers[name]
@@ -159,6 +167,43 @@ def _named(error: CalibrationError, quantizers: Mapping[str, TensorQuantizer]) -
     return CalibrationError(f"{names[0]}: {error}", quantizers=names)
 
 
+def _agree(calibrators: Mapping[str, Calibrator], failure: Exception | None = None) -> None:
+    """Waits until every rank is through with its data, so that none waits for statistics that never come.
+
+    Args:
+        calibrators: What this rank would put together with the others, by the quantizers' names.
+        failure: What went wrong on this rank, which raises it itself.
+
+    Raises:
+        CalibrationError: Another rank failed or is gone, or the ranks calibrate different quantizers.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    told: list[Any] = [None] * dist.get_world_size()
+    own = None if failure is None else f"{type(failure).__name__}: {failure}"
+    try:
+        dist.all_gather_object(told, (own, tuple(calibrators)))
+    except RuntimeError as error:
+        if failure is not None:
+            return
+        raise CalibrationError(f"another rank is gone, so no range was set: {error}") from error
+    if failure is not None:
+        return
+    failed = {rank: message for rank, (message, _) in enumerate(told) if message is not None}
+    if failed:
+        messages = "; ".join(f"rank {rank} failed: {message}" for rank, message in failed.items())
+        raise CalibrationError(f"{messages}. No range was set on any rank", ranks=tuple(failed))
+    for rank, (_, names) in enumerate(told):
+        differing = sorted(set(names) ^ calibrators.keys())
+        if differing:
+            raise CalibrationError(
+                f"rank {rank} calibrates other quantizers than rank {dist.get_rank()}; only one of them has "
+                f"{_listing(differing)}. Every rank must hold the same model in the same state",
+                quantizers=tuple(differing),
+                ranks=(rank,),
+            )
+
+
 def _ranges(
     calibrators: Mapping[str, Calibrator],
     quantizers: Mapping[str, TensorQuantizer],
@@ -169,8 +214,10 @@ def _ranges(
     ranges: dict[str, Tensor] = {}
     unseen: list[str] = []
     zero: list[str] = []
-    for name, calibrator in calibrators.items():  # the same order on every rank
+    for calibrator in calibrators.values():  # the same order on every rank
         calibrator.synchronize()
+    # From here on nobody waits for another rank, so an error on one leaves none waiting.
+    for name, calibrator in calibrators.items():
         if not calibrator.saw_data:
             unseen.append(name)
             continue

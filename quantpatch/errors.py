@@ -183,10 +183,12 @@ class CalibrationError(QuantPatchError, RuntimeError):
     Attributes:
         quantizers: Names of the quantizers concerned.
         quantizer: The quantizer whose data was at fault, where it is one.
+        ranks: The ranks of ``torch.distributed`` that failed, where it was not this one.
     """
 
     quantizers: tuple[str, ...] = ()
     quantizer: Any = None
+    ranks: tuple[int, ...] = ()
 
 
 class CheckpointError(QuantPatchError, RuntimeError):

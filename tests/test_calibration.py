@@ -334,36 +334,92 @@ def test_a_compiled_model_is_calibrated_without_compiling(batches):
 RANK = """
     import sys, torch, torch.distributed as dist, quantpatch as qp
     from torch import nn
-    rank, world, rendezvous, method = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    torch.manual_seed(0)
-    with qp.quantize_modules():
-        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    data = torch.randn(8, 16, 6, generator=torch.Generator().manual_seed(2))
+    from quantpatch.quantizer import named_quantizers
+
+    rank, world, rendezvous, method, *faults = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     if world > 1:
         dist.init_process_group("gloo", init_method="file://" + rendezvous, rank=rank, world_size=world)
-    qp.calibrate(model, list(data[rank::world]), method)
-    print([q.amax.flatten().tolist() for q in (model[0].input_quantizer, model[2].input_quantizer,
-                                               model[2].weight_quantizer)])
+    for fault in (*faults, None):
+        torch.manual_seed(0)
+        with qp.quantize_modules():
+            model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        data = torch.randn(8, 16, 6, generator=torch.Generator().manual_seed(2))
+        batches, name = list(data[rank::world]), method
+        if rank == 1 and fault == "data":
+            batches[2] = torch.full((16, 6), torch.nan)
+        if rank == 1 and fault == "source":
+            batches = (1 / 0 for _ in range(3))
+        if rank == 1 and fault == "model":
+            model[2].input_quantizer.disable()
+        if rank == 1 and fault == "start":
+            name = "entropi"
+        if rank == 1 and fault == "gone":
+            sys.exit()
+        try:
+            qp.calibrate(model, batches, name)
+        except Exception as error:
+            assert {q.amax for q in named_quantizers(model).values()} == {None}
+            assert model.training and model[0].input_quantizer.state == "dynamic (not calibrated)"
+            print(f"{type(error).__name__}: {error}")
+        else:
+            print([q.amax.flatten().tolist() for q in (model[0].input_quantizer, model[2].input_quantizer,
+                                                       model[2].weight_quantizer)])
     if world > 1:
         dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("method", ["max", "percentile"])
-def test_two_processes_get_the_ranges_of_one_that_saw_everything(method, tmp_path):
+@pytest.fixture
+def printed_by_ranks(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(textwrap.dedent(RANK))
 
-    def launch(rank, world):
-        arguments = [sys.executable, str(script), str(rank), str(world), str(tmp_path / "meet"), method]
-        return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    def run(world, method="max", *faults):
+        arguments = [sys.executable, str(script)], [str(world), str(tmp_path / "meet"), method, *faults]
+        ranks = [
+            subprocess.Popen(
+                [*arguments[0], str(rank), *arguments[1]],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        ends = [process.communicate(timeout=120) for process in ranks]
+        assert all(process.returncode == 0 for process in ranks), ends
+        return [out.strip().splitlines() for out, _ in ends]
 
-    alone = launch(0, 1)
-    ranks = [launch(rank, 2) for rank in range(2)]
-    printed = [process.communicate(timeout=120)[0].strip().splitlines()[-1] for process in (alone, *ranks)]
+    return run
+
+
+@pytest.mark.parametrize("method", ["max", "percentile"])
+def test_two_processes_get_the_ranges_of_one_that_saw_everything(method, printed_by_ranks):
+    ((alone,),) = printed_by_ranks(1, method)
+    (first,), (second,) = printed_by_ranks(2, method)
+    assert first == second
     if method == "max":
-        assert printed[0] == printed[1] == printed[2]
+        assert alone == first
     else:  # the first batch decides the width of a bin, which differs by rank
-        assert printed[1] == printed[2]
-        one, two = (torch.tensor(eval(text)[0]) for text in printed[:2])
+        one, two = (torch.tensor(eval(line)[0]) for line in (alone, first))
         torch.testing.assert_close(one, two, rtol=2 / 1024, atol=0)
+
+
+def test_if_one_rank_fails_all_raise_and_name_it_and_the_next_calibration_works(printed_by_ranks):
+    expected = {
+        "data": ("rank 1 failed: CalibrationError: 0.input_quantizer: 96", "Error: 0.input_quantizer: 96 of"),
+        "source": ("rank 1 failed: ZeroDivisionError: division by zero. No range", "ZeroDivisionError: "),
+        "start": ("rank 1 failed: UnknownNameError: unknown cal", "UnknownNameError: unknown calibrator"),
+        "model": ("only one of them has 2.input_quantizer.", "only one of them has 2.input_quantizer."),
+    }
+    zero, one = printed_by_ranks(2, "max", *expected)
+    for (on_the_others, on_itself), line, own in zip(expected.values(), zero, one, strict=False):
+        assert line.startswith("CalibrationError: rank 1 ")
+        assert on_the_others in line
+        assert on_itself in own
+    assert zero[-1] == one[-1]
+    assert zero[-1].startswith("[[")
+
+
+def test_a_rank_that_is_gone_leaves_nobody_waiting(printed_by_ranks):
+    zero, _ = printed_by_ranks(2, "max", "gone")
+    assert "another rank is gone" in zero[0]

@@ -135,6 +135,15 @@ def _to_calibrate(model: nn.Module, overwrite: bool) -> dict[str, TensorQuantize
             f"these quantizers are being calibrated already: {_listing(busy)}; end that calibration first",
             quantizers=tuple(busy),
         )
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        learned = [name for name, q in wanted.items() if q.descriptor.learn_amax and q.amax is None]
+        if learned:
+            raise CalibrationError(
+                f"learned ranges become parameters when they are calibrated, too late for "
+                f"DistributedDataParallel to average their gradients: {_listing(learned)}. Calibrate the "
+                f"model first, then wrap it",
+                quantizers=tuple(learned),
+            )
     known = [name for name, q in wanted.items() if q.amax is not None]
     if known and not overwrite:
         raise CalibrationError(
@@ -239,9 +248,11 @@ def _ranges(
     if problems:
         message = "; ".join(problems)
         if strict:
+            layer = (unseen or zero)[0].rpartition(".")[0] or "*"
             raise CalibrationError(
-                f"{message}. No range was set. Give batches that reach them, disable them, or pass "
-                f"strict=False to let them take the range of each tensor",
+                f"{message}. No range was set. Give batches that reach them, leave them float with "
+                f"qp.configure(model, {{{layer!r}: None}}), or pass strict=False to let them take the range "
+                f"of each tensor",
                 quantizers=(*unseen, *zero),
             )
         message += ". They go on taking the range of each tensor"

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from quantpatch.calibrators import Calibrator
 from quantpatch.descriptor import QuantDescriptor
-from quantpatch.errors import CalibrationError, RangeError
+from quantpatch.errors import CalibrationError, ExportError, RangeError
 from quantpatch.fake_quant import fake_quantize
 from quantpatch.formats import NumberFormat
+from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.kept_weight import KeptWeight, Snapshot
 from quantpatch.registry import registry
 
@@ -128,6 +129,15 @@ class TensorQuantizer(nn.Module):
         with torch.no_grad():
             known.copy_(amax)
 
+    @property
+    def own_range(self) -> Tensor | None:
+        """What tensors are quantized by: ``amax``, or None if each has its own range.
+
+        Of a learned one the magnitude, since an optimizer may carry it past zero.
+        """
+        amax = None if self.descriptor.dynamic else self.amax
+        return amax.abs() if amax is not None and self.descriptor.learn_amax else amax
+
     def _check_range(self, amax: Tensor) -> None:
         if amax.is_meta or amax.numel() == 0:
             return
@@ -229,6 +239,7 @@ class TensorQuantizer(nn.Module):
         """Whether a tensor comes out changed, or leaves statistics behind."""
         return not self.disabled and (self.quantizing or self.calibrating)
 
+    @leaf_in_fx
     def forward(self, x: Tensor, *, is_weight: bool = False) -> Tensor:
         """The tensor, fake-quantized; same shape, dtype, device and memory format.
 
@@ -256,7 +267,7 @@ class TensorQuantizer(nn.Module):
             amax = self._follow(x.device)
         if is_weight and not self.training and self._may_keep(x, amax):
             return self._from_kept(x, amax)
-        return fake_quantize(x, amax, self.format, axis=descriptor.kept_axes)
+        return fake_quantize(x, self.own_range, self.format, axis=descriptor.kept_axes)
 
     def _may_keep(self, weight: Tensor, amax: Tensor | None) -> bool:
         """Whether the result for a weight depends on nothing that cannot be watched."""
@@ -276,7 +287,7 @@ class TensorQuantizer(nn.Module):
             return kept.quantized
         # Not as an inference tensor: it may be used in a forward pass with gradients later.
         with torch.inference_mode(False), torch.no_grad():
-            quantized = fake_quantize(weight, amax, self.format, axis=descriptor.kept_axes)
+            quantized = fake_quantize(weight, self.own_range, self.format, axis=descriptor.kept_axes)
             # Within a mode such as FakeTensorMode, or a transform of torch.func, it is of no use outside.
             plain = type(quantized) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(
                 quantized
@@ -356,7 +367,7 @@ class TensorQuantizer(nn.Module):
         if saved is None:
             return  # a float checkpoint: strict loading asks for nothing that it cannot have
         try:
-            self._check_range(saved)
+            self._check_range(saved.abs() if self.descriptor.learn_amax else saved)
         except RangeError as error:
             error_msgs.append(f"{prefix + _KEY}: {error}")
             return
@@ -369,6 +380,14 @@ class TensorQuantizer(nn.Module):
         if amax is not None and amax.dtype != torch.float32:  # loaded with assign=True
             self.amax = None
             self._hold(amax.detach().float())
+
+    def __prepare_scriptable__(self) -> Any:
+        # torch.jit.script asks each module for what to compile in its place, and would otherwise complain
+        # of the first attribute whose type it does not know.
+        raise ExportError(
+            "torch.jit.script cannot compile a quantizer. Write torch.export.export(model, inputs), "
+            "torch.jit.trace(model, inputs) or qp.export_onnx(model, inputs, path)"
+        )
 
     # --- telling -------------------------------------------------------------------------------
 

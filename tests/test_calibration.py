@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import quantpatch as qp
@@ -206,6 +207,9 @@ def test_layers_that_saw_no_data_are_an_error_that_names_them():
         qp.calibrate(model, [torch.randn(2, 4)])
     assert caught.value.quantizers == ("unused.input_quantizer", "unused.weight_quantizer")
     assert model.used.input_quantizer.amax is None
+    assert "qp.configure(model, {'unused': None})" in str(caught.value)
+    qp.configure(model, {"unused": None})
+    qp.calibrate(model, [torch.randn(2, 4)])
 
 
 def test_not_strict_sets_the_others_and_warns_of_those_without_data():
@@ -214,6 +218,23 @@ def test_not_strict_sets_the_others_and_warns_of_those_without_data():
         qp.calibrate(model, [torch.randn(2, 4)], strict=False)
     assert model.used.input_quantizer.amax is not None
     assert model.unused.input_quantizer.state == "dynamic (not calibrated)"
+
+
+def test_learned_ranges_are_calibrated_before_the_model_is_distributed(tmp_path):
+    """They would be parameters that nobody averages over the ranks."""
+    recipe = qp.Recipe(name="learned", input=qp.QuantDescriptor(learn_amax=True))
+    with qp.quantize_modules(recipe=recipe):
+        model = nn.Sequential(nn.Linear(4, 2))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(CalibrationError, match="then wrap it") as caught:
+            qp.calibrate(wrapped, [torch.randn(2, 4)])
+        assert caught.value.quantizers == ("module.0.input_quantizer",)
+        qp.calibrate(model, [torch.randn(2, 4)])
+        qp.calibrate(nn.parallel.DistributedDataParallel(model), [torch.randn(2, 4)], overwrite=True)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_empty_data_is_an_error_and_sets_nothing():

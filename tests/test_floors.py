@@ -28,6 +28,7 @@ FLOORS = [
         "hookspecs",
         "modes",
         "kept_weight",
+        "fx_leaf",
         "classes",
         "files",
     },

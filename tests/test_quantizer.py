@@ -18,6 +18,7 @@ from quantpatch.fake_quant import fake_quantize
 from quantpatch.formats import Integer
 from quantpatch.layers import QuantConv2d, QuantLinear
 from quantpatch.quantizer import TensorQuantizer
+from quantpatch.report import summary
 
 
 def quantizer(**kwargs):
@@ -258,6 +259,25 @@ def test_a_learned_range_is_trained():
     fresh = quantizer(num_bits=4, learn_amax=True)
     fresh.load_state_dict(q.state_dict())
     assert isinstance(fresh.amax, nn.Parameter)
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_of_a_learned_range_the_magnitude_counts(unsigned):
+    """An optimizer may carry it past zero, and what it saves then has to load again."""
+    q = quantizer(learn_amax=True, unsigned=unsigned)
+    q.amax = 1.5
+    x = torch.linspace(-2, 2, 50)
+    expected = q(x)
+    with torch.no_grad():
+        q.amax.neg_()
+    assert torch.equal(q(x), expected)
+    q(x).relu().sum().backward()
+    assert q.amax.grad < 0  # a larger range still means a larger sum
+    again = quantizer(learn_amax=True, unsigned=unsigned)
+    again.load_state_dict(q.state_dict())
+    assert torch.equal(again(x), expected)
+    (row,) = summary(nn.Sequential(q)).rows
+    assert row.amax_max == 1.5
 
 
 # --- weights that are kept ------------------------------------------------------------------------

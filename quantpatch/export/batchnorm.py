@@ -17,7 +17,6 @@ from torch.nn.utils import parametrize
 
 from quantpatch.errors import ExportError
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.quantizer import TensorQuantizer
 
 __all__ = ["FoldedBatchNorm", "fold_batchnorm"]
 
@@ -50,15 +49,6 @@ class FoldedBatchNorm:
         lines = [f"{norm} -> {layer}" for norm, layer in self.folded.items()]
         lines += [f"{norm} is left: {why}" for norm, why in self.left.items()]
         return "\n".join(lines) or "no batch norm"
-
-
-class Tracer(fx.Tracer):
-    """Goes into containers and blocks, and takes layers, quantized ones too, as they are."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (QuantizedLayer, TensorQuantizer)) or super().is_leaf_module(
-            m, module_qualified_name
-        )
 
 
 def fold_batchnorm(model: nn.Module) -> FoldedBatchNorm:
@@ -114,7 +104,7 @@ def _find(module: nn.Module, prefix: str, pairs: dict[str, str | None], seen: di
     if not any(isinstance(m, _NORMS) for m in module.modules()) or isinstance(module, _NORMS):
         return
     try:
-        graph = Tracer().trace(module)
+        graph = fx.Tracer().trace(module)
     except Exception:  # data-dependent code raises what it likes
         for name, child in module.named_children():
             _find(child, f"{prefix}{name}.", pairs, seen)

@@ -201,7 +201,7 @@ def _pack_into(
     if element is None:
         return f"its format is {quantizer.format.name}, and only integers are packed"
     twin = TensorQuantizer(quantizer.descriptor)
-    twin.amax = None if quantizer.amax is None else quantizer.amax.detach().cpu()
+    twin.amax = None if quantizer.own_range is None else quantizer.own_range.detach().cpu()
     codes, own = packing.packed_weight(weight, twin)
     amax = twin.amax if own is None else own
     assert amax is not None

@@ -159,11 +159,17 @@ def _traced(
             )
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(
-                f"{type(model).__name__} cannot be traced for ONNX. Try torch.onnx.export(model, "
-                f"..., dynamo=True) "
-                f"on the float model first, which says more: {str(error).strip().splitlines()[-1]}",
+                f"{type(model).__name__} cannot be traced for ONNX: {_innermost(error)}\nTry "
+                f"torch.onnx.export(model, ..., dynamo=True) on the float model first, which says more",
                 target=target,
             ) from error
+
+
+def _innermost(error: BaseException) -> str:
+    """What went wrong in the first place, in a line: what torch raises from it is mostly about itself."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def range_of(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
 
 def packed_weight(weight: Tensor, quantizer: TensorQuantizer) -> tuple[Tensor, Tensor | None]:
     """The codes of a weight, and its range where the quantizer has none of its own."""
-    own = None if quantizer.descriptor.dynamic else quantizer.amax
+    own = quantizer.own_range
     axis = quantizer.descriptor.kept_axes
     codes, _ = quantize(weight, None if own is None else own.detach(), quantizer.format, axis=axis)
     return codes, None if own is not None else range_of(weight, quantizer)
@@ -115,7 +115,7 @@ def unpacked_weight(
 
 def same_when_quantized(weight: Tensor, other: Tensor, quantizer: TensorQuantizer) -> bool:
     """Whether a quantizer makes the same of two weights, bit for bit."""
-    own = None if quantizer.descriptor.dynamic else quantizer.amax
+    own = quantizer.own_range
     with torch.no_grad():
         first, second = (
             fake_quantize(w.detach(), own, quantizer.format, axis=quantizer.descriptor.kept_axes)

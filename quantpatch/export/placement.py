@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 
 from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import ExportError
-from quantpatch.export.batchnorm import Tracer
 from quantpatch.export.targets import operands
 from quantpatch.formats import Integer
 from quantpatch.layers.base import QuantizedLayer
@@ -56,7 +55,7 @@ def _visit(module: nn.Module, prefix: str, added: list[str], *, whole: bool) -> 
     if isinstance(module, (QuantizedLayer, TensorQuantizer)):
         return
     try:
-        graph = Tracer().trace(module)
+        graph = fx.Tracer().trace(module)
     except Exception:  # data-dependent code raises what it likes
         for name, child in module.named_children():
             _visit(child, f"{prefix}{name}.", added, whole=False)
@@ -142,7 +141,7 @@ def use_unsigned(model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], A
             continue
         descriptor = attrs.evolve(quantizer.descriptor, unsigned=True, narrow_range=False, format=None)
         new = TensorQuantizer(descriptor)
-        new.amax = quantizer.amax
+        new.amax = quantizer.own_range
         new.train(quantizer.training)
         for place, module in every_name.items():
             if module is quantizer:

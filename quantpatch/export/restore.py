@@ -134,6 +134,7 @@ class Plan:
                 first = self._quantizers.get(source.removesuffix(f".{_RANGE}"))
                 amax = first.amax if amax is None and first is not None else amax
             if amax is not None:
+                amax = amax.abs() if descriptor.learn_amax else amax
                 problem = self._range_problem(name, descriptor, amax)
                 if problem:
                     self.problems.append(f"{name}: {problem}")

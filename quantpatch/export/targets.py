@@ -59,7 +59,7 @@ class Operand:
     @property
     def amax(self) -> torch.Tensor | None:
         """The range that is the quantizer's own; None if it is the tensor's."""
-        amax = None if self.quantizer.descriptor.dynamic else self.quantizer.amax
+        amax = self.quantizer.own_range
         return None if amax is None else amax.detach()
 
     @property

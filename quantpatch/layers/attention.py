@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.errors import QuantPatchError
+from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer
 
@@ -65,6 +66,7 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             for name, axis in _INNER.items():
                 yield name, recipe.input.for_axes(None, axis)
 
+    @leaf_in_fx
     def forward(
         self,
         query: Tensor,
@@ -290,6 +292,7 @@ class QuantTransformerEncoder(QuantizedLayer, nn.TransformerEncoder):
         """None: its layers have them."""
         return ()
 
+    @leaf_in_fx
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See ``nn.TransformerEncoder.forward``."""
         holds_quantizers = any(isinstance(module, TensorQuantizer) for module in self.modules())

@@ -18,6 +18,7 @@ from torch import nn
 
 from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.errors import LayerError
+from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.recipes import active_recipe
 
@@ -115,6 +116,7 @@ class QuantizedLayer:
 
     # --- computing -----------------------------------------------------------------------------
 
+    @leaf_in_fx
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The float class's forward, with quantized operands."""
         args, kwargs = self.quantize_inputs(args, kwargs)

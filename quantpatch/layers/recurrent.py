@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from quantpatch.descriptor import QuantDescriptor, Recipe
+from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.layers.base import QuantizedLayer
 
 __all__ = ["QuantGRU", "QuantGRUCell", "QuantLSTM", "QuantLSTMCell", "QuantRNN", "QuantRNNCell"]
@@ -75,6 +76,7 @@ class _QuantizedRecurrent(QuantizedLayer):
         quantizers = map(self.quantizer, operands)
         return any(quantizer is not None and quantizer.is_active for quantizer in quantizers)
 
+    @leaf_in_fx
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
         """The float class's forward, with quantized operands."""
         apart = [f"input_l{layer}" for layer in range(1, self.num_layers)]

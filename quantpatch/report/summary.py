@@ -97,7 +97,8 @@ def _range(row: QuantizerRow) -> str:
 
 
 def _row(name: str, holder: nn.Module, quantizer: TensorQuantizer) -> QuantizerRow:
-    amax = quantizer.amax
+    amax = quantizer.own_range
+    amax = None if amax is None else amax.detach()
     known = amax is not None and not amax.is_meta and amax.numel() > 0
     axis = quantizer.descriptor.kept_axes
     return QuantizerRow(

@@ -219,6 +219,19 @@ def test_parametrized_weights(tmp_path: Path) -> None:
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_learned_range_past_zero(tmp_path: Path, packed: bool) -> None:
+    learned = qp.QuantDescriptor(axis="channel", narrow_range=True, learn_amax=True)
+    with qp.quantize_modules(recipe=qp.Recipe(name="learned", weight=learned)):
+        model = small().eval()
+    x = torch.randn(3, 6)
+    qp.calibrate(model, [x], progress=False)
+    with torch.no_grad():
+        model[0].weight_quantizer.amax[0].neg_()
+    save(model, tmp_path / "m.safetensors", packed=packed)
+    assert torch.equal(load(tmp_path / "m.safetensors", build=small).eval()(x), model(x))
+
+
 def test_training_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     """Learned ranges and the optimizer's state are resumed exactly."""
     torch.manual_seed(3)

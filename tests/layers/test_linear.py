@@ -11,8 +11,9 @@ from torch.nn.utils import parametrizations
 
 import quantpatch as qp
 from quantpatch.descriptor import QuantDescriptor, Recipe
-from quantpatch.errors import LayerError
+from quantpatch.errors import ExportError, LayerError
 from quantpatch.layers import QuantBilinear, QuantConv2d, QuantizedLayer, QuantLinear
+from quantpatch.layers.operands import Cat
 from quantpatch.quantizer import TensorQuantizer
 
 
@@ -186,3 +187,34 @@ def test_a_misspelled_input_is_an_error_at_the_class():
 
     with pytest.raises(LayerError, match=r"inputs is \('x',\).*\(features, mask\).*inputs = \('features',\)"):
         type("QuantMine", (qp.QuantizedLayer, Mine), {"inputs": ("x",), "weights": {}})
+
+
+def test_torch_fx_takes_layers_as_they_are():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3)
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.cat = Cat(-1)
+            self.lstm = nn.LSTM(8, 4, batch_first=True)
+            self.head = nn.Linear(4, 2)
+            self.out = TensorQuantizer()
+
+        def forward(self, x):
+            x = self.conv(x).flatten(2).transpose(1, 2)
+            x = self.cat([x, self.attention(x, x, x)[0]])
+            return self.out(self.head(input=self.lstm(x)[0]))
+
+    with qp.quantize_modules():
+        model = Model().eval()
+    x = torch.randn(2, 1, 5, 5)
+    graph = torch.fx.symbolic_trace(model)
+    leaves = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    assert leaves == ["conv", "attention", "cat", "lstm", "head", "out"]
+    assert torch.equal(graph(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_torch_jit_script_is_refused_with_what_to_write_instead():
+    with pytest.raises(ExportError, match=r"torch\.export\.export"):
+        torch.jit.script(nn.Sequential(made()))

@@ -30,7 +30,7 @@ def change_class(layer: nn.Module, cls: type[Any]) -> None:
 
 def _parametrized(cls: type[Any], like: type[Any]) -> type[Any]:
     """A class that is to ``cls`` what ``parametrize`` made of a layer's class before it was changed."""
-    own = ("__dict__", "__weakref__", "float_class", "__signature__", "_changed_from")
+    own = ("__dict__", "__weakref__", "__slotnames__", "float_class", "__signature__", "_changed_from")
     members = {name: value for name, value in vars(like).items() if name not in own}
     earlier: type[Any] | None = vars(like).get("_changed_from")
     if earlier is not None and earlier.__bases__ == (cls,) and members.keys() <= vars(earlier).keys():

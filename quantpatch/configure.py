@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -16,18 +16,19 @@ from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.registry import registry
 
-__all__ = ["configure"]
+__all__ = ["Rules", "apply_rules", "checked_rules", "configure"]
 
 Matcher = str | type | Callable[[str, nn.Module], bool]
 Value = QuantDescriptor | Recipe | str | None
+Rules = Mapping[Matcher, Value] | Iterable[tuple[Matcher, Value]]
 
 
 @attrs.frozen
 class _Operand:
-    """A place where a layer has, or could have, a quantizer."""
+    """A place where a layer has, or could have, a quantizer; the same by whatever name the layer is found."""
 
-    layer_name: str
-    layer: QuantizedLayer
+    layer_name: str = attrs.field(eq=False)
+    layer: QuantizedLayer = attrs.field(eq=id)
     name: str
 
     @property
@@ -35,7 +36,7 @@ class _Operand:
         return ".".join(filter(None, (self.layer_name, quantizer_name(self.name))))
 
 
-def configure(model: nn.Module, rules: Mapping[Matcher, Value] | Iterable[tuple[Matcher, Value]]) -> None:
+def configure(model: nn.Module, rules: Rules) -> None:
     r"""Changes the quantizers of a model by ordered rules; for each quantizer the last match wins.
 
     ::
@@ -53,32 +54,47 @@ def configure(model: nn.Module, rules: Mapping[Matcher, Value] | Iterable[tuple[
             (and then of all quantizers in it) or of a quantizer, a regular expression for either
             (``"re:..."``, matched whole), a class of layers, or a function of a layer's name and the
             layer. A value is None (float: the quantizer is disabled), a descriptor, a recipe or a
-            recipe's name. A quantizer whose descriptor changes loses its range.
+            recipe's name. A quantizer whose descriptor changes loses its range. One descriptor changes the
+            quantizers that are there; it makes a new one only where the pattern tells its name from others
+            (``"head.output_quantizer"``, ``"*.hidden_*"``).
 
     Raises:
-        RuleError: A pattern matches nothing, stands twice with different values, or is malformed; a
-            value is none of these. Nothing has changed then.
+        RuleError: A pattern matches nothing (or, unless the value is None, only what is float), stands twice
+            with different values, or is malformed; a value is none of these. Nothing has changed then.
         UnknownNameError: There is no recipe, or no format, of a name.
     """
-    pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
-    operands = list(_operands(model))
+    apply_rules([model], rules)
+
+
+def apply_rules(models: Sequence[nn.Module], rules: Rules) -> None:
+    """``configure`` for several models, where a pattern has to match something in one of them."""
+    operands = [operand for model in models for operand in _operands(model)]
     if not operands:
+        shown = " and ".join(type(model).__name__ for model in models)
         raise RuleError(
-            f"{type(model).__name__} holds no quantized layer; build it inside `with quantize_modules():` "
-            f"or convert(model) first"
+            f"{shown} holds no quantized layer; build it inside `with quantize_modules():` or convert(model) "
+            f"first"
         )
-    values = _checked(pairs)
-    decided: dict[str, Value] = {}
-    for matcher, value in values:
+    decided: dict[_Operand, Value] = {}
+    for matcher, value in checked_rules(rules):
         matched = [o for o in operands if _matches(matcher, o) and _is_meant(o, matcher, value)]
         if not matched:
-            raise _unmatched(matcher, operands)
-        decided.update({operand.quantizer_name: value for operand in matched})
-    new = [
-        (operand, _quantizer_for(operand, decided[operand.quantizer_name]))
-        for operand in operands
-        if operand.quantizer_name in decided
-    ]
+            floats = [
+                name
+                for model in models
+                for name, module in model.named_modules()
+                if _named(matcher, name, module)
+            ]
+            if not floats:
+                raise _unmatched(matcher, operands)
+            if value is not None:
+                raise RuleError(
+                    f"the pattern {_shown(matcher)!r} matches only what is float, such as {floats[0]!r}; a "
+                    f"rule makes no quantized layers: build it in a block, or convert it",
+                    rule=matcher,
+                )
+        decided.update(dict.fromkeys(matched, value))
+    new = [(operand, _quantizer_for(operand, value)) for operand, value in decided.items()]
     for operand, quantizer in new:
         _put(operand, quantizer)
 
@@ -96,9 +112,15 @@ def _of_layer(name: str, layer: QuantizedLayer) -> list[_Operand]:
     return [_Operand(name, layer, operand) for operand, _ in layer.descriptors(_EVERYTHING)]
 
 
-def _checked(pairs: list[Any]) -> list[tuple[Matcher, Value]]:
+def checked_rules(rules: Rules) -> list[tuple[Matcher, Value]]:
+    """The rules, with recipes in the place of their names.
+
+    Raises:
+        RuleError: One is malformed, or two contradict each other.
+        UnknownNameError: There is no recipe of a name.
+    """
     checked: list[tuple[Matcher, Value]] = []
-    for pair in pairs:
+    for pair in rules.items() if isinstance(rules, Mapping) else rules:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise RuleError(f"{pair!r} is no rule; write ('encoder.*', 'int8') or ('head', None)", rule=pair)
         matcher, value = pair
@@ -115,6 +137,14 @@ def _checked(pairs: list[Any]) -> list[tuple[Matcher, Value]]:
                 f"rule {pair!r}: a value is None (float), a QuantDescriptor, a Recipe or a recipe's name",
                 rule=pair,
             )
+        if isinstance(value, Recipe) and value.rules:
+            raise RuleError(
+                f"rule {pair!r}: the recipe {value.name!r} has rules of its own, which cannot be part of "
+                f"a rule; write attrs.evolve(recipe, rules=())",
+                rule=pair,
+            )
+        if isinstance(matcher, str):
+            _fits(matcher, "")  # so that a malformed one is told even if there is nothing to match
         for earlier, other in checked:
             if earlier == matcher and other != value:
                 raise RuleError(
@@ -160,8 +190,19 @@ def _is_meant(operand: _Operand, matcher: Matcher, value: Value) -> bool:
     )
 
 
+def _named(matcher: Matcher, name: str, module: nn.Module) -> bool:
+    """Whether a pattern names a module that has no quantizers, and may be meant to have none."""
+    if isinstance(matcher, type):
+        return isinstance(module, matcher)
+    return isinstance(matcher, str) and bool(name) and _fits(matcher, name)
+
+
+def _shown(matcher: Matcher) -> str:
+    return matcher if isinstance(matcher, str) else str(getattr(matcher, "__qualname__", repr(matcher)))
+
+
 def _unmatched(matcher: Matcher, operands: list[_Operand]) -> RuleError:
-    given = matcher if isinstance(matcher, str) else getattr(matcher, "__qualname__", repr(matcher))
+    given = _shown(matcher)
     names = [operand.quantizer_name for operand in operands] + [operand.layer_name for operand in operands]
     hint = near_misses(given, [name for name in names if name])
     return RuleError(f"the pattern {given!r} matches no layer or quantizer. {hint}".rstrip(), rule=matcher)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import attrs
@@ -138,6 +139,10 @@ def _with_axis(descriptor: QuantDescriptor, axis: int | None) -> QuantDescriptor
     return attrs.evolve(descriptor, axis=axis)
 
 
+def _pairs(given: Any) -> Any:
+    return tuple(given.items() if isinstance(given, Mapping) else given)
+
+
 @attrs.frozen(kw_only=True)
 class Recipe:
     """How layers are quantized: one descriptor for each kind of operand, None to leave it float.
@@ -152,6 +157,9 @@ class Recipe:
             slower (see ``quantpatch.layers.recurrent`` for figures). Cells, which run step by step anyway,
             take ``input`` for it if this is None.
         include: Names of targets that blocks leave float by default and this recipe wants replaced.
+        rules: What differs by name, as ``configure`` takes it: ``{"conv1": None, "fc": "int8"}``. Names are
+            those within the model, which is complete when a block ends: the rules are applied then, to each
+            outermost module that was built in it (``convert`` applies them at once).
     """
 
     name: str
@@ -162,3 +170,4 @@ class Recipe:
     output: QuantDescriptor | None = None
     hidden: QuantDescriptor | None = None
     include: tuple[str, ...] = ()
+    rules: tuple[tuple[Any, Any], ...] = attrs.field(default=(), converter=_pairs)

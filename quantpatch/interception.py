@@ -47,14 +47,26 @@ class Policy(abc.ABC):
     """Who decides what is built while an activation is in force."""
 
     @abc.abstractmethod
-    def replacement_for(self, slot: Slot, cls: type | None) -> Any | None:
-        """The replacement to use now, or None to leave the target alone.
+    def replacement_for(self, slot: Slot) -> Any | None:
+        """What to use instead of the target now, or None to leave it alone.
+
+        Args:
+            slot: Where the call came in: an object of exactly the target is being built, or the function
+                called.
+        """
+
+    def adopter_for(self, slot: Slot, cls: type) -> Callable[[Any], None] | None:
+        """What to do with an object that is not replaced once the target's own ``__init__`` has run.
 
         Args:
             slot: Where the call came in.
-            cls: The exact class under construction (the target or one of its subclasses); None when
-                the slot is a function's.
+            cls: The exact class under construction: the target, or a subclass whose own ``__init__`` may
+                have more to do.
+
+        Returns:
+            A function that gets the object, or None to leave it alone.
         """
+        return None
 
 
 class Activation:
@@ -330,7 +342,8 @@ class _ClassSlot(Slot):
                     finally:
                         _within.reset(token)
                 if within is None or not _is_within(slot, within):
-                    replacement = activation.payload.replacement_for(slot, type(self))
+                    cls = type(self)
+                    replacement = activation.payload.replacement_for(slot) if cls is target else None
                     if replacement is not None:
                         become(self, "__class__", replacement)
                         token = _within.set((slot, within))
@@ -338,6 +351,10 @@ class _ClassSlot(Slot):
                             return replacement.__init__(self, *args, **kwargs)
                         finally:
                             _within.reset(token)
+                    adopt = activation.payload.adopter_for(slot, cls)
+                    if adopt is not None:
+                        base_init(self, *args, **kwargs)
+                        return adopt(self)
             return base_init(self, *args, **kwargs)
 
         return __init__
@@ -374,7 +391,7 @@ class _FunctionSlot(Slot):
             if activation is not None:
                 within = _within.get()
                 if not _is_within(slot, within):
-                    replacement = activation.payload.replacement_for(slot, None)
+                    replacement = activation.payload.replacement_for(slot)
                     if replacement is not None:
                         token = _within.set((slot, within))
                         try:

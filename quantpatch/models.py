@@ -15,15 +15,17 @@ import torch
 from torch import nn
 
 from quantpatch.classes import change_class, dotted, own_class
+from quantpatch.configure import apply_rules
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import EntryLike
 from quantpatch.errors import ConversionError
-from quantpatch.interception import Slot
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.subclass import combine, why_float
 from quantpatch.outcome import Outcome, Replaced, Skipped
 from quantpatch.recipes import DEFAULT_RECIPE
 from quantpatch.registry import registry
-from quantpatch.table import Choice, Pattern, compose, load_checked
+from quantpatch.settings import Settings
+from quantpatch.table import Choice, Pattern, Table, nearest
 
 __all__ = ["Conversion", "convert", "quantized", "revert"]
 
@@ -48,17 +50,17 @@ class _Step:
     name: str
     layer: nn.Module
     replacement: type[QuantizedLayer]
-    choice: Choice
 
 
 def convert(
     model: nn.Module,
-    skip: Iterable[Pattern] = (),
-    custom: Iterable[EntryLike] = (),
+    skip: Iterable[Pattern] | Pattern = (),
+    custom: Iterable[EntryLike] | EntryLike = (),
     recipe: str | Recipe | None = None,
     plugins: Iterable[str] | None = None,
     *,
-    include: Iterable[Pattern] = (),
+    include: Iterable[Pattern] | Pattern = (),
+    subclasses: bool | None = None,
 ) -> Conversion:
     """Quantizes the layers of an existing model in place, by the same table as a block.
 
@@ -69,9 +71,10 @@ def convert(
         model: The model. It may be a layer itself: the object stays, its class changes.
         skip: As in ``quantize_modules``, like the rest.
         custom: See there; replacements have to be ``QuantizedLayer`` subclasses of their target.
-        recipe: See there; default int8.
+        recipe: See there; default int8. Rules in it are applied at once.
         plugins: See there.
         include: See there.
+        subclasses: See there; default False.
 
     Returns:
         What was replaced and what was left float.
@@ -79,7 +82,9 @@ def convert(
     Raises:
         ConversionError: The model is quantized already, has nothing to quantize, is scripted, or an
             entry's replacement cannot take over a layer that exists.
+        RuleError: A rule of the recipe matches nothing, or is malformed.
     """
+    settings = Settings.of(skip, custom, recipe, plugins, include, subclasses)
     _refuse_wrapped(model, "convert")
     already = [name for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
     if already:
@@ -89,18 +94,8 @@ def convert(
             layers=tuple(already),
         )
     chosen = registry.recipe(DEFAULT_RECIPE if recipe is None else recipe)
-    names = None if plugins is None else tuple(plugins)
-    table = compose(
-        {},
-        registry.offers(names),
-        plugins=names,
-        skip=tuple(skip),
-        include=(*chosen.include, *include),
-        custom=tuple(custom),
-    )
-    choices = {key.target: (key, c) for key, c in table.items() if isinstance(key, Slot)}
     outcome = Outcome()
-    steps = _plan(model, choices, outcome)
+    steps = _plan(model, settings.table(chosen), outcome, subclasses=bool(settings.subclasses))
     if not steps:
         seen = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
         raise ConversionError(
@@ -111,6 +106,8 @@ def convert(
         for step in steps:
             undo.callback(_unconvert, step.layer, own_class(step.layer), tuple(step.layer._modules))
             _convert_layer(step, chosen)
+        if chosen.rules:
+            apply_rules([model], chosen.rules)
         undo.pop_all()  # all went well: keep it
     return Conversion(outcome.replaced, outcome.skipped)
 
@@ -132,30 +129,31 @@ def _refuse_wrapped(model: nn.Module, verb: str) -> None:
             )
 
 
-def _plan(model: nn.Module, choices: dict[type, tuple[Slot, Choice]], outcome: Outcome) -> list[_Step]:
+def _plan(model: nn.Module, table: Table, outcome: Outcome, *, subclasses: bool) -> list[_Step]:
     steps: list[_Step] = []
-    loaded: dict[type, type[QuantizedLayer]] = {}
     for name, layer in model.named_modules():
         cls = own_class(layer)
-        found = choices.get(cls)
+        found = nearest(table, cls)
         if found is None:
-            base = next((base for base in cls.__mro__ if base in choices), None)
-            if base is not None:
-                target = choices[base][1].offer.entry.dotted
-                outcome.count(dotted(cls), f"a subclass of {target}, for which there is no entry")
             continue
         slot, choice = found
-        outcome.count(choice.offer, choice.float_because)
-        if choice.float_because:
+        offer, because = choice.offer, choice.float_because
+        own = "" if cls is slot.target else dotted(cls)
+        if own:
+            because = because or why_float(choice.replacement, cls, offer.entry.dotted, wanted=subclasses)
+        if because:
+            outcome.count(offer, because, target=own)
             continue
-        if cls not in loaded:
-            loaded[cls] = _fit_for_conversion(load_checked(choice.offer, slot), choice)
-        steps.append(_Step(name, layer, loaded[cls], choice))
+        replacement = _fit_for_conversion(choice)
+        if own:
+            replacement = combine(replacement, cls)
+        outcome.count(offer, target=own, replacement=dotted(replacement))
+        steps.append(_Step(name, layer, replacement))
     return steps
 
 
-def _fit_for_conversion(replacement: Any, choice: Choice) -> type[QuantizedLayer]:
-    entry = choice.offer.entry
+def _fit_for_conversion(choice: Choice) -> type[QuantizedLayer]:
+    entry, replacement = choice.offer.entry, choice.replacement
     target = entry.name
     is_layer = isinstance(replacement, type) and issubclass(replacement, QuantizedLayer)
     if is_layer and hasattr(replacement, "float_class"):
@@ -203,12 +201,13 @@ def revert(model: nn.Module) -> None:
 @contextlib.contextmanager
 def quantized(
     model: nn.Module,
-    skip: Iterable[Pattern] = (),
-    custom: Iterable[EntryLike] = (),
+    skip: Iterable[Pattern] | Pattern = (),
+    custom: Iterable[EntryLike] | EntryLike = (),
     recipe: str | Recipe | None = None,
     plugins: Iterable[str] | None = None,
     *,
-    include: Iterable[Pattern] = (),
+    include: Iterable[Pattern] | Pattern = (),
+    subclasses: bool | None = None,
 ) -> Iterator[Conversion]:
     """A block in which an existing model is quantized; ``convert`` before and ``revert`` after it.
 
@@ -217,7 +216,7 @@ def quantized(
     Raises:
         ConversionError: See ``convert``.
     """
-    conversion = convert(model, skip, custom, recipe, plugins, include=include)
+    conversion = convert(model, skip, custom, recipe, plugins, include=include, subclasses=subclasses)
     try:
         yield conversion
     finally:

@@ -52,47 +52,56 @@ class Outcome:
     """Counts what is built, from any thread."""
 
     def __init__(self) -> None:
-        self._counts: Counter[tuple[Offer | str, str]] = Counter()
+        self._counts: Counter[tuple[Offer, str, str, str]] = Counter()
 
-    def count(self, built: Offer | str, float_because: str = "") -> None:
+    def count(
+        self, offer: Offer, float_because: str = "", *, target: str = "", replacement: str = ""
+    ) -> None:
         """Counts one object.
 
         Args:
-            built: The entry that is for it, or, if there is none, the dotted name of its class.
+            offer: The entry that is for it, or for its base class.
             float_because: Why it stayed float; empty if it was replaced.
+            target: Dotted name of its class, if that is not the entry's target.
+            replacement: Dotted name of what took its place, if that is not the entry's replacement.
         """
         with interception.lock:
-            self._counts[built, float_because] += 1
-            first = self._counts[built, float_because] == 1
+            key = offer, float_because, target, replacement
+            self._counts[key] += 1
+            first = self._counts[key] == 1
         if first and tracing.is_on():
-            tracing.say(_decision(built, float_because))
+            tracing.say(_decision(*key))
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:
         """What was replaced so far, in the order in which each came up first."""
         return tuple(
-            Replaced(o.entry.dotted, dotted(o.entry.load_replacement()), o.entry, o.plugin, count)
-            for (o, because), count in self._items()
-            if isinstance(o, Offer) and not because
+            Replaced(
+                target or offer.entry.dotted,
+                replacement or dotted(offer.entry.load_replacement()),
+                offer.entry,
+                offer.plugin,
+                count,
+            )
+            for (offer, because, target, replacement), count in self._items()
+            if not because
         )
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
         """What was left float so far, in the order in which each came up first."""
         return tuple(
-            Skipped(built.entry.dotted if isinstance(built, Offer) else built, because, count)
-            for (built, because), count in self._items()
+            Skipped(target or offer.entry.dotted, because, count)
+            for (offer, because, target, _), count in self._items()
             if because
         )
 
-    def _items(self) -> list[tuple[tuple[Offer | str, str], int]]:
+    def _items(self) -> list[tuple[tuple[Offer, str, str, str], int]]:
         with interception.lock:
             return list(self._counts.items())
 
 
-def _decision(built: Offer | str, float_because: str) -> str:
-    if isinstance(built, str):
-        return f"  {built} stays float: {float_because}"
+def _decision(offer: Offer, float_because: str, target: str, replacement: str) -> str:
     if float_because:
-        return f"  {built.entry.dotted} stays float: {float_because}"
-    return f"  {built.entry} ({built.source})"
+        return f"  {target or offer.entry.dotted} stays float: {float_because}"
+    return f"  {f'{target} -> {replacement}' if target else offer.entry} ({offer.source})"

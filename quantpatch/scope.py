@@ -5,21 +5,28 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
+from torch import nn
+
 from quantpatch import interception, tracing
-from quantpatch.classes import dotted
+from quantpatch.classes import change_class, dotted
+from quantpatch.configure import apply_rules, checked_rules
 from quantpatch.descriptor import Recipe
-from quantpatch.entries import Entry, EntryLike
-from quantpatch.errors import EntryError, QuantPatchWarning, ScopeError
+from quantpatch.entries import EntryLike
+from quantpatch.errors import EntryError, QuantPatchWarning, RuleError, ScopeError
 from quantpatch.interception import Activation, Policy, Slot
+from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.subclass import combine, why_float
 from quantpatch.lazy_imports import ImportWatch
 from quantpatch.outcome import Outcome, Replaced, Skipped
 from quantpatch.recipes import DEFAULT_RECIPE
 from quantpatch.registry import registry
-from quantpatch.table import Choice, Key, Pattern, Table, compose, load, load_all, outermost, slot_of
+from quantpatch.roots import Built
+from quantpatch.settings import Settings
+from quantpatch.table import Choice, Key, Pattern, Table, load, nearest, slot_of
 
 __all__ = ["Scope", "keep_float", "quantize_modules"]
 
@@ -29,12 +36,27 @@ F = TypeVar("F", bound=Callable[..., Any])
 class _Opening(Policy):
     """What belongs to one opening of a scope: its table, its recipe, and the watch for late imports."""
 
-    def __init__(self, scope: Scope, table: Table, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        table: Table,
+        recipe: Recipe,
+        *,
+        subclasses: bool = False,
+        built: Built | None = None,
+        applies_rules: bool = False,
+    ) -> None:
         self.scope = scope
         self.table = table  # may be another opening's as well: copied before it is changed
         self.recipe = recipe
+        self.subclasses = subclasses
+        self.built = built  # what the recipe's rules will be applied to ...
+        self.applies_rules = applies_rules  # ... by the opening that brought the recipe
         waiting = {c.offer.entry.module_name for key, c in table.items() if isinstance(key, str)}
-        self.activation = Activation([key for key in table if not isinstance(key, str)], payload=self)
+        slots = [key for key in table if not isinstance(key, str)]
+        if built is not None and _module_slot() not in slots:
+            slots.append(_module_slot())
+        self.activation = Activation(slots, payload=self)
         self.watch = ImportWatch(waiting, self._imported) if waiting else None
         if self.watch is not None:
             self.watch.start()
@@ -50,29 +72,46 @@ class _Opening(Policy):
             f"leaves {float_} float{later}"
         )
 
-    def replacement_for(self, slot: Slot, cls: type | None) -> Any | None:
+    def replacement_for(self, slot: Slot) -> Any | None:
         choice = self.table.get(slot)
         if choice is None:
             return None
-        scope = self.scope
-        if cls is not None and cls is not slot.target:
-            if self._is_mere_subclass(slot, cls):
-                target = choice.offer.entry.dotted
-                scope._outcome.count(dotted(cls), f"a subclass of {target}, for which there is no entry")
-            return None
-        because = scope._float_because or choice.float_because
-        if not because and choice.replacement is None:  # imported since the block was opened
-            choice = load(slot, choice)
-            self._put(slot, choice)
-        scope._outcome.count(choice.offer, because)
+        because = self.scope._float_because or choice.float_because
+        if not because:
+            choice = self._loaded(slot, choice)
+        self.scope._outcome.count(choice.offer, because)
         return None if because else choice.replacement
 
-    def _is_mere_subclass(self, slot: Slot, cls: type) -> bool:
-        """Whether it comes out float, and there is no nearer base that tells of it."""
-        if any(choice.replacement in cls.__mro__ for choice in self.table.values()):
-            return False
-        targets = {key.target for key in self.table if isinstance(key, Slot)}
-        return next(base for base in cls.__mro__ if base in targets) is slot.target
+    def adopter_for(self, slot: Slot, cls: type) -> Callable[[Any], None] | None:
+        if self.built is not None and slot is _module_slot():
+            return self.built.add
+        found = None if cls is slot.target else nearest(self.table, cls)
+        if found is None or found[0] is not slot:  # a nearer base will tell of it
+            return None
+        choice = found[1]
+        because = self.scope._float_because or choice.float_because
+        if self.subclasses and not because:
+            choice = self._loaded(slot, choice)
+        target = choice.offer.entry.dotted
+        because = because or why_float(choice.replacement, cls, target, wanted=self.subclasses)
+        if because:
+            self.scope._outcome.count(choice.offer, because, target=dotted(cls))
+            return None
+        combined = combine(choice.replacement, cls)
+        self.scope._outcome.count(choice.offer, target=dotted(cls), replacement=dotted(combined))
+
+        def adopt(layer: Any) -> None:
+            change_class(layer, combined)
+            layer.add_quantizers(self.recipe)
+
+        return adopt
+
+    def _loaded(self, slot: Slot, choice: Choice) -> Choice:
+        """The choice with its replacement, also if the target was imported since the block was opened."""
+        if choice.replacement is None:
+            choice = load(slot, choice)
+            self._put(slot, choice)
+        return choice
 
     def _put(self, key: Slot, choice: Choice, instead_of: Key | None = None) -> None:
         with interception.lock:
@@ -107,7 +146,10 @@ class _Opening(Policy):
         """Ends it; returns the names of targets whose hook somebody else has displaced."""
         if self.watch is not None:
             self.watch.stop()
-        return sorted(self.table[slot].offer.entry.dotted for slot in self.activation.close())
+        return sorted(
+            self.table[slot].offer.entry.dotted if slot in self.table else dotted(slot.target)
+            for slot in self.activation.close()
+        )
 
 
 class Scope:
@@ -117,34 +159,15 @@ class Scope:
     object can be entered again, also inside itself and in several threads.
     """
 
-    def __init__(
-        self,
-        *,
-        skip: Sequence[Pattern] = (),
-        custom: Sequence[EntryLike] = (),
-        recipe: str | Recipe | None = None,
-        plugins: Sequence[str] | None = None,
-        include: Sequence[Pattern] = (),
-        float_because: str = "",
-    ) -> None:
-        self._skip = tuple(skip)
-        self._custom = tuple(custom)
-        self._recipe = recipe
-        self._plugins = None if plugins is None else tuple(plugins)
-        self._include = tuple(include)
+    def __init__(self, settings: Settings, float_because: str = "") -> None:
+        self._settings = settings
         self._float_because = float_because  # if not empty, nothing is replaced
         self._openings: list[_Opening] = []
         self._started: _Opening | None = None
         self._outcome = Outcome()
 
     def __repr__(self) -> str:
-        if self._float_because:
-            return self._float_because
-        given = {
-            name: getattr(self, f"_{name}") for name in ("skip", "custom", "recipe", "plugins", "include")
-        }
-        shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value not in ((), None))
-        return f"quantize_modules({shown})"
+        return self._float_because or f"quantize_modules({self._settings})"
 
     # --- opening and closing -------------------------------------------------------------------
 
@@ -152,27 +175,19 @@ class Scope:
         around = interception.current()
         outer: _Opening | None = None if around is None else around.payload
         enclosing: Table = {} if outer is None else outer.table
-        recipe: str | Recipe = DEFAULT_RECIPE if outer is None else outer.recipe
-        if self._float_because:
-            return _Opening(self, enclosing, registry.recipe(recipe))
-        recipe = registry.recipe(recipe if self._recipe is None else self._recipe)
-        include = (*recipe.include, *self._include)
-        if not enclosing and not self._custom:
-            table = outermost(registry.offers(self._plugins), self._plugins, self._skip, include)
+        settings = self._settings
+        if settings.recipe is None and outer is not None:
+            # What is built in here belongs to the models of the block whose recipe it is.
+            recipe, built, applies_rules = outer.recipe, outer.built, False
         else:
-            # A block inside another adds the plugins it names; otherwise what it starts from says it all.
-            fresh = not enclosing or self._plugins is not None
-            table = load_all(
-                compose(
-                    enclosing,
-                    registry.offers(self._plugins) if fresh else (),
-                    plugins=self._plugins,
-                    skip=self._skip,
-                    include=include,
-                    custom=self._custom,
-                )
-            )
-        return _Opening(self, table, recipe)
+            recipe = registry.recipe(DEFAULT_RECIPE if settings.recipe is None else settings.recipe)
+            applies_rules = bool(checked_rules(recipe.rules))
+            built = Built() if applies_rules else None
+        table = enclosing if self._float_because else settings.table(recipe, enclosing)
+        subclasses = settings.subclasses
+        if subclasses is None:
+            subclasses = outer is not None and outer.subclasses
+        return _Opening(self, table, recipe, subclasses=subclasses, built=built, applies_rules=applies_rules)
 
     def __enter__(self) -> Scope:
         opening = self._open()
@@ -190,7 +205,7 @@ class Scope:
         opening = self._opening_here()
         with interception.lock:
             self._openings.remove(opening)
-        self._close(opening, warn=exc is None)
+        self._close(opening, failed=exc is not None)
 
     def _opening_here(self) -> _Opening:
         """The innermost opening of this scope in the current context.
@@ -209,15 +224,19 @@ class Scope:
                 raise ScopeError(f"{self!r} is left without having been entered")
             return self._openings[-1]
 
-    def _close(self, opening: _Opening, *, warn: bool) -> None:
+    def _close(self, opening: _Opening, *, failed: bool) -> None:
         displaced = opening.close()
-        if displaced and warn:  # never in the way of an exception of the body
+        if failed:  # nothing gets in the way of an exception of the body
+            return
+        if displaced:
             warnings.warn(
                 f"while {self!r} was open, other code replaced the __init__ of {', '.join(displaced)} for "
                 f"good: what was built afterwards may be float; audit the model",
                 QuantPatchWarning,
                 stacklevel=3,
             )
+        if opening.applies_rules:
+            _apply_rules(opening)
 
     def start(self) -> Scope:
         """Opens the block for the whole process, in every context that has no block of its own.
@@ -243,7 +262,7 @@ class Scope:
                 f"{self!r}.stop() without start(); keep the scope that was started: "
                 f"scope = quantize_modules(); scope.start(); ...; scope.stop()"
             )
-        self._close(opening, warn=True)
+        self._close(opening, failed=False)
 
     # --- as a decorator ------------------------------------------------------------------------
 
@@ -284,14 +303,7 @@ class Scope:
         return run  # type: ignore[return-value]
 
     def _fresh(self) -> Scope:
-        return Scope(
-            skip=self._skip,
-            custom=self._custom,
-            recipe=self._recipe,
-            plugins=self._plugins,
-            include=self._include,
-            float_because=self._float_because,
-        )
+        return Scope(self._settings, self._float_because)
 
     # --- what came out -------------------------------------------------------------------------
 
@@ -306,19 +318,35 @@ class Scope:
         return self._outcome.skipped
 
 
-def _several(given: Any, argument: str, single: tuple[type, ...]) -> tuple[Any, ...]:
-    """A sequence, where one item may be given bare."""
-    if isinstance(given, single):
-        return (given,)
-    if isinstance(given, Iterable) and not isinstance(given, (bytes, dict)):
-        return tuple(given)
-    hint = "; write @quantize_modules() with parentheses" if inspect.isfunction(given) else ""
-    raise ScopeError(f"{argument} takes a list, not {given!r}{hint}")
+def _module_slot() -> Slot:
+    """Where every module comes by while it is built."""
+    return Slot.of(nn.modules.module, "Module")
 
 
-def _is_bare_entry(given: Any) -> bool:
-    """Whether it is one ``(module, name, replacement)``, rather than a tuple of such."""
-    return isinstance(given, tuple) and given != () and not any(isinstance(x, (Entry, tuple)) for x in given)
+def _apply_rules(opening: _Opening) -> None:
+    """Applies a recipe's rules to the models that were built.
+
+    Raises:
+        RuleError: A pattern matches nothing in any of them; the models are quantized as without rules.
+    """
+    assert opening.built is not None
+    recipe, roots = opening.recipe, opening.built.roots()
+    if not any(isinstance(module, QuantizedLayer) for root in roots for module in root.modules()):
+        if opening.built.count:
+            warnings.warn(
+                f"the rules of recipe {recipe.name!r} were applied to nothing: no quantized layer that was "
+                f"built in the block is left at its end. For copies of layers write configure(model, rules)",
+                QuantPatchWarning,
+                stacklevel=4,
+            )
+        return
+    try:
+        apply_rules(roots, recipe.rules)
+    except RuleError as error:
+        built = " and ".join(dict.fromkeys(type(root).__name__ for root in roots))
+        raise RuleError(
+            f"the rules of recipe {recipe.name!r} were not applied to {built}: {error}", rule=error.rule
+        ) from error
 
 
 def quantize_modules(
@@ -328,6 +356,7 @@ def quantize_modules(
     plugins: Iterable[str] | None = None,
     *,
     include: Iterable[Pattern] | Pattern = (),
+    subclasses: bool | None = None,
 ) -> Scope:
     """Every layer constructed inside the block comes out as its quantized version.
 
@@ -345,10 +374,14 @@ def quantize_modules(
             globs (``"AvgPool*"``) or classes.
         custom: Entries ``(module, name, replacement)`` of your own; they override plugins and
             built-ins, and ``skip`` does not remove them.
-        recipe: How to quantize: a recipe or its name. Default: that of the enclosing block, else int8.
+        recipe: How to quantize: a recipe or its name. Default: that of the enclosing block, else int8. Rules
+            in it are applied when the block ends, to the models that were built inside.
         plugins: Names of the installed plugins that take part; default: all of them.
         include: Targets that are left float by default and that you want replaced, such as
             ``"Embedding"``.
+        subclasses: Whether a subclass of a target is quantized as well, as long as it leaves ``forward`` and
+            what that uses as they are. What cannot be is in ``skipped``, with the reason. Default: as in the
+            enclosing block, else False.
 
     Returns:
         The scope: a context manager, a decorator of functions, or something to ``start()`` and
@@ -358,15 +391,11 @@ def quantize_modules(
         EntryError: An entry cannot be used (on entering the block; nothing is replaced then).
         EntryConflictError: Two plugins replace the same target.
         PluginError: A plugin failed.
+        RuleError: A rule of the recipe is malformed (on entering) or matches nothing that was built (when the
+            block ends: PyTorch is what it was, and the models are quantized as without rules).
         UnknownNameError: Nothing goes by a name in ``skip``, ``include``, ``recipe`` or ``plugins``.
     """
-    return Scope(
-        skip=_several(skip, "skip", (str, type)),
-        custom=_several([custom] if _is_bare_entry(custom) else custom, "custom", (Entry,)),
-        recipe=recipe,
-        plugins=None if plugins is None else _several(plugins, "plugins", (str,)),
-        include=_several(include, "include", (str, type)),
-    )
+    return Scope(Settings.of(skip, custom, recipe, plugins, include, subclasses))
 
 
 def keep_float() -> Scope:
@@ -374,4 +403,4 @@ def keep_float() -> Scope:
 
     A ``quantize_modules()`` inside it starts again from what was replaced around it.
     """
-    return Scope(float_because="keep_float()")
+    return Scope(Settings(), float_because="keep_float()")

@@ -16,6 +16,7 @@ from typing import Any
 
 import attrs
 
+from quantpatch.classes import dotted
 from quantpatch.entries import Entry, EntryLike
 from quantpatch.errors import EntryConflictError, EntryError, ScopeError, UnknownNameError, near_misses
 from quantpatch.interception import Slot
@@ -32,6 +33,7 @@ __all__ = [
     "load",
     "load_all",
     "load_checked",
+    "nearest",
     "outermost",
     "slot_of",
 ]
@@ -61,6 +63,9 @@ class Choice:
 
 
 Table = dict[Key, Choice]
+
+#: Classes that are parts of a target, which reads their weights and never calls them.
+_PARTS = frozenset({"torch.nn.modules.linear.NonDynamicallyQuantizableLinear"})  # MultiheadAttention's
 
 _SKIP = "skip="
 
@@ -144,6 +149,20 @@ def _is_importable(cls: type) -> bool:
     for name in cls.__qualname__.split("."):
         found = getattr(found, name, None)
     return found is cls
+
+
+def nearest(table: Table, cls: type) -> tuple[Slot, Choice] | None:
+    """The nearest base class of ``cls`` (or itself) that a table knows, and what applies to it.
+
+    None if there is none, if ``cls`` is a replacement's already, or if it is a part of a target, which
+    multiplies with its weights itself.
+    """
+    if dotted(cls) in _PARTS:
+        return None
+    known = {key.target: (key, choice) for key, choice in table.items() if isinstance(key, Slot)}
+    if any(choice.replacement in cls.__mro__ for _, choice in known.values()):
+        return None
+    return next((known[base] for base in cls.__mro__ if base in known), None)
 
 
 def _key(offer: Offer) -> Key:

@@ -112,6 +112,24 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_near_misses_and_changes
     assert states(model) == before
 
 
+def test_a_layer_that_is_float_already_may_be_told_to_be(model):
+    model.extra = nn.Linear(4, 4)
+    qp.configure(model, {"extra": None})
+    with pytest.raises(RuleError, match="'extra' matches only what is float"):
+        qp.configure(model, {"extra": "int8"})
+
+
+def test_a_new_quantizer_can_be_named_by_a_glob_but_not_by_one_for_all(model):
+    qp.configure(model, {"*.output_*": INT4})
+    assert {row.name for row in qp.summary(model).rows if "output" in row.name} == {
+        f"{name}.output_quantizer" for name in ("stem", "body.0", "body.1", "head")
+    }
+    with qp.quantize_modules():
+        other = nn.Linear(2, 2)
+    qp.configure(other, {"*": INT4})
+    assert list(other.quantizers()) == ["input_quantizer", "weight_quantizer"]
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [

@@ -218,7 +218,7 @@ def test_subclasses_are_left_float_and_reported():
     report = qp.convert(model)
     assert type(model[1]) is MyLinear
     assert [(s.reason, s.count) for s in report.skipped] == [
-        ("a subclass of torch.nn.Linear, for which there is no entry", 1)
+        ("a subclass of torch.nn.Linear, for which there is no entry; write subclasses=True", 1)
     ]
 
 

@@ -99,7 +99,7 @@ def test_a_class_defined_inside_keeps_the_float_base() -> None:
     assert Mine.__bases__ == (Linear,)
     (line,) = scope.skipped
     assert line.target.endswith("Mine")
-    assert line.reason == "a subclass of torch.nn.Linear, for which there is no entry"
+    assert line.reason == "a subclass of torch.nn.Linear, for which there is no entry; write subclasses=True"
 
 
 def test_deepcopy_and_pickle_inside_keep_what_they_are_given() -> None:
@@ -981,7 +981,12 @@ def test_replaced_and_skipped_tell_what_came_out(plugin) -> None:
     ]
     assert [(s.target.rpartition(".")[2], s.reason, s.count) for s in scope.skipped] == [
         ("AvgPool2d", "skip='AvgPool2d'", 1),
-        ("Sub", "a subclass of torch.nn.Conv2d, for which there is no entry", 2),
+        (
+            "Sub",
+            "a subclass of torch.nn.Conv2d whose replacement is no QuantizedLayer of it, for which there is no "
+            "entry",
+            2,
+        ),
     ]
 
 

@@ -18,6 +18,7 @@ from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import CheckpointError, QuantPatchError
 from quantpatch.formats import Blocked, Float, Integer, NumberFormat
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.subclass import replacement_of
 from quantpatch.quantizer import named_quantizers
 from quantpatch.registry import registry
 
@@ -142,9 +143,15 @@ def describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def describe_layers(model: nn.Module) -> dict[str, dict[str, str]]:
-    """The quantized layers by name: their class and the float class that it stands for."""
+    """The quantized layers by name: their class and the float class that it stands for.
+
+    Of a user's subclass the class is that of its base's replacement.
+    """
     return {
-        name: {"class": dotted(own_class(cast(nn.Module, layer))), "float": dotted(layer.float_class)}
+        name: {
+            "class": dotted(replacement_of(own_class(cast(nn.Module, layer)))),
+            "float": dotted(layer.float_class),
+        }
         for name, layer in model.named_modules()
         if isinstance(layer, QuantizedLayer)
     }

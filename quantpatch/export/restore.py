@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantpatch.classes import change_class, dotted, own_class
 from quantpatch.descriptor import QuantDescriptor
-from quantpatch.errors import QuantPatchError
+from quantpatch.errors import LayerError, QuantPatchError
 from quantpatch.export import packing
 from quantpatch.export.description import (
     descriptor_of,
@@ -21,6 +21,7 @@ from quantpatch.export.description import (
 )
 from quantpatch.formats import NumberFormat
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.subclass import combine, replacement_of
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.registry import registry
 
@@ -84,9 +85,9 @@ class Plan:
                 self.problems.append(f"{shown} ({saved['class']}): the model has no such layer")
                 continue
             now = own_class(layer)
-            if dotted(now) == saved["class"]:
-                continue
             float_now = layer.float_class if isinstance(layer, QuantizedLayer) else now
+            if (dotted(replacement_of(now)), dotted(float_now)) == (saved["class"], saved["float"]):
+                continue
             if dotted(float_now) != saved["float"]:
                 self.problems.append(
                     f"{shown}: the file has a {saved['float']}, the model a {dotted(float_now)}"
@@ -98,10 +99,15 @@ class Plan:
                     f"{shown}: its class {saved['class']} is offered by no plugin and has not been imported. "
                     f"Import {saved['class'].rpartition('.')[0]} first, or install the plugin that brings it"
                 )
-            elif cls.float_class is not float_now:
-                self.problems.append(f"{shown}: {saved['class']} stands for {dotted(cls.float_class)} here")
-            else:
+            elif cls.float_class is float_now:
                 self._converted[name] = cls
+            elif issubclass(float_now, cls.float_class):
+                try:
+                    self._converted[name] = combine(cls, float_now)
+                except LayerError as error:
+                    self.problems.append(f"{shown}: {error}")
+            else:
+                self.problems.append(f"{shown}: {saved['class']} stands for {dotted(cls.float_class)} here")
         for name, module in self._modules.items():
             layer = module
             if isinstance(layer, QuantizedLayer) and name not in layers and not self._known_elsewhere(layer):

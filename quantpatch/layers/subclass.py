@@ -1,0 +1,185 @@
+"""Users' subclasses of float layers: what makes one of them a quantized layer, and when that is right.
+
+``class MyLinear(nn.Linear)`` that does not touch how a linear layer computes can be quantized as one. Its
+quantized version is combined from the replacement and the subclass, ``class QuantMyLinear(QuantLinear,
+MyLinear)``. Such a class exists in no module, so pickles and copies of its objects name the two classes that
+it is made of, and combine them again.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import inspect
+import itertools
+import weakref
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+from quantpatch import interception
+from quantpatch.classes import dotted
+from quantpatch.errors import LayerError
+from quantpatch.layers.base import QuantizedLayer
+
+__all__ = ["combine", "own_ways", "replacement_of", "why_float"]
+
+# Held as long as the class is in use, which holds the two classes that it is made of.
+_combined: weakref.WeakValueDictionary[tuple[type, type], type[QuantizedLayer]] = (
+    weakref.WeakValueDictionary()
+)
+
+# Who overrides these decides what happens before any forward.
+_ALWAYS_USED = {"__call__", "__getattr__", "__getattribute__"}
+# What a class may define of its own and have it replaced, since nothing is computed with it.
+_FOR_SHOW = {"extra_repr"}
+
+
+def combine(replacement: type[QuantizedLayer], subclass: type[Any]) -> type[QuantizedLayer]:
+    """The quantized version of a subclass of ``replacement.float_class``: one class for each pair.
+
+    Args:
+        replacement: The quantized version of its base class.
+        subclass: A class of float layers.
+
+    Raises:
+        LayerError: The subclass computes in ways of its own, or Python cannot combine the two.
+    """
+    known = _combined.get((replacement, subclass))
+    if known is not None:
+        return known
+    why = own_ways(replacement, subclass) or _cannot_combine(replacement, subclass)
+    if why:
+        raise LayerError(
+            f"{dotted(subclass)} cannot be quantized as {replacement.__qualname__}: it is a subclass {why}",
+            layer=subclass,
+        )
+    return _combined_now(replacement, subclass)
+
+
+def _combined_now(replacement: type[QuantizedLayer], subclass: type[Any]) -> type[QuantizedLayer]:
+    with interception.lock:
+        known = _combined.get((replacement, subclass))
+        if known is None:
+            members = {
+                "__module__": subclass.__module__,
+                "__doc__": f"``{subclass.__name__}``, quantized as ``{replacement.__name__}`` is.",
+                "__reduce_ex__": _reduce,
+                "_combined_from": (replacement, subclass),
+            }
+            known = type(f"Quant{subclass.__name__}", (replacement, subclass), members)
+            _combined[replacement, subclass] = known
+        return known
+
+
+def replacement_of(cls: type[Any]) -> type[Any]:
+    """The importable class of a quantized layer: of a combined class the replacement in it."""
+    parts: tuple[type[Any], type[Any]] | None = vars(cls).get("_combined_from")
+    return cls if parts is None else parts[0]
+
+
+def _reduce(layer: Any, protocol: Any) -> Any:
+    """``__reduce_ex__`` of combined classes."""
+    cls: Any = next(cls for cls in type(layer).__mro__ if "_combined_from" in vars(cls))
+    made, arguments, *rest = super(cls, layer).__reduce_ex__(max(2, protocol))
+    if made is copyreg.__newobj__ and arguments[0] is cls:  # type: ignore[attr-defined]
+        return (_new, (*vars(cls)["_combined_from"], *arguments[1:]), *rest)
+    return (made, arguments, *rest)  # the subclass has its own way, and its own function to undo it
+
+
+def _new(replacement: type[QuantizedLayer], subclass: type[Any], *arguments: Any) -> Any:
+    cls: Any = combine(replacement, subclass)
+    return cls.__new__(cls, *arguments)
+
+
+def why_float(replacement: Any | None, subclass: type[Any], target: str, *, wanted: bool) -> str:
+    """Why an object of a subclass stays float; empty if it does not.
+
+    Args:
+        replacement: What replaces the base class; None if it has not been imported.
+        subclass: Its class.
+        target: Dotted name of the base class.
+        wanted: Whether subclasses are to be quantized.
+    """
+    why = "" if replacement is None else own_ways(replacement, subclass)
+    if wanted and not why:
+        why = _cannot_combine(replacement, subclass)
+        if not why:
+            return ""
+    if why:
+        return f"a subclass of {target} {why}, for which there is no entry"
+    return f"a subclass of {target}, for which there is no entry; write subclasses=True"
+
+
+def own_ways(replacement: Any, subclass: type[Any]) -> str:
+    """In what a subclass does not compute as its base class does; empty if it does.
+
+    It must leave alone the ``forward`` of the base class, all that this uses of the object (its methods, and
+    theirs), and all that the replacement is made of.
+
+    Args:
+        replacement: What replaces the base class.
+        subclass: The subclass.
+
+    Returns:
+        A clause to go after "a subclass of ...".
+    """
+    base = getattr(replacement, "float_class", None)
+    if base is None or not issubclass(replacement, QuantizedLayer) or not issubclass(subclass, base):
+        return "whose replacement is no QuantizedLayer of it"
+    if (replacement, subclass) in _combined:
+        return ""
+    if replacement.__init__ is not QuantizedLayer.__init__:
+        return "whose replacement has an __init__ of its own, which makes new layers only"
+    own = _members(itertools.takewhile(lambda c: c is not base, subclass.__mro__))
+    added = _members(c for c in replacement.__mro__ if c not in base.__mro__)
+    clash = {name for name in added if name in own and not name.startswith("__")} - _FOR_SHOW
+    used = {name for name in _names_used(base, "forward") | _ALWAYS_USED if _overrides(base, own, name)}
+    if not clash | used:
+        return ""
+    shown = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in sorted(clash | used)]
+    return f"with {' and '.join(shown)} of its own"
+
+
+def _cannot_combine(replacement: Any, subclass: type[Any]) -> str:
+    try:
+        object.__setattr__(object.__new__(subclass), "__class__", _combined_now(replacement, subclass))
+    except Exception as error:  # a metaclass, or an __init_subclass__, may raise what it likes
+        return f"that Python cannot combine with its replacement ({type(error).__name__}: {error})"
+    return ""
+
+
+def _members(classes: Iterator[type]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for cls in classes:
+        found = {**vars(cls), **found}
+    return found
+
+
+def _overrides(base: type, own: dict[str, Any], name: str) -> bool:
+    """Whether a name that the base class uses means something else in the subclass.
+
+    What the base class does not have is an attribute of the object, or of another one; of these only a
+    property would change it.
+    """
+    if name not in own:
+        return False
+    return hasattr(base, name) or not isinstance(own[name], FunctionType)
+
+
+def _names_used(cls: type, method: str) -> set[str]:
+    """The names of attributes in a method's code, and in that of the methods of the class behind them."""
+    used = {method}
+    waiting = [method]
+    while waiting:
+        found = inspect.getattr_static(cls, waiting.pop(), None)
+        function = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
+        if isinstance(function, FunctionType):
+            new = _names_in(function.__code__) - used
+            used |= new
+            waiting += new
+    return used
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names_in, inner))

@@ -118,24 +118,31 @@ class QuantDescriptor:
         """``axis``, once a layer has filled in ``"channel"`` or ``"reduction"`` (before that: None)."""
         return None if isinstance(self.axis, str) else self.axis
 
-    def for_axes(self, channel: int | None, reduction: int | None) -> QuantDescriptor:
+    def for_axes(self, channel: Axis, reduction: int | None) -> QuantDescriptor:
         """This descriptor with ``"channel"`` and ``"reduction"`` replaced by a layer's axes.
 
         Args:
-            channel: The axis of the output channels; None: one range for the tensor.
+            channel: The axis of the output channels, or axes; None: one range for the tensor.
             reduction: The axis that products sum over.
         """
         if self.axis == CHANNEL:
             return _with_axis(self, channel)
         return _with_axis(self, reduction) if self.axis == REDUCTION else self
 
-    def for_channel_axis(self, axis: int | None) -> QuantDescriptor:
-        """``for_axes`` of a weight whose first two axes are its channels: the other one is summed over."""
+    def for_channel_axis(self, axis: Axis) -> QuantDescriptor:
+        """``for_axes`` of a weight, of whose channels the others are summed over.
+
+        Args:
+            axis: One of the first two axes, which are the channels; or two of three, as of weights of
+                several experts in one.
+        """
+        if isinstance(axis, tuple):
+            return self.for_axes(axis, 3 - sum(axis))
         return self.for_axes(axis, 1 - axis if axis in (0, 1) else -1)
 
 
 @functools.lru_cache(maxsize=1024)
-def _with_axis(descriptor: QuantDescriptor, axis: int | None) -> QuantDescriptor:
+def _with_axis(descriptor: QuantDescriptor, axis: Axis) -> QuantDescriptor:
     return attrs.evolve(descriptor, axis=axis)
 
 

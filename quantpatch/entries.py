@@ -36,12 +36,15 @@ class Entry:
         replacement: The class (or function) that takes its place, or ``"package.module:Name"``, which
             is imported only once the target's own module has been.
         default: Whether a block replaces the target without being asked to by ``include``.
+        optional: Whether the module may lack the target, as other versions of its package do; there is
+            nothing to replace then. Otherwise that is an error.
     """
 
     module: str | ModuleType = attrs.field(converter=_module_reference)
     name: str
     replacement: type | Callable[..., Any] | str
     default: bool = attrs.field(default=True, kw_only=True)
+    optional: bool = attrs.field(default=False, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.module, (str, ModuleType)) or not self.module:

@@ -129,7 +129,8 @@ class _Opening(Policy):
             except EntryError as error:  # an exception here would break an import that is not ours
                 warnings.warn(f"{error}; nothing was replaced", QuantPatchWarning, stacklevel=2)
                 continue
-            assert slot is not None
+            if slot is None:  # an optional one, which this version of its package does not have
+                continue
             earlier = self.table.get(slot)
             # The replacement is imported at its first use: here its own imports may be half done.
             self._put(slot, earlier or choice, instead_of=key)

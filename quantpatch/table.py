@@ -80,7 +80,7 @@ def entry_error(offer: Offer, what: str, hint: str = "") -> EntryError:
 
 
 def slot_of(offer: Offer) -> Slot | None:
-    """The slot of an entry's target, or None while its module is not imported.
+    """The slot of an entry's target; None while its module is not imported, or lacks an optional one.
 
     Raises:
         EntryError: The module has no such name, or what it names cannot be replaced.
@@ -92,6 +92,8 @@ def slot_of(offer: Offer) -> Slot | None:
     try:
         return Slot.of(module, entry.name)
     except AttributeError:
+        if entry.optional:
+            return None
         hint = near_misses(entry.name, (name for name in dir(module) if not name.startswith("_")))
         raise entry_error(offer, f"module {entry.module_name} has no {entry.name!r}", hint) from None
     except TypeError as error:

@@ -87,3 +87,10 @@ def test_they_are_values():
     assert recipe.weight == QuantDescriptor(axis=CHANNEL, narrow_range=True)
     assert recipe.input == QuantDescriptor()
     assert pickle.loads(pickle.dumps(recipe)) == recipe
+
+
+def test_of_three_axes_blocks_run_along_the_one_that_is_no_output_channel() -> None:
+    blocks = QuantDescriptor(format="mxfp8_e4m3", axis=REDUCTION, dynamic=True)
+    assert blocks.for_channel_axis((0, 1)).axis == 2
+    assert blocks.for_channel_axis((0, 2)).axis == 1
+    assert QuantDescriptor(axis=CHANNEL).for_channel_axis((0, 2)).axis == (0, 2)

@@ -927,6 +927,16 @@ def test_a_late_module_without_the_name_warns_and_imports(package) -> None:
         assert type(module.Mine(2, 2)) is module.Mine
 
 
+def test_a_late_module_may_lack_an_optional_target(package) -> None:
+    target = f"{package(layers=LAYERS)}.layers"
+    entries = [
+        qp.Entry(target, "Mien", f"{target}:QuantMine", optional=True),
+        qp.Entry(target, "Mine", f"{target}:QuantMine", optional=True),
+    ]
+    with quantize_modules(custom=entries):
+        assert type(imported(target).Mine(2, 2)).__name__ == "QuantMine"
+
+
 def test_a_late_replacement_that_does_not_fit_is_an_error_where_it_is_built(package) -> None:
     target = f"{package(layers=LAYERS)}.layers"
     with quantize_modules(custom=[(target, "Mine", f"{target}:Nothing")]):

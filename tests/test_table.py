@@ -64,3 +64,8 @@ def test_it_is_made_anew_when_a_name_means_another_class(monkeypatch) -> None:
 def test_patterns_that_cannot_be_hashed_are_named() -> None:
     with pytest.raises(ScopeError, match="skip takes"):
         outermost(registry.offers(), None, (["Linear"],), ())  # type: ignore[arg-type]
+
+
+def test_an_optional_target_may_be_missing_from_its_module() -> None:
+    assert not any(isinstance(key, Slot) for key in compose({}, [offer("Liner", "p", optional=True)]))
+    assert list(compose({}, [offer("Linear", "p", optional=True)])) == [Slot.of(nn, "Linear")]

@@ -63,12 +63,16 @@ def reason_for(seen: Seen, targets: Targets) -> str:
 def skeleton(layer: nn.Module) -> str:
     """The entry and the replacement to start from for a class that nothing covers."""
     cls = type(layer)
-    weights = [name for name, p in layer.named_parameters(recurse=False) if p.dim() >= 2]
+    weights = {
+        name: (0, 1) if p.dim() == 3 else 0  # of three axes the first counts experts, as a rule
+        for name, p in layer.named_parameters(recurse=False)
+        if p.dim() >= 2
+    }
     parameters = list(inspect.signature(cls.forward).parameters)[1:2]
     lines = [
         f"class Quant{cls.__name__}(quantpatch.QuantizedLayer, {cls.__name__}):",
         f"    inputs = {tuple(parameters)!r}  # parameters of forward that are activations",
-        f"    weights = {dict.fromkeys(weights, 0)!r}  # by name, with the axis of their output channels",
+        f"    weights = {weights!r}  # by name, with the axis of their output channels",
         "",
         f"with quantpatch.quantize_modules(custom=[({cls.__module__!r}, {cls.__qualname__!r}, "
         f"Quant{cls.__name__})]):",

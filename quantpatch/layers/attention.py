@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantpatch.descriptor import QuantDescriptor, Recipe
+from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.errors import QuantPatchError
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.layers.base import QuantizedLayer
@@ -48,7 +48,7 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
 
     inputs = ("query", "key", "value")
 
-    def weight_axes(self) -> Mapping[str, int | None]:
+    def weight_axes(self) -> Mapping[str, Axis]:
         """One weight for all three projections, or one for each, and that of the output's."""
         separate = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         names = ("in_proj_weight",) if self._qkv_same_embed_dim else separate

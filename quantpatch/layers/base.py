@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from quantpatch.descriptor import QuantDescriptor, Recipe
+from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.errors import LayerError
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.quantizer import TensorQuantizer
@@ -39,15 +39,15 @@ class QuantizedLayer:
 
     Attributes:
         inputs: Names of the parameters of ``forward`` that are activations, in their order.
-        weights: The axis of the output channels of each weight, by its attribute name; None for a
-            weight that always has one range.
+        weights: The axis of the output channels of each weight, by its attribute name; axes for a weight
+            of several experts in one, such as ``(0, 1)``; None for one that always has one range.
         feature_axis: The axis of an activation's features, along which formats in blocks run. For weights
             that is the axis of the input channels.
         float_class: The class this one stands for (found by itself).
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("input",)
-    weights: ClassVar[Mapping[str, int | None]] = {"weight": 0}
+    weights: ClassVar[Mapping[str, Axis]] = {"weight": 0}
     feature_axis: ClassVar[int] = -1
     float_class: ClassVar[type[nn.Module]]
 
@@ -83,7 +83,7 @@ class QuantizedLayer:
 
     # --- quantizers ----------------------------------------------------------------------------
 
-    def weight_axes(self) -> Mapping[str, int | None]:
+    def weight_axes(self) -> Mapping[str, Axis]:
         """``weights``, for a layer whose weights depend on its arguments."""
         return self.weights
 
@@ -126,12 +126,15 @@ class QuantizedLayer:
         self, stand_ins: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """The float class's forward, which sees the stand-ins in place of the attributes of their names."""
-        subject: Any = self
-        if stand_ins:
-            # torch.compile cannot follow an object that says it is of another class.
-            view = _WithOperands if torch.compiler.is_compiling() else _Impersonating
-            subject = view(self, stand_ins)
-        return self.float_class.forward(subject, *args, **kwargs)
+        return self.float_class.forward(self.seen_with(stand_ins), *args, **kwargs)
+
+    def seen_with(self, stand_ins: Mapping[str, Any]) -> Any:
+        """The layer as a function sees it that is to find the stand-ins in place of its attributes."""
+        if not stand_ins:
+            return self
+        # torch.compile cannot follow an object that says it is of another class.
+        view = _WithOperands if torch.compiler.is_compiling() else _Impersonating
+        return view(self, stand_ins)
 
     def quantize_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

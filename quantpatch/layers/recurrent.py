@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from quantpatch.descriptor import QuantDescriptor, Recipe
+from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.layers.base import QuantizedLayer
 
@@ -49,7 +49,7 @@ class _QuantizedRecurrent(QuantizedLayer):
     dropout: float
     training: bool
 
-    def weight_axes(self) -> Mapping[str, int | None]:
+    def weight_axes(self) -> Mapping[str, Axis]:
         return {name: 0 for name in self._flat_weights_names if name.startswith("weight")}
 
     def descriptors(self, recipe: Recipe) -> Iterable[tuple[str, QuantDescriptor]]:

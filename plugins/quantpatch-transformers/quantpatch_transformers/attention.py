@@ -28,6 +28,8 @@ IMPLEMENTATION = "quantpatch"
 # The activations that attention multiplies: query with key, probabilities with value.
 _OPERANDS = ("query", "key", "value", "probabilities")
 _BEFORE = "_attention_before_quantpatch"
+# Arguments of some models' attention that change its result, and that only functions of theirs know.
+_REFUSED = ("block_indices", "cache", "indices", "sinks")
 
 
 def quantize_attention(model: PreTrainedModel, recipe: str | Recipe | None = None) -> list[str]:
@@ -102,6 +104,7 @@ def attention_forward(
     dropout: float = 0.0,
     position_bias: Tensor | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention with every operand quantized, with the signature of transformers' registry.
@@ -116,6 +119,8 @@ def attention_forward(
         dropout: Probability with which a probability is dropped.
         position_bias: Added to the scores.
         softcap: Bound that scores approach, ``softcap * tanh(scores / softcap)``.
+        s_aux: Attention sinks: for each head the score of a position that takes part in the softmax and has
+            no value.
         **kwargs: What other implementations take.
 
     Returns:
@@ -124,7 +129,7 @@ def attention_forward(
     Raises:
         ConversionError: Something is asked for that would silently change the result if left out.
     """
-    for name in ("s_aux", "cache"):
+    for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise ConversionError(f"quantized attention has no {name!r}, which {type(module).__name__} needs")
     groups = query.shape[1] // key.shape[1]
@@ -138,7 +143,13 @@ def attention_forward(
     for bias in (position_bias, attention_mask):
         if bias is not None:
             scores = scores + bias[..., : key.shape[2]]
-    probabilities = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    if s_aux is None:
+        probabilities = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    else:
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[-2], -1)
+        scores = torch.cat([scores, sinks], dim=-1)
+        scores = scores - scores.amax(dim=-1, keepdim=True)  # as GPT-OSS does, to the bit
+        probabilities = scores.softmax(-1, dtype=scores.dtype)[..., :-1]
     probabilities = quantize.probabilities_quantizer(probabilities)
     dropped = nn.functional.dropout(probabilities, dropout, module.training)
-    return (dropped @ value).transpose(1, 2).contiguous(), probabilities
+    return (dropped.to(value.dtype) @ value).transpose(1, 2).contiguous(), probabilities

@@ -124,6 +124,11 @@ def _to_calibrate(model: nn.Module, overwrite: bool) -> dict[str, TensorQuantize
         for name, q in found.items()
         if not q.disabled and not q.descriptor.dynamic and q.descriptor.amax is None
     }
+    if not wanted and all(q.descriptor.dynamic for q in found.values() if not q.disabled):
+        raise CalibrationError(
+            f"the quantizers of {type(model).__name__} take their range from each tensor, as formats with "
+            f"scales of their own do: there is nothing to calibrate, leave it out"
+        )
     if not wanted:
         raise CalibrationError(
             f"none of the {len(found)} quantizers of {type(model).__name__} can be calibrated: they are "

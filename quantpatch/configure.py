@@ -205,6 +205,9 @@ def _unmatched(matcher: Matcher, operands: list[_Operand]) -> RuleError:
     given = _shown(matcher)
     names = [operand.quantizer_name for operand in operands] + [operand.layer_name for operand in operands]
     hint = near_misses(given, [name for name in names if name])
+    if not hint:
+        layers = list(dict.fromkeys(operand.layer_name or "'' (the model)" for operand in operands))
+        hint = f"The quantized layers are {', '.join(layers[:6])}{' …' * (len(layers) > 6)}"
     return RuleError(f"the pattern {given!r} matches no layer or quantizer. {hint}".rstrip(), rule=matcher)
 
 

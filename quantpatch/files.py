@@ -21,6 +21,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     finds it complete. If the block raises, nothing is moved. The folder is a neighbour of the file, since a
     file can be renamed in one step only within a file system.
     """
+    if not path.parent.is_dir():  # said of the folder, not of a temporary one in it
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield folder

@@ -113,9 +113,10 @@ class TensorQuantizer(nn.Module):
         # A copy: whoever hands in a tensor may go on changing it.
         # A number is put on the CPU, whatever the default device is: on "meta" it would be lost.
         device = None if isinstance(value, Tensor) else "cpu"
-        amax = torch.as_tensor(value, dtype=torch.float32, device=device).detach().clone()
-        if amax.numel() == 1 and self.descriptor.kept_axes is None and self.format.block_size is None:
-            amax = amax.reshape(())
+        with torch.inference_mode(False):  # training may come after the mode
+            amax = torch.as_tensor(value, dtype=torch.float32, device=device).detach().clone()
+            if amax.numel() == 1 and self.descriptor.kept_axes is None and self.format.block_size is None:
+                amax = amax.reshape(())
         self._check_range(amax)
         if known is None:
             self._hold(amax)
@@ -146,7 +147,8 @@ class TensorQuantizer(nn.Module):
 
     def _hold(self, amax: Tensor) -> None:
         if self.descriptor.learn_amax:
-            self._parameters[_KEY] = nn.Parameter(amax)
+            with torch.inference_mode(False):
+                self._parameters[_KEY] = nn.Parameter(amax)
         else:
             self._buffers[_KEY] = amax
 
@@ -372,7 +374,8 @@ class TensorQuantizer(nn.Module):
             error_msgs.append(f"{prefix + _KEY}: {error}")
             return
         if self.amax is None:
-            self._hold(torch.empty_like(saved, dtype=torch.float32))
+            with torch.inference_mode(False):
+                self._hold(torch.empty_like(saved, dtype=torch.float32))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

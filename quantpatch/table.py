@@ -17,10 +17,12 @@ from typing import Any
 import attrs
 
 from quantpatch.classes import dotted
+from quantpatch.descriptor import Recipe
 from quantpatch.entries import Entry, EntryLike
 from quantpatch.errors import EntryConflictError, EntryError, ScopeError, UnknownNameError, near_misses
 from quantpatch.interception import Slot
 from quantpatch.plugins import BUILTIN, Offer
+from quantpatch.registry import registry
 from quantpatch.snapshot import Change, protected
 from quantpatch.tracing import listed
 
@@ -272,16 +274,26 @@ def _matching(table: Table, patterns: Sequence[Pattern], argument: str) -> dict[
             )
         keys = [key for key, choice in table.items() if _matches(pattern, key, choice.offer.entry)]
         if not keys:
-            given = pattern if isinstance(pattern, str) else f"{pattern.__module__}.{pattern.__qualname__}"
-            known = [choice.offer.entry.name for choice in table.values()]
-            raise UnknownNameError.of(
-                f"layer in {argument}",
-                given,
-                known,
-                "`quantpatch layers` lists what a block can replace",
-            )
+            raise _unmatched(pattern, table, argument)
         found.update(dict.fromkeys(keys, pattern))
     return found
+
+
+def _unmatched(pattern: str | type, table: Table, argument: str) -> UnknownNameError:
+    given = pattern if isinstance(pattern, str) else f"{pattern.__module__}.{pattern.__qualname__}"
+    if given in registry.named("quantpatch_recipes", Recipe):
+        hint = f"It is a recipe: write recipe={given!r}"
+    elif isinstance(pattern, type) and argument == "skip":
+        hint = "No entry replaces it, so that it is left float without being named"
+    else:
+        hint = "`quantpatch layers` lists what a block can replace"
+        if argument == "skip":
+            hint += (
+                "; to leave a layer float by its name in the model, write afterwards: "
+                f"qp.configure(model, {{{given!r}: None}})"
+            )
+    known = [choice.offer.entry.name for choice in table.values()]
+    return UnknownNameError.of(f"layer in {argument}", given, known, hint)
 
 
 # --- custom ------------------------------------------------------------------------------------

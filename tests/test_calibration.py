@@ -220,6 +220,26 @@ def test_not_strict_sets_the_others_and_warns_of_those_without_data():
     assert model.unused.input_quantizer.state == "dynamic (not calibrated)"
 
 
+def test_formats_without_ranges_are_told_apart_from_models_without_quantizers():
+    with qp.quantize_modules(recipe="mxfp8"):
+        model = nn.Sequential(nn.Linear(32, 2))
+    with pytest.raises(CalibrationError, match="nothing to calibrate, leave it out"):
+        qp.calibrate(model, [torch.randn(2, 32)])
+
+
+@pytest.mark.parametrize("learn_amax", [False, True])
+def test_a_model_calibrated_in_inference_mode_trains(learn_amax):
+    with qp.quantize_modules(recipe=qp.Recipe(name="r", input=qp.QuantDescriptor(learn_amax=learn_amax))):
+        model, again = nn.Sequential(nn.Linear(4, 2)), nn.Sequential(nn.Linear(4, 2))
+    x = torch.randn(2, 4)
+    with torch.inference_mode():
+        qp.calibrate(model, [x])
+        again.load_state_dict(model.state_dict())
+    for each in (model, again):
+        each(x).sum().backward()
+        assert each[0].weight.grad.any()
+
+
 def test_learned_ranges_are_calibrated_before_the_model_is_distributed(tmp_path):
     """They would be parameters that nobody averages over the ranks."""
     recipe = qp.Recipe(name="learned", input=qp.QuantDescriptor(learn_amax=True))

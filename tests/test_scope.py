@@ -197,6 +197,20 @@ def test_skip_that_matches_nothing_is_an_error(skip) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    ("skip", "advice"),
+    [
+        ("int8", "recipe='int8'"),  # given in the first place, as if it were the recipe
+        ([nn.ReLU], "left float without being named"),
+        (["classifier"], "qp.configure(model, {'classifier': None})"),
+    ],
+)
+def test_skip_that_matches_nothing_tells_what_to_write(skip, advice) -> None:
+    with pytest.raises(UnknownNameError) as caught, quantize_modules(skip):
+        pass
+    assert advice in str(caught.value)
+
+
 @pytest.mark.parametrize("argument", ["skip", "include"])
 @pytest.mark.parametrize("bad", [3, [3], [["Linear"]], [nn.Linear(1, 1)], b"Linear", {"Linear": 1}])
 def test_skip_of_another_type_is_an_error_that_says_what_to_write(argument, bad) -> None:

@@ -114,8 +114,14 @@ def sensitivity(
         progress: Whether to show a progress bar (on a terminal only).
 
     Raises:
-        ComparisonError: The model has no quantized layer, or ``resume`` holds something else.
+        ComparisonError: The model has no quantized layer, ``evaluate`` is no function, or ``resume`` holds
+            something else.
     """
+    if not callable(evaluate):
+        raise ComparisonError(
+            f"evaluate is a {type(evaluate).__name__}, expected a function that gets the model and returns a "
+            f"metric: sensitivity(model, lambda model: accuracy(model, loader))"
+        )
     groups = {
         name: [q for q in layer.quantizers().values() if not q.disabled]
         for name, layer in model.named_modules()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError
+from quantpatch.errors import ExportError, MissingExtraError, QuantPatchWarning, UnknownNameError
 from quantpatch.export.check import ExportReport, compare_with_torch
 from quantpatch.export.description import active_plugins, describe_quantizers
 from quantpatch.export.graph import tidy
@@ -114,6 +114,13 @@ def _checked_operands(model: nn.Module, target: str, opset: int) -> list[Operand
             f"a {type(model).__name__} cannot be traced; export the module inside it", target=target
         )
     found = operands(model)
+    if not found:
+        warnings.warn(
+            f"{type(model).__name__} holds no quantizer that is on, so the file will be float. Build the "
+            f"model inside `with quantize_modules():`, or write qp.convert(model), and calibrate it",
+            QuantPatchWarning,
+            stacklevel=3,
+        )
     refused = problems(found, target, opset)
     if refused:
         lines = "\n  ".join(f"{name}: {why}" for name, why in list(refused.items())[:12])

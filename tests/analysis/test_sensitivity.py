@@ -107,3 +107,8 @@ def test_it_prints_and_is_json(model):
     report = qp.sensitivity(model, metric)
     assert re.search(r"all quantized\W+0\.3", str(report))
     assert json.loads(report.to_json())["rows"][0]["layer"] == "1"
+
+
+def test_what_is_no_function_is_refused(model):
+    with pytest.raises(ComparisonError, match="gets the model and returns a metric"):
+        qp.sensitivity(model, [torch.zeros(1, 4)])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError
+from quantpatch.errors import ExportError, MissingExtraError, QuantPatchWarning, UnknownNameError
 from quantpatch.export.check import ExportReport, session_options
 from quantpatch.export.onnx import export_onnx
 
@@ -386,10 +386,17 @@ def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(UnknownNameError, match="tensorrt"):
         export_onnx(model, X, tmp_path / "m.onnx", target="tensortr")  # type: ignore[arg-type]
     assert "opset" in str(refused(model, tmp_path / "m.onnx", opset=17))
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        export_onnx(model, torch.randn(3, 4), tmp_path / "missing" / "m.onnx")
     assert "export the module inside" in str(refused(nn.DataParallel(model), tmp_path / "m.onnx"))
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(MissingExtraError, match=r"quantpatch\[onnx\]"):
         export_onnx(model, X, tmp_path / "m.onnx")
+
+
+def test_a_float_model_is_told_of(tmp_path: Path) -> None:
+    with pytest.warns(QuantPatchWarning, match="the file will be float"):
+        export_onnx(nn.Linear(4, 4), torch.randn(3, 4), tmp_path / "m.onnx")
 
 
 # --- TensorRT's rules ---------------------------------------------------------------------------------------

@@ -6,175 +6,39 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 
-from quantpatch.classes import change_class, dotted, own_class
-from quantpatch.descriptor import QuantDescriptor
-from quantpatch.errors import LayerError, QuantPatchError
 from quantpatch.export import packing
-from quantpatch.export.description import (
-    descriptor_of,
-    find_class,
-    missing_plugins,
-)
-from quantpatch.formats import NumberFormat
-from quantpatch.layers.base import QuantizedLayer
-from quantpatch.layers.subclass import combine, replacement_of
-from quantpatch.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.registry import registry
+from quantpatch.export.structure import StructurePlan
+from quantpatch.quantizer import named_quantizers
 
 __all__ = ["Plan"]
 
-_RANGE = "_amax"
 
-
-@attrs.frozen
-class _Quantizer:
-    """A quantizer as the file has it."""
-
-    descriptor: QuantDescriptor
-    format: NumberFormat
-    disabled: bool
-    quantizing: bool
-    amax: Tensor | None
-
-
-class Plan:
-    """Loading a file's content into a model.
+class Plan(StructurePlan):
+    """Loading a file's content into a model: its layers and quantizers, and its weights.
 
     Args:
         model: The model; not changed by this.
         description: The file's metadata.
         tensors: The file's tensors.
-
-    Attributes:
-        problems: Why it cannot be done; empty if it can.
     """
 
     def __init__(self, model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.model = model
-        self.problems: list[str] = []
-        self._modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
-        self._converted: dict[str, type[Any]] = {}
-        self._quantizers: dict[str, _Quantizer] = {}
         self._state: dict[str, Tensor] = {}
-        self._description = description
-        self._tensors = dict(tensors)
-        try:
-            gone = missing_plugins(description["plugins"])
-            self._plan_layers()
-            self._plan_quantizers()
-            if self.problems and gone:
-                # What is missing has its reason; a plugin that nothing of this model needs may be gone.
-                self.problems[:0] = [f"the plugin {plugin}" for plugin in gone]
-            if not self.problems:
-                self._plan_state()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            self.problems.append(f"its description is damaged ({type(error).__name__}: {error})")
+        super().__init__(model, description, tensors)
 
-    # --- looking -------------------------------------------------------------------------------
+    def _plan(self) -> None:
+        super()._plan()
+        if not self.problems:
+            self._plan_state()
 
-    def _plan_layers(self) -> None:
-        layers = self._description["layers"]
-        for name, saved in layers.items():
-            layer = self._modules.get(name)
-            shown = name or "the model"
-            if layer is None:
-                self.problems.append(f"{shown} ({saved['class']}): the model has no such layer")
-                continue
-            now = own_class(layer)
-            float_now = layer.float_class if isinstance(layer, QuantizedLayer) else now
-            if (dotted(replacement_of(now)), dotted(float_now)) == (saved["class"], saved["float"]):
-                continue
-            if dotted(float_now) != saved["float"]:
-                self.problems.append(
-                    f"{shown}: the file has a {saved['float']}, the model a {dotted(float_now)}"
-                )
-                continue
-            cls = find_class(saved["class"])
-            if cls is None:
-                self.problems.append(
-                    f"{shown}: its class {saved['class']} is offered by no plugin and has not been imported. "
-                    f"Import {saved['class'].rpartition('.')[0]} first, or install the plugin that brings it"
-                )
-            elif cls.float_class is float_now:
-                self._converted[name] = cls
-            elif issubclass(float_now, cls.float_class):
-                try:
-                    self._converted[name] = combine(cls, float_now)
-                except LayerError as error:
-                    self.problems.append(f"{shown}: {error}")
-            else:
-                self.problems.append(f"{shown}: {saved['class']} stands for {dotted(cls.float_class)} here")
-        for name, module in self._modules.items():
-            layer = module
-            if isinstance(layer, QuantizedLayer) and name not in layers and not self._known_elsewhere(layer):
-                self._converted[name] = layer.float_class
-
-    def _known_elsewhere(self, layer: Any) -> bool:
-        """Whether a layer that is shared is in the file under another of its names."""
-        layers = self._description["layers"]
-        return any(module is layer and name in layers for name, module in self._modules.items())
-
-    def _plan_quantizers(self) -> None:
-        layers = self._description["layers"]
-        for name, saved in self._description["quantizers"].items():
-            parent = name.rpartition(".")[0]
-            if parent not in layers and not isinstance(self._modules.get(name), TensorQuantizer):
-                self.problems.append(f"{name}: the model has no such quantizer, nor a layer to give it to")
-                continue
-            try:
-                descriptor = descriptor_of(saved["descriptor"])
-            except QuantPatchError as error:
-                self.problems.append(f"{name}: {error}")
-                continue
-            amax = self._tensors.pop(f"{name}.{_RANGE}", None)
-            if saved["known"] and amax is None and f"{name}.{_RANGE}" not in self._description["tied"]:
-                self.problems.append(f"{name}: its range is missing")
-                continue
-            if amax is None and saved["known"]:
-                source = self._description["tied"][f"{name}.{_RANGE}"]
-                amax = self._tensors.get(source)
-                first = self._quantizers.get(source.removesuffix(f".{_RANGE}"))
-                amax = first.amax if amax is None and first is not None else amax
-            if amax is not None:
-                amax = amax.abs() if descriptor.learn_amax else amax
-                problem = self._range_problem(name, descriptor, amax)
-                if problem:
-                    self.problems.append(f"{name}: {problem}")
-                    continue
-            format = registry.format(descriptor)
-            self._quantizers[name] = _Quantizer(
-                descriptor, format, bool(saved["disabled"]), bool(saved["quantizing"]), amax
-            )
-
-    def _range_problem(self, name: str, descriptor: QuantDescriptor, amax: Tensor) -> str | None:
-        if amax.dtype != torch.float32:
-            return f"its range is {amax.dtype}, expected torch.float32"
-        if amax.numel() and not bool(torch.isfinite(amax).all()):
-            return "its range holds NaN or infinity"
-        if amax.numel() and bool((amax < 0).any()):
-            return f"its range is negative ({amax.min().item():.4g})"
-        parent, _, own = name.rpartition(".")
-        weight = getattr(self._modules.get(parent), own.removesuffix("_quantizer"), None)
-        format = registry.format(descriptor)
-        if descriptor.kept_axes is None and format.block_size is None:
-            return None if amax.numel() == 1 else f"its range has the shape {tuple(amax.shape)}, expected ()"
-        if not isinstance(weight, Tensor) or amax.dim() == 0 or not own.endswith("_quantizer"):
-            return None  # an activation: its shape shows when it comes
-        kept = descriptor.kept_axes if descriptor.kept_axes is not None else -1
-        axes = {a % weight.dim() for a in (kept if isinstance(kept, tuple) else (kept,))}
-        if format.block_size is not None:
-            dim = next(iter(axes))
-            wanted = list(weight.shape)
-            wanted[dim] = math.ceil(wanted[dim] / format.block_size)
-        else:
-            wanted = [n if d in axes else 1 for d, n in enumerate(weight.shape)]
-        if amax.dim() == len(wanted) and all(a in (1, w) for a, w in zip(amax.shape, wanted, strict=True)):
-            return None
-        return f"its range has the shape {tuple(amax.shape)}, expected {tuple(wanted)}"
+    def carry_out(self) -> None:
+        """Changes the model."""
+        self.restructure()
+        self._fill()
+        self.set_ranges()
 
     def _plan_state(self) -> None:
         """The float part: every key there, of the right shape."""
@@ -233,66 +97,6 @@ class Plan:
                 getattr(torch, how["dtype"]),
                 own_range=how["own"],
             )
-
-    # --- doing ---------------------------------------------------------------------------------
-
-    def carry_out(self) -> None:
-        """Changes the model."""
-        for name, cls in self._converted.items():
-            layer = self._modules[name]
-            if isinstance(layer, QuantizedLayer):
-                for own in layer.quantizers():
-                    del self._modules[name]._modules[own]
-            change_class(layer, cls)
-        described = self._description["layers"]
-        for name in described:
-            now: Any = self._modules[name]
-            prefix = f"{name}." if name else ""
-            for own in list(now.quantizers()):
-                if prefix + own not in self._quantizers and not self._shared(now._modules[own]):
-                    del now._modules[own]
-        for name, saved in self._quantizers.items():
-            self._put(name, saved)
-        self._fill()
-        for name, saved in self._quantizers.items():
-            quantizer = self.model.get_submodule(name)
-            assert isinstance(quantizer, TensorQuantizer)
-            self._set_range(quantizer, saved.amax, self._device_near(name))
-
-    def _shared(self, quantizer: nn.Module) -> bool:
-        """Whether the file has a quantizer under another of its names."""
-        return any(m is quantizer and name in self._quantizers for name, m in self._modules.items())
-
-    def _put(self, name: str, saved: _Quantizer) -> None:
-        parent = name.rpartition(".")[0]
-        quantizer = self._modules.get(name)
-        if not isinstance(quantizer, TensorQuantizer) or quantizer.descriptor != saved.descriptor:
-            old = quantizer
-            quantizer = TensorQuantizer(saved.descriptor)
-            # A quantizer that several layers share stays shared.
-            places = [n for n, m in self._modules.items() if old is not None and m is old] or [name]
-            for place in places:
-                above, _, last = place.rpartition(".")
-                self._modules[above]._modules[last] = quantizer
-            quantizer.train(self._modules[parent].training)
-        quantizer.disabled, quantizer.quantizing = saved.disabled, saved.quantizing
-        quantizer.calibrating, quantizer.calibrator = False, None
-
-    @staticmethod
-    def _set_range(quantizer: TensorQuantizer, amax: Tensor | None, device: torch.device) -> None:
-        known = quantizer.amax
-        if amax is None or (known is not None and (known.shape != amax.shape or known.is_meta)):
-            quantizer.amax = None
-        if amax is not None:
-            quantizer.amax = amax.to(device)
-
-    def _device_near(self, name: str) -> torch.device:
-        """The device of a quantizer's layer; a range must not wait on another for its optimizer."""
-        parent = self._modules[name.rpartition(".")[0]]
-        for tensor in (*parent.parameters(recurse=False), *parent.parameters()):
-            if not tensor.is_meta:
-                return torch.device(tensor.device)
-        return torch.device("cpu")
 
     def _fill(self) -> None:
         """Copies the weights in; a model with tensors on the meta device gets the file's own."""

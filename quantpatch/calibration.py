@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quantpatch.calibrators import Calibrator
 from quantpatch.errors import CalibrationError, QuantPatchWarning
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.modes import evaluating
+from quantpatch.modes import evaluating, explaining_devices
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
 
 __all__ = ["calibrate", "calibrating", "run_batch"]
@@ -329,7 +329,16 @@ def calibrate(
 
 
 def run_batch(model: nn.Module, batch: Any) -> None:
-    """Runs a model on a batch: a tensor, a tuple of arguments or a dict of keywords."""
+    """Runs a model on a batch: a tensor, a tuple of arguments or a dict of keywords.
+
+    Raises:
+        InputError: It failed, and the batch is on a device where the model is not.
+    """
+    with explaining_devices(model, batch):
+        _run_batch(model, batch)
+
+
+def _run_batch(model: nn.Module, batch: Any) -> None:
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, (tuple, list)):

@@ -21,6 +21,7 @@ __all__ = [
     "EntryConflictError",
     "EntryError",
     "ExportError",
+    "InputError",
     "LayerError",
     "MissingExtraError",
     "PluginError",
@@ -213,6 +214,16 @@ class ExportError(QuantPatchError, RuntimeError):
 
     quantizers: tuple[str, ...] = ()
     target: str | None = None
+
+
+class InputError(QuantPatchError, RuntimeError):
+    """A model failed on inputs that it cannot take; it is as it was.
+
+    Attributes:
+        devices: Where the inputs are, and where the model is.
+    """
+
+    devices: tuple[str, str] = ("", "")
 
 
 class LayerError(QuantPatchError, TypeError):

@@ -1,13 +1,17 @@
-"""Train and eval modes, module by module."""
+"""Running a model for its sake: train and eval modes, module by module, and what to say when it fails."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["evaluating"]
+from quantpatch.errors import InputError
+
+__all__ = ["evaluating", "explaining_devices"]
 
 
 @contextlib.contextmanager
@@ -20,3 +24,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def explaining_devices(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """A block that runs a model; if it fails, and the inputs are on a device where the model is not, says so.
+
+    Args:
+        model: The model.
+        inputs: Its inputs, nested as they may be.
+
+    Raises:
+        InputError: That is so.
+    """
+    try:
+        yield
+    except Exception as error:
+        model_on = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
+        inputs_on = sorted({str(leaf.device) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)})
+        if not model_on or set(inputs_on) <= set(model_on):
+            raise
+        raise InputError(
+            f"{type(model).__name__} is on {' and '.join(model_on)} and its inputs on "
+            f"{' and '.join(inputs_on)}: move them with .to({model_on[0]!r}) first ({error})",
+            devices=(" ".join(inputs_on), " ".join(model_on)),
+        ) from error

@@ -266,7 +266,8 @@ class TensorQuantizer(nn.Module):
         descriptor = self.descriptor
         amax = None if descriptor.dynamic else self.amax
         if amax is not None and amax.device != x.device:  # a checkpoint loaded it before any tensor came
-            amax = self._follow(x.device)
+            # To the meta device it does not go along: it would be lost.
+            amax = amax.to(x.device) if x.is_meta else self._follow(x.device)
         if is_weight and not self.training and self._may_keep(x, amax):
             return self._from_kept(x, amax)
         return fake_quantize(x, self.own_range, self.format, axis=descriptor.kept_axes)

@@ -13,8 +13,10 @@ from torch import nn
 
 from quantpatch.audit.reasons import Targets, known_targets, reason_for, skeleton
 from quantpatch.audit.trace import Trace, trace
+from quantpatch.classes import own_class
 from quantpatch.errors import CoverageError
-from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.base import QuantizedLayer, quantizer_name
+from quantpatch.modes import explaining_devices
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.report.render import as_text
 
@@ -138,11 +140,13 @@ def audit(model: nn.Module, *inputs: Any, minimum: float | None = None, **keywor
 
     Raises:
         CoverageError: The share is below ``minimum``. The error holds the report.
+        InputError: The model failed, and its inputs are on a device where it is not.
     """
     runner = getattr(
         model, "_orig_mod", model
     )  # what torch.compile wraps: a compiled graph hides its modules
-    seen = trace(runner, lambda: runner(*inputs, **keywords))
+    with explaining_devices(runner, (inputs, keywords)):
+        seen = trace(runner, lambda: runner(*inputs, **keywords))
     report = _report(runner, seen, known_targets())
     if minimum is not None and report.share < minimum:
         worst = max((row for row in report.rows if not row.quantized), key=lambda row: row.macs, default=None)
@@ -167,13 +171,14 @@ def _report(model: nn.Module, seen: Trace, targets: Targets) -> CoverageReport:
             item.module, type(item.layer).__name__, item.product.operation, 0, 0, operands, reason
         )
         rows[key] = attrs.evolve(row, calls=row.calls + 1, macs=row.macs + item.product.macs)
-        cls = type(item.layer)
+        cls = own_class(item.layer)
         if reason and cls not in targets and not isinstance(item.layer, QuantizedLayer):
             to_paste.setdefault(f"{cls.__module__}.{cls.__qualname__}", skeleton(item.layer))
+    served = _served(model, seen.reached)
     unreached = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, TensorQuantizer) and name not in seen.reached and not module.disabled
+        if isinstance(module, TensorQuantizer) and name not in seen.reached | served and not module.disabled
     ]
     return CoverageReport(
         type(model).__name__,
@@ -182,3 +187,19 @@ def _report(model: nn.Module, seen: Trace, targets: Targets) -> CoverageReport:
         tuple(sorted(seen.opaque)),
         tuple(to_paste.items()),
     )
+
+
+def _served(model: nn.Module, reached: set[str]) -> set[str]:
+    """Quantizers of inputs for which another input's stood in, as in self-attention.
+
+    Where two inputs are one tensor and their quantizers would do the same to it, it is quantized once.
+    """
+    served = set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLayer):
+            continue
+        own = {quantizer_name(operand): layer.quantizer(operand) for operand in layer.inputs}
+        named = {".".join(filter(None, (name, key))): q for key, q in own.items() if q is not None}
+        done = [quantizer for full, quantizer in named.items() if full in reached]
+        served |= {full for full, q in named.items() if any(q.agrees_with(other) for other in done)}
+    return served

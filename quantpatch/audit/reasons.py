@@ -9,7 +9,10 @@ from torch import nn
 
 from quantpatch.audit.operations import FAST_PATHS
 from quantpatch.audit.trace import Seen
+from quantpatch.classes import own_class
+from quantpatch.errors import EntryError
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.subclass import why_float
 from quantpatch.plugins import Offer
 from quantpatch.registry import registry
 from quantpatch.table import slot_of
@@ -38,16 +41,21 @@ def reason_for(seen: Seen, targets: Targets) -> str:
     if not missing:
         return ""
     layer: Any = seen.layer
-    cls = type(layer)
+    cls = own_class(layer)
     if seen.operator in FAST_PATHS:
         return f"torch's fast path ran {cls.__name__} in one piece and read the weights itself"
     if isinstance(layer, QuantizedLayer):
         off = [name for name, q in layer.quantizers().items() if q.disabled or not q.quantizing]
         if off:
             return f"{' and '.join(off)} of {cls.__name__} {'is' if len(off) == 1 else 'are'} switched off"
+        if missing == ["hidden"]:
+            return (
+                f"the hidden state of {cls.__name__} stays in torch's fused kernel; Recipe(hidden=...) has "
+                f"it quantized at each step"
+            )
         return (
             f"{cls.__name__} has no quantizer for {' and '.join(missing)}: the recipe leaves it float, or it "
-            f"is made inside the layer, as a hidden state is"
+            f"is made inside the layer"
         )
     if cls in targets:
         by = targets[cls]
@@ -55,31 +63,56 @@ def reason_for(seen: Seen, targets: Targets) -> str:
         return f"{cls.__name__} was left float: it was skipped, or built outside a block{ask}"
     base = next((base for base in cls.__mro__ if base in targets), None)
     if base is not None:
-        own = " with a forward of its own" if cls.forward is not getattr(base, "forward", None) else ""
-        return f"{cls.__name__} is a subclass of {base.__name__}{own}, for which there is no entry"
+        return f"{cls.__name__} is {_about_subclass(cls, base, targets[base])}"
     return f"a function called in the forward of {cls.__name__}, for which there is no entry"
 
 
+def _about_subclass(cls: type, base: type, offer: Offer) -> str:
+    try:
+        replacement = offer.entry.load_replacement()
+    except EntryError:
+        replacement = None
+    return why_float(replacement, cls, base.__name__, wanted=False)
+
+
 def skeleton(layer: nn.Module) -> str:
-    """The entry and the replacement to start from for a class that nothing covers."""
-    cls = type(layer)
+    """The code to start from for a class that nothing covers: its replacement, and a block that uses it."""
+    cls = own_class(layer)
     weights = {
         name: (0, 1) if p.dim() == 3 else 0  # of three axes the first counts experts, as a rule
         for name, p in layer.named_parameters(recurse=False)
         if p.dim() >= 2
     }
-    parameters = list(inspect.signature(cls.forward).parameters)[1:2]
-    lines = [
-        f"class Quant{cls.__name__}(quantpatch.QuantizedLayer, {cls.__name__}):",
-        f"    inputs = {tuple(parameters)!r}  # parameters of forward that are activations",
+    own = f"Quant{cls.__name__}"
+    lines = ["import quantpatch"]
+    if cls.__qualname__ != cls.__name__:
+        lines.append(
+            f"# {cls.__qualname__} is defined inside other code: move it to the top of {cls.__module__}."
+        )
+    if cls.__module__ != "__main__":
+        lines.append(f"from {cls.__module__} import {cls.__name__}")
+    lines += ["", "", f"class {own}(quantpatch.QuantizedLayer, {cls.__name__}):"]
+    lines += [
+        f"    inputs = {_activations(cls)!r}  # parameters of forward that are activations",
         f"    weights = {weights!r}  # by name, with the axis of their output channels",
-        "",
-        f"with quantpatch.quantize_modules(custom=[({cls.__module__!r}, {cls.__qualname__!r}, "
-        f"Quant{cls.__name__})]):",
-        "    ...",
     ]
     if not weights:
-        lines.insert(
-            3, "    # It multiplies activations only: put quantpatch.TensorQuantizer() on them in forward."
-        )
+        lines += [
+            "    # It has no weights of its own: it multiplies activations. Let its forward call modules of",
+            "    # quantpatch.layers.operands for that (MatMul, ScaledDotProductAttention ...), which are",
+            "    # quantized like any layer; then it needs no replacement.",
+        ]
+    entry = f"({cls.__module__!r}, {cls.__name__!r}, {own})"
+    lines += [
+        "",
+        "",
+        f"with quantpatch.quantize_modules(custom=[{entry}]):",
+        "    ...  # build the model here",
+    ]
     return "\n".join(lines)
+
+
+def _activations(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The first parameter of a class's forward, if it has a name to be passed by."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:2]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)

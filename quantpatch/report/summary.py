@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from typing import Any
 
 import attrs
 from rich.table import Table
@@ -114,6 +115,15 @@ def _row(name: str, holder: nn.Module, quantizer: TensorQuantizer) -> QuantizerR
     )
 
 
+def _is_operand(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> bool:
+    """Whether the layer that holds a module has a quantizer for its weight, as attention for ``out_proj``."""
+    parent, _, own = name.rpartition(".")
+    layer: Any = modules.get(parent)
+    return isinstance(layer, QuantizedLayer) and any(
+        layer.quantizer(f"{own}_{weight}") is not None for weight in module._parameters
+    )
+
+
 def summary(model: nn.Module) -> Summary:
     """What quantizers a model has, what they do, and which layers have none.
 
@@ -132,6 +142,8 @@ def summary(model: nn.Module) -> Summary:
     without = tuple(
         (name, type(module).__name__)
         for name, module in modules.items()
-        if not isinstance(module, (QuantizedLayer, TensorQuantizer)) and module._parameters
+        if not isinstance(module, (QuantizedLayer, TensorQuantizer))
+        and module._parameters
+        and not _is_operand(name, module, modules)
     )
     return Summary(type(model).__name__, rows, without)

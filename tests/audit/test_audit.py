@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib
 import json
 
 import pytest
@@ -13,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import quantpatch as qp
-from quantpatch.errors import CoverageError
+import quantpatch.layers.operands
+from quantpatch.errors import CoverageError, InputError
 
 
 def reasons(report):
@@ -106,7 +109,7 @@ def test_a_functional_call_is_found_in_its_module_with_code_to_paste():
     assert report.unreached == ("extra.input_quantizer", "extra.weight_quantizer")
     (name, code) = report.to_paste[0]
     assert name.endswith("Wrapped")
-    assert "class QuantWrapped(quantpatch.QuantizedLayer, Wrapped)" in code
+    assert "class QuantWrapped(quantpatch.QuantizedLayer, Wrapped):\n    inputs = ()" in code
 
 
 def test_a_subclass_is_named_with_its_base():
@@ -121,18 +124,156 @@ def test_a_subclass_is_named_with_its_base():
     assert "weights = {'weight': 0}" in dict(report.to_paste).popitem()[1]
 
 
-def test_the_pasted_code_covers_the_class():
-    class Mine(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) + 1
+LAYERS = """
+import torch
+from torch import nn
 
-    model = nn.Sequential(Mine(4, 4))
-    code = dict(qp.audit(model, torch.randn(2, 4)).to_paste).popitem()[1]
-    namespace = {"quantpatch": qp, "Mine": Mine}
-    exec(code.partition("\n\n")[0], namespace)
-    model[0].__class__ = namespace["QuantMine"]
-    model[0].add_quantizers(qp.Recipe(name="int8"))
+class Transposed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+    def forward(self, x, scale: float = 1.0):
+        return x @ self.weight * scale
+
+class Shifted(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+    def forward(self, x):
+        return super().forward(x) + 1
+
+class Scores(nn.Module):
+    def forward(self, x):
+        return x @ x.T
+
+class Outer:
+    class Inner(Transposed):
+        pass
+"""
+
+
+@pytest.fixture
+def layers(package):
+    return importlib.import_module(f"{package(layers=LAYERS)}.layers")
+
+
+@pytest.mark.parametrize("name", ["Transposed", "Shifted"])
+def test_the_code_to_paste_runs_and_covers_the_class(layers, name):
+    """As it stands: with the line that builds the model in the place that it names."""
+    build = getattr(layers, name)
+    x = torch.randn(2, 4)
+    ((shown, code),) = qp.audit(build(), x).to_paste
+    assert shown == f"{layers.__name__}.{name}"
+    assert code.count("    ...  # build the model here") == 1
+    namespace = {"build": build}
+    exec(code.replace("...  # build the model here", "model = build()"), namespace)
+    model = namespace["model"]
+    assert type(model).__name__ == f"Quant{name}"
+    assert qp.audit(model, x).share == 1.0
+    reference = build()
+    model.load_state_dict(reference.state_dict())
+    for quantizer in model.quantizers().values():
+        quantizer.disable()
+    assert torch.equal(model(x), reference(x))
+
+
+def test_the_code_to_paste_for_activations_alone_points_to_the_modules_for_them(layers):
+    ((_, code),) = qp.audit(layers.Scores(), torch.randn(2, 4)).to_paste
+    exec(code, {})
+    assert "quantpatch.layers.operands" in code
+
+    class Mended(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.product = quantpatch.layers.operands.MatMul()
+
+        def forward(self, x):
+            return self.product(x, x.T)
+
+    with qp.quantize_modules():
+        model = Mended()
     assert qp.audit(model, torch.randn(2, 4)).share == 1.0
+
+
+def test_the_code_to_paste_says_that_a_class_inside_other_code_has_to_be_moved(layers):
+    ((_, code),) = qp.audit(layers.Outer.Inner(), torch.randn(2, 4)).to_paste
+    assert f"# Outer.Inner is defined inside other code: move it to the top of {layers.__name__}." in code
+
+
+def test_a_class_that_no_entry_covers_is_told_of(layers):
+    (row,) = qp.audit(layers.Transposed(), torch.randn(2, 4)).rows
+    assert row.reason == "a function called in the forward of Transposed, for which there is no entry"
+
+
+def test_a_skipped_layer_is_told_of():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(1, 1, 1))
+    qp.convert(model, skip=["Linear"])
+    (reason,) = reasons(qp.audit(model[0], torch.randn(2, 4))).values()
+    assert reason == "Linear was left float: it was skipped, or built outside a block"
+
+
+def test_a_layer_that_is_left_float_by_default_says_what_to_write():
+    class Kernel(qp.QuantizedLayer, nn.Bilinear):
+        inputs = ("input1", "input2")
+
+    offered = qp.Entry("torch.nn", "Bilinear", Kernel, default=False)
+
+    class Plugin:
+        @qp.hookimpl
+        def quantpatch_entries(self):
+            return [offered]
+
+    qp.registry.register(Plugin(), "on-request")
+    try:
+        report = qp.audit(nn.Bilinear(2, 2, 2), torch.randn(1, 2), torch.randn(1, 2))
+    finally:
+        qp.registry.unregister("on-request")
+    assert all("include=['Bilinear']" in row.reason for row in report.rows)
+
+
+def test_a_subclass_without_ways_of_its_own_says_what_to_write():
+    class Mine(nn.Linear):
+        pass
+
+    (row,) = qp.audit(Mine(4, 4), torch.randn(2, 4)).rows
+    assert row.reason == "Mine is a subclass of Linear, for which there is no entry; write subclasses=True"
+
+
+def test_a_parametrized_layer_is_told_of_by_its_own_class():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    (row,) = qp.audit(model, torch.randn(2, 4)).rows
+    assert row.reason.startswith("Linear was left float")
+
+
+def test_inputs_that_are_one_tensor_are_quantized_once_and_none_is_missed():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+
+        def forward(self, x, other):
+            return self.attention(x, key=other, value=other)[0]
+
+    with qp.quantize_modules():
+        model = Attention()
+    x, other = torch.randn(5, 2, 8), torch.randn(4, 2, 8)
+    for calibrated in (False, True):
+        if calibrated:
+            qp.calibrate(model, [(x, x)])
+        assert qp.audit(model, x, x).unreached == ()
+        assert qp.audit(model, x, other).unreached == ()
+    model.attention.value_quantizer.disable()
+    assert qp.audit(model, x, x).share < 1.0
+    assert not any("out_proj" in name for name, _ in qp.summary(model).float_layers)
+
+
+def test_a_quantizer_that_no_tensor_passed_is_told_of():
+    model = Wrapped(lambda self, x: self.used(x), used=nn.Linear(4, 4), idle=nn.Linear(4, 4))
+    qp.convert(model)
+    report = qp.audit(model, torch.randn(2, 4))
+    assert report.unreached == ("idle.input_quantizer", "idle.weight_quantizer")
+    assert "Quantizers that no tensor passed through: idle.input_quantizer" in str(report)
+    model.idle.input_quantizer.disable()  # on purpose
+    assert qp.audit(model, torch.randn(2, 4)).unreached == ("idle.weight_quantizer",)
 
 
 def test_torchs_fast_path_is_seen_for_what_it_is():
@@ -192,6 +333,7 @@ def test_a_recurrent_layer_tells_its_hidden_state_from_its_input():
     assert rows["recurrent input"].quantized
     assert rows["recurrent input"].macs == 5 * 2 * 32 * 4
     assert rows["recurrent state"].operands[0] == ("hidden", None)
+    assert "Recipe(hidden=...)" in rows["recurrent state"].reason
 
 
 def test_keywords_several_inputs_dict_outputs_and_tied_weights():
@@ -286,6 +428,23 @@ def test_a_forward_that_raises_leaves_everything_as_before():
     before = state_of(model)
     with pytest.raises(KeyError, match="inside"):
         qp.audit(model, x)
+    assert same(before, state_of(model))
+
+
+def test_inputs_on_another_device_are_told_of_and_nothing_is_lost():
+    model = quantized(nn.Linear(4, 4), nn.LSTM(4, 4))
+    qp.calibrate(model, [torch.randn(3, 2, 4)])
+    before = state_of(model)
+    with pytest.raises(
+        InputError, match=r"Sequential is on cpu and its inputs on meta.*\.to\('cpu'\)"
+    ) as caught:
+        qp.audit(model, torch.randn(3, 2, 4, device="meta"))
+    assert caught.value.devices == ("meta", "cpu")
+    assert same(before, state_of(model))
+    with pytest.raises(InputError, match="its inputs on meta"):
+        qp.calibrate(model, [torch.randn(3, 2, 4, device="meta")], overwrite=True)
+    with pytest.raises(InputError, match="its inputs on meta"):
+        qp.compare(copy.deepcopy(model), model, [torch.randn(3, 2, 4, device="meta")])
     assert same(before, state_of(model))
 
 

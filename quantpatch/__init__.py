@@ -11,6 +11,7 @@ from quantpatch.configure import configure
 from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.entries import Entry
 from quantpatch.errors import QuantPatchError, QuantPatchWarning
+from quantpatch.example import Example
 from quantpatch.export import (
     export_onnx,
     float_state_dict,
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Entry",
+    "Example",
     "QuantDescriptor",
     "QuantPatchError",
     "QuantPatchWarning",

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from quantpatch.calibrators import BUILTIN_CALIBRATORS, Calibrator
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import Entry
+from quantpatch.example import Example
 from quantpatch.formats import BUILTIN_FORMATS, NumberFormat
 from quantpatch.hookspecs import API_VERSION, hookimpl
 from quantpatch.recipes import BUILTIN_RECIPES
@@ -57,6 +58,14 @@ def quantpatch_entries() -> Iterable[Entry]:
     ]
     operands = "quantpatch.layers.operands"
     return layers + [Entry(operands, name, f"{operands}:Quant{name}") for name in OPERATIONS]
+
+
+@hookimpl
+def quantpatch_examples() -> Iterable[Example]:
+    """The examples of ``quantpatch.layers.examples``: one for each class."""
+    from quantpatch.layers.examples import EXAMPLES  # for tests only
+
+    return EXAMPLES
 
 
 @hookimpl

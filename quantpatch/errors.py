@@ -15,6 +15,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ComparisonError",
+    "ConformanceError",
     "ConversionError",
     "CoverageError",
     "DescriptorError",
@@ -130,6 +131,18 @@ class ScopeError(QuantPatchError, RuntimeError):
 
 class ComparisonError(QuantPatchError, ValueError):
     """Two models cannot be compared, or there is nothing to compare."""
+
+
+class ConformanceError(QuantPatchError, AssertionError):
+    """A quantized layer breaks rules that every layer keeps, or cannot be tried.
+
+    Attributes:
+        entry: The entry, where it is known.
+        checks: Names of the checks that failed.
+    """
+
+    entry: Any = None
+    checks: tuple[str, ...] = ()
 
 
 class ConversionError(QuantPatchError, RuntimeError):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quantpatch.calibrators import Calibrator
     from quantpatch.descriptor import Recipe
     from quantpatch.entries import EntryLike
+    from quantpatch.example import Example
     from quantpatch.formats import NumberFormat
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "hookimpl",
     "quantpatch_calibrators",
     "quantpatch_entries",
+    "quantpatch_examples",
     "quantpatch_formats",
     "quantpatch_recipes",
 ]
@@ -57,6 +59,35 @@ def quantpatch_entries() -> Iterable[EntryLike]:
 
     Returns:
         The entries, in any order.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def quantpatch_examples() -> Iterable[Example]:
+    """How to build what this plugin replaces, so that ``pytest --quantpatch-conformance`` can try it.
+
+    Called when conformance tests are collected, and never when a model is built, so that it may import what
+    it needs. Every entry wants at least one example; one without is reported as a failure::
+
+        @quantpatch.hookimpl
+        def quantpatch_examples():
+            import torch
+            from my_package.layers import MyConv
+
+            return [
+                quantpatch.Example(
+                    "my_package.layers.MyConv",
+                    build=lambda: MyConv(4, 8),
+                    inputs=lambda: (torch.randn(2, 4, 5),),
+                )
+            ]
+
+    If the target's package is optional, import it inside ``build``: where it is not installed the entry is
+    skipped, and said to be.
+
+    Returns:
+        The examples, in the order to try them.
     """
     raise NotImplementedError
 

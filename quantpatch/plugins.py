@@ -18,6 +18,7 @@ import pluggy
 from quantpatch import hookspecs, tracing
 from quantpatch.entries import Entry, EntryLike
 from quantpatch.errors import EntryError, PluginError
+from quantpatch.example import Example
 from quantpatch.files import own_version
 from quantpatch.interception import lock
 from quantpatch.snapshot import Change, protected
@@ -266,6 +267,26 @@ class Plugin:
             return tuple(entries)
 
         return tuple(Offer(entry, self.name) for entry in self._ask(manager, hook, read))
+
+    def examples(self, manager: pluggy.PluginManager) -> tuple[Example, ...]:
+        """How it says to build what it replaces.
+
+        Raises:
+            PluginError: Its hook failed or returned something else than examples.
+        """
+        hook = "quantpatch_examples"
+
+        def read(returned: Any) -> tuple[Example, ...]:
+            found = tuple(returned) if isinstance(returned, Iterable) else (returned,)
+            for example in found:
+                if not isinstance(example, Example):
+                    raise self.error(
+                        f"returned {example!r} from {hook}, expected Example(target, build, inputs)", hook
+                    )
+            return found
+
+        examples: tuple[Example, ...] = self._ask(manager, hook, read)
+        return examples
 
     def names(self, manager: pluggy.PluginManager, hook: str, kind: type) -> Mapping[str, Any]:
         """What it offers by name through a hook that returns a mapping.

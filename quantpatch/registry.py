@@ -21,6 +21,7 @@ from quantpatch.calibrators import Calibrator
 from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.entries import Entry
 from quantpatch.errors import PluginError, QuantPatchWarning, UnknownNameError, near_misses
+from quantpatch.example import Example
 from quantpatch.formats import NumberFormat
 from quantpatch.interception import lock
 from quantpatch.plugins import BLOCK_VARIABLE, BUILTIN, Offer, Plugin, discover
@@ -147,6 +148,19 @@ class Registry:
         """
         only = None if plugins is None else tuple(plugins)
         return tuple(offer for p in self._active(only) for offer in p.entries(self._manager))
+
+    def examples(self, plugin: str) -> tuple[Example, ...]:
+        """How a plugin says to build what it replaces.
+
+        Raises:
+            PluginError: The plugin failed, or returned something else.
+            UnknownNameError: There is no such plugin.
+        """
+        known = self._all()
+        if plugin not in known:
+            raise UnknownNameError.of("plugin", plugin, known)
+        known[plugin].load(self._manager)
+        return known[plugin].examples(self._manager)
 
     def named(self, hook: str, kind: type) -> dict[str, Any]:
         """What the active plugins offer under a name through a hook that returns a mapping.

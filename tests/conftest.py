@@ -12,31 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
-import torch.onnx
 
 from quantpatch.registry import registry
-from quantpatch.snapshot import Snapshot
 
 # Tensors are tiny here: threads would only wait for each other, the more so in several processes.
 torch.set_num_threads(1)
 
-# What torch imports and replaces by itself when something is first compiled is no test's doing.
-torch.compile(lambda x: x + 1, backend="aot_eager")(torch.zeros(1))
-
-_snapshot = Snapshot()
-
 
 @pytest.fixture(autouse=True)
-def _torch_is_what_it_was() -> Iterator[None]:
-    global _snapshot
-    if _snapshot.differences():
-        _snapshot = Snapshot()  # the tests of a plugin ran before, whose package changes torch when imported
-    yield
-    found = _snapshot.differences()
-    if found:
-        _snapshot = Snapshot()  # one test's fault is reported once
-    assert not found, "\n".join(found)
+def _torch_is_what_it_was(torch_untouched: None) -> None:
+    """In every test of this folder."""
 
 
 @pytest.fixture

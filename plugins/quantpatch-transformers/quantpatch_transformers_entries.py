@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from quantpatch.entries import Entry
+from quantpatch.example import Example
 from quantpatch.hookspecs import hookimpl
 
-__all__ = ["CONVOLUTION_MIXERS", "EXPERTS", "MIXERS", "quantpatch_entries"]
+__all__ = ["CONVOLUTION_MIXERS", "EXPERTS", "MIXERS", "quantpatch_entries", "quantpatch_examples"]
 
 # Classes that hold their experts' weights in one parameter each and keep to the contract of transformers'
 # registry of experts functions, as "model.Class" for transformers.models.model.modeling_model.Class.
@@ -69,3 +70,11 @@ def quantpatch_entries() -> Iterable[Entry]:
         for model, _, name in (each.partition(".") for each in known):
             module = f"transformers.models.{model}.modeling_{model}"
             yield Entry(module, name, f"quantpatch_transformers.{own}:Quant{name}", optional=True)
+
+
+@hookimpl
+def quantpatch_examples() -> Iterable[Example]:
+    """How to build each of them, for the conformance kit."""
+    from quantpatch_transformers.examples import EXAMPLES  # imports transformers
+
+    return EXAMPLES

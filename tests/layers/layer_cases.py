@@ -1,105 +1,37 @@
-"""Every layer with argument sets that cover each keyword and padding mode of its float class."""
+"""Argument sets that cover each keyword and padding mode of every layer, for the conformance kit."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
-from quantpatch import builtin
-from quantpatch.layers import QuantizedLayer
+from quantpatch.example import Example
+from quantpatch.layers.examples import EXAMPLES, rand
+from quantpatch.plugins import BUILTIN, Offer
+from quantpatch.registry import registry
+from quantpatch.testing import Subject
 
 
-@dataclasses.dataclass
-class Case:
-    """A layer with its arguments and something to call it with."""
-
-    name: str
-    label: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    inputs: Callable[[], tuple[Any, ...]]
-    call: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def id(self) -> str:
-        return f"{self.name}-{self.label}"
-
-    @property
-    def float_class(self) -> Any:
-        return getattr(nn, self.name)
-
-    @property
-    def quant_class(self) -> Any:
-        family = next(f for f, names in builtin.FAMILIES.items() if self.name in names)
-        return getattr(importlib.import_module(f"quantpatch.layers.{family}"), f"Quant{self.name}")
-
-    def data(self, seed: int = 1) -> tuple[Any, ...]:
-        torch.manual_seed(seed)
-        return self.inputs()
-
-    def make(self, cls: Any) -> Any:
-        """A layer of the class; the same weights each time."""
-        torch.manual_seed(0)
-        args = self.args
-        if self.name == "TransformerEncoder":
-            args = (transformer_layer(cls), *(2, nn.LayerNorm(8))[: len(self.args)])
-        layer = cls(*args, **self.kwargs)
-        if self.name.startswith("Lazy"):
-            torch.manual_seed(0)
-            layer(*self.data(), **self.call)
-        return layer
-
-    def pair(self) -> tuple[Any, Any]:
-        """A float layer and a quantized one that has loaded its weights."""
-        layer, quantized = self.make(self.float_class), self.make(self.quant_class)
-        quantized.load_state_dict(layer.state_dict(), strict=True)
-        return layer, quantized
+def entries() -> dict[str, Offer]:
+    return {offer.entry.dotted: offer for offer in registry.offers([]) if offer.plugin == BUILTIN}
 
 
-def transformer_layer(cls: Any) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
-    if issubclass(cls, QuantizedLayer):
-        from quantpatch.layers import QuantLinear, QuantMultiheadAttention
-
-        fresh = {
-            "self_attn": QuantMultiheadAttention(8, 2, batch_first=True),
-            "linear1": QuantLinear(8, 12),
-            "linear2": QuantLinear(12, 8),
-        }
-        for name, module in fresh.items():
-            module.load_state_dict(getattr(layer, name).state_dict())
-            setattr(layer, name, module)
-    return layer
+def subject(example: Example) -> Subject:
+    return Subject(entries()[example.target].entry, example, plugins=())
 
 
-def leaves(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, packed sequences included."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from leaves(item)
-
-
-def floats(value: Any) -> list[Tensor]:
-    return [t for t in leaves(value) if t.is_floating_point()]
-
-
-def rand(*shape: int, **kwargs: Any) -> Callable[[], tuple[Tensor]]:
-    return lambda: (torch.randn(*shape, **kwargs),)
-
-
-CASES: list[Case] = []
+CASES: list[Example] = list(EXAMPLES)
 
 
 def case(name: str, label: str, args: Any, inputs: Any, call: Any = None, /, **kwargs: Any) -> None:
-    CASES.append(Case(name, label, args, kwargs, inputs, call or {}))
+    def build() -> nn.Module:
+        return getattr(nn, name)(*args, **kwargs)
+
+    CASES.append(Example(f"torch.nn.{name}", build, inputs, keywords=call or {}, label=label))
 
 
 # --- linear ------------------------------------------------------------------------------------------------
@@ -437,14 +369,22 @@ case(
     device="cpu",
     dtype=torch.float64,
 )
-case("TransformerEncoder", "plain", ("layers", "norm"), rand(3, 5, 8))
-case(
-    "TransformerEncoder",
-    "masked",
-    (),
-    rand(3, 5, 8),
-    {"src_key_padding_mask": PADDED},
-    num_layers=1,
-    enable_nested_tensor=False,
-    mask_check=False,
-)
+
+
+def encoder(*, num_layers: int, norm: nn.Module | None = None, **kwargs: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        return nn.TransformerEncoder(layer, num_layers, norm, **kwargs)
+
+    return build
+
+
+for label, build, call in (
+    ("plain", encoder(num_layers=2, norm=nn.LayerNorm(8)), {}),
+    (
+        "masked",
+        encoder(num_layers=1, enable_nested_tensor=False, mask_check=False),
+        {"src_key_padding_mask": PADDED},
+    ),
+):
+    CASES.append(Example("torch.nn.TransformerEncoder", build, rand(3, 5, 8), keywords=call, label=label))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from quantpatch.calibrators import Calibrator
 from quantpatch.errors import CalibrationError, QuantPatchWarning
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.modes import evaluating, explaining_devices
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.running import evaluating, explaining_devices
 
 __all__ = ["calibrate", "calibrating", "run_batch"]
 

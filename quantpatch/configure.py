@@ -15,6 +15,7 @@ from quantpatch.errors import RuleError, near_misses
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.registry import registry
+from quantpatch.running import demand_model
 
 __all__ = ["Rules", "apply_rules", "checked_rules", "configure"]
 
@@ -63,6 +64,7 @@ def configure(model: nn.Module, rules: Rules) -> None:
             with different values, or is malformed; a value is none of these. Nothing has changed then.
         UnknownNameError: There is no recipe, or no format, of a name.
     """
+    demand_model(model, "configure")
     apply_rules([model], rules)
 
 

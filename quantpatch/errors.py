@@ -230,10 +230,10 @@ class ExportError(QuantPatchError, RuntimeError):
 
 
 class InputError(QuantPatchError, RuntimeError):
-    """A model failed on inputs that it cannot take; it is as it was.
+    """What was given is no model, or the model failed on inputs that it cannot take; it is as it was.
 
     Attributes:
-        devices: Where the inputs are, and where the model is.
+        devices: Where the inputs are, and where the model is, if that is what differs.
     """
 
     devices: tuple[str, str] = ("", "")

@@ -24,6 +24,7 @@ from quantpatch.layers.subclass import combine, why_float
 from quantpatch.outcome import Outcome, Replaced, Skipped
 from quantpatch.recipes import DEFAULT_RECIPE
 from quantpatch.registry import registry
+from quantpatch.running import demand_model
 from quantpatch.settings import Settings
 from quantpatch.table import Choice, Pattern, Table, nearest
 
@@ -113,6 +114,7 @@ def convert(
 
 
 def _refuse_wrapped(model: nn.Module, verb: str) -> None:
+    demand_model(model, verb)
     for name, module in model.named_modules():
         where = repr(name) if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):

@@ -26,7 +26,7 @@ FLOORS = [
         "interception",
         "lazy_imports",
         "hookspecs",
-        "modes",
+        "running",
         "kept_weight",
         "fx_leaf",
         "classes",

@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from quantpatch.calibration import run_batch
 from quantpatch.errors import ComparisonError
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.modes import evaluating
+from quantpatch.quantizer import TensorQuantizer
 from quantpatch.report.render import as_text
+from quantpatch.running import demand_model, evaluating
 
 __all__ = ["ComparisonReport", "ComparisonRow", "compare"]
 
@@ -113,11 +114,13 @@ def compare(float_model: nn.Module, quantized_model: nn.Module, data: Iterable[A
         ComparisonError: The models have no layer in common, there is no batch, or a layer's outputs
             have different shapes.
     """
+    for model in (float_model, quantized_model):
+        demand_model(model, "compare")
     references = dict(float_model.named_modules())
     layers = {
         name: module
         for name, module in quantized_model.named_modules()
-        if isinstance(module, QuantizedLayer) and isinstance(module, nn.Module) and name in references
+        if name in references and _is_quantized(module)
     }
     if not layers:
         raise ComparisonError(
@@ -151,6 +154,12 @@ def compare(float_model: nn.Module, quantized_model: nn.Module, data: Iterable[A
         if name in ran
     ]
     return ComparisonReport(tuple(sorted(rows, key=lambda row: (row.sqnr, row.layer))))
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLayer) or any(
+        isinstance(m, TensorQuantizer) for m in module.children()
+    )
 
 
 def _keep(kept: dict[str, list[Tensor]], name: str) -> Callable[[Any, Any, Any], None]:

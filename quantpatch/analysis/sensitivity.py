@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import attrs
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from quantpatch.errors import ComparisonError
 from quantpatch.files import written_whole
-from quantpatch.layers.base import QuantizedLayer
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.report.render import as_text
+from quantpatch.running import demand_model
 
 __all__ = ["SensitivityReport", "SensitivityRow", "sensitivity"]
 
@@ -106,38 +109,43 @@ def sensitivity(
     raises.
 
     Args:
-        model: A calibrated model.
+        model: A calibrated model. Whatever has quantizers of its own counts as a layer.
         evaluate: Gets the model, returns a metric; more is better.
         mode: ``"quantize_one"`` or ``"float_one"``.
         resume: A file that keeps each result as soon as it is there. If it exists, what it holds is not
-            measured again.
+            measured again; it has to be of the same model, weights and ranges.
         progress: Whether to show a progress bar (on a terminal only).
 
     Raises:
-        ComparisonError: The model has no quantized layer, ``evaluate`` is no function, or ``resume`` holds
-            something else.
+        ComparisonError: The model has no quantized layer, ``evaluate`` is no function or returns NaN, there
+            is no such mode, or ``resume`` holds something else.
+        InputError: ``model`` is no model.
     """
     if not callable(evaluate):
         raise ComparisonError(
             f"evaluate is a {type(evaluate).__name__}, expected a function that gets the model and returns a "
             f"metric: sensitivity(model, lambda model: accuracy(model, loader))"
         )
-    groups = {
-        name: [q for q in layer.quantizers().values() if not q.disabled]
-        for name, layer in model.named_modules()
-        if isinstance(layer, QuantizedLayer)
-    }
-    groups = {name: quantizers for name, quantizers in groups.items() if quantizers}
+    demand_model(model, "sensitivity")
+    if mode not in get_args(Mode):
+        raise ComparisonError(f"mode {mode!r}: expected {' or '.join(map(repr, get_args(Mode)))}")
+    groups: dict[str, list[TensorQuantizer]] = {}
+    for name, quantizer in named_quantizers(model).items():
+        if not quantizer.disabled:
+            groups.setdefault(name.rpartition(".")[0], []).append(quantizer)
     if not groups:
         raise ComparisonError(f"{type(model).__name__} has no quantized layer whose quantizers are on")
-    results = _Results(resume, mode)
+    results = _Results(resume, mode, "" if resume is None else _fingerprint(model))
     everything = [quantizer for quantizers in groups.values() for quantizer in quantizers]
     quantizing_one = mode == "quantize_one"
 
     def measure(key: str, quantized: list[TensorQuantizer]) -> float:
         if key not in results:
             with _only(everything, quantized):
-                results.put(key, float(evaluate(model)))
+                metric = float(evaluate(model))
+            if math.isnan(metric):
+                raise ComparisonError(f"evaluate returned NaN while measuring {key!r}")
+            results.put(key, metric)
         return results.get(key)
 
     float_metric, all_metric = measure("float", []), measure("quantized", everything)
@@ -166,21 +174,44 @@ def _only(everything: list[TensorQuantizer], quantized: list[TensorQuantizer]) -
             quantizer.disabled = False
 
 
+def _fingerprint(model: nn.Module) -> str:
+    """A digest of all that results depend on: the quantizers' settings, and every tensor of the model."""
+    digest = hashlib.sha256()
+    for name, quantizer in named_quantizers(model).items():
+        settings = (name, quantizer.descriptor, quantizer.disabled, quantizer.quantizing)
+        digest.update(repr(settings).encode())
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            tensor = value.detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            size = tensor.numel() * tensor.element_size()
+            if size:
+                digest.update((ctypes.c_ubyte * size).from_address(tensor.data_ptr()))
+    return digest.hexdigest()
+
+
 class _Results:
     """Results by key, kept in a file if there is one; the file is replaced whole each time."""
 
-    def __init__(self, path: str | os.PathLike[str] | None, mode: Mode) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, mode: Mode, model: str) -> None:
         self._path = None if path is None else Path(path)
         self._mode = mode
+        self._model = model
         self._found: dict[str, float] = {}
         if self._path is not None and self._path.exists():
             try:
                 data = json.loads(self._path.read_text())
-                mode_found, self._found = data["mode"], dict(data["results"])
-            except (ValueError, KeyError, TypeError) as error:
+                mode_found, model_found = data["mode"], data["model"]
+                self._found = {str(key): float(value) for key, value in data["results"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ComparisonError(f"{self._path} holds no results of sensitivity: {error}") from error
             if mode_found != mode:
                 raise ComparisonError(f"{self._path} holds results of mode {mode_found!r}, not {mode!r}")
+            if model_found != model:
+                raise ComparisonError(
+                    f"{self._path} holds results of another model, or of other weights, ranges or settings; "
+                    f"delete it to measure anew"
+                )
 
     def __contains__(self, key: str) -> bool:
         return key in self._found
@@ -193,5 +224,5 @@ class _Results:
         if self._path is None:
             return
         with written_whole(self._path) as folder:
-            text = json.dumps({"mode": self._mode, "results": self._found})
+            text = json.dumps({"mode": self._mode, "model": self._model, "results": self._found})
             (folder / self._path.name).write_text(text)

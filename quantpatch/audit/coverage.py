@@ -10,15 +10,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from torch.jit import ScriptModule
 
 from quantpatch.audit.reasons import Targets, known_targets, reason_for, skeleton
 from quantpatch.audit.trace import Trace, trace
 from quantpatch.classes import own_class
-from quantpatch.errors import CoverageError
+from quantpatch.errors import CoverageError, InputError
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
-from quantpatch.modes import explaining_devices
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.report.render import as_text
+from quantpatch.running import demand_model, explaining_devices
 
 __all__ = ["CoverageReport", "CoverageRow", "audit"]
 
@@ -140,11 +141,16 @@ def audit(model: nn.Module, *inputs: Any, minimum: float | None = None, **keywor
 
     Raises:
         CoverageError: The share is below ``minimum``. The error holds the report.
-        InputError: The model failed, and its inputs are on a device where it is not.
+        InputError: ``model`` is no model, or an ``nn.DataParallel``; or it failed, and its inputs are on a
+            device where it is not; or ``minimum`` is no share.
     """
-    runner = getattr(
-        model, "_orig_mod", model
-    )  # what torch.compile wraps: a compiled graph hides its modules
+    demand_model(model, "audit")
+    if minimum is not None and not 0 <= minimum <= 1:
+        raise InputError(f"minimum={minimum!r}: expected a share from 0 to 1, such as 0.95")
+    # What torch.compile wraps, since a compiled graph hides its modules.
+    runner = getattr(model, "_orig_mod", model)
+    if isinstance(runner, nn.DataParallel):
+        raise InputError("nn.DataParallel runs copies of the layers: write audit(model.module, ...)")
     with explaining_devices(runner, (inputs, keywords)):
         seen = trace(runner, lambda: runner(*inputs, **keywords))
     report = _report(runner, seen, known_targets())
@@ -172,7 +178,7 @@ def _report(model: nn.Module, seen: Trace, targets: Targets) -> CoverageReport:
         )
         rows[key] = attrs.evolve(row, calls=row.calls + 1, macs=row.macs + item.product.macs)
         cls = own_class(item.layer)
-        if reason and cls not in targets and not isinstance(item.layer, QuantizedLayer):
+        if reason and cls not in targets and not isinstance(item.layer, (QuantizedLayer, ScriptModule)):
             to_paste.setdefault(f"{cls.__module__}.{cls.__qualname__}", skeleton(item.layer))
     served = _served(model, seen.reached)
     unreached = [

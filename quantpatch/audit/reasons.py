@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from quantpatch.audit.operations import FAST_PATHS
 from quantpatch.audit.trace import Seen
@@ -56,6 +57,10 @@ def reason_for(seen: Seen, targets: Targets) -> str:
         return (
             f"{cls.__name__} has no quantizer for {' and '.join(missing)}: the recipe leaves it float, or it "
             f"is made inside the layer"
+        )
+    if isinstance(layer, ScriptModule):
+        return (
+            f"{layer.original_name} is a scripted module, whose code is fixed; quantize it before scripting"
         )
     if cls in targets:
         by = targets[cls]

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantpatch.audit.operations import PRESERVING, Product, products_of
-from quantpatch.modes import evaluating
 from quantpatch.quantizer import TensorQuantizer
+from quantpatch.running import evaluating
 
 __all__ = ["Seen", "Trace", "trace"]
 
@@ -89,7 +89,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for product in products_of(name, args, result):
             self._note(name, product)
         namespace = name.partition("::")[0]
-        if namespace not in ("aten", "prim", "prims", "quantpatch"):
+        if namespace not in ("aten", "prim", "prims", "profiler", "quantpatch"):
             self.trace.opaque.add(name)
         self._follow(name, args, result)
         return result

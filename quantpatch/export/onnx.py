@@ -26,7 +26,7 @@ from quantpatch.export.graph import tidy
 from quantpatch.export.targets import TARGETS, Operand, Target, codes_name, operands, problems
 from quantpatch.files import own_version, written_whole
 from quantpatch.formats import Float, Integer
-from quantpatch.modes import evaluating
+from quantpatch.running import evaluating
 
 __all__ = ["export_onnx"]
 

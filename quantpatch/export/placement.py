@@ -22,8 +22,8 @@ from quantpatch.errors import ExportError
 from quantpatch.export.targets import operands
 from quantpatch.formats import Integer
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.modes import evaluating
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.running import evaluating
 
 __all__ = ["quantize_conv_outputs", "use_unsigned"]
 

@@ -57,6 +57,20 @@ def test_layers_that_return_several_values_are_compared_by_the_first():
     assert 10 < row.sqnr < 80
 
 
+def test_modules_with_quantizers_of_their_own_are_compared_too():
+    class Halved(nn.Module):
+        def __init__(self, quantizer):
+            super().__init__()
+            self.quantizer = quantizer
+
+        def forward(self, x):
+            return self.quantizer(x) / 2
+
+    (row,) = qp.compare(Halved(nn.Identity()), Halved(qp.TensorQuantizer()), DATA).rows
+    assert (row.layer, row.kind) == ("", "Halved")
+    assert 20 < row.sqnr < 80
+
+
 def test_modes_and_hooks_are_as_before():
     model, twin = pair()
     twin[0].eval()

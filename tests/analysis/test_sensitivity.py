@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -81,13 +83,107 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"mode": "float_one", "results": {}}'])
+def test_results_of_another_model_are_not_taken_for_this_ones(model, tmp_path):
+    path = tmp_path / "results.json"
+    report = qp.sensitivity(model, metric, resume=path)
+    assert qp.sensitivity(model, lambda m: pytest.fail("measured again"), resume=path) == report
+    with torch.no_grad():
+        model[1].weight[0, 0] += 1
+    with pytest.raises(ComparisonError, match=r"results\.json holds results of another model.*delete it"):
+        qp.sensitivity(model, metric, resume=path)
+    path.unlink()
+    qp.sensitivity(model, metric, resume=path)
+    model[1].input_quantizer.amax = 2.0
+    with pytest.raises(ComparisonError, match="other weights, ranges or settings"):
+        qp.sensitivity(model, metric, resume=path)
+
+
+def test_a_resumed_run_in_another_process_goes_on(model, tmp_path):
+    """What a killed process has left is whole: every result up to then."""
+    path = tmp_path / "results.json"
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    code = f"""
+import os, sys, torch, quantpatch as qp
+with qp.quantize_modules():
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+model.load_state_dict(torch.load({str(tmp_path / "model.pt")!r}))
+calls = []
+def evaluate(model):
+    if len(calls) == 3:
+        os._exit(9)
+    calls.append(1)
+    return 0.25
+qp.sensitivity(model, evaluate, resume={str(path)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 9, done.stderr
+    calls = []
+    report = qp.sensitivity(model, lambda m: calls.append(1) or 0.5, resume=path)
+    assert len(calls) == 2
+    assert sorted(row.metric for row in report.rows) == [0.25, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"mode": "quantize_one", "model": "", "results": []}',
+        '{"mode": "float_one", "model": "", "results": {}}',
+    ],
+)
 def test_a_file_of_something_else_is_an_error(model, tmp_path, text):
     path = tmp_path / "results.json"
     path.write_text(text)
     with pytest.raises(ComparisonError, match=r"results\.json"):
         qp.sensitivity(model, metric, resume=path)
     assert path.read_text() == text
+
+
+def test_what_is_no_number_and_no_mode_is_an_error(model):
+    with pytest.raises(ComparisonError, match="NaN while measuring 'float'"):
+        qp.sensitivity(model, lambda m: float("nan"))
+    with pytest.raises(ComparisonError, match="'quantize_one' or 'float_one'"):
+        qp.sensitivity(model, metric, mode="quantize_all")
+
+
+def test_quantizers_that_no_quantized_layer_has_count_as_well():
+    model = nn.Sequential(nn.Identity(), nn.Linear(4, 4))
+    model[0].mine = qp.TensorQuantizer()
+    qp.convert(model[1])
+    seen = []
+
+    def evaluate(m):
+        seen.append((m[0].mine.disabled, m[1].input_quantizer.disabled))
+        return 0.0
+
+    report = qp.sensitivity(model, evaluate)
+    assert {row.layer for row in report.rows} == {"0", "1"}
+    assert seen == [(True, True), (False, False), (False, True), (True, False)]
+
+
+def test_what_it_recommends_to_leave_float_keeps_the_loss_it_was_asked_for():
+    """The whole way, from measuring to rules, and measuring again."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 8)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    with torch.no_grad():
+        label = model(x).argmax(1)
+    coarse = qp.QuantDescriptor(num_bits=2)
+    qp.convert(model, recipe=qp.Recipe(name="uneven", rules={"2": coarse}))
+    qp.calibrate(model, [x])
+
+    def agreement(m):
+        with torch.no_grad():
+            return (m(x).argmax(1) == label).float().mean().item()
+
+    report = qp.sensitivity(model, agreement)
+    assert report.float_metric == 1.0
+    assert report.quantized_metric < 0.9
+    names = report.keep_float(0.05)
+    assert names == ("2",)
+    qp.configure(model, dict.fromkeys(names))
+    assert agreement(model) >= 0.95
 
 
 def test_a_float_model_is_an_error():

@@ -463,6 +463,44 @@ def test_a_module_whose_exception_is_caught_does_not_confuse_the_rest():
     assert [row.module for row in qp.audit(model, torch.randn(2, 4)).rows] == ["fc", ""]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_part_is_told_of_with_nothing_to_paste():
+    part = torch.jit.script(nn.Linear(4, 4))
+    for model in (part, nn.Sequential(nn.ReLU(), part)):
+        report = qp.audit(model, torch.randn(2, 4))
+        assert reasons(report).popitem()[1] == (
+            "Linear is a scripted module, whose code is fixed; quantize it before scripting"
+        )
+        assert report.to_paste == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (nn.DataParallel(nn.Linear(4, 4)), r"audit\(model\.module"),
+        (nn.Linear, r"not its class: write audit\(Linear\(\.\.\.\)\)"),
+        ("model", "not 'model'"),
+    ],
+    ids=["data-parallel", "class", "text"],
+)
+def test_what_is_no_model_of_its_own_is_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        qp.audit(given, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("minimum", [-0.1, 95])
+def test_a_minimum_is_a_share(minimum):
+    with pytest.raises(InputError, match="from 0 to 1"):
+        qp.audit(quantized(nn.Linear(4, 4)), torch.randn(2, 4), minimum=minimum)
+
+
+def test_a_wrapper_that_runs_its_model_itself_hides_nothing():
+    model = nn.DataParallel(nn.Linear(4, 4)).module
+    qp.convert(model)
+    report = qp.audit(model, torch.randn(2, 4))
+    assert (report.share, report.opaque) == (1.0, ())
+
+
 # --- the report --------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Running a model for its sake: train and eval modes, module by module, and what to say when it fails."""
+"""Running somebody's model: that it is one, its modes, and what to say when its inputs do not fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,24 @@ from torch.utils._pytree import tree_leaves
 
 from quantpatch.errors import InputError
 
-__all__ = ["evaluating", "explaining_devices"]
+__all__ = ["demand_model", "evaluating", "explaining_devices"]
+
+
+def demand_model(model: Any, function: str) -> None:
+    """Checks what a function was given for a model.
+
+    Args:
+        model: What was given.
+        function: Name of the function.
+
+    Raises:
+        InputError: It is no module.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise InputError(f"{function} takes a model, not its class: write {function}({model.__name__}(...))")
+    raise InputError(f"{function} takes a model (an nn.Module), not {model!r}")
 
 
 @contextlib.contextmanager

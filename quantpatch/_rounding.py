@@ -28,6 +28,8 @@ __all__ = ["block_views", "divisor", "is_in_memory", "rescale_", "round_trip", "
 _PIECE = 2**20
 _WHOLE = 2**22
 
+_ZERO = torch.zeros((), device="cpu")
+
 
 def round_trip(
     x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None = None
@@ -66,11 +68,14 @@ def is_in_memory(x: Tensor) -> bool:
     )
 
 
-def divisor(scale: Tensor) -> Tensor:
+def divisor(scale: Tensor) -> Tensor | float:
     """``scale`` where it is not 0. There any finite quotient will do: it is multiplied by 0."""
     # Small, because everything lies outside a range of 0: so its gradient says. Not subnormal, because these
     # count as 0 where they are flushed.
-    return scale.masked_fill(scale == 0, 1.1754943508222875e-38)
+    smallest = 1.1754943508222875e-38
+    if scale.numel() == 1 and is_in_memory(scale):
+        return scale.item() or smallest  # a number costs four operations on tensors less
+    return scale.masked_fill(scale == 0, smallest)
 
 
 def rescale_(y: Tensor, scale: Tensor, format: NumberFormat) -> Tensor:
@@ -79,7 +84,7 @@ def rescale_(y: Tensor, scale: Tensor, format: NumberFormat) -> Tensor:
         return y.mul_(scale)
     if scale.numel() == 1 and is_in_memory(y):
         # One operation for both: 0 + scale * y is rounded once, and 0 + -0 is 0.
-        return torch.add(y.new_zeros(()), y, alpha=scale.item(), out=y)
+        return torch.add(_ZERO, y, alpha=scale.item(), out=y)
     return y.mul_(scale).add_(0.0)
 
 

@@ -171,9 +171,11 @@ def _range_and_scale(
     """The given range, if there is one, in float32, and the scale."""
     if amax is None:
         return None, quotient(reduce_amax(x, axis), format.max)
-    amax = _checked_amax(
-        amax, x, [x.shape[d] if axis is None or d in _axes(x, axis) else 1 for d in range(x.dim())]
-    )
+    if amax.dim():
+        kept = range(x.dim()) if axis is None else _axes(x, axis)
+        amax = _checked_amax(amax, x, [n if d in kept else 1 for d, n in enumerate(x.shape)])
+    else:
+        amax = _checked_amax(amax, x, [])
     return amax, quotient(amax.detach(), format.max)
 
 

@@ -112,12 +112,6 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             query, key, value, key_padding_mask, attn_mask, self.num_heads
         )
         q_in, k_in, v_in = self._quantized_inputs(query, key, value)
-        # Positions first, then the batch. The three stay one object where they are one: then the projection
-        # is one product.
-        moved: dict[int, Tensor] = {}
-        for x in (q_in, k_in, v_in):
-            moved[id(x)] = x.unsqueeze(1) if not batched else x.transpose(0, 1) if self.batch_first else x
-        q_in, k_in, v_in = (moved[id(x)] for x in (q_in, k_in, v_in))
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 "is_causal is a hint that attn_mask is the causal mask, and needs it: "
@@ -125,13 +119,17 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             )
         if q_in.shape[-1] != self.embed_dim:
             raise ValueError(f"query has {q_in.shape[-1]} features, expected embed_dim={self.embed_dim}")
-        if k_in.shape[:2] != v_in.shape[:2]:
+        if k_in.shape[:-1] != v_in.shape[:-1]:
             raise ValueError(
                 f"key and value have other lengths or batches: {tuple(key.shape)} and {tuple(value.shape)}"
             )
-        length, batch, _ = q_in.shape
         weights = self.quantize_weights()
-        q, k, v = self._project(q_in, k_in, v_in, weights)
+        # As the inputs lie in memory: a product with a transposed tensor is several times slower.
+        projected = self._project(q_in, k_in, v_in, weights)
+        q, k, v = (
+            x.unsqueeze(1) if not batched else x.transpose(0, 1) if self.batch_first else x for x in projected
+        )
+        length, batch, _ = q.shape  # positions first, then the batch
         mask = self._merged_mask(attn_mask, key_padding_mask, q, k, batched)
         q, k, v = self._with_extras(q, k, v)
         q, k, v = (self._quantized(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
@@ -154,14 +152,13 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
                 mask = mask.view(batch, -1, *mask.shape[1:])
             attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).flatten(0, 1)
 
-        joined = attended.transpose(0, 1).reshape(length * batch, self.embed_dim)
-        joined = self._quantized("out_proj_input", joined)
-        weight = weights.get("out_proj_weight", self.out_proj.weight)
-        output = F.linear(joined, weight, self.out_proj.bias).view(length, batch, self.embed_dim)
+        # The heads beside their features again, in the order of the axes that was given.
+        heads = attended.unflatten(0, (batch, self.num_heads))
+        joined = heads.transpose(1, 2) if batched and self.batch_first else heads.permute(2, 0, 1, 3)
+        joined = self._quantized("out_proj_input", joined.flatten(2))
+        output = F.linear(joined, weights.get("out_proj_weight", self.out_proj.weight), self.out_proj.bias)
         if not batched:
             output = output.squeeze(1)
-        elif self.batch_first:
-            output = output.transpose(0, 1)
         if not need_weights:
             return output, None
         assert probabilities is not None
@@ -193,17 +190,19 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, weights: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of shape (positions, batch, embed_dim); in one product where inputs are the same."""
+        """q, k and v of the inputs' shapes; in one product where all are the same."""
         bias = self.in_proj_bias
         if self._qkv_same_embed_dim:
             packed = weights.get("in_proj_weight", self.in_proj_weight)
-            return F._in_projection_packed(query, key, value, packed, bias)  # type: ignore[attr-defined,no-any-return]
-        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+            if query is key and key is value:
+                q, k, v = F.linear(query, packed, bias).chunk(3, dim=-1)
+                return q, k, v
+            parts = packed.chunk(3)
+        else:
+            names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+            parts = tuple(weights.get(name, getattr(self, name)) for name in names)
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        q, k, v = (
-            F.linear(x, weights.get(name, getattr(self, name)), b)
-            for x, name, b in zip((query, key, value), names, biases, strict=True)
-        )
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), parts, biases, strict=True))
         return q, k, v
 
     def _merged_mask(
@@ -239,7 +238,8 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             k = torch.cat([k, self.bias_k.repeat(1, batch, 1)])
             v = torch.cat([v, self.bias_v.repeat(1, batch, 1)])
         q, k, v = (
-            x.reshape(x.shape[0], batch * self.num_heads, self.head_dim).transpose(0, 1) for x in (q, k, v)
+            x.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3).flatten(0, 1)
+            for x in (q, k, v)
         )
         if self.add_zero_attn:
             k, v = (torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], dim=1) for x in (k, v))

@@ -58,7 +58,7 @@ _OWN = (
 
 @hookimpl
 def quantpatch_entries() -> Iterable[Entry]:
-    """Layers of transformers' own: ``Conv1D``, experts held in one parameter, mixers.
+    """Layers of transformers' own, and how ``from_pretrained`` finds ranges.
 
     Which classes there are depends on the version of transformers, so none of them has to exist.
     """
@@ -66,6 +66,9 @@ def quantpatch_entries() -> Iterable[Entry]:
         yield Entry(
             f"transformers.{module}", name, f"quantpatch_transformers.{own}:Quant{name}", optional=True
         )
+    # from_pretrained calls it: inside a block the checkpoint's ranges are read along with its weights.
+    from_pretrained = "quantpatch_transformers.pretrained:get_hf_quantizer"
+    yield Entry("transformers.modeling_utils", "get_hf_quantizer", from_pretrained, optional=True)
     for own, known in (("experts", EXPERTS), ("mixers", (*MIXERS, *CONVOLUTION_MIXERS))):
         for model, _, name in (each.partition(".") for each in known):
             module = f"transformers.models.{model}.modeling_{model}"

@@ -20,7 +20,7 @@ from quantpatch.errors import ConversionError
 from quantpatch.recipes import DEFAULT_RECIPE
 from quantpatch.registry import registry
 
-__all__ = ["IMPLEMENTATION", "quantize_attention", "revert_attention"]
+__all__ = ["IMPLEMENTATION", "attention_is_quantized", "quantize_attention", "revert_attention"]
 
 #: Name of the implementation in transformers' registry of attention functions.
 IMPLEMENTATION = "quantpatch"
@@ -60,7 +60,7 @@ def quantize_attention(model: PreTrainedModel, recipe: str | Recipe | None = Non
             f"{type(model).__name__} does not take its attention from transformers' registry, so it cannot "
             f"be exchanged there; `quantpatch.audit` tells what computes it"
         )
-    if model.config._attn_implementation == IMPLEMENTATION:
+    if attention_is_quantized(model):
         raise ConversionError(f"the attention of {type(model).__name__} is quantized already")
     setattr(model, _BEFORE, model.config._attn_implementation)
     for module in found.values():
@@ -87,6 +87,11 @@ def revert_attention(model: PreTrainedModel) -> None:
             module._modules.pop(f"{operand}_quantizer", None)
     model.set_attn_implementation(before)
     delattr(model, _BEFORE)
+
+
+def attention_is_quantized(model: PreTrainedModel) -> bool:
+    """Whether ``quantize_attention`` is in force."""
+    return bool(model.config._attn_implementation == IMPLEMENTATION)
 
 
 def _takes_from_registry(module: nn.Module) -> bool:

@@ -10,7 +10,6 @@ from collections import Counter
 
 import pytest
 import torch
-from safetensors.torch import load_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -196,19 +195,6 @@ def test_a_float_checkpoint_of_a_calibrated_model_is_reached_by_revert(name, tmp
     model.save_pretrained(tmp_path)
     theirs = MODELS[name][0].from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(logits(theirs.eval()), logits(build(name)))
-
-
-def test_ranges_come_back_with_load_model(name, tmp_path):
-    """from_pretrained reports ranges as unexpected and leaves them out; the file has them."""
-    cls, _ = MODELS[name]
-    model = calibrated(name)
-    model.save_pretrained(tmp_path)
-    with qp.quantize_modules():
-        ours, info = cls.from_pretrained(tmp_path, attn_implementation="eager", output_loading_info=True)
-    assert len(info["unexpected_keys"]) == len(quantizers(model))
-    load_model(ours, tmp_path / "model.safetensors")
-    assert {row.state for row in qp.summary(ours).rows} == {"calibrated"}
-    assert torch.equal(logits(ours.eval()), logits(model))
 
 
 # --- GPT-2 -----------------------------------------------------------------------------------------

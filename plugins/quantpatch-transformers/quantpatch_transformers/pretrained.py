@@ -1,0 +1,320 @@
+"""``save_pretrained`` and ``from_pretrained`` of quantized models, by transformers' registry of quantizers.
+
+A checkpoint has the weights and, beside them, the ranges. How the layers are quantized is in the metadata of
+its safetensors files, and ``config.json`` names quantpatch as the method. transformers loads the weights.
+Layers and quantizers are restored before, on the meta device, and ranges after: none is cast to a dtype.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+import quantpatch as qp
+from quantpatch.classes import dotted
+from quantpatch.errors import CheckpointError, ConversionError
+from quantpatch.export.description import active_plugins, describe_layers, describe_quantizers
+from quantpatch.export.structure import StructurePlan
+from quantpatch.files import own_version
+from quantpatch.layers import QuantizedLayer
+from quantpatch.quantizer import named_quantizers
+from quantpatch.recipes import active_recipe
+from quantpatch.registry import registry
+from quantpatch_transformers.attention import attention_is_quantized, quantize_attention
+from quantpatch_transformers.checkpoint_keys import Checkpoint, names_in
+
+__all__ = ["METHOD", "QuantPatchConfig", "QuantPatchQuantizer", "get_hf_quantizer", "make_savable"]
+
+#: Name of the method in ``config.json`` and in transformers' registry.
+METHOD = "quantpatch"
+# Key of the description in the metadata of safetensors files, as in those of qp.save.
+_METADATA = "quantpatch"
+
+
+class QuantPatchConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How ``from_pretrained`` quantizes a float checkpoint, or that a checkpoint is quantized already.
+
+    ::
+
+        model = AutoModelForCausalLM.from_pretrained(
+            path, quantization_config=QuantPatchConfig(recipe="int8", rules={"lm_head": None})
+        )
+
+    Args:
+        recipe: As in ``quantpatch.convert``, like the next three. None in the configuration of a saved model,
+            whose files describe each of its layers.
+        skip: See there.
+        include: See there.
+        plugins: See there.
+        rules: As in ``quantpatch.configure``: what names match, and a recipe or None for float.
+        attention: Whether to quantize the products of attention as well, by ``quantize_attention``.
+        **kwargs: What ``config.json`` has beside these: the method, and quantpatch's version.
+    """
+
+    def __init__(
+        self,
+        recipe: str | qp.Recipe | None = "int8",
+        skip: Iterable[str | type] = (),
+        include: Iterable[str | type] = (),
+        plugins: Iterable[str] | None = None,
+        rules: Mapping[Any, Any] | None = None,
+        attention: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        unknown = sorted(kwargs.keys() - {"quant_method", "quantpatch_version"})
+        if unknown:
+            raise TypeError(
+                f"QuantPatchConfig has no {unknown[0]!r}; it takes recipe, skip, include, plugins, rules and "
+                f"attention"
+            )
+        self.quant_method = METHOD
+        self.recipe = recipe
+        self.skip = (skip,) if isinstance(skip, (str, type)) else tuple(skip)
+        self.include = (include,) if isinstance(include, (str, type)) else tuple(include)
+        self.plugins = None if plugins is None else tuple(plugins)
+        self.rules = dict(rules or {})
+        self.attention = attention
+        self.quantpatch_version = kwargs.get("quantpatch_version", own_version())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into ``config.json``: names, where there are objects."""
+
+        def named(value: Any) -> Any:
+            if isinstance(value, qp.Recipe):
+                return value.name
+            if isinstance(value, type):
+                return dotted(value)
+            return value if value is None or isinstance(value, (str, bool)) else str(value)
+
+        return {
+            "quant_method": self.quant_method,
+            "quantpatch_version": self.quantpatch_version,
+            "recipe": named(self.recipe),
+            "skip": [named(each) for each in self.skip],
+            "include": [named(each) for each in self.include],
+            "plugins": None if self.plugins is None else list(self.plugins),
+            "rules": {named(matcher): named(value) for matcher, value in self.rules.items()},
+            "attention": self.attention,
+        }
+
+
+class QuantPatchQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers calls while it loads and saves a model; not for use by itself.
+
+    A quantized model stays one of ordinary layers and dtypes: it trains, moves and casts as a float one.
+
+    Args:
+        quantization_config: The configuration.
+        pre_quantized: Whether it came with the checkpoint.
+        **kwargs: Handed on.
+    """
+
+    quantization_config: QuantPatchConfig
+
+    def __init__(
+        self, quantization_config: QuantPatchConfig, *, pre_quantized: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(quantization_config, pre_quantized=True, **kwargs)
+        self.is_saved = pre_quantized
+        self.built_in_block = False
+        self._plan: StructurePlan | None = None
+        self._ignored: Any = None
+
+    # --- what transformers asks ----------------------------------------------------------------
+
+    @property
+    def is_trainable(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Yes: it is what fake quantization is for."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Yes."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """Yes."""
+        return True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Names a recipe that does not exist before any weight is read."""
+        if not self.is_saved and self.quantization_config.recipe is not None:
+            registry.recipe(self.quantization_config.recipe)
+
+    # --- loading -------------------------------------------------------------------------------
+
+    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
+        """Gives the model, still without weights, its layers and quantizers.
+
+        Raises:
+            CheckpointError: The files do not say how the model is quantized, or do not fit it.
+            QuantPatchError: The configuration does not fit the model.
+        """
+        model.quantization_method = METHOD
+        checkpoint = Checkpoint(kwargs.get("checkpoint_files") or (), model)
+        if self.is_saved:
+            description = self._saved_description(checkpoint, model)
+            if description["attention"] and not attention_is_quantized(model):
+                quantize_attention(model)
+        else:
+            if not self.built_in_block:
+                self._convert(model)
+            description = _describe(model, known=checkpoint.range_names)
+        plan = StructurePlan(model, description, checkpoint.ranges())
+        if plan.problems:
+            raise CheckpointError(
+                f"{checkpoint.path} cannot be loaded into {type(model).__name__}:\n  "
+                + "\n  ".join(plan.problems[:12]),
+                path=checkpoint.path,
+                problems=tuple(plan.problems),
+            )
+        plan.restructure()
+        self._plan = plan
+        # transformers finds no place for the ranges, which are set afterwards, and would warn of them.
+        self._ignored = model._keys_to_ignore_on_load_unexpected
+        taken = checkpoint.patterns_of(named_quantizers(model, every_name=True))
+        model._keys_to_ignore_on_load_unexpected = {*(self._ignored or ()), *taken}
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Sets the ranges; the model has its weights, on their devices."""
+        plan, self._plan = self._plan, None
+        model._keys_to_ignore_on_load_unexpected, self._ignored = self._ignored, None
+        assert plan is not None
+        plan.set_ranges()
+        for module in model.modules():
+            if isinstance(module, qp.TensorQuantizer):
+                module.train(model.training)
+        model.config.quantization_config = self.quantization_config
+
+    def _convert(self, model: PreTrainedModel) -> None:
+        config = self.quantization_config
+        if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+            raise ConversionError(
+                f"{type(model).__name__} was built inside a block, which has quantized it already. Leave out "
+                f"quantization_config=QuantPatchConfig(...), or load it outside the block"
+            )
+        qp.convert(model, config.skip, (), config.recipe, config.plugins, include=config.include)
+        if config.attention:
+            quantize_attention(model, config.recipe)
+        if config.rules:
+            qp.configure(model, config.rules)
+
+    @staticmethod
+    def _saved_description(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
+        """What the files say, with the names that modules have in this model."""
+        text = checkpoint.metadata().get(_METADATA)
+        if text is None:
+            raise CheckpointError(
+                f"{checkpoint.path}: its config.json says that quantpatch quantized it, and its files do not "
+                f"say how; another program wrote them anew, or they are no safetensors files. Delete "
+                f"quantization_config from config.json and load it in a block: "
+                f"with quantize_modules(recipe=...): ...",
+                path=checkpoint.path,
+            )
+        try:
+            saved = json.loads(text)
+            return {
+                **saved,
+                **{
+                    kind: {new: saved[kind][name] for name, new in names_in(model, saved[kind]).items()}
+                    for kind in ("layers", "quantizers")
+                },
+                "tied": {},
+                "attention": bool(saved["attention"]),
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{checkpoint.path}: its description cannot be read ({type(error).__name__}: {error})",
+                path=checkpoint.path,
+            ) from error
+
+    # --- saving --------------------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """What goes into the metadata of the files; nothing for a model that was reverted to float."""
+        if not named_quantizers(model):
+            vars(model.config).pop("quantization_config", None)
+            return None, {}
+        model.config.quantization_config = self.quantization_config
+        return None, {_METADATA: json.dumps(_describe(model))}
+
+
+def _describe(model: PreTrainedModel, known: Iterable[str] | None = None) -> dict[str, Any]:
+    """How a model is quantized; of whose quantizers only those that are named have a range, if any are."""
+    quantizers = describe_quantizers(model)
+    if known is not None:
+        names = set(known)
+        for name, quantizer in quantizers.items():
+            quantizer["known"] = name in names
+    return {
+        "quantpatch": own_version(),
+        "torch": str(torch.__version__),
+        "model": dotted(type(model)),
+        "plugins": active_plugins(),
+        "layers": describe_layers(model),
+        "quantizers": quantizers,
+        "attention": attention_is_quantized(model),
+        "tied": {},
+    }
+
+
+def make_savable(model: PreTrainedModel) -> None:
+    """Lets ``model.save_pretrained`` write how the model is quantized, beside its weights and ranges.
+
+    Models from ``from_pretrained`` are so already, if they were quantized there or in a block around it; this
+    is for those that were built from a configuration, or converted. Once is enough, whatever changes later.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ConversionError: transformers has another quantization method for it.
+    """
+    there = getattr(model, "hf_quantizer", None)
+    if isinstance(there, QuantPatchQuantizer):
+        return
+    if there is not None:
+        method = there.quantization_config.quant_method
+        raise ConversionError(
+            f"{type(model).__name__} is quantized by {getattr(method, 'value', method)!r} and saved its way"
+        )
+    model.hf_quantizer = QuantPatchQuantizer(QuantPatchConfig(recipe=None))
+    model.quantization_method = METHOD
+
+
+def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """The function of this name in transformers, for ``from_pretrained`` inside a block.
+
+    A model that is built there is quantized by the block, and gets its ranges from the checkpoint if that has
+    any. What asks for a method of quantization itself gets it.
+    """
+    text = config.get_text_config(decoder=True)
+    asked = (
+        quantization_config
+        or getattr(config, "quantization_config", None)
+        or getattr(text, "quantization_config", None)
+    )
+    if asked or kwargs.get("gguf_file") is not None:
+        return auto.get_hf_quantizer(config, quantization_config, *args, **kwargs)
+    found = auto.get_hf_quantizer(config, QuantPatchConfig(recipe=active_recipe()), *args, **kwargs)
+    found[0].built_in_block = True
+    return found
+
+
+# transformers refuses a second registration, as of a module that is loaded anew.
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
+auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+auto.register_quantization_config(METHOD)(QuantPatchConfig)
+auto.register_quantizer(METHOD)(QuantPatchQuantizer)

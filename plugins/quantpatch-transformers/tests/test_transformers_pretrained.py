@@ -1,0 +1,439 @@
+"""``save_pretrained`` and ``from_pretrained``: what was saved comes back, and what does not fit is named."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from architectures import IDS, MODELS
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import quantpatch as qp
+from quantpatch.errors import CheckpointError, ConversionError, RuleError, UnknownNameError
+from quantpatch_transformers import QuantPatchConfig, make_savable, quantize_attention
+from quantpatch_transformers.pretrained import METHOD
+
+
+def output(model, name="gpt2"):
+    with torch.no_grad():
+        return model(**MODELS[name].inputs)[0]
+
+
+def calibrated(name="gpt2", attention=False, recipe=None):
+    torch.manual_seed(0)
+    model = MODELS[name].build().eval()
+    qp.convert(model, recipe=recipe)
+    if attention:
+        quantize_attention(model)
+    qp.calibrate(model, [MODELS[name].inputs], progress=False)
+    return model
+
+
+def saved(model, path):
+    make_savable(model)
+    model.save_pretrained(path)
+    return model
+
+
+def loaded(cls, path, **options):
+    model, info = cls.from_pretrained(path, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return model
+
+
+def states(model):
+    return {name: quantizer.state for name, quantizer in quantizers(model).items()}
+
+
+def quantizers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, qp.TensorQuantizer)}
+
+
+def assert_same(model, other, name="gpt2"):
+    assert states(model) == states(other)
+    mine, theirs = model.state_dict(), other.state_dict()
+    assert list(mine) == list(theirs)
+    assert all(torch.equal(mine[key], value) for key, value in theirs.items())
+    assert torch.equal(output(model, name), output(other, name))
+
+
+# --- there and back ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture_comes_back_without_a_block(name, tmp_path):
+    model = saved(calibrated(name, attention=name != "mamba"), tmp_path)
+    again = loaded(type(model), tmp_path)
+    assert set(states(again).values()) == {"calibrated"}
+    assert_same(again, model, name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "mixtral", "mamba"])
+def test_saved_as_it_is_its_ranges_come_back_inside_a_block(name, tmp_path):
+    model = calibrated(name)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    with qp.quantize_modules():
+        again = loaded(type(model), tmp_path)
+    assert_same(again, model, name)
+    # From now on it is saved with its description.
+    again.save_pretrained(tmp_path / "again")
+    assert_same(loaded(type(model), tmp_path / "again"), model, name)
+
+
+def test_inside_a_block_of_another_recipe_what_was_saved_comes_back(tmp_path):
+    model = saved(calibrated(), tmp_path)
+    with qp.quantize_modules(recipe="int4", include=["Embedding"]):
+        again = loaded(type(model), tmp_path)
+    assert_same(again, model)
+
+
+def test_an_auto_class_finds_it(tmp_path):
+    model = saved(calibrated(), tmp_path)
+    assert_same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("in_block", [True, False])
+def test_ranges_are_not_cast_to_the_dtype_of_the_weights(in_block, tmp_path):
+    model = calibrated()
+    ranges = {name: quantizer.amax.clone() for name, quantizer in quantizers(model).items()}
+    if in_block:
+        model.save_pretrained(tmp_path)
+        with qp.quantize_modules():
+            again = loaded(type(model), tmp_path, dtype=torch.bfloat16)
+    else:
+        again = loaded(type(model), saved(model, tmp_path) and tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    for name, quantizer in quantizers(again).items():
+        assert torch.equal(quantizer.amax, ranges[name])
+    assert torch.equal(output(again), output(model.bfloat16()))
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
+def test_with_a_device_map(device_map, tmp_path):
+    model = saved(calibrated("llama"), tmp_path)
+    assert_same(loaded(type(model), tmp_path, device_map=device_map), model, "llama")
+
+
+def test_in_several_files(tmp_path):
+    model = calibrated("mixtral")
+    make_savable(model)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same(loaded(type(model), tmp_path), model, "mixtral")
+
+
+def test_learned_ranges_come_back_as_parameters_that_go_on_learning(tmp_path):
+    learned = qp.QuantDescriptor(learn_amax=True)
+    recipe = qp.Recipe(
+        name="learned", input=learned, weight=qp.QuantDescriptor(axis="channel", learn_amax=True)
+    )
+    model = calibrated(recipe=recipe).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    saved(model.eval(), tmp_path)
+    again = loaded(type(model), tmp_path)
+    assert set(states(again).values()) == {"learned"}
+    assert_same(again, model)
+    again.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(quantizer.amax.grad is not None for quantizer in quantizers(again).values())
+
+
+def test_what_was_configured_and_disabled_comes_back(tmp_path):
+    model = calibrated()
+    qp.configure(model, {"transformer.h.0.*": "int4", "lm_head": None})
+    qp.calibrate(model, [MODELS["gpt2"].inputs], progress=False, overwrite=True)
+    again = loaded(type(model), saved(model, tmp_path) and tmp_path)
+    assert_same(again, model)
+    for name, quantizer in quantizers(again).items():
+        assert quantizer.descriptor == quantizers(model)[name].descriptor
+
+
+def test_uncalibrated_and_without_ranges_it_comes_back_so(tmp_path):
+    model = MODELS["gpt2"].build().eval()
+    qp.convert(model, recipe="mxfp8")
+    assert_same(loaded(type(model), saved(model, tmp_path) and tmp_path), model)
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    model = saved(calibrated(), tmp_path)
+    again = loaded(type(model), tmp_path)
+    assert again.lm_head.weight is again.transformer.wte.weight
+
+
+def test_what_comes_back_copies_pickles_casts_and_trains(tmp_path):
+    model = saved(calibrated(), tmp_path)
+    again = loaded(type(model), tmp_path)
+    for twin in (copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        assert_same(twin, again)
+    assert copy.deepcopy(again).half().float() is not None
+    again.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in again.parameters())
+
+
+def test_reverted_it_is_saved_as_the_float_model_it_is(tmp_path):
+    model = saved(calibrated(), tmp_path / "quantized")
+    again = loaded(type(model), tmp_path / "quantized")
+    qp.revert(again)
+    again.save_pretrained(tmp_path / "float")
+    assert "quantization_config" not in json.loads((tmp_path / "float/config.json").read_text())
+    theirs = loaded(type(model), tmp_path / "float")
+    assert quantizers(theirs) == {}
+    qp.revert(model)
+    assert torch.equal(output(theirs), output(model))
+
+
+def test_the_checkpoint_of_a_model_with_a_head_is_read_by_the_one_without_and_the_other_way_round(tmp_path):
+    model = saved(calibrated(), tmp_path / "head")
+    body = transformers.GPT2Model.from_pretrained(tmp_path / "head")
+    assert states(body) == {
+        n.removeprefix("transformer."): s for n, s in states(model).items() if "head" not in n
+    }
+    with torch.no_grad():
+        assert torch.equal(body(IDS)[0], model.transformer(IDS)[0])
+    body.save_pretrained(tmp_path / "body")
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "body")
+    assert states(again) == {name: state for name, state in states(model).items() if "head" not in name}
+    with torch.no_grad():
+        assert torch.equal(again.transformer(IDS)[0], model.transformer(IDS)[0])
+
+
+def test_another_head_takes_the_body(tmp_path):
+    model = saved(calibrated(), tmp_path)
+    other = transformers.GPT2ForTokenClassification.from_pretrained(tmp_path)
+    assert states(other) == {name: state for name, state in states(model).items() if "lm_head" not in name}
+
+
+def test_a_process_that_imports_the_package_reads_it_and_one_that_does_not_is_told(tmp_path):
+    model = saved(calibrated(), tmp_path)
+    torch.save(output(model), tmp_path / "output.pt")
+    code = f"""
+import torch
+from transformers import AutoModelForCausalLM
+path = {str(tmp_path)!r}
+ids = torch.randint(0, 99, (2, 12), generator=torch.Generator().manual_seed(0))
+expected = torch.load(path + "/output.pt", weights_only=True)
+with torch.no_grad():
+    assert not torch.equal(AutoModelForCausalLM.from_pretrained(path)(ids)[0], expected)
+    import quantpatch_transformers
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(path)(ids)[0], expected)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Unknown quantization type, got quantpatch" in done.stderr
+    assert done.stderr.count("UNEXPECTED") > 0
+
+
+# --- a float checkpoint, quantized as it is loaded ---------------------------------------------------
+
+
+@pytest.fixture
+def float_path(tmp_path):
+    torch.manual_seed(0)
+    model = MODELS["gpt2"].build().eval()
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_configuration_quantizes_a_float_checkpoint(float_path):
+    config = QuantPatchConfig("w4a8", include=["Embedding"], rules={"lm_head": None}, attention=True)
+    model = loaded(transformers.GPT2LMHeadModel, float_path, quantization_config=config)
+    by_hand = loaded(transformers.GPT2LMHeadModel, float_path)
+    qp.convert(by_hand, recipe="w4a8", include=["Embedding"])
+    quantize_attention(by_hand, "w4a8")
+    qp.configure(by_hand, {"lm_head": None})
+    assert_same(model, by_hand)
+    assert isinstance(model.transformer.wte, qp.QuantizedLayer)
+    assert model.lm_head.weight_quantizer.disabled
+
+
+def test_it_is_written_into_the_configuration_and_names_what_was_asked_for(float_path, tmp_path):
+    recipe = qp.Recipe(name="mine", input=None)
+    config = QuantPatchConfig(recipe, skip=nn.Embedding, rules={"lm_head": None})
+    model = loaded(transformers.GPT2LMHeadModel, float_path, quantization_config=config)
+    model.save_pretrained(tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert written.pop("quantpatch_version")
+    assert written == {
+        "quant_method": METHOD,
+        "recipe": "mine",
+        "skip": ["torch.nn.modules.sparse.Embedding"],
+        "include": [],
+        "plugins": None,
+        "rules": {"lm_head": None},
+        "attention": False,
+    }
+    assert "mine" in repr(config)
+    assert_same(loaded(transformers.GPT2LMHeadModel, tmp_path / "out"), model)
+
+
+def test_what_is_wrong_with_a_configuration_is_said_in_its_own_words(float_path):
+    def load(**options):
+        transformers.GPT2LMHeadModel.from_pretrained(
+            float_path, quantization_config=QuantPatchConfig(**options)
+        )
+
+    with pytest.raises(TypeError, match="has no 'bits'; it takes recipe, skip"):
+        load(bits=8)
+    with pytest.raises(UnknownNameError, match="'int9'.*int8"):
+        load(recipe="int9")
+    with pytest.raises(RuleError, match="'lm_haed' matches no layer.*lm_head"):
+        load(rules={"lm_haed": None})
+    with pytest.raises(UnknownNameError, match="Linaer"):
+        load(skip="Linaer")
+    with (
+        qp.quantize_modules(),
+        pytest.raises(ConversionError, match="was built inside a block, which has quantized it already"),
+    ):
+        load()
+
+
+def test_other_methods_are_left_to_transformers_inside_a_block(float_path):
+    with qp.quantize_modules(), pytest.raises(ImportError, match="bitsandbytes"):
+        transformers.GPT2LMHeadModel.from_pretrained(
+            float_path, quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True)
+        )
+
+
+def test_a_model_of_another_method_is_not_made_savable():
+    model = MODELS["gpt2"].build()
+    model.hf_quantizer = type("Other", (), {"quantization_config": transformers.BitsAndBytesConfig()})()
+    with pytest.raises(ConversionError, match="quantized by 'bitsandbytes' and saved its way"):
+        make_savable(model)
+
+
+# --- embeddings and heads ----------------------------------------------------------------------------
+
+
+def test_table_and_head_that_are_tied_are_quantized_each_by_its_own_and_alike():
+    with qp.quantize_modules(include=["Embedding"], recipe="int4"):
+        model = MODELS["gpt2"].build().eval()
+    qp.calibrate(model, [MODELS["gpt2"].inputs], progress=False)
+    table, head = model.transformer.wte, model.lm_head
+    assert table.weight is head.weight
+    assert torch.equal(table.weight_quantizer.amax, head.weight_quantizer.amax)
+    assert torch.equal(table.weight_quantizer(table.weight), head.weight_quantizer(head.weight))
+    assert set(table.quantizers()) == {"weight_quantizer"}  # by weight only: its input is indices
+    qp.configure(model, {"lm_head": None})
+    assert not table.weight_quantizer.disabled
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert torch.isfinite(table.weight.grad).all()
+
+
+def test_a_skip_leaves_the_layers_of_a_class_float_and_a_rule_one_of_them():
+    with qp.quantize_modules(skip=["Linear"]):
+        model = MODELS["gpt2"].build()
+    assert type(model.lm_head) is nn.Linear
+
+
+# --- what does not fit -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quantized_path(tmp_path):
+    saved(calibrated(), tmp_path)
+    return tmp_path
+
+
+def rewrite(path, tensors=None, description=None, metadata=None):
+    """Changes the tensors or the description of a checkpoint."""
+    file = path / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        kept = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        written = opened.metadata()
+    if tensors:
+        tensors(kept)
+    if description:
+        described = json.loads(written["quantpatch"])
+        description(described)
+        written["quantpatch"] = json.dumps(described)
+    save_file(kept, file, metadata=written if metadata is None else metadata)
+
+
+ATTENTION = "transformer.h.0.attn.c_attn"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t[f"{ATTENTION}.input_quantizer._amax"].fill_(torch.nan),
+            "c_attn.input_quantizer: its range holds NaN",
+        ),
+        (
+            lambda t: t[f"{ATTENTION}.weight_quantizer._amax"].neg_(),
+            "c_attn.weight_quantizer: its range is negative",
+        ),
+        (
+            lambda t: t.pop(f"{ATTENTION}.input_quantizer._amax"),
+            "c_attn.input_quantizer: its range is missing",
+        ),
+        (
+            lambda t: t.update({f"{ATTENTION}.weight_quantizer._amax": torch.ones(1, 5)}),
+            r"c_attn.weight_quantizer: its range has the shape \(1, 5\), expected \(1, 96\)",
+        ),
+        (
+            lambda t: t.update({f"{ATTENTION}.input_quantizer._amax": torch.ones((), dtype=torch.half)}),
+            "its range is torch.float16, expected torch.float32",
+        ),
+    ],
+)
+def test_a_damaged_range_is_named(change, message, quantized_path):
+    rewrite(quantized_path, tensors=change)
+    with pytest.raises(CheckpointError, match=message):
+        transformers.GPT2LMHeadModel.from_pretrained(quantized_path)
+
+
+def test_a_plugin_that_is_missing_is_named(quantized_path):
+    def change(description):
+        description["plugins"].append({"name": "far", "distribution": "quantpatch-far", "version": "2.0"})
+        description["layers"][ATTENTION]["class"] = "quantpatch_far.layers.QuantConv1D"
+
+    rewrite(quantized_path, description=change)
+    with pytest.raises(CheckpointError, match=r"'far' is not installed \(pip install quantpatch-far==2.0\)"):
+        transformers.GPT2LMHeadModel.from_pretrained(quantized_path)
+
+
+def test_another_architecture_is_named(quantized_path):
+    config = transformers.GPT2Config.from_pretrained(quantized_path, n_layer=1)
+    with pytest.raises(CheckpointError, match=r"transformer.h.1.attn.c_attn \(.*the model has no such layer"):
+        transformers.GPT2LMHeadModel.from_pretrained(quantized_path, config=config)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": "pt"}, "its files do not say how; another program"),
+        ({"format": "pt", "quantpatch": "{"}, "its description cannot be read"),
+        ({"format": "pt", "quantpatch": '{"layers": 1}'}, "its description cannot be read"),
+    ],
+)
+def test_a_lost_or_damaged_description_is_named(metadata, message, quantized_path):
+    rewrite(quantized_path, metadata=metadata)
+    with pytest.raises(CheckpointError, match=message):
+        transformers.GPT2LMHeadModel.from_pretrained(quantized_path)
+
+
+def test_a_truncated_file_is_named(quantized_path):
+    file = quantized_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="model.safetensors cannot be read"):
+        transformers.GPT2LMHeadModel.from_pretrained(quantized_path)
+
+
+def test_a_range_that_no_quantizer_takes_is_reported_as_unexpected(tmp_path):
+    model = calibrated()
+    model.save_pretrained(tmp_path)
+    with qp.quantize_modules(skip=["Linear"]):
+        again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert info["unexpected_keys"] == {"lm_head.input_quantizer._amax", "lm_head.weight_quantizer._amax"}
+    assert set(states(again).values()) == {"calibrated"}

@@ -153,7 +153,7 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).flatten(0, 1)
 
         # The heads beside their features again, in the order of the axes that was given.
-        heads = attended.unflatten(0, (batch, self.num_heads))
+        heads = torch.unflatten(attended, 0, (batch, self.num_heads))
         joined = heads.transpose(1, 2) if batched and self.batch_first else heads.permute(2, 0, 1, 3)
         joined = self._quantized("out_proj_input", joined.flatten(2))
         output = F.linear(joined, weights.get("out_proj_weight", self.out_proj.weight), self.out_proj.bias)
@@ -238,7 +238,7 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             k = torch.cat([k, self.bias_k.repeat(1, batch, 1)])
             v = torch.cat([v, self.bias_v.repeat(1, batch, 1)])
         q, k, v = (
-            x.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3).flatten(0, 1)
+            torch.unflatten(x, -1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3).flatten(0, 1)
             for x in (q, k, v)
         )
         if self.add_zero_attn:

@@ -10,7 +10,7 @@ through these same hooks, from the plugin ``quantpatch.builtin``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -25,6 +25,7 @@ __all__ = [
     "API_VERSION",
     "PROJECT",
     "hookimpl",
+    "quantpatch_advice",
     "quantpatch_calibrators",
     "quantpatch_entries",
     "quantpatch_examples",
@@ -138,5 +139,28 @@ def quantpatch_calibrators() -> Mapping[str, type[Calibrator]]:
     Returns:
         Subclass of ``quantpatch.calibrators.Calibrator`` by name. A name that another plugin uses
         already is an error that names both.
+    """
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def quantpatch_advice(layer: Any) -> str | None:
+    """What to write so that a layer's products are quantized, where no entry of this plugin can do it.
+
+    Called by ``quantpatch.audit`` for a layer in whose forward a function multiplied float operands and
+    for which there is no entry. The audit gives the answer as the reason, in place of the code for a
+    replacement::
+
+        @quantpatch.hookimpl
+        def quantpatch_advice(layer):
+            if type(layer).__module__.startswith("mylib.attention"):
+                return "write quantpatch_mylib.quantize_attention(model)"
+            return None
+
+    Args:
+        layer: The ``nn.Module``.
+
+    Returns:
+        What to write, or None for a layer that the plugin knows nothing of.
     """
     raise NotImplementedError

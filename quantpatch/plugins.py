@@ -217,9 +217,7 @@ class Plugin:
     def _ask(self, manager: pluggy.PluginManager, hook: str, read: Callable[[Any], Any]) -> Any:
         """What its hook returned, as ``read`` understands it; called once, then remembered."""
         if hook not in self._results:
-            with lock:
-                others = [plugin for plugin in manager.get_plugins() if plugin is not self.plugin]
-                caller = manager.subset_hook_caller(hook, others)
+            caller = self._caller(manager, hook)
             if not caller.get_hookimpls():
                 self._results[hook] = read(())
                 return self._results[hook]
@@ -237,6 +235,27 @@ class Plugin:
                 ) from error
             self._results[hook] = result
         return self._results[hook]
+
+    def _caller(self, manager: pluggy.PluginManager, hook: str) -> pluggy.HookCaller:
+        """Calls the hook of this plugin alone."""
+        with lock:
+            others = [plugin for plugin in manager.get_plugins() if plugin is not self.plugin]
+            return manager.subset_hook_caller(hook, others)
+
+    def advice(self, manager: pluggy.PluginManager, layer: Any) -> str | None:
+        """What it has to say of a layer that no entry covers.
+
+        Raises:
+            PluginError: Its hook failed or returned something else than text.
+        """
+        hook = "quantpatch_advice"
+        try:
+            said = self._caller(manager, hook)(layer=layer)
+        except (Exception, SystemExit) as error:
+            raise self.error(f"failed in its hook {hook}: {type(error).__name__}: {error}", hook) from error
+        if said is not None and not isinstance(said, str):
+            raise self.error(f"returned {said!r} from {hook}, expected text or None", hook)
+        return said
 
     def entries(self, manager: pluggy.PluginManager) -> tuple[Offer, ...]:
         """What it offers to replace.

@@ -183,6 +183,14 @@ class Registry:
                 found[name], owner[name] = value, plugin.name
         return found
 
+    def advice(self, layer: Any) -> str | None:
+        """What an active plugin says to write so that a layer that no entry covers is quantized.
+
+        Raises:
+            PluginError: A plugin failed, or said something else than text.
+        """
+        return next(filter(None, (plugin.advice(self._manager, layer) for plugin in self._active())), None)
+
     def recipe(self, given: str | Recipe) -> Recipe:
         """The recipe of a name; a recipe is its own.
 

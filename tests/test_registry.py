@@ -307,7 +307,7 @@ def test_plugins_by_hand() -> None:
         registry.unregister("mine")
     wrong = ModuleType("wrong")
     exec("import quantpatch\n@quantpatch.hookimpl\ndef quantpatch_entry(): ...", vars(wrong))
-    with pytest.raises(PluginError, match="there are quantpatch_calibrators, quantpatch_entries"):
+    with pytest.raises(PluginError, match="there are quantpatch_advice, quantpatch_calibrators"):
         registry.register(wrong, "wrong")
     assert registry.plugins() == []
     registry.register(ModuleType("wrong"), "wrong")

@@ -6,13 +6,22 @@ brings neither the package nor transformers along.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from typing import Any
 
 from quantpatch.entries import Entry
 from quantpatch.example import Example
 from quantpatch.hookspecs import hookimpl
 
-__all__ = ["CONVOLUTION_MIXERS", "EXPERTS", "MIXERS", "quantpatch_entries", "quantpatch_examples"]
+__all__ = [
+    "CONVOLUTION_MIXERS",
+    "EXPERTS",
+    "MIXERS",
+    "quantpatch_advice",
+    "quantpatch_entries",
+    "quantpatch_examples",
+]
 
 # Classes that hold their experts' weights in one parameter each and keep to the contract of transformers'
 # registry of experts functions, as "model.Class" for transformers.models.model.modeling_model.Class.
@@ -81,3 +90,15 @@ def quantpatch_examples() -> Iterable[Example]:
     from quantpatch_transformers.examples import EXAMPLES  # imports transformers
 
     return EXAMPLES
+
+
+@hookimpl
+def quantpatch_advice(layer: Any) -> str | None:
+    """Attention that models take from transformers' registry of functions."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    from quantpatch_transformers.attention import takes_from_registry
+
+    if takes_from_registry(layer):
+        return "which quantpatch_transformers.attention.quantize_attention(model) quantizes"
+    return None

@@ -18,6 +18,7 @@ from quantpatch.classes import own_class
 from quantpatch.errors import CoverageError, InputError
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.quantizer import TensorQuantizer
+from quantpatch.registry import registry
 from quantpatch.report.render import as_text
 from quantpatch.running import demand_model, explaining_devices
 
@@ -178,7 +179,8 @@ def _report(model: nn.Module, seen: Trace, targets: Targets) -> CoverageReport:
         )
         rows[key] = attrs.evolve(row, calls=row.calls + 1, macs=row.macs + item.product.macs)
         cls = own_class(item.layer)
-        if reason and cls not in targets and not isinstance(item.layer, (QuantizedLayer, ScriptModule)):
+        covered = cls in targets or isinstance(item.layer, (QuantizedLayer, ScriptModule))
+        if reason and not covered and not registry.advice(item.layer):
             to_paste.setdefault(f"{cls.__module__}.{cls.__qualname__}", skeleton(item.layer))
     served = _served(model, seen.reached)
     unreached = [

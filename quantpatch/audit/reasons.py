@@ -69,7 +69,8 @@ def reason_for(seen: Seen, targets: Targets) -> str:
     base = next((base for base in cls.__mro__ if base in targets), None)
     if base is not None:
         return f"{cls.__name__} is {_about_subclass(cls, base, targets[base])}"
-    return f"a function called in the forward of {cls.__name__}, for which there is no entry"
+    ask = registry.advice(layer) or "for which there is no entry"
+    return f"a function called in the forward of {cls.__name__}, {ask}"
 
 
 def _about_subclass(cls: type, base: type, offer: Offer) -> str:

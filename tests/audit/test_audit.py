@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import quantpatch as qp
 import quantpatch.layers.operands
-from quantpatch.errors import CoverageError, InputError
+from quantpatch.errors import CoverageError, InputError, PluginError
+from quantpatch.registry import registry
 
 
 def reasons(report):
@@ -110,6 +111,36 @@ def test_a_functional_call_is_found_in_its_module_with_code_to_paste():
     (name, code) = report.to_paste[0]
     assert name.endswith("Wrapped")
     assert "class QuantWrapped(quantpatch.QuantizedLayer, Wrapped):\n    inputs = ()" in code
+
+
+def test_a_plugin_may_know_what_to_write():
+    class Attention(nn.Module):
+        def forward(self, x):
+            return x @ x.mT
+
+    class Plugin:
+        said = "which mylib.quantize(model) quantizes"
+
+        @qp.hookimpl
+        def quantpatch_advice(self, layer):
+            return self.said if isinstance(layer, Attention) else None
+
+    mine, model = Plugin(), quantized(nn.Linear(4, 4), Attention())
+    registry.register(mine, "mine")
+    try:
+        report = qp.audit(model, torch.randn(2, 4))
+        assert reasons(report)["1", "matrix product"].endswith(
+            "Attention, which mylib.quantize(model) quantizes"
+        )
+        assert report.to_paste == ()
+        mine.said = 3
+        with pytest.raises(PluginError, match="'mine' returned 3 from quantpatch_advice, expected text"):
+            qp.audit(model, torch.randn(2, 4))
+        del Plugin.said, mine.said
+        with pytest.raises(PluginError, match="'mine' failed in its hook quantpatch_advice: AttributeError"):
+            qp.audit(model, torch.randn(2, 4))
+    finally:
+        registry.unregister("mine")
 
 
 def test_a_subclass_is_named_with_its_base():

@@ -54,7 +54,7 @@ def quantize_attention(model: PreTrainedModel, recipe: str | Recipe | None = Non
         raise ConversionError(
             f"recipe {chosen.name!r} leaves activations float, and attention multiplies nothing else"
         )
-    found = {name: module for name, module in model.named_modules() if _takes_from_registry(module)}
+    found = {name: module for name, module in model.named_modules() if takes_from_registry(module)}
     if not found:
         raise ConversionError(
             f"{type(model).__name__} does not take its attention from transformers' registry, so it cannot "
@@ -82,7 +82,7 @@ def revert_attention(model: PreTrainedModel) -> None:
     before = vars(model).get(_BEFORE)
     if before is None:
         raise ConversionError(f"the attention of {type(model).__name__} is not quantized")
-    for module in filter(_takes_from_registry, model.modules()):
+    for module in filter(takes_from_registry, model.modules()):
         for operand in _OPERANDS:
             module._modules.pop(f"{operand}_quantizer", None)
     model.set_attn_implementation(before)
@@ -94,7 +94,8 @@ def attention_is_quantized(model: PreTrainedModel) -> bool:
     return bool(model.config._attn_implementation == IMPLEMENTATION)
 
 
-def _takes_from_registry(module: nn.Module) -> bool:
+def takes_from_registry(module: nn.Module) -> bool:
+    """Whether a module calls a function of transformers' registry of attention functions."""
     forward: Any = inspect.unwrap(type(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 

@@ -23,7 +23,7 @@ from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.running import evaluating, explaining_devices
 
-__all__ = ["calibrate", "calibrating", "run_batch"]
+__all__ = ["calibrate", "calibrating", "collecting", "run_batch"]
 
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
 
@@ -77,11 +77,59 @@ def calibrating(
             or infinity, (``strict``) a quantizer saw no data or only zeros, or another rank failed.
         UnknownNameError: There is no calibrator of that name.
     """
-    quantizers: dict[str, TensorQuantizer] = {}
+
+    def choose() -> dict[str, TensorQuantizer]:
+        return _to_calibrate(model, overwrite)
+
+    def tell(message: str, names: tuple[str, ...]) -> None:
+        if strict:
+            raise CalibrationError(
+                f"{message}. No range was set. Give batches that reach them, leave them float with "
+                f"qp.configure(model, {{{names[0].rpartition('.')[0] or '*'!r}: None}}), or pass "
+                f"strict=False to let them take the range of each tensor",
+                quantizers=names,
+            )
+        message += ". They go on taking the range of each tensor"
+        warnings.warn(message, QuantPatchWarning, stacklevel=7)
+
+    with (
+        collecting(model, choose, tell, method, weight_method=weight_method, **options),
+        evaluating(model),
+        torch.no_grad(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def collecting(
+    model: nn.Module,
+    choose: Callable[[], Mapping[str, TensorQuantizer]],
+    tell: Callable[[str, tuple[str, ...]], None],
+    method: str | None = None,
+    *,
+    weight_method: str | None = None,
+    **options: Any,
+) -> Iterator[None]:
+    """``calibrating`` for some quantizers of a model that runs as it is, in its mode and with gradients.
+
+    Args:
+        model: Holds the quantizers.
+        choose: Gives those to find the ranges of, by name.
+        tell: Called with a message and the names of the quantizers that can have no range, if there are
+            any, before a range is set; if it raises, none is.
+        method: As in ``calibrating``, like the rest.
+        weight_method: See there.
+        **options: See there.
+
+    Raises:
+        CalibrationError: The data holds NaN or infinity, or another rank failed.
+        UnknownNameError: There is no calibrator of that name.
+    """
+    quantizers: Mapping[str, TensorQuantizer] = {}
     calibrators: dict[str, Calibrator] = {}
-    with _restored(model):
+    with _restored(named_quantizers(model).values()):
         try:
-            quantizers = _to_calibrate(model, overwrite)
+            quantizers = choose()
             of_weights = _weight_quantizers(model)
             for name, quantizer in quantizers.items():
                 calibrators[name] = (
@@ -92,8 +140,7 @@ def calibrating(
             for name, quantizer in quantizers.items():
                 quantizer.enable_calib(calibrators[name])
                 quantizer.disable_quant()
-            with torch.no_grad():
-                yield
+            yield
         except Exception as error:
             failure = _named(error, quantizers) if isinstance(error, CalibrationError) else error
             _agree(calibrators, failure)
@@ -101,7 +148,7 @@ def calibrating(
                 raise
             raise failure from error
         _agree(calibrators)
-        ranges = _ranges(calibrators, quantizers, of_weights, strict)
+        ranges = _ranges(calibrators, quantizers, of_weights, tell)
     for name, amax in ranges.items():
         quantizer = quantizers[name]
         if quantizer.amax is not None and quantizer.amax.shape != amax.shape:
@@ -160,12 +207,11 @@ def _to_calibrate(model: nn.Module, overwrite: bool) -> dict[str, TensorQuantize
 
 
 @contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; train/eval modes and the stages of quantizers are put back, whatever happens."""
-    stages = [(q, q.calibrating, q.quantizing, q.calibrator) for q in named_quantizers(model).values()]
+def _restored(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
+    """The stages of quantizers are put back, whatever happens."""
+    stages = [(q, q.calibrating, q.quantizing, q.calibrator) for q in quantizers]
     try:
-        with evaluating(model):
-            yield
+        yield
     finally:
         for quantizer, calibrating_, quantizing, calibrator in stages:
             quantizer.calibrating, quantizer.quantizing = calibrating_, quantizing
@@ -222,7 +268,7 @@ def _ranges(
     calibrators: Mapping[str, Calibrator],
     quantizers: Mapping[str, TensorQuantizer],
     of_weights: set[TensorQuantizer],
-    strict: bool,
+    tell: Callable[[str, tuple[str, ...]], None],
 ) -> dict[str, Tensor]:
     """The range of every quantizer that can have one."""
     ranges: dict[str, Tensor] = {}
@@ -251,17 +297,7 @@ def _ranges(
     if zero:
         problems.append(f"{len(zero)} of {len(calibrators)} quantizers saw only zeros: {_listing(zero)}")
     if problems:
-        message = "; ".join(problems)
-        if strict:
-            layer = (unseen or zero)[0].rpartition(".")[0] or "*"
-            raise CalibrationError(
-                f"{message}. No range was set. Give batches that reach them, leave them float with "
-                f"qp.configure(model, {{{layer!r}: None}}), or pass strict=False to let them take the range "
-                f"of each tensor",
-                quantizers=(*unseen, *zero),
-            )
-        message += ". They go on taking the range of each tensor"
-        warnings.warn(message, QuantPatchWarning, stacklevel=4)
+        tell("; ".join(problems), (*unseen, *zero))
     return ranges
 
 

@@ -19,6 +19,7 @@ from quantpatch.errors import QuantPatchError, ScopeError
 from quantpatch.files import own_version
 from quantpatch.interception import Slot
 from quantpatch.registry import registry
+from quantpatch.run import Settings, launch
 from quantpatch.scope import quantize_modules
 from quantpatch.table import compose
 
@@ -106,6 +107,26 @@ def layers(
     for row in rows:
         shown.add_row(*(str(value) for value in row.values()))
     _print(shown)
+
+
+@app.command("run", context_settings={"allow_interspersed_args": False})
+def run_command(
+    command: Annotated[list[str], typer.Argument(help="The script (or module) and its arguments.")],
+    module: Annotated[bool, typer.Option("-m", help="Run a module, as `python -m` does.")] = False,
+    recipe: Recipe = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Layers that are float by default.")] = None,
+    plugin: Annotated[list[str] | None, typer.Option(help="Plugins that take part (default: all).")] = None,
+    calibrate: Annotated[
+        int, typer.Option(help="Calls of each model that run in float and set its ranges.", min=0)
+    ] = 0,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Tell what share of each model ran quantized.")
+    ] = False,
+) -> None:
+    """Run an unmodified script with a block around it: every layer that it builds comes out quantized."""
+    settings = Settings(recipe, skip or (), include or (), plugin, calibrate, audit)
+    launch(settings, command, module=module)
 
 
 def _build(path: str) -> Any:

@@ -31,6 +31,7 @@ __all__ = [
     "RangeError",
     "RuleError",
     "ScopeError",
+    "ScriptError",
     "UnknownNameError",
     "near_misses",
 ]
@@ -127,6 +128,16 @@ class RuleError(QuantPatchError, ValueError):
 
 class ScopeError(QuantPatchError, RuntimeError):
     """A scope was used in a way that cannot work, such as ``stop()`` without ``start()``."""
+
+
+class ScriptError(QuantPatchError, OSError):
+    """A script cannot be run by ``quantpatch run``; nothing of it has run.
+
+    Attributes:
+        script: The script, or the module.
+    """
+
+    script: str = ""
 
 
 class ComparisonError(QuantPatchError, ValueError):

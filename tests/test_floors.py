@@ -43,7 +43,7 @@ FLOORS = [
     {"builtin", "scope", "report"},
     {"calibration", "models", "audit", "export"},
     {"analysis"},
-    {"demo", "testing", "__init__"},
+    {"demo", "testing", "run", "__init__"},
     {"cli"},
     {"__main__"},
 ]

@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import nn
 from torch.jit import ScriptModule
 
-from quantpatch.audit.reasons import Targets, known_targets, reason_for, skeleton
+from quantpatch.audit.reasons import known_targets, reason_for, skeleton
 from quantpatch.audit.trace import Trace, trace
 from quantpatch.classes import own_class
 from quantpatch.errors import CoverageError, InputError
@@ -22,7 +22,7 @@ from quantpatch.registry import registry
 from quantpatch.report.render import as_text
 from quantpatch.running import demand_model, explaining_devices
 
-__all__ = ["CoverageReport", "CoverageRow", "audit"]
+__all__ = ["CoverageReport", "CoverageRow", "audit", "report_of"]
 
 
 @attrs.frozen
@@ -154,7 +154,7 @@ def audit(model: nn.Module, *inputs: Any, minimum: float | None = None, **keywor
         raise InputError("nn.DataParallel runs copies of the layers: write audit(model.module, ...)")
     with explaining_devices(runner, (inputs, keywords)):
         seen = trace(runner, lambda: runner(*inputs, **keywords))
-    report = _report(runner, seen, known_targets())
+    report = report_of(runner, seen)
     if minimum is not None and report.share < minimum:
         worst = max((row for row in report.rows if not row.quantized), key=lambda row: row.macs, default=None)
         hint = f" The largest float part is {worst.module!r}: {worst.reason}." if worst else ""
@@ -166,7 +166,9 @@ def audit(model: nn.Module, *inputs: Any, minimum: float | None = None, **keywor
     return report
 
 
-def _report(model: nn.Module, seen: Trace, targets: Targets) -> CoverageReport:
+def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
+    """The report about a model that was recorded while it ran."""
+    targets = known_targets()
     rows: dict[Any, CoverageRow] = {}
     to_paste: dict[str, str] = {}
     for item in seen.seen:

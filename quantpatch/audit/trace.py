@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -17,7 +18,11 @@ from quantpatch.audit.operations import PRESERVING, Product, products_of
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.running import evaluating
 
-__all__ = ["Seen", "Trace", "trace"]
+__all__ = ["Seen", "Trace", "recording", "trace"]
+
+
+# Namespaces of operators that multiply nothing unseen: torch's own, ours, marks for the profiler, messages.
+_LOOKED_INTO = frozenset({"aten", "prim", "prims", "quantpatch", "profiler", "c10d"})
 
 
 @attrs.frozen
@@ -89,7 +94,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for product in products_of(name, args, result):
             self._note(name, product)
         namespace = name.partition("::")[0]
-        if namespace not in ("aten", "prim", "prims", "profiler", "quantpatch"):
+        if namespace not in _LOOKED_INTO:
             self.trace.opaque.add(name)
         self._follow(name, args, result)
         return result
@@ -122,8 +127,9 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, Tensor) or value.dim() == 0
 
 
-def trace(model: nn.Module, run: Callable[[], Any]) -> Trace:
-    """Runs ``run`` with the model in eval mode, without gradients, and notes what it computes.
+@contextlib.contextmanager
+def recording(model: nn.Module) -> Iterator[Trace]:
+    """A block in which everything that runs is noted as the model's.
 
     Hooks are put on all modules of the process, not on the model's own: torch's fast paths look whether
     a module has hooks, and would not be taken.
@@ -132,9 +138,15 @@ def trace(model: nn.Module, run: Callable[[], Any]) -> Trace:
     entered = register_module_forward_pre_hook(recorder.entered)
     left = register_module_forward_hook(recorder.left, always_call=True)
     try:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]), recorder:
-            run()
+        with recorder:
+            yield recorder.trace
     finally:
         entered.remove()
         left.remove()
-    return recorder.trace
+
+
+def trace(model: nn.Module, run: Callable[[], Any]) -> Trace:
+    """Runs ``run`` with the model in eval mode, without gradients, and notes what it computes."""
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]), recording(model) as found:
+        run()
+    return found

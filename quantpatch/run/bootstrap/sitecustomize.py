@@ -1,0 +1,106 @@
+"""The first code of every Python process under ``quantpatch run``.
+
+Python imports it by itself, from ``PYTHONPATH``. It costs a process that never imports torch next to
+nothing: the block is opened once torch is there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+
+
+def _make_way() -> None:
+    """Leaves ``sys.path`` as the script expects it, and runs the ``sitecustomize`` that this one hides."""
+    sys.path[:] = [item for item in sys.path if not item or Path(item).resolve() != HERE]
+    own = sys.modules.pop(__name__)
+    try:
+        importlib.import_module(__name__)
+    except ModuleNotFoundError as error:
+        if error.name != __name__:
+            raise
+    finally:
+        sys.modules.setdefault(__name__, own)
+
+
+def _start(is_main: bool) -> None:
+    try:
+        importlib.import_module("quantpatch.run.session").start(is_main)
+    except ModuleNotFoundError as error:
+        if error.name != "quantpatch":
+            raise
+        print(
+            f"quantpatch run: {sys.executable} has no quantpatch; what it builds stays float", file=sys.stderr
+        )
+
+
+def _watch(is_main: bool) -> Callable[[], None]:
+    """Opens the block as soon as torch has been imported; returns what ends the watch."""
+    if "torch" in sys.modules:
+        _start(is_main)
+        return lambda: None
+    # By its path: importing the package would import torch.
+    spec = importlib.util.spec_from_file_location("_lazy_imports", HERE.parent.parent / "lazy_imports.py")
+    assert spec is not None
+    assert spec.loader is not None
+    lazy_imports = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lazy_imports)
+
+    def imported(module: ModuleType) -> None:
+        watch.stop()
+        _start(is_main)
+
+    watch = lazy_imports.ImportWatch(["torch"], imported)
+    watch.start()
+    stop: Callable[[], None] = watch.stop
+    return stop
+
+
+def _tell_at_the_end(directory: str, stop_watch: Callable[[], None]) -> None:
+    """In the first process, as the very last thing: what was registered first is called last."""
+    pid = os.getpid()
+
+    def tell() -> None:
+        if os.getpid() != pid:  # a fork of it
+            return
+        stop_watch()
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                if "quantpatch.run.session" in sys.modules or os.listdir(directory):
+                    importlib.import_module("quantpatch.run.session").tell(directory)
+                else:
+                    print(
+                        "quantpatch run: no process imported torch, so that nothing was quantized",
+                        file=sys.stderr,
+                    )
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    atexit.register(tell)
+
+
+def _begin() -> None:
+    settings = os.environ.get("QUANTPATCH_RUN")
+    if settings is None:
+        return
+    is_main = os.environ.pop("QUANTPATCH_RUN_MAIN", None) is not None
+    stop_watch = _watch(is_main)
+    if is_main:
+        import json  # a few milliseconds that the other processes need not spend
+
+        _tell_at_the_end(json.loads(settings)["directory"], stop_watch)
+
+
+if __name__ == "sitecustomize":  # imported by Python itself, not looked at by a tool
+    _make_way()
+    _begin()

@@ -1,0 +1,248 @@
+"""The models that a script runs: calibrated in their first calls, and audited in the next one.
+
+A model is a module with quantizers that is called while no other module is running. Nothing is run
+twice and nothing is kept alive: the audit records the script's own call. Calls inside compiled code
+cannot be seen; the calls that are looked at run without ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import weakref
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from quantpatch.audit.coverage import report_of
+from quantpatch.audit.trace import recording
+from quantpatch.calibration import collecting
+from quantpatch.quantizer import TensorQuantizer, named_quantizers
+
+__all__ = ["WatchedModels"]
+
+#: More models than anybody reads about: a script that calls its layers one by one has many.
+MOST_AUDITS = 20
+
+
+class WatchedModels:
+    """Watches the calls of all modules of the process.
+
+    Args:
+        calibrate: How many calls of each model calibrate it; 0: none.
+        audit: Whether to audit the call after these.
+    """
+
+    def __init__(self, calibrate: int, *, audit: bool) -> None:
+        self._calibrate = calibrate
+        self._audit = audit
+        self._local = threading.local()
+        self._watched: weakref.WeakKeyDictionary[nn.Module, _Model | None] = weakref.WeakKeyDictionary()
+        self._all: list[_Model] = []
+        self._hooks = (
+            register_module_forward_pre_hook(self._entered),
+            register_module_forward_hook(self._left, always_call=True),
+        )
+
+    def close(self) -> None:
+        """Stops watching; calibrations that are not over are given up."""
+        for hook in self._hooks:
+            hook.remove()
+        for model in self._all:
+            model.give_up()
+
+    def notes(self) -> tuple[str, ...]:
+        """What is to be told of the models, by name."""
+        found = [note for model in self._all for note in model.all_notes()]
+        left = len(self._all) - MOST_AUDITS
+        if self._audit and left > 0:
+            found.append(f"{left} more models ran than are audited: {self._all[-1].name} was the last")
+        return tuple(found)
+
+    def audits(self) -> tuple[str, ...]:
+        """The audit of each model that ran."""
+        return tuple(model.audit for model in self._all if model.audit)
+
+    # --- each call of any module -----------------------------------------------------------------
+
+    def _stack(self) -> list[nn.Module]:
+        stack: list[nn.Module] | None = getattr(self._local, "stack", None)
+        if stack is None:
+            stack = self._local.stack = []
+        return stack
+
+    def _entered(self, module: nn.Module, args: Any) -> None:
+        stack = self._stack()
+        if torch.compiler.is_compiling() or (not stack and _in_backward()):
+            return
+        stack.append(module)
+        if len(stack) == 1:
+            if module not in self._watched:
+                self._watched[module] = self._model(module)
+            if (model := self._watched[module]) is not None:
+                model.begin()
+
+    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        stack = self._stack()
+        if module in stack:
+            while stack.pop() is not module:
+                pass
+        if not stack and not _in_backward() and (model := self._watched.get(module)) is not None:
+            model.end(sys.exc_info()[1])
+
+    def _model(self, module: nn.Module) -> _Model | None:
+        runner = _unwrapped(module)
+        if isinstance(runner, TensorQuantizer) or not named_quantizers(runner):
+            return None
+        same = sum(type(runner).__name__ == model.kind for model in self._all)
+        name = type(runner).__name__ + (f" ({same + 1})" if same else "")
+        model = _Model(runner, name, self._calibrate, audit=self._audit and len(self._all) < MOST_AUDITS)
+        self._all.append(model)
+        return model
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running here, as when checkpointed parts of a model are computed again."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """What torch.compile, DataParallel and DistributedDataParallel wrap."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(module, wrappers):
+            module = module.module
+        elif isinstance(inner := module.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+            module = inner
+        else:
+            return module
+
+
+class _Model:
+    """One model: in its first calls it calibrates, in the next it is audited, then it is left alone."""
+
+    def __init__(self, model: nn.Module, name: str, calibrate: int, *, audit: bool) -> None:
+        self.name = name
+        self.kind = type(model).__name__
+        self.audit = ""
+        self._notes: list[str] = []
+        self._wanted = calibrate
+        self._audited = audit
+        self._calls = 0
+        self._lock = threading.Lock()
+        self._caller: int | None = None  # the thread whose call is looked at
+        self._handled: BaseException | None = None  # what the script was handling when the call began
+        self._life: Generator[None, None, None] | None = self._lived(model, audit)
+
+    def _lived(self, model: nn.Module, audit: bool) -> Generator[None, None, None]:
+        """Goes on where a call begins and where it ends."""
+        if self._wanted:
+            quantizers = _without_range(model)
+            if not quantizers:
+                self._notes.append("nothing to calibrate: its quantizers are dynamic, off, or have ranges")
+            with (
+                collecting(model, lambda: quantizers, self._tell) if quantizers else contextlib.nullcontext()
+            ):
+                while self._calls < self._wanted:
+                    with _eager():
+                        yield
+                    self._calls += 1
+                    if self._calls < self._wanted:
+                        yield
+            known, all_ = sum(q.amax is not None for q in quantizers.values()), len(quantizers)
+            if quantizers:
+                self._notes.append(f"{known} of {all_} quantizers calibrated in {self._calls} calls")
+            with _float(quantizers.values()):
+                yield
+        if audit:
+            with _eager(), recording(model) as trace:
+                yield
+            self.audit = str(report_of(model, trace)).rstrip()
+
+    def _tell(self, message: str, names: tuple[str, ...]) -> None:
+        self._notes.append(f"{message}. They take the range of each tensor")
+
+    def begin(self) -> None:
+        """A call begins."""
+        with self._lock:
+            if self._life is None or self._caller is not None:
+                return
+            self._caller = threading.get_ident()
+            self._handled = sys.exc_info()[1]
+            self._go_on(None)
+
+    def end(self, error: BaseException | None) -> None:
+        """A call is over, or ``error`` came out of it."""
+        with self._lock:
+            if self._life is not None and self._caller == threading.get_ident():
+                self._go_on(error if error is not self._handled else None)
+                self._caller = self._handled = None
+
+    def _go_on(self, error: BaseException | None) -> None:
+        assert self._life is not None
+        try:
+            if error is None:
+                next(self._life)
+            else:
+                self._life.throw(error)
+        except StopIteration:
+            self._life = None
+        except Exception as raised:
+            self._life = None
+            doing = "calibration" if self._calls < self._wanted else "audit"
+            self._notes.append(f"{doing} given up, since a call failed: {type(raised).__name__}: {raised}")
+
+    def give_up(self) -> None:
+        """Ends what is going on."""
+        life, self._life = self._life, None
+        if life is not None:
+            life.close()
+
+    def all_notes(self) -> list[str]:
+        """What is to be told of it."""
+        notes = list(self._notes)
+        if self._life is not None and self._calls < self._wanted:
+            notes.append(
+                f"ran {self._calls} of the {self._wanted} calls that calibrate it: no range was set, and it "
+                f"stayed float. Write a smaller --calibrate"
+            )
+        elif self._life is not None and self._audited:
+            notes.append("not audited: every call that it ran calibrated it")
+        return [f"{self.name}: {note}" for note in notes]
+
+
+def _without_range(model: nn.Module) -> dict[str, TensorQuantizer]:
+    return {
+        name: q
+        for name, q in named_quantizers(model).items()
+        if not (q.disabled or q.descriptor.dynamic or q.calibrating)
+        and q.descriptor.amax is None
+        and q.amax is None
+    }
+
+
+@contextlib.contextmanager
+def _float(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
+    """A block in which they do not quantize: what backward computes again has to be what it was."""
+    on = [quantizer for quantizer in quantizers if quantizer.quantizing]
+    for quantizer in on:
+        quantizer.disable_quant()
+    try:
+        yield
+    finally:
+        for quantizer in on:
+            quantizer.enable_quant()
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """A block in which nothing is compiled."""
+    if "torch._dynamo" not in sys.modules:  # then nothing can be, and importing it takes a second
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

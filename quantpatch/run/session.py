@@ -1,0 +1,121 @@
+"""The block of one process under ``quantpatch run``."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from multiprocessing import util
+from pathlib import Path
+
+from quantpatch.errors import QuantPatchError
+from quantpatch.files import written_whole
+from quantpatch.run.models import WatchedModels
+from quantpatch.run.report import Part, report
+from quantpatch.run.settings import VARIABLE, Settings
+
+__all__ = ["Session", "leave", "start", "tell"]
+
+
+class Session:
+    """Opens the block, and leaves what it has to tell when the process ends.
+
+    Args:
+        settings: How to quantize, and where to leave it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._scope = settings.scope().start()
+        self._models = self._watched()
+
+    def _watched(self) -> WatchedModels | None:
+        wanted = self._settings.audit or self._settings.calibrate
+        return WatchedModels(self._settings.calibrate, audit=self._settings.audit) if wanted else None
+
+    def part(self) -> Part:
+        """What this process has to tell."""
+        notes, audits = ((), ()) if self._models is None else (self._models.notes(), self._models.audits())
+        return Part(
+            process=_name_of_process(),
+            replaced=[[r.target, r.replacement, r.plugin, r.count] for r in self._scope.replaced],
+            skipped=[[s.target, s.reason, s.count] for s in self._scope.skipped],
+            notes=list(notes),
+            audits=list(audits),
+        )
+
+    def close(self) -> Part:
+        """Ends the block; what it has to tell."""
+        part = self.part()
+        self._scope.stop()
+        if self._models is not None:
+            self._models.close()
+        return part
+
+    def leave(self) -> None:
+        """Ends the block and leaves what there is to tell for the first process, if that is still there."""
+        part, directory = self.close(), Path(self._settings.directory)
+        if part and directory.is_dir():
+            with written_whole(directory / f"{os.getpid()}.json") as folder:
+                (folder / f"{os.getpid()}.json").write_text(part.to_json())
+
+
+def _name_of_process() -> str:
+    rank = os.environ.get("RANK")
+    return f"rank {rank}" if rank is not None else f"process {os.getpid()}"
+
+
+current: Session | None = None
+
+
+def start(is_main: bool) -> None:
+    """Opens the block of this process, as the environment says.
+
+    Args:
+        is_main: Whether this is the first process: it tells at the end instead of leaving it.
+    """
+    global current
+    try:
+        current = Session(Settings.from_json(os.environ[VARIABLE]))
+    except QuantPatchError as error:  # the command had no such trouble: another environment, say
+        print(f"quantpatch run: the block cannot be opened: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if not is_main:
+        _leave_at_the_end()
+    # Children that multiprocessing makes end without the handlers of atexit, and begin with no finalizers.
+    util.register_after_fork(leave, lambda leave: util.Finalize(None, leave, exitpriority=0))
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_begin_again)
+
+
+def _leave_at_the_end() -> None:
+    atexit.register(leave)
+    util.Finalize(None, leave, exitpriority=0)
+
+
+def tell(directory: str) -> None:
+    """Prints what all processes have to tell; this one, the first, ends its block."""
+    global current
+    session, current = current, None
+    parts = [] if session is None else [session.close()]
+    parts += [Part.from_json(file.read_text()) for file in sorted(Path(directory).glob("*.json"))]
+    settings = Settings.from_json(os.environ[VARIABLE])
+    report(parts, models=bool(settings.calibrate or settings.audit))
+
+
+def leave() -> None:
+    """Ends this process's block and leaves what there is to tell, once."""
+    global current
+    session, current = current, None
+    if session is not None:
+        session.leave()
+
+
+def _begin_again() -> None:
+    """In a fork: a block of its own, so that nothing is told twice."""
+    global current
+    if current is None:
+        return
+    current.close()
+    current = Session(Settings.from_json(os.environ[VARIABLE]))
+    atexit.register(leave)

@@ -1,0 +1,227 @@
+"""The models that a script runs: found without being named, calibrated in its own calls, audited in one."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import nn
+
+from quantpatch import quantize_modules
+from quantpatch.errors import CalibrationError
+from quantpatch.quantizer import named_quantizers
+from quantpatch.run.models import WatchedModels
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        if x is None:
+            raise ValueError("no input")
+        return self.second(self.first(x).relu())
+
+
+@pytest.fixture
+def watch():
+    watches = []
+
+    def start(calibrate=0, audit=False):
+        watches.append(WatchedModels(calibrate, audit=audit))
+        return watches[-1]
+
+    yield start
+    for watched in watches:
+        watched.close()
+
+
+def build(cls=Net, **options):
+    torch.manual_seed(0)
+    with quantize_modules(**options):
+        return cls()
+
+
+def ranges(model):
+    return {name: q.amax for name, q in named_quantizers(model).items()}
+
+
+def test_the_first_calls_calibrate_in_float_with_gradients_and_the_scripts_own_mode(watch):
+    watched = watch(calibrate=2)
+    model, modes = build(), []
+    model.first.register_forward_hook(lambda module, *_: modes.append(module.training))
+    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    plain.load_state_dict(
+        {k.replace("first", "0").replace("second", "2"): v for k, v in model.state_dict().items()}
+    )
+    for scale in (1.0, 3.0):
+        x = torch.full((2, 4), scale)
+        out = model(x)
+        assert torch.equal(out, plain(x))  # float, bit for bit
+        out.sum().backward()
+        assert model.first.weight.grad is not None
+    assert modes == [True, True]
+    assert model.first.input_quantizer.amax.item() == 3.0
+    assert all(amax is not None for amax in ranges(model).values())
+    out = model(torch.full((2, 4), 50.0))
+    assert not torch.equal(out, plain(torch.full((2, 4), 50.0)))  # quantized now, and clipped
+    assert model.first.input_quantizer.amax.item() == 3.0
+    assert watched.notes() == ("Net: 4 of 4 quantizers calibrated in 2 calls",)
+
+
+def test_models_that_ran_too_little_or_not_as_a_whole_are_told_by_name(watch):
+    class Branch(Net):
+        def forward(self, x):
+            return self.first(x)
+
+    watched = watch(calibrate=2, audit=True)
+    short, partial, exact = build(), build(Branch), build()
+    short(torch.ones(1, 4))
+    for model in (partial, exact):
+        model(torch.ones(1, 4))
+        model(torch.ones(1, 4))
+    notes = watched.notes()
+    assert any(n.startswith("Net: ran 1 of the 2 calls that calibrate it") for n in notes)
+    (unseen,) = [note for note in notes if "saw no data" in note]
+    assert unseen.startswith("Branch: 2 of 4 quantizers saw no data")
+    assert "second.input_quantizer, second.weight_quantizer" in unseen
+    assert "Branch: 2 of 4 quantizers calibrated in 2 calls" in notes
+    assert "Net (2): not audited: every call that it ran calibrated it" in notes
+    watched.close()
+    assert set(ranges(short).values()) == {None}
+    assert all(q.quantizing and not q.calibrating for q in named_quantizers(short).values())
+
+
+def test_the_audit_is_that_of_the_scripts_own_call(watch):
+    watched = watch(calibrate=1, audit=True)
+    model, calls = build(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    model.second.input_quantizer.disable()
+    for _ in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+    assert len(calls) == 3  # nothing was run in between
+    (audit,) = watched.audits()
+    assert "Net: 66.7% of 96 multiply-accumulates quantized" in audit
+    assert "input_quantizer of QuantLinear is switched off" in " ".join(audit.replace("│", " ").split())
+
+
+def test_only_what_is_called_from_outside_is_a_model(watch):
+    watched = watch(audit=True)
+    outer = nn.Sequential(build(), nn.ReLU())
+    outer(torch.ones(1, 4))
+    nn.Linear(4, 4)(torch.ones(1, 4))  # float
+    nn.CrossEntropyLoss()(torch.ones(1, 2), torch.tensor([1]))
+    assert [audit.split(":")[0].strip() for audit in watched.audits()] == ["Sequential"]
+
+
+def test_parts_that_backward_computes_again_are_no_models(watch):
+    class Checkpointed(Net):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    watched = watch(calibrate=1, audit=True)
+    model = build(Checkpointed)
+    for _ in range(2):
+        model(torch.ones(1, 4, requires_grad=True)).sum().backward()
+        assert None not in ranges(model).values()  # known at once, used from the next call on
+    assert watched.notes() == ("Checkpointed: 4 of 4 quantizers calibrated in 1 calls",)
+    assert len(watched.audits()) == 1
+
+
+def test_a_call_that_fails_ends_the_calibration_and_is_told(watch):
+    watched = watch(calibrate=2, audit=True)
+    model = build()
+    model(torch.ones(1, 4))
+    with pytest.raises(ValueError, match="no input"):
+        model(None)
+    assert watched.notes() == ("Net: calibration given up, since a call failed: ValueError: no input",)
+    assert set(ranges(model).values()) == {None}
+    assert all(q.quantizing and not q.calibrating for q in named_quantizers(model).values())
+    try:
+        raise RuntimeError("handled by the script")
+    except RuntimeError:
+        other = build()
+        other(torch.ones(1, 4))
+        other(torch.ones(1, 4))
+    assert "Net (2): 4 of 4 quantizers calibrated in 2 calls" in watched.notes()
+
+
+def test_data_that_is_not_finite_is_an_error_that_is_told(watch):
+    watched = watch(calibrate=1)
+    model = build()
+    with pytest.raises(CalibrationError):
+        model(torch.full((1, 4), torch.nan))
+    (note,) = watched.notes()
+    assert "first.input_quantizer" in note
+
+
+def test_ranges_that_are_known_are_kept_and_a_model_without_need_of_any_says_so(watch):
+    watched = watch(calibrate=1)
+    model = build()
+    for quantizer in named_quantizers(model).values():
+        quantizer.amax = torch.tensor(2.0)
+    model(torch.ones(1, 4))
+    assert all(amax.item() == 2.0 for amax in ranges(model).values())
+    assert watched.notes() == ("Net: nothing to calibrate: its quantizers are dynamic, off, or have ranges",)
+
+
+def test_a_compiled_model_is_seen_and_runs_eagerly_where_it_is_looked_at(watch):
+    watched = watch(calibrate=1, audit=True)
+    model, graphs = build(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    seen = []
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*global hooks")  # torch says that they are called once more
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        for _ in range(3):
+            compiled(torch.ones(2, 4))
+            seen.append(len(graphs))
+    assert seen == [0, 0, 1]
+    assert watched.notes() == ("Net: 4 of 4 quantizers calibrated in 1 calls",)
+    assert "Net: 100.0%" in watched.audits()[0]
+
+
+def test_threads_do_not_disturb_each_other(watch):
+    watched = watch(calibrate=2, audit=True)
+    models = [build() for _ in range(4)]
+    barrier, failed = threading.Barrier(4), []
+
+    def run(model):
+        try:
+            barrier.wait()
+            for _ in range(3):
+                model(torch.ones(2, 4))
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert (
+        len([note for note in watched.notes() if note.endswith("4 of 4 quantizers calibrated in 2 calls")])
+        == 4
+    )
+    assert len(watched.audits()) == 4
+
+
+def test_closing_leaves_no_hook(watch):
+    hooks = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
+    before = [len(h) for h in hooks]
+    watched = watch(calibrate=1, audit=True)
+    model = build()
+    assert [len(h) for h in hooks] == [n + 1 for n in before]
+    watched.close()
+    model(torch.ones(1, 4))
+    assert [len(h) for h in hooks] == before
+    assert watched.notes() == ()

@@ -143,27 +143,40 @@ def _build(path: str) -> Any:
 
 
 def _tensor(text: str) -> torch.Tensor:
+    sizes, _, kind = text.partition(":")
     try:
-        shape = [int(size) for size in text.split(",")]
+        shape = [int(size) for size in sizes.split(",")]
+        if kind not in ("", "int") or min(shape) < 0:
+            raise ValueError
     except ValueError:
         raise ScopeError(
-            f"--input {text!r} is no shape; write sizes with commas, such as 1,3,224,224"
+            f"--input {text!r} is no shape; write sizes with commas, such as 1,3,224,224, or 1,128:int for "
+            f"indices"
         ) from None
+    if kind:
+        return torch.zeros(shape, dtype=torch.int64)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 @app.command("audit")
 def audit_command(
     build: Annotated[str, typer.Argument(help="package.module:function that builds the model.")],
-    inputs: Annotated[list[str], typer.Option("--input", help="Shape of an input, such as 1,3,224,224.")],
+    inputs: Annotated[
+        list[str],
+        typer.Option(
+            "--input",
+            help="Shape of an input, such as 1,3,224,224 (or 1,128:int for indices); once for each input.",
+        ),
+    ],
     recipe: Recipe = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
+    subclasses: Annotated[bool, typer.Option(help="Quantize subclasses of known layers too.")] = False,
     minimum: Annotated[float | None, typer.Option(help="Fail below this share.", min=0.0, max=1.0)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Build a model in a block, run it once, and tell what share of it ran quantized."""
     function, tensors = _build(build), [_tensor(text) for text in inputs]
-    with quantize_modules(skip=skip or (), recipe=recipe):
+    with quantize_modules(skip=skip or (), recipe=recipe, subclasses=subclasses):
         model = function() if callable(function) else function
     if not isinstance(model, torch.nn.Module):
         raise ScopeError(f"{build} gave {model!r}, expected a model; name a function that builds one")

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import quantpatch as qp
 from quantpatch.layers.operands import Add, Cat
@@ -106,82 +107,108 @@ IMAGES = torch.randn(2, 3, 16, 16, generator=GENERATOR)
 IDS = torch.randint(0, 50, (2, 7), generator=GENERATOR)
 SOURCE, GOAL = torch.randn(2, 5, 16, generator=GENERATOR), torch.randn(2, 4, 16, generator=GENERATOR)
 
-WITH_HIDDEN = qp.Recipe(name="int8 with hidden states", hidden=qp.QuantDescriptor())
+HIDDEN = qp.Recipe(name="int8 with hidden states", hidden=qp.QuantDescriptor())
 
-# How to build it, its inputs, and the share that runs quantized. The LSTM's hidden state never leaves the
-# fused kernel, so half of its work keeps a float operand unless the recipe asks for it.
+# How to build it, its inputs, the share that runs quantized, and the recipe. The LSTM's hidden state never
+# leaves the fused kernel, so half of its work keeps a float operand unless the recipe asks for it.
 MODELS = {
-    "resnet": (resnet, (IMAGES,), 1.0),
-    "mobilenet": (mobilenet, (IMAGES,), 1.0),
-    "unet": (UNet, (IMAGES,), 1.0),
-    "lstm language model": (LanguageModel, (IDS,), (2 * 16 * 64 + 16 * 50) / (4 * 16 * 64 + 16 * 50)),
-    "transformer": (transformer, (SOURCE, GOAL), 1.0),
+    "resnet": (resnet, (IMAGES,), 1.0, "int8"),
+    "mobilenet": (mobilenet, (IMAGES,), 1.0, "int8"),
+    "unet": (UNet, (IMAGES,), 1.0, "int8"),
+    "lstm": (LanguageModel, (IDS,), (2 * 16 * 64 + 16 * 50) / (4 * 16 * 64 + 16 * 50), "int8"),
+    "lstm with hidden states": (LanguageModel, (IDS,), 1.0, HIDDEN),
+    "transformer": (transformer, (SOURCE, GOAL), 1.0, "int8"),
 }
+
+
+class Case:
+    """A network in float, and quantized in both ways with the float one's weights, loaded strictly."""
+
+    def __init__(self, name):
+        build, self.inputs, self.share, self.recipe = MODELS[name]
+        torch.manual_seed(0)
+        self.reference = build().eval()
+        with qp.quantize_modules(recipe=self.recipe):
+            built = build().eval()
+        converted = build().eval()
+        qp.convert(converted, recipe=self.recipe)
+        self.models = {"built": built, "converted": converted}
+        for model in self.models.values():
+            model.load_state_dict(self.reference.state_dict(), strict=True)
+
+    def run(self, model):
+        """With gradients, since torch would take its fast path in the float model without."""
+        return model(*self.inputs)
 
 
 @pytest.fixture(params=MODELS)
 def case(request):
-    build, inputs, share = MODELS[request.param]
-    torch.manual_seed(0)
-    reference = build().eval()
-    with qp.quantize_modules():
-        built = build().eval()
-    built.load_state_dict(reference.state_dict())
-    converted = copy.deepcopy(reference)
-    qp.convert(converted)
-    return reference, (built, converted), inputs, share
+    return Case(request.param)
 
 
-def run(model, inputs):
-    """In the open: without gradients torch would take its fast path in the float model."""
-    return model(*inputs)
+@pytest.fixture(params=["built", "converted"])
+def way(request):
+    return request.param
 
 
-def test_the_share_that_runs_quantized_is_the_same_built_or_converted(case):
-    _, models, inputs, share = case
-    for model in models:
-        assert qp.audit(model, *inputs).share == pytest.approx(share)
+def disable(model):
+    for module in model.modules():
+        if isinstance(module, qp.TensorQuantizer):
+            module.disable()
 
 
-def test_a_language_model_with_its_hidden_states_quantized_is_covered_whole():
-    torch.manual_seed(0)
-    reference = LanguageModel().eval()
-    with qp.quantize_modules(recipe=WITH_HIDDEN):
-        built = LanguageModel().eval()
-    built.load_state_dict(reference.state_dict())
-    converted = copy.deepcopy(reference)
-    qp.convert(converted, recipe=WITH_HIDDEN)
+def test_the_share_that_runs_quantized_is_what_is_said_and_no_quantizer_is_missed(case, way):
+    report = qp.audit(case.models[way], *case.inputs)
+    assert report.share == pytest.approx(case.share)
+    assert (report.unreached, report.opaque, report.to_paste) == ((), (), ())
+
+
+def test_multiply_accumulates_are_half_of_torchs_own_count_of_operations(case, way):
+    model = case.models[way]
+    report = qp.audit(model, *case.inputs)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        case.run(model)
+    fused = sum(row.macs for row in report.rows if row.operation.startswith("recurrent"))  # torch counts none
+    assert report.macs - fused == counter.get_total_flops() // 2
+
+
+def test_disabled_quantizers_give_the_float_result_bit_for_bit(case, way):
+    model, expected = case.models[way], case.run(case.reference)
+    assert not torch.equal(case.run(model), expected)
+    disable(model)
+    assert torch.equal(case.run(model), expected)
+
+
+def test_both_ways_give_the_same_model(case):
+    built, converted = case.models.values()
+    assert [(n, type(m)) for n, m in built.named_modules()] == [
+        (n, type(m)) for n, m in converted.named_modules()
+    ]
     for model in (built, converted):
-        report = qp.audit(model, IDS)
-        assert report.share == 1.0
-        assert report.unreached == ()
-        for module in model.modules():
-            if isinstance(module, qp.TensorQuantizer):
-                module.disable()
-        assert torch.equal(model(IDS), reference(IDS))
+        qp.calibrate(model, [case.inputs])
+    assert torch.equal(case.run(built), case.run(converted))
 
 
-def test_disabled_quantizers_give_the_float_result_bit_for_bit(case):
-    reference, models, inputs, _ = case
-    expected = run(reference, inputs)
-    for model in models:
-        assert not torch.equal(run(model, inputs), expected)
-        for module in model.modules():
-            if isinstance(module, qp.TensorQuantizer):
-                module.disable()
-        assert torch.equal(run(model, inputs), expected)
+def test_calibrated_it_copies_and_pickles(case, way):
+    model = case.models[way]
+    qp.calibrate(model, [case.inputs])
+    expected = case.run(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(case.run(twin), expected)
 
 
-def test_it_calibrates_copies_and_pickles(case):
-    _, (built, converted), inputs, _ = case
-    for model in (built, converted):
-        qp.calibrate(model, [inputs])
-    assert torch.equal(run(built, inputs), run(converted, inputs))
-    for twin in (copy.deepcopy(built), pickle.loads(pickle.dumps(built))):
-        assert torch.equal(run(twin, inputs), run(built, inputs))
+def test_reverted_it_is_the_float_model(case, way):
+    model = case.models[way]
+    qp.calibrate(model, [case.inputs])
+    qp.revert(model)
+    assert [(n, type(m)) for n, m in model.named_modules()] == [
+        (n, type(m)) for n, m in case.reference.named_modules()
+    ]
+    assert list(model.state_dict()) == list(case.reference.state_dict())
+    assert torch.equal(case.run(model), case.run(case.reference))
 
 
-def test_a_training_step_reaches_every_parameter(case):
-    _, (built, _), inputs, _ = case
-    run(built.train(), inputs).square().mean().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in built.parameters())
+def test_a_training_step_reaches_every_parameter(case, way):
+    model = case.models[way].train()
+    case.run(model).square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())

@@ -84,6 +84,29 @@ def test_audit_builds_in_a_block_and_reports(model_module):
     assert "100.0% of 32" in run("audit", model_module, "--input", "2,4")
 
 
+SEVERAL = """
+from torch import nn
+class Mine(nn.Linear):
+    pass
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+        self.mine = Mine(4, 4)
+    def forward(self, ids, x):
+        return {"out": self.mine(self.table(ids) + x)}
+"""
+
+
+def test_audit_takes_several_inputs_and_indices_and_subclasses(model_module, tmp_path):
+    (tmp_path / "cli_model.py").write_text(SEVERAL)
+    arguments = ("audit", "cli_model:Net", "--input", "2,3:int", "--input", "2,3,4", "--json")
+    without, with_ = json.loads(run(*arguments)), json.loads(run(*arguments, "--subclasses"))
+    assert (without["share"], with_["share"]) == (0.0, 1.0)
+    assert without["macs"] == with_["macs"] == 2 * 3 * 4 * 4
+    assert "write subclasses=True" in without["rows"][0]["reason"]
+
+
 def test_audit_leaves_float_what_is_skipped(model_module):
     assert (
         json.loads(run("audit", model_module, "--input", "2,4", "--skip", "Linear", "--json"))["share"] == 0.0
@@ -100,6 +123,8 @@ def test_audit_leaves_float_what_is_skipped(model_module):
         (["audit", "cli_model", "--input", "2,4"], "package.module:build"),
         (["audit", "cli_model:nothing", "--input", "2,4"], "cannot find 'cli_model:nothing'"),
         (["audit", "cli_model:build", "--input", "2x4"], "no shape"),
+        (["audit", "cli_model:build", "--input", "2,4:half"], "1,128:int for indices"),
+        (["audit", "cli_model:build", "--input", "2,-4"], "no shape"),
         (["audit", "cli_model:build", "--input", "2,5"], "the model failed on inputs of shape 2,5"),
         (["audit", "os:getcwd", "--input", "2,5"], "expected a model"),
         (["layers", "--skip", "Linaer"], "Did you mean 'Linear'"),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import quantpatch as qp
-from quantpatch.errors import ConversionError, UnknownNameError
+from quantpatch.errors import ConversionError, InputError, QuantPatchError, UnknownNameError
 from quantpatch.layers.conv import QuantConv2d
 from quantpatch.layers.linear import QuantLinear
 
@@ -222,6 +222,23 @@ def test_subclasses_are_left_float_and_reported():
     ]
 
 
+def test_one_item_may_stand_for_a_list_of_one():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(1, 1, 1), nn.Embedding(2, 2))
+    qp.convert(model, skip="Linear", include="Embedding")
+    assert [type(m).__name__ for m in model] == ["Linear", "QuantConv2d", "QuantEmbedding"]
+
+
+def test_a_model_on_the_meta_device_stays_there_and_takes_its_weights_later():
+    with torch.device("meta"):
+        model = Net()
+    qp.convert(model)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    reference = net()
+    model.load_state_dict(reference.state_dict(), strict=True, assign=True)
+    qp.convert(reference)
+    assert torch.equal(model.eval()(IMAGES), reference.eval()(IMAGES))
+
+
 def test_a_bare_layer_converts_and_reverts():
     layer = nn.Conv2d(3, 4, 1)
     qp.convert(layer)
@@ -271,9 +288,47 @@ def test_a_scripted_module_is_refused_by_name():
     assert type(model[0]) is nn.Linear
 
 
-def test_data_parallel_is_refused():
-    with pytest.raises(ConversionError, match=r"model\.module"):
-        qp.convert(nn.DataParallel(net()))
+@pytest.mark.parametrize("function", [qp.convert, qp.revert])
+@pytest.mark.parametrize("inner", [False, True])
+def test_data_parallel_is_refused(function, inner):
+    model = nn.DataParallel(net())
+    with pytest.raises(ConversionError, match=rf"{function.__name__.capitalize()} model\.module and wrap it"):
+        function(nn.Sequential(model) if inner else model)
+    assert type(model.module.fc) is nn.Linear
+
+
+@pytest.mark.parametrize("function", [qp.convert, qp.revert, lambda model: qp.quantized(model).__enter__()])
+@pytest.mark.parametrize(("given", "message"), [(Net, r"its class: write \w+\(Net\("), (None, "not None")])
+def test_what_is_no_model_is_refused(function, given, message):
+    with pytest.raises(InputError, match=message):
+        function(given)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module_is_not_reverted():
+    with pytest.raises(ConversionError, match=r"cannot revert the model: it is a scripted module"):
+        qp.revert(torch.jit.script(nn.Linear(2, 2)))
+
+
+def test_a_quantized_part_is_enough_to_refuse_a_model():
+    model = net()
+    qp.convert(model.fc)
+    before = shape_of(model)
+    with pytest.raises(ConversionError, match=r"quantized already \(1 layers, such as 'fc'\)"):
+        qp.convert(model)
+    assert shape_of(model) == before
+
+
+def test_settings_of_another_type_are_refused_and_change_nothing():
+    model = net()
+    before = shape_of(model)
+    with pytest.raises(QuantPatchError, match="skip takes a list"):
+        qp.convert(model, skip=3)
+    with pytest.raises(QuantPatchError, match="is no entry"):
+        qp.convert(model, custom=[3])
+    with pytest.raises(QuantPatchError, match="int9"):
+        qp.convert(model, recipe="int9")
+    assert shape_of(model) == before
 
 
 def test_an_unknown_skip_is_an_error_and_changes_nothing():

@@ -122,15 +122,15 @@ _snapshot: Snapshot | None = None
 def torch_untouched() -> Iterator[None]:
     """Fails a test that leaves a block of quantpatch open, or PyTorch other than it found it."""
     from quantpatch.snapshot import Snapshot
-    from quantpatch.testing.untouched import close_blocks, warm_up
+    from quantpatch.testing.untouched import close_blocks, import_hooks, warm_up
 
     global _snapshot
     if _snapshot is None:
         warm_up()
-    if _snapshot is None or _snapshot.differences():
+    if _snapshot is None or _snapshot.changes():
         _snapshot = Snapshot()  # what came before this test is not its doing
     yield
-    found = [*close_blocks(), *_snapshot.differences()]
+    found = [*close_blocks(), *import_hooks(), *map(str, _snapshot.changes())]
     if found:
         _snapshot = None  # one test's fault is reported once
         pytest.fail("PyTorch is not what it was before this test:\n" + "\n".join(found), pytrace=False)

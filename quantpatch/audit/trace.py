@@ -110,10 +110,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Passes the origin of an argument on to a result that holds the same values."""
         if not args:
             return
+        plain = name.removesuffix("_")
+        is_kept = plain in PRESERVING or (plain in ("aten::mul", "aten::div") and _is_number(args[1]))
+        if plain != name and not is_kept and isinstance(args[0], Tensor):
+            self._origin.pop(args[0], None)  # changed in place, it holds other values
         if name in ("aten::cat", "aten::stack"):
             origins = [self._origin.get(t) for t in args[0]]
             origin = origins[0] if origins and None not in origins else None
-        elif name in PRESERVING or (name in ("aten::mul", "aten::div") and _is_number(args[1])):
+        elif is_kept:
             origin = self._origin.get(args[0]) if isinstance(args[0], Tensor) else None
         else:
             return

@@ -19,6 +19,7 @@ from torch import nn
 from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.errors import LayerError
 from quantpatch.fx_leaf import leaf_in_fx
+from quantpatch.layers.call_sites import Operations, rewrite
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.recipes import active_recipe
 
@@ -41,6 +42,9 @@ class QuantizedLayer:
         inputs: Names of the parameters of ``forward`` that are activations, in their order.
         weights: The axis of the output channels of each weight, by its attribute name; axes for a weight
             of several experts in one, such as ``(0, 1)``; None for one that always has one range.
+        operations: Operations that ``forward`` makes itself, such as ``+`` or ``torch.matmul``, each with
+            names for its operands: ``{torch.add: ("branch", "skip")}``. Each of these activations is
+            quantized where it is used. A class with operations has no other operands, unless it names them.
         feature_axis: The axis of an activation's features, along which formats in blocks run. For weights
             that is the axis of the input channels.
         float_class: The class this one stands for (found by itself).
@@ -48,8 +52,12 @@ class QuantizedLayer:
 
     inputs: ClassVar[tuple[str, ...]] = ("input",)
     weights: ClassVar[Mapping[str, Axis]] = {"weight": 0}
+    operations: ClassVar[Operations] = {}
     feature_axis: ClassVar[int] = -1
     float_class: ClassVar[type[nn.Module]]
+
+    _inner: ClassVar[Mapping[str, int | None]] = {}  # operands of operations, by name, with their axis
+    _rewritten: ClassVar[Any] = None  # the float class's forward with those, if there are any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -57,10 +65,27 @@ class QuantizedLayer:
         if not floats or floats[0] is nn.Module:
             return  # a mixin of its own, to be combined with a float class later
         cls.float_class = floats[0]
+        if cls.operations:
+            cls._rewrite()
         cls._check_inputs()
         if "__init__" not in vars(cls):
             # The mixin takes whatever the float class takes; tools that ask shall see its parameters.
             cls.__signature__ = inspect.signature(cls.float_class)  # type: ignore[attr-defined]
+
+    @classmethod
+    def _rewrite(cls) -> None:
+        """Has the float class's forward quantize the operands of ``operations``."""
+        if cls.inputs is QuantizedLayer.inputs:
+            cls.inputs = ()
+        if cls.weights is QuantizedLayer.weights:
+            cls.weights = {}
+        rewritten = rewrite(cls.float_class, cls.operations)
+        cls._inner = rewritten.operands
+        functions = dict(rewritten.functions)
+        cls._rewritten = functions.pop("forward", None)
+        for name, function in functions.items():
+            if name not in vars(cls):
+                setattr(cls, name, function)
 
     @classmethod
     def _check_inputs(cls) -> None:
@@ -98,6 +123,8 @@ class QuantizedLayer:
         if recipe.input is not None:
             for name in self.inputs:
                 yield name, recipe.input.for_axes(None, self.feature_axis)
+            for name, summed in self._inner.items():
+                yield name, recipe.input.for_axes(None, self.feature_axis if summed is None else summed)
         if recipe.weight is not None:
             for name, axis in self.weight_axes().items():
                 yield name, recipe.weight.for_channel_axis(axis)
@@ -126,7 +153,8 @@ class QuantizedLayer:
         self, stand_ins: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """The float class's forward, which sees the stand-ins in place of the attributes of their names."""
-        return self.float_class.forward(self.seen_with(stand_ins), *args, **kwargs)
+        forward = type(self)._rewritten or self.float_class.forward
+        return forward(self.seen_with(stand_ins), *args, **kwargs)
 
     def seen_with(self, stand_ins: Mapping[str, Any]) -> Any:
         """The layer as a function sees it that is to find the stand-ins in place of its attributes."""
@@ -149,6 +177,16 @@ class QuantizedLayer:
             elif name in kwargs:
                 kwargs = {**kwargs, name: quantizer(kwargs[name])}
         return args, kwargs
+
+    def quantize_operand(self, operand: str, value: Any) -> Any:
+        """An activation inside ``forward``, quantized by the quantizer of that name, if there is one.
+
+        What is no floating-point tensor passes as it is.
+        """
+        quantizer = self.quantizer(operand)
+        if quantizer is None or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        return quantizer(value)
 
     def quantize_weights(self) -> dict[str, Any]:
         """Each weight that comes out of its quantizer changed, by name."""

@@ -25,7 +25,16 @@ from quantpatch.errors import ConversionError
 from quantpatch.models import convert, revert
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.scope import quantize_modules
-from quantpatch.testing.subject import Broken, NotApplicable, Subject, differ, disable, floats, parameters
+from quantpatch.testing.subject import (
+    Broken,
+    NotApplicable,
+    Subject,
+    differ,
+    disable,
+    floats,
+    parameters,
+    tensors,
+)
 
 __all__ = ["CHECKS", "Check", "check"]
 
@@ -406,7 +415,7 @@ def weights_only(subject: Subject) -> None:
 
 
 def _demand_dtype(subject: Subject, dtype: torch.dtype) -> None:
-    layer, quantized = subject.calibrated()
+    layer, quantized = (module.eval() for module in subject.calibrated())
     known = {n: q.amax.clone() for n, q in named_quantizers(quantized).items() if q.amax is not None}
 
     def cast(value: Any) -> Any:
@@ -415,20 +424,25 @@ def _demand_dtype(subject: Subject, dtype: torch.dtype) -> None:
     data = tree_map(cast, subject.data())
     keywords = tree_map(cast, dict(subject.example.keywords))
     cast_subject = attrs.evolve(subject, example=attrs.evolve(subject.example, keywords=keywords))
-    quantized.to(dtype)
-    for name, before in known.items():
-        after = named_quantizers(quantized)[name].amax
-        if after is None or after.dtype != torch.float32 or not torch.equal(after, before):
-            raise Broken(f"the range of {name} became {after}, expected {before} in float32")
     with in_the_open(), torch.no_grad():
+        exact = subject.run(copy.deepcopy(quantized))
+        quantized.to(dtype)
+        for name, before in known.items():
+            after = named_quantizers(quantized)[name].amax
+            if after is None or after.dtype != torch.float32 or not torch.equal(after, before):
+                raise Broken(f"the range of {name} became {after}, expected {before} in float32")
         off = disable(copy.deepcopy(quantized))
         try:
             ours, plain = cast_subject.run(quantized, data), cast_subject.run(off, data)
         except Exception as error:
             or_float_neither(subject, error, lambda layer: cast_subject.run(layer.to(dtype), data))
         theirs = cast_subject.run(layer.to(dtype), data)
-    demand_close(ours, theirs, f"in {dtype} it is far from the float layer", 0.25)
     demand_equal(plain, theirs, f"disabled, in {dtype}, it is not the float layer")
+    for position, (a, b) in enumerate(zip(tensors(ours), tensors(theirs), strict=True)):
+        if a.dtype != b.dtype:
+            raise Broken(f"in {dtype} its output {position} is {a.dtype}, that of the float layer {b.dtype}")
+    as_float = [tensor.float() for tensor in floats(ours)]
+    demand_close(as_float, [t.float() for t in floats(exact)], f"in {dtype} it computes something else", 0.1)
 
 
 @check("Keep ranges in TensorQuantizers, which keep them in float32, and create tensors of the input's dtype")

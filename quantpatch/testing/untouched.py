@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch._dynamo
 import torch.onnx
 
 from quantpatch import interception
 
-__all__ = ["close_blocks", "warm_up"]
+__all__ = ["close_blocks", "import_hooks", "warm_up"]
 
 
 def warm_up() -> None:
@@ -26,3 +28,12 @@ def close_blocks() -> list[str]:
             f"stop() for every start(), also where the test fails"
         )
     return found
+
+
+def import_hooks() -> list[str]:
+    """Tells of what quantpatch has left on ``sys.meta_path``; packages put hooks of their own there."""
+    return [f"left on sys.meta_path: {hook!r}" for hook in sys.meta_path if _is_ours(type(hook))]
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "quantpatch"

@@ -556,3 +556,20 @@ def test_it_prints_as_a_table_and_as_json():
 
 def test_a_model_that_multiplies_nothing_has_a_share_of_zero():
     assert qp.audit(nn.Sequential(nn.ReLU()), torch.randn(2)).share == 0.0
+
+
+def test_what_is_changed_in_place_is_no_quantized_operand_any_more():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.quantizer = qp.TensorQuantizer()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            y = self.quantizer(x)
+            scaled = torch.nn.functional.linear(y.mul_(2.0).relu_(), self.weight)
+            y += x
+            return scaled + torch.nn.functional.linear(y, self.weight)
+
+    rows = qp.audit(Sum(), torch.randn(2, 4)).rows
+    assert [row.operands[0][1] for row in rows] == ["quantizer", None]

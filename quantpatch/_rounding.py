@@ -10,7 +10,7 @@ one kernel of our own (:mod:`quantpatch._triton`) does what is most common.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch.autograd import Function
 
 from quantpatch._cuda import fused_kernel
 from quantpatch._division import quotient
+from quantpatch._outside import Outside, find, is_outside, zero_outside
+from quantpatch._pieces import memory_order, pieces
 from quantpatch.formats import Blocked, Integer, NumberFormat
 
 __all__ = ["block_views", "divisor", "is_in_memory", "rescale_", "round_trip", "spread"]
@@ -115,7 +117,15 @@ def _element(format: NumberFormat) -> NumberFormat:
 # --- Forward ----------------------------------------------------------------------------------------------
 
 
-def _forward(x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None) -> Tensor:
+def _forward(
+    x: Tensor,
+    amax: Tensor | None,
+    scale: Tensor,
+    format: NumberFormat,
+    dim: int | None,
+    outside: Outside | None = None,
+) -> Tensor:
+    """``x`` to the grid and back. ``outside`` is what lies outside the range, if that is known."""
     element = _element(format)
     plain = is_in_memory(x)
     out = torch.empty_like(x) if plain else None
@@ -135,7 +145,9 @@ def _forward(x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat
             parts = [p.flatten(dim, dim + 1) for p in parts]
         y = parts[0] if len(parts) == 1 or dim is None else torch.cat(parts, dim)
         return _with_strides_of(x, y.to(x.dtype))
-    round_ = Tensor.round_ if amax is None and _stays_on_grid(scale, format) else element.round_
+    # Where nothing is outside nothing needs a clamp.
+    inside = (amax is None and element.min < 0) if outside is None else outside.is_nothing
+    round_ = Tensor.round_ if inside and _stays_on_grid(scale, format) else element.round_
     for source, target, s in zip(sources, targets, scales, strict=True):
         assert target is not None
         _write(source, target, s, element, round_)
@@ -143,27 +155,22 @@ def _forward(x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat
 
 
 def _stays_on_grid(scale: Tensor, format: NumberFormat) -> bool:
-    """Whether quotients need no clamp, in a range that is the tensor's own.
+    """Whether what is inside the range stays on the grid without a clamp.
 
-    Then ``|x| <= amax``, and quotients of normal numbers are too near ``format.max`` to round past it.
+    There ``|x| <= amax``, and quotients of normal numbers are too near ``format.max`` to round past it.
     """
     if isinstance(format, Blocked) and format.scale != "float32":
         return False
-    element = _element(format)
-    return (
-        isinstance(element, Integer)
-        and not element.unsigned
-        and scale.numel() > 0
-        and scale.min().item() >= 2.0**-126
-    )
+    return isinstance(_element(format), Integer) and scale.numel() > 0 and scale.min().item() >= 2.0**-126
 
 
 def _write(
     x: Tensor, out: Tensor, scale: Tensor, format: NumberFormat, round_: Callable[[Tensor], Tensor]
 ) -> None:
     same = x.dtype == torch.float32
-    scratch = None if same else torch.empty(min(x.numel(), _PIECE), dtype=torch.float32)
-    for source, target, factor in _pieces(x, out, scale):
+    size = _WHOLE if same and x.numel() <= _WHOLE else _PIECE
+    scratch = None if same else torch.empty(min(x.numel(), size), dtype=torch.float32)
+    for source, target, factor in pieces(size, x, out, scale):
         if scratch is None:
             y = torch.div(source, divisor(factor), out=target)
         else:
@@ -180,50 +187,52 @@ def _with_strides_of(x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
-def _pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cuts tensors that broadcast to ``x`` into pieces along its slowest axes."""
-    if x.numel() <= (_WHOLE if x.dtype == torch.float32 else _PIECE):
-        yield x, *others
-        return
-    order = sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
-    padded = [t.reshape([1] * (x.dim() - t.dim()) + list(t.shape)).permute(order) for t in others]
-    yield from _cut(x.permute(order), *padded)
-
-
-def _cut(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    if x.numel() <= _PIECE:
-        yield x, *others
-        return
-    dim = next(d for d, n in enumerate(x.shape) if n > 1)
-    step = max(1, _PIECE * x.shape[dim] // x.numel())
-    xs = torch.split(x, step, dim)
-    rest = [torch.split(t, step, dim) if t.shape[dim] > 1 else (t,) * len(xs) for t in others]
-    for piece in zip(xs, *rest, strict=True):
-        yield from _cut(*piece)
-
-
 # --- Gradients --------------------------------------------------------------------------------------------
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], outside: Outside | None) -> None:
+    """Keeps what backward needs: what lies outside the range, or the tensor itself if that is not known."""
     x, amax, scale, ctx.format, ctx.dim = inputs
-    ctx.learned = amax is not None and ctx.needs_input_grad[1]
-    # x itself, not a mask: a mask of one byte an element costs more time than the whole forward pass.
-    kept = x if amax is not None or ctx.format.min >= 0 else None
-    ctx.save_for_backward(kept, amax, scale if ctx.learned else None)
+    learned = amax is not None and ctx.needs_input_grad[1]
+    ctx.order = memory_order(x) if outside is not None and not outside.is_nothing else None
+    if outside is not None:
+        ctx.save_for_backward(None, None, None, *outside)
+    else:
+        # Not a mask: who records the operations decides what is kept, and a learned range needs the values.
+        kept = x if amax is not None or ctx.format.min >= 0 else None
+        ctx.save_for_backward(kept, amax, scale if learned else None, None, None)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Detached: the gradient of this gradient goes to the upstream one only.
-    x, amax, scale = (None if t is None else t.detach() for t in ctx.saved_tensors)
+    x, amax, scale, *places = (None if t is None else t.detach() for t in ctx.saved_tensors)
     grad_x: Tensor | None = grad
     grad_amax = None
-    if x is not None and amax is not None and scale is not None:
+    if ctx.order is not None:
+        # The legacy kind is that of ``torch.autograd.grad(..., is_grads_batched=True)``.
+        batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+        recorded = torch.is_grad_enabled() or batched or not is_in_memory(grad)
+        ordered = zero_outside(grad.permute(ctx.order), Outside(*places), recorded=recorded)
+        grad_x = ordered.permute([ctx.order.index(d) for d in range(grad.dim())])
+    elif x is not None and amax is not None and scale is not None:
         grad_x, grad_amax = _lsq_gradients(grad, x, amax, scale, ctx.format, ctx.dim)
     elif x is not None:
         wide = amax if amax is None else spread(amax, x, ctx.format, ctx.dim)
-        grad_x = _zero_outside(grad, x, wide, unsigned=ctx.format.min >= 0)
+        grad_x = grad.masked_fill(is_outside(x, wide, unsigned=ctx.format.min >= 0), 0.0)
     return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None, None, None
+
+
+def _outside(
+    ctx: Any, x: Tensor, amax: Tensor | None, format: NumberFormat, dim: int | None
+) -> Outside | None:
+    """What of ``x`` is outside the range, in memory order; None where that cannot be looked for."""
+    if (amax is not None and ctx.needs_input_grad[1]) or not is_in_memory(x):
+        return None
+    order = memory_order(x)
+    if amax is not None:
+        amax = spread(amax, x, format, dim)
+        amax = amax.permute(order) if amax.dim() else amax
+    return find(x.detach().permute(order).contiguous(), amax, unsigned=format.min >= 0)
 
 
 class _RoundTrip(Function):
@@ -233,8 +242,9 @@ class _RoundTrip(Function):
     def forward(
         ctx: Any, x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None
     ) -> Tensor:
-        _save(ctx, (x, amax, scale, format, dim))
-        return _forward(x, amax, scale, format, dim)
+        outside = _outside(ctx, x, amax, format, dim)
+        _save(ctx, (x, amax, scale, format, dim), outside)
+        return _forward(x, amax, scale, format, dim, outside)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -255,7 +265,7 @@ class _TransformableRoundTrip(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save(ctx, inputs)
+        _save(ctx, inputs, None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -291,39 +301,6 @@ def _batch_first(t: Tensor, batch: int | None, x: Tensor) -> Tensor:
         return t.unsqueeze(0) if t.dim() else t
     t = t.movedim(batch, 0)
     return t.reshape(-1, *[1] * (x.dim() - 1)) if t.dim() == 1 else t
-
-
-def _zero_outside(grad: Tensor, x: Tensor, amax: Tensor | None, *, unsigned: bool) -> Tensor:
-    """``grad`` where x is in the range, ends included, else 0. NaN counts as inside."""
-    below_zero = -(2.0**-149)  # The largest float32 below 0.
-    if x.dtype == grad.dtype == torch.float32 and is_in_memory(x) and not torch.is_grad_enabled():
-        # The cheapest masks on a CPU. Their ends are excluded, hence the neighbours of ours.
-        masked: Tensor
-        if amax is None:
-            masked = torch.ops.aten.threshold_backward(grad, x, below_zero)
-        elif amax.numel() == 1:
-            high = torch.nextafter(amax, amax.new_tensor(math.inf)).item()
-            masked = torch.ops.aten.hardtanh_backward(grad, x, below_zero if unsigned else -high, high)
-        else:
-            masked = _zero_outside_channels(grad, x, amax, unsigned=unsigned)
-        return masked
-    values = x.float()
-    if amax is None:
-        return grad.masked_fill(values < 0, 0.0)
-    outside = (values if unsigned else values.abs()) > amax
-    return grad.masked_fill(outside | (values < 0) if unsigned else outside, 0.0)
-
-
-def _zero_outside_channels(grad: Tensor, x: Tensor, amax: Tensor, *, unsigned: bool) -> Tensor:
-    below_zero = -(2.0**-149)
-    out = torch.empty_like(x)
-    for source, target, upstream, bound in _pieces(x, out, grad, amax):
-        # The room between |x| and the range: not x / amax, a division costs more than all else here.
-        room = torch.sub(bound, source if unsigned else torch.abs(source, out=target), out=target)
-        if unsigned:
-            torch.minimum(room, source, out=room)
-        torch.ops.aten.threshold_backward(upstream, room, below_zero, grad_input=target)
-    return out
 
 
 def _lsq_gradients(

@@ -1,0 +1,102 @@
+"""Fake quantization under ``torch.compile`` and ``torch.export``."""
+
+import pytest
+import torch
+
+from quantpatch.fake_quant import fake_quantize
+from quantpatch.formats import BUILTIN_FORMATS, Integer
+
+INT8 = Integer(8)
+
+
+def bits(t):
+    return t.detach().contiguous().view(torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "fixed"),
+    [
+        ("int8", True),
+        ("int8", False),
+        ("uint8", False),
+        ("fp8_e4m3", True),
+        ("mxfp4", False),
+        ("nvfp4", False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_compiled_with_dynamic_shapes_it_equals_eager_bit_for_bit(name, fixed):
+    number_format, amax = BUILTIN_FORMATS[name], torch.tensor(1.1) if fixed else None
+    backend = "inductor" if name == "int8" else "aot_eager"
+
+    def function(x):
+        return fake_quantize(x * 2, amax, number_format) + 1
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for rows in (3, 6):
+        x = torch.randn(rows, 70, requires_grad=True)
+        torch._dynamo.mark_dynamic(x, 0)  # an error if it had to be specialised
+        eager, fused = function(x), compiled(x)
+        assert torch.equal(bits(eager), bits(fused))
+        grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (eager, fused)]
+        assert torch.equal(*grads)
+    with torch.no_grad():
+        assert torch.equal(bits(compiled(x)), bits(function(x)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("fp8_e4m3", "fp8_e5m2"), ("fp6_e3m2", "fp4_e2m1")],
+)
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_two_quantizers_train_in_one_graph_of_dynamic_shapes(first, second):
+    first, second = BUILTIN_FORMATS[first], BUILTIN_FORMATS[second]
+    amax = torch.tensor(1.0)
+
+    def function(x, w):
+        return fake_quantize(x + 1, amax, first) @ fake_quantize(w, None, second)
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    x, w = torch.randn(4, 48, requires_grad=True), torch.randn(48, 40, requires_grad=True)
+    grads = [torch.autograd.grad(f(x, w).square().sum(), (x, w)) for f in (function, compiled)]
+    assert torch.equal(function(x, w), compiled(x, w))
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_a_learned_range_trains_compiled():
+    number_format = Integer(4)
+
+    def function(x, amax):
+        return fake_quantize(x, amax, number_format, axis=0)
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x, grads = torch.randn(4, 50, requires_grad=True), []
+    for f in (function, compiled):
+        amax = torch.full((4, 1), 1.5, requires_grad=True)
+        grads.append(torch.autograd.grad(f(x, amax).square().sum(), (x, amax)))
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+class Model(torch.nn.Module):
+    def __init__(self, number_format):
+        super().__init__()
+        self.number_format = number_format
+        self.register_buffer("amax", torch.tensor(1.1))
+
+    def forward(self, x):
+        return fake_quantize(fake_quantize(x, self.amax, self.number_format), None, BUILTIN_FORMATS["mxfp4"])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+def test_it_exports_with_dynamic_shapes(strict):
+    x, model = torch.randn(4, 64), Model(INT8)
+    rows = torch.export.Dim("rows", min=2, max=512)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: rows},), strict=strict)
+    x = torch.randn(9, 64)
+    assert torch.equal(program.module()(x), model(x))

@@ -22,7 +22,7 @@ def close_blocks() -> list[str]:
     """Ends the blocks that are open here, and tells of each."""
     found = []
     while (activation := interception.current()) is not None:
-        activation.close()
+        activation.payload.close()
         found.append(
             f"a block was left open: {activation.payload.scope!r}. Use it in a `with` statement, or call "
             f"stop() for every start(), also where the test fails"

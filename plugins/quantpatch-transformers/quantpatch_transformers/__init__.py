@@ -5,6 +5,7 @@ Importing it makes quantpatch one of the quantization methods that transformers 
 """
 
 from quantpatch_transformers.attention import quantize_attention, revert_attention
+from quantpatch_transformers.callback import QuantPatchCallback
 from quantpatch_transformers.pretrained import QuantPatchConfig, make_savable
 
-__all__ = ["QuantPatchConfig", "make_savable", "quantize_attention", "revert_attention"]
+__all__ = ["QuantPatchCallback", "QuantPatchConfig", "make_savable", "quantize_attention", "revert_attention"]

@@ -97,7 +97,7 @@ class QuantizedExperts(QuantizedLayer):
     @property
     def _is_registered(self) -> bool:
         """Whether transformers' registry of experts functions computes it."""
-        return "_is_expert_parallel" in vars(self)
+        return "is_transposed" in vars(self)
 
     def _activation(self, inner: TensorQuantizer | None) -> dict[str, Any]:
         """What the functions of the registry call between the two products, with its result quantized."""

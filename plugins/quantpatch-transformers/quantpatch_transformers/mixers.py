@@ -35,7 +35,7 @@ class QuantizedConvolutionMixer(QuantizedLayer):
         if not any(q.is_active for layer in (self, *read.values()) for q in layer.quantizers().values()):
             return self.quantize_output(self.run_float({}, args, kwargs))
         products = QuantizedProducts((self.quantizer("ssm_state"), self.quantizer("C")))
-        stand_ins = {name: _ReadNotCalled(layer, products) for name, layer in read.items()}
+        stand_ins = {name: _Readable(layer, products) for name, layer in read.items()}
         with products:
             output = self.run_float(stand_ins, args, kwargs)
         return self.quantize_output(output)
@@ -55,12 +55,15 @@ class QuantizedMixer(QuantizedConvolutionMixer):
             yield "C", recipe.input.for_axes(None, -2)
 
 
-class _ReadNotCalled:
-    """A layer as a forward sees it that reads its weights: they come out quantized."""
+class _Readable:
+    """A layer as a forward sees it that reads its weights: they come out quantized. Calls are the layer's."""
 
     def __init__(self, layer: Any, products: QuantizedProducts) -> None:
         self._layer = layer
         self._products = products
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._layer, name)

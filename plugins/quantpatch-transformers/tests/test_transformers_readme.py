@@ -1,22 +1,57 @@
-"""The plugin's README: its Python runs, and prints what the page shows."""
+"""The plugin's README: its Python runs and prints what the page shows; its figures are the audit's."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from architectures import MODELS
+
+import quantpatch as qp
+from quantpatch.errors import ConversionError
+from quantpatch_transformers import quantize_attention
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
+# accelerate and the Trainer warn of what a CPU does not have.
+@pytest.mark.filterwarnings("ignore:.*pin_memory", "ignore:.*no accelerator")
 def test_every_python_block_runs_and_prints_what_the_page_shows(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "readme"}
+    page = ModuleType("readme")
+    monkeypatch.setitem(sys.modules, "readme", page)
     blocks = re.findall(
         r"^```python\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", README.read_text(), re.M | re.S
     )
     assert blocks
     for code, shown in blocks:
         capsys.readouterr()
-        exec(code, namespace)
+        exec(code, vars(page))
         if shown:
             assert capsys.readouterr().out == shown
+    mine = vars(page)["mine"]
+    with qp.quantize_modules(custom=[mine]) as scope:
+        vars(page)["MyExperts"](MODELS["mixtral"].build().config)
+    assert [row.replacement for row in scope.replaced if row.plugin is None] == ["readme.QuantMyExperts"]
+
+
+def test_the_figures_of_the_table_are_those_of_the_audit():
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) % \| (.*?) \| (.*?) ?\|$", README.read_text(), re.M)
+    assert [name for name, *_ in rows] == list(MODELS)
+    for name, share, with_attention, left in rows:
+        torch.manual_seed(0)
+        model = MODELS[name].build().eval()
+        qp.convert(model)
+        assert share == f"{100 * qp.audit(model, **MODELS[name].inputs).share:.1f}", name
+        try:
+            quantize_attention(model)
+        except ConversionError:
+            assert with_attention == "has no attention"
+            continue
+        report = qp.audit(model, **MODELS[name].inputs)
+        assert with_attention == f"{100 * report.share:.1f} %", name
+        assert {row.layer for row in report.rows if not row.quantized} == set(left.split(", ")) - {""}, name

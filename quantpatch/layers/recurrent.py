@@ -133,6 +133,8 @@ class _QuantizedRecurrent(QuantizedLayer):
         data = sequence.data if packed else sequence
         if data.dim() not in ((2,) if packed else (2, 3)) or data.shape[-1] != self.input_size:
             return False
+        if not data.shape[1 if self.batch_first and data.dim() == 3 else 0]:
+            return False  # no steps
         if hx is None:
             return True
         if packed:
@@ -188,7 +190,7 @@ class _QuantizedRecurrent(QuantizedLayer):
             if sequence.unsorted_indices is not None:
                 final = tuple(part.index_select(1, sequence.unsorted_indices) for part in final)
         else:
-            output = output.view(len(sizes), sizes[0], -1)
+            output = output.view(len(sizes), sizes[0], output.shape[-1])
             output = output.transpose(0, 1) if batched and self.batch_first else output
             if not batched:
                 output, final = output.squeeze(1), tuple(part.squeeze(1) for part in final)
@@ -223,7 +225,11 @@ class _QuantizedRecurrent(QuantizedLayer):
         quantize = self.quantizer(f"hidden_{suffix}") or _unchanged
         quantize_projected = self.quantizer(f"projection_input_{suffix}") or _unchanged
         # What does not depend on the state is one product for all steps.
-        parts = torch.split(F.linear(data, parameter("weight_ih"), parameter("bias_ih")), sizes)
+        gates = F.linear(data, parameter("weight_ih"), parameter("bias_ih"))
+        # Under autocast the kernel of an LSTM computes its state in the low precision; that of a GRU does not.
+        if torch.is_autocast_enabled(gates.device.type) and len(initial) == 2:
+            initial = tuple(part.to(gates.dtype) for part in initial)
+        parts = torch.split(gates, sizes)
         order = range(len(sizes))[:: -1 if suffix.endswith("_reverse") else 1]
         state = tuple(part[: sizes[order[0]]] for part in initial)
         outputs: list[Any] = [None] * len(sizes)

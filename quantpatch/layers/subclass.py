@@ -27,6 +27,8 @@ __all__ = ["combine", "own_ways", "replacement_of", "why_float"]
 _combined: weakref.WeakValueDictionary[tuple[type, type], type[QuantizedLayer]] = (
     weakref.WeakValueDictionary()
 )
+# What was found out about a subclass, by replacement.
+_found: weakref.WeakKeyDictionary[type, dict[Any, str]] = weakref.WeakKeyDictionary()
 
 # Who overrides these decides what happens before any forward.
 _ALWAYS_USED = {"__call__", "__getattr__", "__getattribute__"}
@@ -123,11 +125,16 @@ def own_ways(replacement: Any, subclass: type[Any]) -> str:
     Returns:
         A clause to go after "a subclass of ...".
     """
+    known = _found.setdefault(subclass, {})
+    if replacement not in known:
+        known[replacement] = _own_ways(replacement, subclass)
+    return known[replacement]
+
+
+def _own_ways(replacement: Any, subclass: type[Any]) -> str:
     base = getattr(replacement, "float_class", None)
     if base is None or not issubclass(replacement, QuantizedLayer) or not issubclass(subclass, base):
         return "whose replacement is no QuantizedLayer of it"
-    if (replacement, subclass) in _combined:
-        return ""
     if replacement.__init__ is not QuantizedLayer.__init__:
         return "whose replacement has an __init__ of its own, which makes new layers only"
     own = _members(itertools.takewhile(lambda c: c is not base, subclass.__mro__))

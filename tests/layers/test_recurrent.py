@@ -382,6 +382,33 @@ def test_steps_tell_of_wrong_inputs_in_torchs_words(kind):
         layer(torch.randn(1, 6, 2, 5))
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_steps_are_an_error_and_no_sequences_are_none(kind, batch_first):
+    layer = with_hidden(kind, batch_first=batch_first)
+    with pytest.raises(RuntimeError, match="larger than 0"):
+        layer(torch.randn(2, 0, 5) if batch_first else torch.randn(0, 2, 5))
+    output, final = layer(torch.randn(0, 3, 5) if batch_first else torch.randn(3, 0, 5))
+    assert output.shape == ((0, 3, 4) if batch_first else (3, 0, 4))
+    assert all(part.shape == (1, 0, 4) for part in as_list(final))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_have_the_dtypes_of_the_kernel(kind):
+    layer, x = with_hidden(kind), torch.randn(6, 2, 5)
+    states = initial_state(layer, 2)
+    reference = layer.float_class(5, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for given in ((x,), (x, as_given(states))):
+            ours, theirs = layer(*given), reference(*given)
+            assert ours[0].dtype == theirs[0].dtype
+            assert [p.dtype for p in as_list(ours[1])] == [p.dtype for p in as_list(theirs[1])]
+    wide = [part.double() for part in states]
+    with pytest.raises(RuntimeError):
+        layer(x, as_given(wide))
+    assert layer.double()(x.double(), as_given(wide))[0].dtype == torch.float64
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_pass_through_all_steps(kind):
     layer = with_hidden(kind, num_layers=2)

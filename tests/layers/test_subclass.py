@@ -14,13 +14,14 @@ import weakref
 
 import pytest
 import torch
-from layer_cases import CASES
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._pytree import tree_leaves
 
 import quantpatch as qp
 from quantpatch.errors import ConversionError, LayerError
 from quantpatch.layers import QuantConv2d, QuantizedLayer, QuantLinear
+from quantpatch.layers.examples import EXAMPLES
 from quantpatch.layers.subclass import combine
 
 
@@ -258,35 +259,40 @@ def test_a_checkpoint_names_the_two_classes(tmp_path):
         assert torch.equal(fresh(X), model(X))
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.label == "plain" and not c.name.startswith("Lazy")], ids=lambda c: c.name
-)
-def test_every_layer_has_subclasses(case):
-    mine = type(f"My{case.name}", (case.float_class,), {"__module__": __name__})
-    reference = case.make(case.float_class).eval()
+OF_TORCH = [e for e in EXAMPLES if e.target.startswith("torch.nn.") and "Lazy" not in e.target]
+
+
+@pytest.mark.parametrize("example", OF_TORCH, ids=lambda example: example.target)
+def test_every_layer_has_subclasses(example, monkeypatch):
+    name = example.target.rpartition(".")[2]
+    target = getattr(nn, name)
+    mine = type(f"My{name}", (target,), {"__module__": __name__})
+    torch.manual_seed(0)
+    reference = example.build().eval()
+    replacement = registry_entry(example.target).load_replacement()
 
     def build():
-        args = case.args
-        if case.name == "TransformerEncoder":
-            args = (nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), 2, nn.LayerNorm(8))
-        return mine(*args, **case.kwargs).eval()
+        with monkeypatch.context() as patch:
+            patch.setattr(nn, name, mine)  # so that the example builds one
+            return example.build().eval()
 
     with qp.quantize_modules(subclasses=True, include=["*"]):
         built = build()
     converted = build()
     qp.convert(converted, subclasses=True, include=["*"])
+    results = []
     for layer in (built, converted):
-        assert type(layer) is combine(case.quant_class, mine)
+        assert type(layer) is combine(replacement, mine)
         layer.load_state_dict(reference.state_dict(), strict=True)
-    assert set(built.quantizers()) == set(case.make(case.quant_class).quantizers())
-    torch.manual_seed(0)
-    for a, b in zip(outputs(built, case), outputs(converted, case), strict=True):
-        assert torch.equal(a, b)
+        torch.manual_seed(1)
+        given = example.inputs()
+        results.append(tree_leaves(layer(*given, **example.keywords)))
+    assert built.quantizers().keys() == converted.quantizers().keys()
+    assert all(map(torch.equal, *results))
 
 
-def outputs(layer, case):
-    given = layer(*case.data(), **case.call)
-    return [t for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, torch.Tensor)]
+def registry_entry(target):
+    return next(offer.entry for offer in qp.registry.offers([]) if offer.entry.dotted == target)
 
 
 def test_a_lazy_subclass_becomes_what_its_base_becomes():

@@ -226,7 +226,7 @@ class _QuantizedRecurrent(QuantizedLayer):
         quantize_projected = self.quantizer(f"projection_input_{suffix}") or _unchanged
         # What does not depend on the state is one product for all steps.
         gates = F.linear(data, parameter("weight_ih"), parameter("bias_ih"))
-        # Under autocast the kernel of an LSTM computes its state in the low precision; that of a GRU does not.
+        # Under autocast the kernel of an LSTM has its state in the low precision; that of a GRU has not.
         if torch.is_autocast_enabled(gates.device.type) and len(initial) == 2:
             initial = tuple(part.to(gates.dtype) for part in initial)
         parts = torch.split(gates, sizes)

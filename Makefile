@@ -42,7 +42,7 @@ PEERS := torchao nvidia-modelopt requests brevitas optimum-quanto
 .bench/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .bench/venv
 	.bench/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	.bench/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	.bench/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' -e plugins/quantpatch-transformers
 	for peer in $(PEERS); do \
 	  .bench/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $$peer \
 	    || echo "$$peer does not install here"; \

@@ -1,81 +1,88 @@
 """Exported files in ONNX Runtime: int8 against float, beside onnxruntime.quantization.quantize_static.
 
 Each model is exported once as float and once quantized by quantpatch, from the same weights and calibration
-data as quantize_static gets. Latency is of one thread on the CPU provider with all optimizations.
+data as quantize_static gets, whose activations are uint8 (its default, int8, is slower on x86) and whose
+weights have a range for each channel. Latency is of one thread on the CPU provider with all optimizations,
+medians of runs in turn. The error is that of the output on data that calibration did not see, to the float
+file's; the demo's network is trained, and has an accuracy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 import quantpatch as qp
+from benchmarks.networks import LanguageModel, Transformer, UNet, mobilenet, plain_cnn, small_resnet
 from benchmarks.timing import medians
-from quantpatch.demo import build_model
-from quantpatch.export import export_onnx, fold_batchnorm, quantize_conv_outputs, use_unsigned
+from quantpatch import demo
+from quantpatch.export import ExportReport
 
 __all__ = ["rows"]
 
-
-class _Block(nn.Module):
-    def __init__(self, inside: int, outside: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inside, outside, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outside),
-            nn.ReLU(),
-            nn.Conv2d(outside, outside, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outside),
-        )
-        self.down: nn.Module = nn.Identity()
-        if stride != 1 or inside != outside:
-            self.down = nn.Sequential(
-                nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.down(x))
+_FILES = ("float", "ours", "static")
 
 
-def small_resnet() -> nn.Module:
-    """A ResNet of six blocks for images of any size."""
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        *(
-            _Block(*sizes)
-            for sizes in ((32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 128, 1))
-        ),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(128, 100),
-    )
+def _trained() -> nn.Module:
+    """The demo's network, trained as the demo does."""
+    model = demo.build_model()
+    demo.train(model, demo.load_data()[0], 20, 3e-3)
+    return model
 
 
-def plain_cnn() -> nn.Module:
-    """Convolutions one after the other, for digits."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
-        nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(64 * 7 * 7, 10),
-    )  # fmt: skip
+def _digits() -> Iterator[Tensor]:
+    images = demo.load_data()[0][0]
+    return iter(images.split(64)[:20])
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "small ResNet": (small_resnet, (1, 3, 96, 96)),
-    "plain CNN": (plain_cnn, (1, 1, 28, 28)),
-    "demo CNN": (build_model, (64, 1, 8, 8)),
+def _images(*shape: int) -> Callable[[], Iterator[Tensor]]:
+    return lambda: iter([torch.randn(shape) for _ in range(20)])
+
+
+def _ids(*shape: int) -> Callable[[], Iterator[Tensor]]:
+    return lambda: iter([torch.randint(0, 1000, shape) for _ in range(20)])
+
+
+#: What builds each model, and twenty batches: ten to calibrate on, ten to measure the error on.
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Iterator[Tensor]]]] = {
+    "demo CNN": (_trained, _digits),
+    "small ResNet": (small_resnet, _images(1, 3, 96, 96)),
+    "plain CNN": (plain_cnn, _images(1, 1, 28, 28)),
+    "MobileNetV3-small": (mobilenet, _images(1, 3, 160, 160)),
+    "U-Net": (UNet, _images(1, 3, 64, 64)),
+    "LSTM": (LanguageModel, _ids(1, 64)),
+    "BERT": (lambda: Transformer("BERT"), _ids(1, 64)),
+    "GPT-2": (lambda: Transformer("GPT-2"), _ids(1, 64)),
 }
+
+
+@attrs.frozen
+class Row:
+    """What was measured of a model; of its files by their kind: "float", "ours", "static"."""
+
+    name: str
+    report: ExportReport
+    ms: dict[str, float]
+    error: dict[str, float]
+    size: dict[str, int]
+    accuracy: dict[str, float] | None
+
+    def ratio(self, kind: str) -> float:
+        """Latency to the float file's."""
+        return self.ms[kind] / self.ms["float"]
 
 
 def _session(path: Path) -> Any:
@@ -101,75 +108,123 @@ def _static(float_path: Path, path: Path, batches: list[Tensor]) -> None:
 
     prepared = path.with_name("prepared.onnx")
     quant_pre_process(str(float_path), str(prepared))
-    # Weights per channel, and activations as uint8: its default, int8, is slower on x86.
     quantize_static(str(prepared), str(path), Reader(), per_channel=True, activation_type=QuantType.QUInt8)
 
 
-def measure(name: str) -> dict[str, Any]:
-    """A row for one model."""
-    build, shape = CASES[name]
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter and quantize_static tell of themselves."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _quantized(model: nn.Module, batches: list[Tensor]) -> nn.Module:
+    """As docs/deploy.md does it."""
+    quantized = copy.deepcopy(model)
+    qp.convert(quantized)
+    qp.prepare(quantized, batches[0], target="onnxruntime")
+    qp.calibrate(quantized, batches, method="mse", progress=False, strict=False)
+    qp.use_unsigned(quantized, batches)
+    return quantized
+
+
+def measure(name: str) -> Row:
+    """Exports a model in three ways and runs the files."""
+    build, make = CASES[name]
     torch.manual_seed(0)
     model = build().eval()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and build is not _trained:
+            assert module.running_var is not None
             module.running_var.uniform_(0.5, 2.0)
-    batches = [torch.randn(shape) for _ in range(16)]
-    quantized = copy.deepcopy(model)
-    fold_batchnorm(quantized)
-    qp.convert(quantized, skip=["AdaptiveAvgPool2d"])
-    quantize_conv_outputs(quantized)
-    qp.calibrate(quantized, batches, progress=False)
-    use_unsigned(quantized, batches)
+    batches = list(make())
+    seen, unseen = batches[:10], batches[10:]
     with tempfile.TemporaryDirectory() as folder:
-        paths = {kind: Path(folder) / f"{kind}.onnx" for kind in ("float", "ours", "static")}
-        x = batches[0]
-        export_onnx(model, x, paths["float"], input_names=["x"], check=False)
-        report = export_onnx(quantized, x, paths["ours"], input_names=["x"])
-        logging.getLogger().setLevel(logging.ERROR)  # quantize_static's advice goes to the root logger
-        _static(paths["float"], paths["static"], batches)
+        paths = {kind: Path(folder) / f"{kind}.onnx" for kind in _FILES}
+        with _quiet():
+            quantized = _quantized(model, seen)
+            qp.export_onnx(model, seen[0], paths["float"], input_names=["x"], check=False)
+            report = qp.export_onnx(quantized, seen[0], paths["ours"], input_names=["x"])
+            _static(paths["float"], paths["static"], seen)
         sessions = {kind: _session(path) for kind, path in paths.items()}
-        times = medians(
-            {kind: lambda s=s: s.run(None, {"x": x.numpy()}) for kind, s in sessions.items()}, repeats=51
+        x = seen[0].numpy()
+        ms = medians(
+            {k: lambda s=s: s.run(None, {"x": x}) for k, s in sessions.items()}, repeats=151, warmup=5
         )
-        tests = [torch.randn(shape) for _ in range(16)]
-        outputs = {
-            kind: torch.stack([torch.from_numpy(s.run(None, {"x": t.numpy()})[0]) for t in tests])
-            for kind, s in sessions.items()
-        }
-        sizes = {kind: path.stat().st_size for kind, path in paths.items()}
+        outputs = {kind: [s.run(None, {"x": t.numpy()})[0] for t in unseen] for kind, s in sessions.items()}
+        results = {kind: torch.stack([torch.from_numpy(y) for y in found]) for kind, found in outputs.items()}
+        size = {kind: path.stat().st_size for kind, path in paths.items()}
+        accuracy = {k: _accuracy(s) for k, s in sessions.items()} if build is _trained else None
+    norm = results["float"].norm()
+    error = {kind: float((results[kind] - results["float"]).norm() / norm) for kind in ("ours", "static")}
+    return Row(name, report, ms, error, size, accuracy)
 
-    def error(kind: str) -> float:
-        difference = outputs[kind] - outputs["float"]
-        return (difference.norm() / outputs["float"].norm()).item()
 
-    assert report.comparison is not None
-    return {
-        "name": f"{name} on ONNX Runtime",
-        "ours_ms": times["ours"],
-        "baseline_ms": times["float"],
-        "ratio": times["ours"] / times["float"],
-        "aim": times["static"] / times["float"],
-        "peers": {
-            "quantize_static (ms)": times["static"],
-            "error": error("ours"),
-            "its error": error("static"),
-            "differing integers": report.comparison.differing_share,
-            "size to float": sizes["ours"] / sizes["float"],
-        },
-    }
+def _accuracy(session: Any) -> float:
+    images, labels = demo.load_data()[1]
+    right = [
+        (torch.from_numpy(session.run(None, {"x": x.numpy()})[0]).argmax(1) == y).float()
+        for x, y in zip(images[:320].split(64), labels[:320].split(64), strict=True)
+    ]
+    return float(torch.cat(right).mean())
+
+
+def table_of(measured: list[Row]) -> Table:
+    """The whole table: a line for each model."""
+    table = Table(title="int8 files in ONNX Runtime, and those of quantize_static (qs)")
+    table.add_column("model", overflow="fold")
+    table.add_column("nodes", overflow="fold", ratio=1)
+    for heading in (
+        "mismatching / differing of integers", "largest difference", "KB: float, int8, qs",
+        "ms: float, int8, qs", "to float: int8, qs", "error: int8, qs", "accuracy: float, int8, qs",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right", overflow="fold")
+    for row in measured:
+        compared = row.report.comparison
+        assert compared is not None
+        nodes = sorted(row.report.nodes.items(), key=lambda item: (-item[1], item[0]))
+        table.add_row(
+            row.name,
+            ", ".join(f"{count} {kind}" for kind, count in nodes),
+            f"{compared.mismatching} / {compared.differing} of {compared.integers:,}",
+            f"{compared.largest_difference:.2g}",
+            ", ".join(f"{row.size[kind] / 1024:.0f}" for kind in _FILES),
+            ", ".join(f"{row.ms[kind]:.3f}" for kind in _FILES),
+            f"{row.ratio('ours'):.2f}, {row.ratio('static'):.2f}",
+            f"{row.error['ours']:.4f}, {row.error['static']:.4f}",
+            "-" if row.accuracy is None else ", ".join(f"{row.accuracy[kind]:.2%}" for kind in _FILES),
+        )
+    return table
 
 
 def rows() -> list[dict[str, Any]]:
-    """A row for each model; the aim is quantize_static's ratio to float."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return [measure(name) for name in CASES]
+    """A row for each model, for the table of all suites; the aim is quantize_static's ratio to float."""
+    torch.set_num_threads(1)
+    measured = [measure(name) for name in CASES]
+    Console(width=200).print(table_of(measured))
+    return [
+        {
+            "name": f"{row.name} in ONNX Runtime",
+            "ours_ms": row.ms["ours"],
+            "baseline_ms": row.ms["float"],
+            "ratio": row.ratio("ours"),
+            "aim": f"{row.ratio('static'):.2f}",
+            "peers": {
+                "quantize_static (ms)": row.ms["static"],
+                "error": row.error["ours"],
+                "its error": row.error["static"],
+                "size to float": row.size["ours"] / row.size["float"],
+            },
+        }
+        for row in measured
+    ]
 
 
 if __name__ == "__main__":
-    for row in rows():
-        peers = ", ".join(f"{key} {value:.3g}" for key, value in row["peers"].items())
-        print(
-            f"{row['name']:30} {row['ours_ms']:8.3f} ms, float {row['baseline_ms']:.3f} ms, "
-            f"ratio {row['ratio']:.2f} (aim {row['aim']:.2f}); {peers}"
-        )
+    rows()

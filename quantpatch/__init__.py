@@ -18,7 +18,7 @@ from quantpatch.export import (
     fold_batchnorm,
     fold_weights,
     load,
-    quantize_conv_outputs,
+    prepare,
     save,
     use_unsigned,
 )
@@ -54,7 +54,7 @@ __all__ = [
     "hookimpl",
     "keep_float",
     "load",
-    "quantize_conv_outputs",
+    "prepare",
     "quantize_modules",
     "quantized",
     "registry",

@@ -20,6 +20,7 @@ from quantpatch.descriptor import Recipe
 from quantpatch.entries import EntryLike
 from quantpatch.errors import ConversionError
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.placed import placed_in, take_out
 from quantpatch.layers.subclass import combine, why_float
 from quantpatch.outcome import Outcome, Replaced, Skipped
 from quantpatch.recipes import DEFAULT_RECIPE
@@ -198,6 +199,8 @@ def revert(model: nn.Module) -> None:
         own: Any = layer
         kept = tuple(name for name in own._modules if name not in layer.quantizers())
         _unconvert(own, layer.float_class, kept)
+    for module in placed_in(model).values():
+        take_out(module)
 
 
 @contextlib.contextmanager

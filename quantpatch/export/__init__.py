@@ -5,20 +5,22 @@ from quantpatch.export.check import Comparison, ExportReport
 from quantpatch.export.checkpoint import SaveReport, float_state_dict, load, save
 from quantpatch.export.fold import FoldedWeights, fold_weights
 from quantpatch.export.onnx import export_onnx
-from quantpatch.export.placement import quantize_conv_outputs, use_unsigned
+from quantpatch.export.placement import Preparation, prepare
+from quantpatch.export.unsigned import use_unsigned
 
 __all__ = [
     "Comparison",
     "ExportReport",
     "FoldedBatchNorm",
     "FoldedWeights",
+    "Preparation",
     "SaveReport",
     "export_onnx",
     "float_state_dict",
     "fold_batchnorm",
     "fold_weights",
     "load",
-    "quantize_conv_outputs",
+    "prepare",
     "save",
     "use_unsigned",
 ]

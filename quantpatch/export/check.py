@@ -32,7 +32,10 @@ class Comparison:
         largest_difference: Of all outputs.
         relative_difference: The same, over the largest magnitude of the output.
         integers: How many integers of quantized activations were compared.
-        differing: How many of them differ.
+        differing: How many of them differ. A product that is summed in another order may end on the other
+            side of the edge between two integers, and what follows from it.
+        mismatching: How many differ from what the model's quantizers make of the very floats that the file
+            quantizes. None should.
         not_run: Why nothing was compared; empty if it was.
     """
 
@@ -40,6 +43,7 @@ class Comparison:
     relative_difference: float = 0.0
     integers: int = 0
     differing: int = 0
+    mismatching: int = 0
     not_run: str = ""
 
     @property
@@ -53,7 +57,8 @@ class Comparison:
         return (
             f"largest difference {self.largest_difference:.3g} "
             f"({self.relative_difference:.2g} of the output), "
-            f"{self.differing} of {self.integers} integers differ"
+            f"{self.differing} of {self.integers} integers differ, "
+            f"{self.mismatching} where the same floats were quantized"
         )
 
 
@@ -98,8 +103,8 @@ def compare_with_torch(
     if any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in pytree.tree_leaves((args, kwargs))):
         return Comparison(not_run="ONNX Runtime's Python interface takes no bfloat16")
     by_name = {operand.name: operand for operand in found if operand.weight is None}
-    with _with_codes_as_outputs(path) as (session, input_names, output_names):
-        totals = []
+    totals = []
+    with _with_codes_as_outputs(path) as (session, input_names, output_names, sources):
         for given_args, given_kwargs in ((args, kwargs), _random_like(args, kwargs)):
             outputs, codes = _torch_results(model, given_args, given_kwargs, by_name)
             feed = _feed(input_names, given_args, given_kwargs)
@@ -107,14 +112,11 @@ def compare_with_torch(
                 results = session.run(None, feed)
             except Exception as error:
                 raise ExportError(f"ONNX Runtime cannot run the exported file: {error}") from error
-            named = dict(zip(output_names, results, strict=True))
-            totals.append(_differences(outputs, results, codes, named))
-    return Comparison(
-        max(t[0] for t in totals),
-        max(t[1] for t in totals),
-        sum(t[2] for t in totals),
-        sum(t[3] for t in totals),
-    )
+            named = {**feed, **dict(zip(output_names, results, strict=True))}
+            differences = _differences(outputs, results)
+            totals.append((*differences, *_differing(codes, named), _mismatching(codes, named, sources)))
+    largest, relative, integers, differing, mismatching = zip(*totals, strict=True)
+    return Comparison(max(largest), max(relative), sum(integers), sum(differing), sum(mismatching))
 
 
 def session_options(*, optimized: bool) -> Any:
@@ -129,8 +131,8 @@ def session_options(*, optimized: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _with_codes_as_outputs(path: Path) -> Iterator[tuple[Any, list[str], list[str]]]:
-    """A session of the file, whose integers are outputs after its own."""
+def _with_codes_as_outputs(path: Path) -> Iterator[tuple[Any, list[str], list[str], dict[str, str]]]:
+    """A session of the file whose integers, and the floats that they are made of, are outputs as well."""
     import onnx
     import onnxruntime
 
@@ -139,13 +141,14 @@ def _with_codes_as_outputs(path: Path) -> Iterator[tuple[Any, list[str], list[st
     inputs = [value.name for value in proto.graph.input]
     types = {value.name: value for value in proto.graph.value_info}
     constants = {tensor.name for tensor in proto.graph.initializer}
-    codes = [
-        node.output[0]
+    sources = {
+        node.output[0]: node.input[0]
         for node in proto.graph.node
         if node.op_type == "QuantizeLinear" and node.input[0] not in constants
-    ]
-    for name in codes:
-        if name in types and name not in own and _is_integer(types[name]):
+    }
+    sources = {name: source for name, source in sources.items() if name in types and _is_integer(types[name])}
+    for name in dict.fromkeys((*sources, *sources.values())):
+        if name in types and name not in own:
             proto.graph.output.append(types[name])
     probe = path.with_name(f"{path.name}.check")
     try:
@@ -156,7 +159,7 @@ def _with_codes_as_outputs(path: Path) -> Iterator[tuple[Any, list[str], list[st
             )
         except Exception as error:
             raise ExportError(f"ONNX Runtime cannot load the exported file: {error}") from error
-        yield session, inputs, [output.name for output in proto.graph.output]
+        yield session, inputs, [output.name for output in proto.graph.output], sources
     finally:
         probe.unlink(missing_ok=True)
 
@@ -199,11 +202,18 @@ def _feed(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return {name: x.detach().cpu().numpy() for name, x in zip(names, tensors, strict=True)}
 
 
+def _codes_of(operand: Operand, x: Tensor) -> Tensor:
+    """The integers that a quantizer makes; 0 where its range is 0 and any integer means 0."""
+    amax = None if operand.amax is None else operand.amax.to(x.device)
+    integers, scale = quantize(x, amax, operand.format, axis=operand.quantizer.descriptor.kept_axes)
+    return integers.masked_fill(scale == 0, 0).cpu().int()
+
+
 def _torch_results(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], by_name: Mapping[str, Operand]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The model's outputs, and the codes of each call of each quantizer by their name in the file."""
-    codes: dict[str, Tensor] = {}
+) -> tuple[list[Tensor], dict[str, tuple[Operand, Tensor]]]:
+    """The model's outputs, and each call of each quantizer and its codes by their name in the file."""
+    codes: dict[str, tuple[Operand, Tensor]] = {}
 
     def recording(operand: Operand) -> Any:
         calls = 0
@@ -213,9 +223,7 @@ def _torch_results(
             nonlocal calls
             amax = None if operand.amax is None else operand.amax.to(x.device)
             if isinstance(operand.element, Integer):
-                integers, scale = quantize(x, amax, operand.format, axis=axis)
-                # Where the range is 0 any integer means 0.
-                codes[codes_name(operand.name, calls)] = integers.masked_fill(scale == 0, 0)
+                codes[codes_name(operand.name, calls)] = (operand, _codes_of(operand, x))
             calls += 1
             return fake_quantize(x, amax, operand.format, axis=axis)
 
@@ -232,9 +240,8 @@ def _torch_results(
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)], codes
 
 
-def _differences(
-    outputs: list[Tensor], results: list[Any], codes: Mapping[str, Tensor], named: Mapping[str, Any]
-) -> tuple[float, float, int, int]:
+def _differences(outputs: list[Tensor], results: list[Any]) -> tuple[float, float]:
+    """The largest difference of the outputs, and that over the largest output."""
     largest = relative = 0.0
     for ours, theirs in zip(outputs, results, strict=False):  # the codes come after
         ours = ours.detach().cpu().double()
@@ -249,13 +256,36 @@ def _differences(
         if difference.numel():
             largest = max(largest, difference.max().item())
             relative = max(relative, difference.max().item() / max(ours.abs().max().item(), 1e-30))
+    return largest, relative
+
+
+def _codes_in_file(operand: Operand, codes: Any) -> Tensor:
+    """The integers of the file as the model has them: signed ones are stored 128 higher."""
+    moved = codes.dtype.name == "uint8" and not getattr(operand.element, "unsigned", False)
+    return torch.as_tensor(codes).int() - (128 if moved else 0)
+
+
+def _differing(codes: Mapping[str, tuple[Operand, Tensor]], named: Mapping[str, Any]) -> tuple[int, int]:
+    """How many integers there are in file and model, and how many differ."""
     count = differing = 0
-    for name, expected in codes.items():
-        if name not in named:
-            continue
-        theirs = torch.as_tensor(named[name]).int()
-        if expected.dtype == torch.int8 and named[name].dtype.name == "uint8":
-            theirs = theirs - 128
-        count += theirs.numel()
-        differing += int((theirs != expected.cpu().int()).sum())
-    return largest, relative, count, differing
+    for name, (operand, expected) in codes.items():
+        if name in named:
+            theirs = _codes_in_file(operand, named[name])
+            # The file may have further channels, of zeros.
+            theirs = theirs[tuple(slice(size) for size in expected.shape)]
+            count += theirs.numel()
+            differing += int((theirs != expected).sum())
+    return count, differing
+
+
+def _mismatching(
+    codes: Mapping[str, tuple[Operand, Tensor]], named: Mapping[str, Any], sources: Mapping[str, str]
+) -> int:
+    """How many of the file's integers are not what the model makes of the same floats."""
+    found = 0
+    for name, (operand, _) in codes.items():
+        floats = named.get(sources.get(name, ""))
+        if floats is not None and name in named:
+            expected = _codes_of(operand, torch.as_tensor(floats).float())
+            found += int((_codes_in_file(operand, named[name]) != expected).sum())
+    return found

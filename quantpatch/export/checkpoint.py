@@ -25,6 +25,7 @@ from quantpatch.export.description import (
     active_plugins,
     describe_layers,
     describe_quantizers,
+    describe_sharing,
 )
 from quantpatch.export.restore import Plan
 from quantpatch.files import own_version, written_whole
@@ -136,6 +137,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, packed: bool = False
         "plugins": active_plugins(),
         "layers": describe_layers(model),
         "quantizers": describe_quantizers(model),
+        "shared": describe_sharing(model),
         "tied": tied,
         "packed": how_packed,
     }

@@ -26,6 +26,7 @@ __all__ = [
     "active_plugins",
     "describe_layers",
     "describe_quantizers",
+    "describe_sharing",
     "descriptor_of",
     "find_class",
     "missing_plugins",
@@ -137,6 +138,13 @@ def describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
             "known": quantizer.amax is not None,
         }
     return described
+
+
+def describe_sharing(model: nn.Module) -> dict[str, str]:
+    """The further names of quantizers that are in a model more than once, each with the first."""
+    first = {quantizer: name for name, quantizer in named_quantizers(model).items()}
+    every = named_quantizers(model, every_name=True)
+    return {name: first[quantizer] for name, quantizer in every.items() if first[quantizer] != name}
 
 
 # --- Layers -----------------------------------------------------------------------------------------------

@@ -1,172 +1,305 @@
-"""Where quantizers stand decides whether ONNX Runtime's integer kernels run: two steps that put them there.
+"""``prepare``: batch norm folded, and quantizers where a target's integer kernels want them.
 
-ONNX Runtime's integer convolution takes integers and gives integers. It runs where the output is quantized at
-once, or after a ReLU that the quantization makes superfluous, because its smallest integer means 0.
-
-``quantize_conv_outputs`` is for before calibration (or training): it gives an output quantizer to each
-convolution whose output goes somewhere else, such as a residual addition. ``use_unsigned`` is for after it:
-ranges that were never negative become unsigned ones, which have twice the resolution and need no ReLU before.
+Where quantizers stand decides what runs on integers. ONNX Runtime's integer convolution gives integers, and
+so do its additions and concatenations: they run where all operands are quantized, and the result again. A
+quantizer is put where a tensor comes from, behind a ReLU if one follows, and all who take the tensor share
+it, so that it is quantized once. TensorRT fuses a residual addition with the convolution before it if the
+other operand is quantized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from quantpatch.descriptor import QuantDescriptor
-from quantpatch.errors import ExportError
-from quantpatch.export.targets import operands
+from quantpatch.errors import UnknownNameError
+from quantpatch.export.batchnorm import FoldedBatchNorm, fold_batchnorm
+from quantpatch.export.dataflow import MOVING, Dataflow, Operator, Value, dataflow
+from quantpatch.export.targets import TARGETS, Target
+from quantpatch.export.unsigned import is_never_negative, make_unsigned, may_be_unsigned, replace_quantizer
 from quantpatch.formats import Integer
-from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.base import quantizer_name
+from quantpatch.layers.placed import can_hold, quantize_output_of
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.running import evaluating
+from quantpatch.running import demand_model, explaining_devices
 
-__all__ = ["quantize_conv_outputs", "use_unsigned"]
+__all__ = ["Preparation", "prepare"]
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# What quantization can be moved in front of.
-_PASSED = (nn.ReLU, nn.Identity, nn.Dropout, nn.Flatten, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-_PASSED_FUNCTIONS: tuple[Any, ...] = (torch.relu, nn.functional.relu, torch.flatten)
+_RELU = ("aten::relu", "aten::relu_", "aten::hardtanh", "aten::hardtanh_", "aten::clamp_min")
 
 
-def quantize_conv_outputs(model: nn.Module) -> tuple[str, ...]:
-    """Gives convolutions an output quantizer where nothing else quantizes their output.
+@attrs.frozen
+class Preparation:
+    """What ``prepare`` did.
 
-    Call it after ``fold_batchnorm`` and before calibration. A convolution whose output goes, directly or
-    through a ReLU, only into quantized inputs needs none, and gets none. Neither does one that gives the
-    model's output, or one in a part of the model that torch.fx cannot trace.
-
-    Args:
-        model: A quantized model; changed in place.
-
-    Returns:
-        The names of the new quantizers.
+    Attributes:
+        target: What for.
+        batchnorm: Which batch norms were folded, and which were not and why.
+        placed: Names of the new quantizers.
+        shared: Quantizers that gave way to a new one, which they share now: its name by theirs.
+        unsigned: Quantizers that are unsigned now, since what they take is never negative.
+        left: What stays float between integer kernels, by the module that runs it, and why.
     """
-    added: list[str] = []
-    _visit(model, "", added, whole=True)
-    return tuple(added)
+
+    target: str
+    batchnorm: FoldedBatchNorm
+    placed: tuple[str, ...]
+    shared: Mapping[str, str]
+    unsigned: tuple[str, ...]
+    left: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"for {self.target}: {len(self.batchnorm.folded)} batch norms folded, {len(self.placed)} "
+            f"quantizers placed, {len(self.shared)} shared, {len(self.unsigned)} unsigned"
+        ]
+        lines += [f"{name} is not folded: {why}" for name, why in self.batchnorm.left.items()]
+        lines += [f"{name or 'the model'} is left: {why}" for name, why in self.left.items()]
+        return "\n  ".join(lines)
 
 
-def _visit(module: nn.Module, prefix: str, added: list[str], *, whole: bool) -> None:
-    if isinstance(module, (QuantizedLayer, TensorQuantizer)):
-        return
-    try:
-        graph = fx.Tracer().trace(module)
-    except Exception:  # data-dependent code raises what it likes
-        for name, child in module.named_children():
-            _visit(child, f"{prefix}{name}.", added, whole=False)
-        return
-    modules = dict(module.named_modules())
-    for node in graph.nodes:
-        layer: Any = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(layer, QuantizedLayer) or not isinstance(layer, _CONVOLUTIONS):
-            continue
-        source = layer.quantizer("input")
-        if source is None or source.disabled or layer.quantizer("output") is not None:
-            continue
-        if not isinstance(source.format, Integer) or not node.users:
-            continue
-        if all(_is_quantized(user, modules) for user in node.users):
-            continue
-        descriptor = QuantDescriptor(num_bits=source.format.bits, calib_method=source.descriptor.calib_method)
-        quantizer = TensorQuantizer(descriptor)
-        quantizer.train(layer.training)
-        layer._modules["output_quantizer"] = quantizer
-        added.append(f"{prefix}{node.target}.output_quantizer")
+def prepare(
+    model: nn.Module,
+    args: tuple[Any, ...] | Tensor,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    target: Target = "onnxruntime",
+) -> Preparation:
+    """Folds batch norm and places the quantizers that a target's integer kernels want.
 
-
-def _is_quantized(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether what goes into a node is quantized by it, or by all that follow; or is what the graph gives."""
-    if node.op == "output":
-        return True
-    passed = node.target in _PASSED_FUNCTIONS or (
-        node.op == "call_method" and node.target in ("relu", "flatten")
-    )
-    if node.op == "call_module":
-        layer: Any = modules[str(node.target)]
-        if isinstance(layer, QuantizedLayer):
-            quantizer = layer.quantizer("input")
-            return quantizer is not None and not quantizer.disabled
-        passed = isinstance(layer, _PASSED)
-    return passed and all(_is_quantized(user, modules) for user in node.users)
-
-
-def use_unsigned(model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], Any]) -> tuple[str, ...]:
-    """Makes signed 8-bit ranges of activations unsigned where no batch has a negative value.
-
-    The range stays what calibration found, so the result is the same or finer; a negative value that comes
-    later becomes 0.
+    Call it before calibration or quantization-aware training, which give the new quantizers their ranges.
+    The model then computes with them in PyTorch as well, so the exported file still gives the same integers.
+    Calling it again changes nothing.
 
     Args:
-        model: A calibrated model; changed in place.
-        data: Batches, each a tensor, a tuple of arguments or a dict of keywords; or a function that gets
-            the model and runs it.
+        model: A quantized model in eval mode; changed in place.
+        args: Arguments to run it on once, to see what it computes: a tensor, or a tuple.
+        kwargs: Keyword arguments to run it on.
+        target: What will run the exported file. ``"onnxruntime"``: convolutions, residual additions and
+            concatenations get quantized results, and what is never negative becomes unsigned.
+            ``"tensorrt"``: the other operand of an addition to a convolution is quantized.
 
     Returns:
-        The names of the quantizers that are unsigned now.
+        What was done, and what was left and why.
 
     Raises:
-        ExportError: The data holds no batch, or no quantizer saw any.
+        ExportError: A batch norm is in training mode.
+        InputError: The first argument is no model, or the inputs are on another device.
+        UnknownNameError: There is no such target.
     """
-    found = {
-        operand.name: operand.quantizer
-        for operand in operands(model)
-        if operand.weight is None
-        and operand.amax is not None
-        and operand.axis is None
-        and isinstance(operand.format, Integer)
-        and not operand.format.unsigned
-        and operand.format.bits == 8
-    }
-    lowest: dict[str, float] = {}
-    handles = [
-        quantizer.register_forward_pre_hook(_watching(name, lowest)) for name, quantizer in found.items()
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            _run(model, data)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if found and not lowest:
-        raise ExportError("the data reached none of the quantizers", quantizers=tuple(found))
-    every_name = named_quantizers(model, every_name=True)
-    changed = []
-    for name, quantizer in found.items():
-        if lowest.get(name, -1.0) < 0:
-            continue
-        descriptor = attrs.evolve(quantizer.descriptor, unsigned=True, narrow_range=False, format=None)
-        new = TensorQuantizer(descriptor)
-        new.amax = quantizer.own_range
-        new.train(quantizer.training)
-        for place, module in every_name.items():
-            if module is quantizer:
-                parent, _, own = place.rpartition(".")
-                model.get_submodule(parent)._modules[own] = new
-        changed.append(name)
-    return tuple(changed)
+    demand_model(model, "qp.prepare")
+    if target not in TARGETS:
+        raise UnknownNameError.of("target", target, TARGETS)
+    model = getattr(model, "_orig_mod", model)
+    args = args if isinstance(args, tuple) else (args,)
+    folded = fold_batchnorm(model)
+    with explaining_devices(model, (args, kwargs)):
+        flow = dataflow(model, lambda: model(*args, **dict(kwargs or {})))
+    rules = _Rules(model, flow)
+    unsigned: tuple[str, ...] = ()
+    if target == "onnxruntime":
+        rules.quantize_convolutions()
+        rules.quantize_joins()
+        unsigned = tuple(_never_negative(model, flow))
+    else:
+        rules.quantize_skips()
+    placed, shared = rules.carry_out(allow_unsigned=target == "onnxruntime")
+    unsigned = tuple(name for name in unsigned if name not in shared)
+    make_unsigned(model, unsigned)
+    every = named_quantizers(model, every_name=True)
+    unsigned += tuple(name for name in placed if getattr(every[name].format, "unsigned", False))
+    return Preparation(target, folded, placed, shared, unsigned, rules.left)
 
 
-def _watching(name: str, lowest: dict[str, float]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].numel():
-            lowest[name] = min(lowest.get(name, 0.0), float(args[0].min()))
+def _never_negative(model: nn.Module, flow: Dataflow) -> Iterator[str]:
+    """Quantizers of activations that may be unsigned: nothing that they take is ever negative."""
+    taken: dict[TensorQuantizer, list[Value]] = {}
+    for operator in flow.operators:
+        if operator.quantizer is not None:
+            taken.setdefault(operator.quantizer, []).append(operator.inputs[0])
+    for name, quantizer in named_quantizers(model).items():
+        values = taken.get(quantizer, [])
+        if values and may_be_unsigned(quantizer) and all(map(is_never_negative, values)):
+            yield name
 
-    return watch
+
+class _Rules:
+    """The rules of placement, over what a model computes; ``carry_out`` changes the model."""
+
+    def __init__(self, model: nn.Module, flow: Dataflow) -> None:
+        self.model = model
+        self.flow = flow
+        self.left: dict[str, str] = {}
+        self._modules = dict(model.named_modules())
+        self._plans: dict[Value, tuple[str, QuantDescriptor]] = {}
+
+    # --- rules ---------------------------------------------------------------------------------
+
+    def quantize_convolutions(self) -> None:
+        """The result of an integer convolution is quantized, behind its activation if it has one."""
+        for operator in self.flow.named("convolution"):
+            descriptor = self._of_convolution(operator)
+            result = operator.outputs[0]
+            if descriptor is None or operator.args[6] or self._is_settled(result):
+                continue
+            behind = self._behind_activation(result)
+            if self._is_settled(behind):
+                continue
+            if not self._plan(behind, descriptor) and not self._plan(result, descriptor):
+                self.left[operator.module] = (
+                    "its output can have no quantizer, since the layer runs more than once or quantizes its "
+                    "output already"
+                )
+
+    def quantize_joins(self) -> None:
+        """Additions and concatenations of what convolutions give have quantized operands and results."""
+        for operator in self.flow.named("add", "cat"):
+            descriptor = self._joined(operator)
+            if descriptor is None:
+                continue
+            result = self._behind_activation(operator.outputs[0])
+            wanted = [v for v in operator.inputs if not self._is_on_grid(v)]
+            if result.is_result and not result.uses:
+                continue  # a float result wants float operands
+            if not self._is_settled(result):
+                wanted.append(result)
+            self._plan_all(operator, wanted, descriptor)
+
+    def quantize_skips(self) -> None:
+        """Of an addition to what a convolution gives, the operand that was there first is quantized."""
+        order = {value: i for i, o in enumerate(self.flow.operators) for value in o.outputs}
+        for operator in self.flow.named("add"):
+            descriptor = self._joined(operator)
+            if descriptor is not None:
+                first = min(operator.inputs, key=lambda value: order.get(value, -1))
+                self._plan_all(operator, [] if self._is_on_grid(first) else [first], descriptor)
+
+    def _plan_all(self, operator: Operator, wanted: list[Value], descriptor: QuantDescriptor) -> None:
+        if any(self._place(value) is None for value in wanted):
+            self.left[operator.module] = (
+                "what it adds or concatenates is computed there by functions, and only the output of a "
+                "module can be quantized: use modules, such as nn.ReLU or quantpatch.layers.operands.Add"
+            )
+            return
+        for value in wanted:
+            self._plan(value, descriptor)
+
+    def _joined(self, operator: Operator) -> QuantDescriptor | None:
+        """The descriptor for an addition or concatenation of activations, one of them a convolution's."""
+        if len(operator.inputs) < 2 or any(value.is_parameter for value in operator.inputs):
+            return None
+        found = (self._from_convolution(value) for value in operator.inputs)
+        return next((descriptor for descriptor in found if descriptor is not None), None)
+
+    # --- what is known of a value ----------------------------------------------------------------
+
+    def _of_convolution(self, operator: Operator) -> QuantDescriptor | None:
+        """What a convolution's input is quantized to, if that and its weight are quantized to integers."""
+        x, weight = operator.inputs[:2]
+        source = _quantizer_of(x)
+        if source is None or not isinstance(source.format, Integer) or source.format.bits != 8:
+            return None
+        other = None if weight.maker is None else weight.maker.quantizer
+        if source.descriptor.dynamic or source.descriptor.kept_axes is not None:
+            return None
+        if other is None or not isinstance(other.format, Integer):
+            return None
+        return attrs.evolve(source.descriptor, amax=None, unsigned=False, narrow_range=False)
+
+    def _from_convolution(self, value: Value) -> QuantDescriptor | None:
+        operator = value.maker
+        while operator is not None and (operator.quantizer or operator.name in (*MOVING, *_RELU)):
+            operator = operator.inputs[0].maker
+        if operator is None or operator.name != "aten::convolution":
+            return None
+        return self._of_convolution(operator)
+
+    def _is_on_grid(self, value: Value) -> bool:
+        """Whether a value comes out of a quantizer, moved at most."""
+        while value not in self._plans:
+            if value.maker is None or value.maker.quantizer is not None:
+                return value.maker is not None
+            if value.maker.name not in MOVING:
+                return False
+            value = value.maker.inputs[0]
+        return True
+
+    def _is_settled(self, value: Value) -> bool:
+        """Whether a value is quantized wherever it goes, or is what the model returns."""
+        if value in self._plans:
+            return True
+        return bool(value.uses or value.is_result) and all(map(self._takes_quantized, value.uses))
+
+    def _takes_quantized(self, operator: Operator) -> bool:
+        if operator.quantizer is not None:
+            return True
+        used = [value for value in operator.outputs if value.uses or value.is_result]
+        return operator.name in (*MOVING, *_RELU) and bool(used) and all(map(self._is_settled, used))
+
+    def _behind_activation(self, value: Value) -> Value:
+        """The value behind the ReLU that is all a value goes into; else the value."""
+        if len(value.uses) != 1 or value.uses[0].name not in _RELU or value.is_result:
+            return value
+        behind = value.uses[0].outputs[0]
+        return behind if self._place(behind) is not None or self._is_settled(behind) else value
+
+    def _place(self, value: Value) -> str | None:
+        """The module whose output a value is, where a quantizer there changes that value and no other."""
+        for name in value.outputs_of:
+            inside = any(use.module == name or use.module.startswith(f"{name}.") for use in value.uses)
+            if name and self.flow.calls[name] == 1 and not inside and can_hold(self._modules[name]):
+                return name
+        return None
+
+    # --- doing ---------------------------------------------------------------------------------
+
+    def _plan(self, value: Value, descriptor: QuantDescriptor) -> bool:
+        place = self._place(value)
+        if place is None or quantizer_name("output") in self._modules[place]._modules:
+            return False
+        self._plans[value] = (place, descriptor)
+        return True
+
+    def carry_out(self, *, allow_unsigned: bool) -> tuple[tuple[str, ...], dict[str, str]]:
+        """Places what was planned; gives the names of the new quantizers, and of those that share them."""
+        placed: list[str] = []
+        shared: dict[str, str] = {}
+        uses = Counter(o.quantizer for o in self.flow.operators if o.quantizer is not None)
+        for value, (place, descriptor) in self._plans.items():
+            if allow_unsigned and is_never_negative(value):
+                descriptor = attrs.evolve(descriptor, unsigned=True)
+            new = quantize_output_of(self._modules[place], descriptor)
+            placed.append(f"{place}.{quantizer_name('output')}")
+            for old in _takers(value):
+                if uses[old] == 1 and _may_share(old, new):
+                    for name in replace_quantizer(self.model, old, new):
+                        shared[name] = placed[-1]
+        return tuple(placed), shared
 
 
-def _run(model: nn.Module, data: Any) -> None:
-    if callable(data) and not isinstance(data, Iterable):
-        data(model)
-        return
-    for batch in [data] if isinstance(data, Tensor) else data:
-        if isinstance(batch, dict):
-            model(**batch)
-        elif isinstance(batch, (tuple, list)):
-            model(*batch)
-        else:
-            model(batch)
+def _quantizer_of(value: Value) -> TensorQuantizer | None:
+    while value.maker is not None and value.maker.name in MOVING:
+        value = value.maker.inputs[0]
+    return None if value.maker is None else value.maker.quantizer
+
+
+def _takers(value: Value) -> Iterator[TensorQuantizer]:
+    """The quantizers that a value goes into, moved at most."""
+    for operator in value.uses:
+        if operator.quantizer is not None:
+            yield operator.quantizer
+        elif operator.name in MOVING:
+            for output in operator.outputs:
+                yield from _takers(output)
+
+
+def _may_share(old: TensorQuantizer, new: TensorQuantizer) -> bool:
+    """Whether one quantizer can stand for another that is not calibrated yet; its sign may differ."""
+    if old.amax is not None or old.disabled or not old.quantizing or old.calibrating:
+        return False
+    return bool(attrs.evolve(old.descriptor, unsigned=new.descriptor.unsigned) == new.descriptor)

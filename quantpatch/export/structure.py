@@ -23,7 +23,8 @@ from quantpatch.export.description import (
     missing_plugins,
 )
 from quantpatch.formats import NumberFormat
-from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.base import QuantizedLayer, quantizer_name
+from quantpatch.layers.placed import can_hold, placed_in, quantize_output_of, take_out
 from quantpatch.layers.subclass import combine, replacement_of
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.registry import registry
@@ -63,6 +64,7 @@ class StructurePlan:
         self._modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
         self._converted: dict[str, type[Any]] = {}
         self._quantizers: dict[str, _Quantizer] = {}
+        self._aliases: dict[str, str] = {}
         self._description = description
         self._tensors = dict(tensors)
         try:
@@ -74,6 +76,7 @@ class StructurePlan:
         gone = missing_plugins(self._description["plugins"])
         self._plan_layers()
         self._plan_quantizers()
+        self._plan_aliases()
         if self.problems and gone:
             # What is missing has its reason; a plugin that nothing of this model needs may be gone.
             self.problems[:0] = [f"the plugin {plugin}" for plugin in gone]
@@ -126,7 +129,7 @@ class StructurePlan:
         layers = self._description["layers"]
         for name, saved in self._description["quantizers"].items():
             parent = name.rpartition(".")[0]
-            if parent not in layers and not isinstance(self._modules.get(name), TensorQuantizer):
+            if parent not in layers and not self._has_place(name):
                 self.problems.append(f"{name}: the model has no such quantizer, nor a layer to give it to")
                 continue
             try:
@@ -153,6 +156,22 @@ class StructurePlan:
             self._quantizers[name] = _Quantizer(
                 descriptor, format, bool(saved["disabled"]), bool(saved["quantizing"]), amax
             )
+
+    def _plan_aliases(self) -> None:
+        """Further names of quantizers that several layers share."""
+        for alias, first in self._description.get("shared", {}).items():
+            if first not in self._quantizers or alias.rpartition(".")[0] not in self._modules:
+                self.problems.append(f"{alias}: in the file it is {first}; the model has no place for it")
+            else:
+                self._aliases[alias] = first
+                self._tensors.pop(f"{alias}.{RANGE}", None)
+
+    def _has_place(self, name: str) -> bool:
+        """Whether a quantizer that is no layer's has a place: it is there, or at the output of a module."""
+        parent, _, own = name.rpartition(".")
+        module = self._modules.get(parent)
+        found = isinstance(self._modules.get(name), TensorQuantizer)
+        return found or (own == quantizer_name("output") and module is not None and can_hold(module))
 
     def _range_problem(self, name: str, descriptor: QuantDescriptor, amax: Tensor) -> str | None:
         if amax.dtype != torch.float32:
@@ -190,6 +209,9 @@ class StructurePlan:
                 for own in layer.quantizers():
                     del self._modules[name]._modules[own]
             change_class(layer, cls)
+        for name, module in placed_in(self.model).items():
+            if f"{name}.{quantizer_name('output')}" not in (*self._quantizers, *self._aliases):
+                take_out(module)
         described = self._description["layers"]
         for name in described:
             now: Any = self._modules[name]
@@ -199,6 +221,8 @@ class StructurePlan:
                     del now._modules[own]
         for name, saved in self._quantizers.items():
             self._put(name, saved)
+        for alias, first in self._aliases.items():
+            self._place(alias, self.model.get_submodule(first))
 
     def set_ranges(self) -> None:
         """Gives the quantizers their ranges, each on the device of its layer."""
@@ -218,13 +242,20 @@ class StructurePlan:
             old = quantizer
             quantizer = TensorQuantizer(saved.descriptor)
             # A quantizer that several layers share stays shared.
-            places = [n for n, m in self._modules.items() if old is not None and m is old] or [name]
-            for place in places:
-                above, _, last = place.rpartition(".")
-                self._modules[above]._modules[last] = quantizer
+            now = dict(self.model.named_modules(remove_duplicate=False))
+            for place in [n for n, m in now.items() if old is not None and m is old] or [name]:
+                self._place(place, quantizer)
             quantizer.train(self._modules[parent].training)
         quantizer.disabled, quantizer.quantizing = saved.disabled, saved.quantizing
         quantizer.calibrating, quantizer.calibrator = False, None
+
+    def _place(self, name: str, quantizer: Any) -> None:
+        parent, _, own = name.rpartition(".")
+        module = self._modules[parent]
+        if own == quantizer_name("output") and can_hold(module):
+            quantize_output_of(module, quantizer)
+        else:
+            module._modules[own] = quantizer
 
     @staticmethod
     def _set_range(quantizer: TensorQuantizer, amax: Tensor | None, device: torch.device) -> None:

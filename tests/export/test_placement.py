@@ -1,85 +1,271 @@
-"""Quantizers where integer kernels want them."""
+"""prepare: batch norm folded, and quantizers where a target's integer kernels want them."""
 
 from __future__ import annotations
+
+import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import ExportError
-from quantpatch.export.placement import quantize_conv_outputs, use_unsigned
+from quantpatch.errors import UnknownNameError
+from quantpatch.export import Preparation, load, prepare, save
+from quantpatch.layers.operands import Add
 
 
-class Residual(nn.Module):
-    def __init__(self) -> None:
+class Block(nn.Module):
+    """A residual block whose activation is a function."""
+
+    def __init__(self, width: int = 4) -> None:
         super().__init__()
-        self.first = nn.Conv2d(3, 4, 1)
-        self.second = nn.Conv2d(4, 4, 1)
-        self.last = nn.Conv2d(4, 4, 1)
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.relu(self.first(x))
-        return self.last(self.second(y) - 1.0)
+        return torch.relu(self.body(x) + x)
 
 
-def built(recipe: str = "int8") -> nn.Module:
+class Forked(nn.Module):
+    """Skip connections by concatenation, with a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+        self.pool = nn.MaxPool2d(2)
+        self.down = nn.Conv2d(4, 4, 3, padding=1)
+        self.up = nn.ConvTranspose2d(4, 4, 2, 2)
+        self.last = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.last(torch.cat([y, self.up(self.down(self.pool(y)))], 1))
+
+
+def residual() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), Block(), Block(), nn.Flatten(), nn.Linear(256, 5)
+    )
+
+
+def built(make: object, recipe: str = "int8") -> nn.Module:
     torch.manual_seed(0)
     with qp.quantize_modules(recipe=recipe):
-        return Residual().eval()
+        return make().eval()  # type: ignore[operator]
 
 
-X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_only_outputs_that_nothing_else_quantizes() -> None:
-    model = built()
-    assert quantize_conv_outputs(model) == ("second.output_quantizer",)
-    assert quantize_conv_outputs(model) == ()
+def prepared(make: object, **options: object) -> tuple[nn.Module, Preparation]:
+    model = built(make)
+    report = prepare(model, X, **options)  # type: ignore[arg-type]
+    return model, report
+
+
+def test_residual_additions_have_quantized_operands_and_results() -> None:
+    model, report = prepared(residual)
+    assert report.placed == (
+        "1.output_quantizer",  # behind the ReLU
+        "2.body.3.output_quantizer",  # convolutions that go into an addition
+        "3.body.3.output_quantizer",
+        "2.output_quantizer",  # what the next block adds
+    )
+    assert report.left == {}
+    assert set(report.batchnorm.folded) == {"2.body.1", "2.body.4", "3.body.1", "3.body.4"}
+    assert model[2]._forward_hooks
+
+
+def test_a_tensor_is_quantized_once_for_all_who_take_it() -> None:
+    model, report = prepared(residual)
+    assert report.shared == {
+        "2.body.0.input_quantizer": "1.output_quantizer",
+        "3.body.0.input_quantizer": "2.output_quantizer",
+    }
+    assert model[2].body[0].input_quantizer is model[1].output_quantizer
     qp.calibrate(model, [X], progress=False)
-    assert model.second.output_quantizer.amax is not None
+    y = model[1](model[0](X))
+    assert torch.equal(model[1].output_quantizer(y), y)
 
 
-def test_float_activations_get_none() -> None:
-    assert quantize_conv_outputs(built("int8-weight-only")) == ()
+def test_what_follows_a_relu_is_unsigned_before_any_data_is_seen() -> None:
+    model, report = prepared(residual)
+    assert set(report.unsigned) == {
+        "1.output_quantizer",
+        "2.output_quantizer",
+        "2.body.3.input_quantizer",
+        "3.body.3.input_quantizer",
+        "5.input_quantizer",
+    }
+    assert model[2].body[3].output_quantizer.format.name == "int8"
+    assert model[0].input_quantizer.format.name == "int8"
 
 
-def test_parts_of_a_model_that_cannot_be_traced() -> None:
+@pytest.mark.parametrize(
+    ("before", "unsigned"),
+    [
+        (nn.ReLU6(), True),
+        (nn.Sigmoid(), True),
+        (nn.Softmax(1), True),
+        (nn.Sequential(nn.ReLU(), nn.AvgPool2d(2)), True),
+        (nn.Hardtanh(), False),
+        (nn.Hardswish(), False),
+        (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), False),
+    ],
+)
+def test_what_is_never_negative_is_known_from_the_operators(before: nn.Module, unsigned: bool) -> None:
+    model, report = prepared(lambda: nn.Sequential(copy.deepcopy(before), nn.Conv2d(3, 4, 1)).eval())
+    assert (model[1].input_quantizer.format.name == "uint8") is unsigned
+    assert ("1.input_quantizer" in report.unsigned) is unsigned
+
+
+def test_concatenations_have_quantized_operands_that_max_pooling_passes_on() -> None:
+    model, report = prepared(Forked)
+    assert set(report.placed) == {"first.1.output_quantizer", "up.output_quantizer"}
+    assert report.shared == {"down.input_quantizer": "first.1.output_quantizer"}
+    assert model.last.input_quantizer.format.name == "int8"
+
+
+def test_preparing_again_changes_nothing() -> None:
+    model, _ = prepared(residual)
+    names = [name for name, _ in model.named_modules()]
+    again = prepare(model, X)
+    assert (again.placed, again.shared, again.unsigned) == ((), {}, ())
+    assert [name for name, _ in model.named_modules()] == names
+    assert len(model[2]._forward_hooks) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch._dynamo's own
+def test_the_model_computes_with_what_was_placed() -> None:
+    model, _ = prepared(residual)
+    qp.calibrate(model, [X], progress=False)
+    before = model(X)
+    model[2].output_quantizer.disable()
+    assert not torch.equal(model(X), before)
+    model[2].output_quantizer.enable()
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.compile(model, backend="eager"),
+    ):
+        assert torch.equal(twin(X), before)
+
+
+def test_training_goes_through_what_was_placed() -> None:
+    model, _ = prepared(residual)
+    qp.calibrate(model, [X], progress=False)
+    model.train()(X).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_a_checkpoint_brings_what_was_placed_and_shared(tmp_path) -> None:
+    model, report = prepared(residual)
+    qp.calibrate(model, [X], progress=False)
+    save(model, tmp_path / "m.safetensors")
+
+    def build() -> nn.Module:
+        fresh = residual().eval()
+        qp.fold_batchnorm(fresh)
+        return fresh
+
+    for start in (build, lambda: (lambda m: (qp.convert(m), m)[1])(build())):
+        again = load(tmp_path / "m.safetensors", build=start).eval()
+        assert torch.equal(again(X), model(X))
+        assert again[2].body[0].input_quantizer is again[1].output_quantizer
+        assert set(again.state_dict()) == set(model.state_dict())
+    # A file without them takes them out of a model that has them.
+    plain = build()
+    qp.convert(plain)
+    qp.calibrate(plain, [X], progress=False)
+    save(plain, tmp_path / "plain.safetensors")
+    load(tmp_path / "plain.safetensors", model)
+    assert torch.equal(model(X), plain(X))
+    assert not model[2]._forward_hooks
+    assert not [name for name, _ in model.named_modules() if name in report.placed]
+
+
+def test_revert_takes_out_what_was_placed() -> None:
+    model, _ = prepared(residual)
+    qp.revert(model)
+    assert not [m for m in model.modules() if isinstance(m, qp.TensorQuantizer) or m._forward_hooks]
+
+
+def test_an_operand_that_no_module_gives_is_named_with_what_to_do() -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x) + torch.tanh(x))
+
+    _, report = prepared(lambda: nn.Sequential(Inside()))
+    assert list(report.left) == ["0"]
+    assert "nn.ReLU" in report.left["0"]
+    assert "0 is left" in str(report)
+
+
+def test_a_layer_that_runs_twice_gets_no_range_for_two_tensors() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.layer(torch.tanh(self.layer(x))))
+
+    _, report = prepared(Twice)
+    assert report.placed == ()
+    assert "more than once" in report.left["layer"]
+
+
+def test_data_dependent_code_is_followed() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.part = Residual()
+            self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.part(x) if x.sum() > 0 else x
+            return self.second(torch.tanh(self.first(x))) if x.sum() != 0 else x
 
-    with qp.quantize_modules():
-        model = Branching()
-    assert quantize_conv_outputs(model) == ("part.second.output_quantizer",)
+    assert prepared(Branching)[1].placed == ("first.output_quantizer",)
 
 
-def test_ranges_that_were_never_negative_become_unsigned() -> None:
-    model = built()
-    qp.calibrate(model, [X], progress=False)
-    before = model(X)
-    amax = model.second.input_quantizer.amax
-    assert use_unsigned(model, [X]) == ("second.input_quantizer",)
-    quantizer = model.second.input_quantizer
-    assert quantizer.format.name == "uint8"
-    assert torch.equal(quantizer.amax, amax)
-    assert not torch.equal(model(X), before)
-    assert use_unsigned(model, lambda m: m(X)) == ()
+def test_linear_layers_and_float_activations_get_none() -> None:
+    assert prepared(lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)))[1].placed == ()
+    model = built(residual, "int8-weight-only")
+    assert prepare(model, X).placed == ()
 
 
-def test_data_that_reaches_nothing() -> None:
-    model = built()
-    qp.calibrate(model, [X], progress=False)
-    with pytest.raises(ExportError, match="reached none"):
-        use_unsigned(model, [])
+def test_operations_that_are_modules_have_their_quantizers_already() -> None:
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.add = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), Add()
+            self.last = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.add(self.one(x), self.two(x)))
+
+    assert prepared(Added)[1].placed == ()
 
 
-def test_batches_of_each_kind() -> None:
-    for batch in ((X,), {"x": X}, X):
-        model = built()
-        qp.calibrate(model, [X], progress=False)
-        assert use_unsigned(model, [batch])
+def test_tensorrt_wants_the_skip_quantized_and_nothing_unsigned() -> None:
+    """ "Working with Quantized Types", Q/DQ placement: quantize the residual input of an addition."""
+    _, report = prepared(residual, target="tensorrt")
+    assert report.placed == ("1.output_quantizer", "2.output_quantizer")
+    assert report.unsigned == ()
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(UnknownNameError, match="onnxruntime"):
+        prepare(built(residual), X, target="onnx")  # type: ignore[arg-type]
+    model = built(residual).train()
+    with pytest.raises(qp.QuantPatchError, match=r"model\.eval"):
+        prepare(model, X)

@@ -1,0 +1,205 @@
+"""Networks to export: small ones of the kinds that are deployed, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LanguageModel", "Transformer", "UNet", "mobilenet", "plain_cnn", "small_resnet"]
+
+
+class _Block(nn.Module):
+    """A residual block as in ResNet-18."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inside, outside, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outside),
+            nn.ReLU(),
+            nn.Conv2d(outside, outside, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outside),
+        )
+        self.down: nn.Module = nn.Identity()
+        if stride != 1 or inside != outside:
+            self.down = nn.Sequential(
+                nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.down(x))
+
+
+def small_resnet() -> nn.Module:
+    """A ResNet of six blocks for images of any size."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        *(
+            _Block(*sizes)
+            for sizes in ((32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 128, 1))
+        ),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(128, 100),
+    )
+
+
+def plain_cnn() -> nn.Module:
+    """Convolutions one after the other, for digits."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64 * 7 * 7, 10),
+    )  # fmt: skip
+
+
+class _SqueezeExcite(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.narrow = nn.Conv2d(width, width // 4, 1)
+        self.activation = nn.ReLU()
+        self.widen = nn.Conv2d(width // 4, width, 1)
+        self.gate = nn.Hardsigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate: Tensor = self.gate(self.widen(self.activation(self.narrow(self.pool(x)))))
+        return x * gate
+
+
+class _Inverted(nn.Module):
+    """MobileNetV3's block: widen, depthwise, squeeze and excite, narrow."""
+
+    def __init__(
+        self, inside: int, wide: int, outside: int, size: int, stride: int, *, excite: bool, hard: bool
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        kind = nn.Hardswish if hard else nn.ReLU
+        if wide != inside:
+            layers += [nn.Conv2d(inside, wide, 1, bias=False), nn.BatchNorm2d(wide), kind()]
+        layers += [
+            nn.Conv2d(wide, wide, size, stride, size // 2, groups=wide, bias=False),
+            nn.BatchNorm2d(wide),
+            kind(),
+        ]
+        if excite:
+            layers.append(_SqueezeExcite(wide))
+        layers += [nn.Conv2d(wide, outside, 1, bias=False), nn.BatchNorm2d(outside)]
+        self.body = nn.Sequential(*layers)
+        self.residual = stride == 1 and inside == outside
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        return x + y if self.residual else y
+
+
+def mobilenet() -> nn.Module:
+    """MobileNetV3-small (arXiv 1905.02244, table 2) for 100 classes."""
+    rows = (
+        (16, 16, 16, 3, 2, True, False),
+        (16, 72, 24, 3, 2, False, False),
+        (24, 88, 24, 3, 1, False, False),
+        (24, 96, 40, 5, 2, True, True),
+        (40, 240, 40, 5, 1, True, True),
+        (40, 240, 40, 5, 1, True, True),
+        (40, 120, 48, 5, 1, True, True),
+        (48, 144, 48, 5, 1, True, True),
+        (48, 288, 96, 5, 2, True, True),
+        (96, 576, 96, 5, 1, True, True),
+        (96, 576, 96, 5, 1, True, True),
+    )
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.Hardswish(),
+        *(_Inverted(*row[:5], excite=row[5], hard=row[6]) for row in rows),
+        nn.Conv2d(96, 576, 1, bias=False),
+        nn.BatchNorm2d(576),
+        nn.Hardswish(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(576, 1024),
+        nn.Hardswish(),
+        nn.Linear(1024, 100),
+    )
+
+
+def _double(inside: int, outside: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inside, outside, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outside),
+        nn.ReLU(),
+        nn.Conv2d(outside, outside, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outside),
+        nn.ReLU(),
+    )
+
+
+class UNet(nn.Module):
+    """Two steps down, two up by transposed convolutions, with skip connections."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.down1, self.down2 = _double(3, width), _double(width, 2 * width)
+        self.bottom = _double(2 * width, 4 * width)
+        self.pool = nn.MaxPool2d(2)
+        self.up2 = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2)
+        self.after2 = _double(4 * width, 2 * width)
+        self.up1 = nn.ConvTranspose2d(2 * width, width, 2, 2)
+        self.after1 = _double(2 * width, width)
+        self.out = nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Two maps for each pixel."""
+        first = self.down1(x)
+        second = self.down2(self.pool(first))
+        y = self.up2(self.bottom(self.pool(second)))
+        y = self.up1(self.after2(torch.cat([second, y], 1)))
+        y = self.out(self.after1(torch.cat([first, y], 1)))
+        assert isinstance(y, Tensor)
+        return y
+
+
+class LanguageModel(nn.Module):
+    """A two-layer LSTM over tokens."""
+
+    def __init__(self, tokens: int = 2000, width: int = 256) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tokens, width)
+        self.rnn = nn.LSTM(width, width, 2, batch_first=True)
+        self.head = nn.Linear(width, tokens)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Scores of the next token."""
+        y: Tensor = self.head(self.rnn(self.embedding(ids))[0])
+        return y
+
+
+class Transformer(nn.Module):
+    """BERT or GPT-2 of transformers, from a small configuration, with one tensor in and one out."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+
+        if kind == "BERT":
+            bert = BertConfig(
+                vocab_size=1000, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
+                intermediate_size=1024, max_position_embeddings=128,
+            )  # fmt: skip
+            self.model = BertModel(bert, add_pooling_layer=False)
+        else:
+            gpt2 = GPT2Config(
+                vocab_size=1000, n_embd=256, n_layer=4, n_head=4, n_positions=128, use_cache=False,
+                bos_token_id=0, eos_token_id=0,
+            )  # fmt: skip
+            self.model = GPT2Model(gpt2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The last hidden state."""
+        y: Tensor = self.model(input_ids=ids).last_hidden_state
+        return y

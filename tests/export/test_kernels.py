@@ -1,0 +1,257 @@
+"""How files for ONNX Runtime are written: the same values, in the form that its integer kernels take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import quantpatch as qp
+from quantpatch.export import ExportReport, export_onnx, prepare
+from quantpatch.export.check import session_options
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+class Exported:
+    """A model that was prepared, calibrated and exported, and what ONNX Runtime makes of its file."""
+
+    def __init__(self, model: nn.Module, x: torch.Tensor, folder: Path, **options: Any) -> None:
+        prepare(model, x)
+        qp.calibrate(model, [x], progress=False, strict=False)
+        self.path = folder / "m.onnx"
+        self.report: ExportReport = export_onnx(model, x, self.path, **options)
+        self.proto = onnx.load(str(self.path))
+        settings = session_options(optimized=True)
+        settings.optimized_model_filepath = str(folder / "optimized.onnx")
+        session = ort.InferenceSession(str(self.path), settings, providers=["CPUExecutionProvider"])
+        self.kernels = Counter(n.op_type for n in onnx.load(str(folder / "optimized.onnx")).graph.node)
+        expected = model(x)
+        (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        self.difference = (torch.from_numpy(result) - expected).abs()
+        self.step = expected.abs().max() / 127
+
+    def assert_same(self) -> None:
+        """Off, the same integers; on, within a step of the outputs on 99.9 % of the values."""
+        compared = self.report.comparison
+        assert compared is not None
+        assert compared.integers > 0
+        assert (compared.differing, compared.mismatching) == (0, 0)
+        assert compared.relative_difference < 1e-5
+        assert (self.difference <= self.step * 1.001).float().mean() >= 0.999
+
+    def weights(self) -> list[Any]:
+        """Shapes of the convolutions' weights, in the order they run."""
+        shapes = {tensor.name: tuple(tensor.dims) for tensor in self.proto.graph.initializer}
+        codes = {node.output[0]: node.input[0] for node in self.proto.graph.node}
+        return [shapes[codes[n.input[1]]] for n in self.proto.graph.node if n.op_type == "Conv"]
+
+
+def built(*layers: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers).eval()
+    qp.convert(model)
+    return model
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+def test_input_channels_are_padded_to_a_multiple_of_four(channels: int, tmp_path: Path) -> None:
+    model = built(nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    exported = Exported(model, images(2, channels, 8, 8), tmp_path)
+    exported.assert_same()
+    assert exported.weights() == [(16, -(-channels // 4) * 4, 3, 3), (16, 16, 3, 3)]
+    assert exported.report.nodes["Pad"] == 1
+
+
+def test_groups_and_four_channels_are_not_padded(tmp_path: Path) -> None:
+    model = built(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 2, 1))
+    exported = Exported(model, images(2, 4, 8, 8), tmp_path)
+    exported.assert_same()
+    assert "Pad" not in exported.report.nodes
+
+
+def test_few_output_channels_are_widened_as_far_as_nobody_sees_it(tmp_path: Path) -> None:
+    model = built(
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, padding=1),  # its output is the model's: 8 channels
+    )
+    exported = Exported(model, images(2, 4, 16, 16), tmp_path)
+    exported.assert_same()
+    assert exported.weights() == [(16, 4, 3, 3), (16, 1, 2, 2), (16, 1, 3, 3), (8, 16, 3, 3)]
+    assert exported.kernels["QLinearConv"] == 3
+
+
+def test_what_is_flattened_is_not_widened(tmp_path: Path) -> None:
+    model = built(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3))
+    exported = Exported(model, images(2, 4, 8, 8), tmp_path)
+    exported.assert_same()
+    assert exported.weights()[0] == (8, 4, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("pool", "rewritten"),
+    [
+        (nn.AvgPool2d(2), True),
+        (nn.AvgPool2d(3, 1, 1), True),
+        (nn.AvgPool2d((2, 3), 2), True),
+        (nn.AvgPool2d(3, 2, 1, count_include_pad=False), False),
+        (nn.AvgPool2d(3, 2, ceil_mode=True), False),
+    ],
+)
+def test_average_pools_are_convolutions_of_ones(pool: nn.Module, rewritten: bool, tmp_path: Path) -> None:
+    model = built(nn.Conv2d(4, 16, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(16, 16, 1))
+    exported = Exported(model, images(2, 4, 12, 12), tmp_path)
+    exported.assert_same()
+    assert ("AveragePool" not in exported.report.nodes) is rewritten
+    assert "QLinearAveragePool" not in exported.kernels or not getattr(pool, "ceil_mode", False)
+    assert exported.report.nodes["Conv"] == (3 if rewritten else 2)
+
+
+def test_a_global_pool_runs_on_integers(tmp_path: Path) -> None:
+    model = built(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    exported = Exported(model, images(2, 4, 12, 12), tmp_path)
+    exported.assert_same()
+    assert exported.kernels["QLinearGlobalAveragePool"] == 1
+    assert "ReduceMean" not in exported.kernels
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(x) + x)
+
+
+def test_residual_networks_run_on_integers_from_end_to_end(tmp_path: Path) -> None:
+    model = built(
+        nn.Conv2d(4, 16, 3, padding=1), nn.ReLU(), Residual(), Residual(), nn.Flatten(), nn.Linear(16 * 64, 3)
+    )
+    exported = Exported(model, images(2, 4, 8, 8), tmp_path, dynamic_shapes=({0: "batch"},))
+    exported.assert_same()
+    assert exported.kernels["QLinearConv"] == 5
+    assert exported.kernels["QLinearAdd"] == 2
+    assert exported.kernels["QuantizeLinear"] == 1  # of the input
+    assert not {"Conv", "Add", "Relu", "DequantizeLinear"} & exported.kernels.keys()
+
+
+def test_concatenations_run_on_integers(tmp_path: Path) -> None:
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.ReLU())
+            self.second = nn.Conv2d(16, 16, 3, padding=1)
+            self.last = nn.Conv2d(32, 16, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            return self.last(torch.cat([y, self.second(y)], 1))
+
+    exported = Exported(built(Forked()), images(2, 4, 8, 8), tmp_path)
+    exported.assert_same()
+    assert exported.kernels["QLinearConcat"] == 1
+
+
+def test_quantizers_that_are_shared_give_one_pair(tmp_path: Path) -> None:
+    shared = qp.TensorQuantizer(qp.QuantDescriptor(amax=2.0))
+
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = shared, shared
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(self.one(x))
+
+    x = images(50, 50)
+    report = export_onnx(Again(), x, tmp_path / "m.onnx")
+    assert report.nodes == {"QuantizeLinear": 1, "DequantizeLinear": 1}
+    assert report.comparison is not None
+    assert (report.comparison.differing, report.comparison.mismatching) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "transposed"])
+def test_weights_without_an_integer_kernel_are_floats_once_loaded(kind: str, tmp_path: Path) -> None:
+    class First(nn.Module):
+        def __init__(self, rnn: nn.Module) -> None:
+            super().__init__()
+            self.rnn = rnn
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rnn(x)[0]
+
+    if kind == "transposed":
+        model, x = built(nn.ConvTranspose2d(4, 6, 3, 2)), images(2, 4, 5, 5)
+    else:
+        model = built(First(nn.LSTM(8, 8) if kind == "lstm" else nn.GRU(8, 8)))
+        x = images(4, 2, 8)
+    exported = Exported(model, x, tmp_path)
+    exported.assert_same()
+    assert {t.data_type for t in exported.proto.graph.initializer if len(t.dims) > 1 and max(t.dims) > 1} >= {
+        onnx.TensorProto.INT8
+    }
+    assert exported.report.nodes["DequantizeLinear"] == exported.report.nodes["QuantizeLinear"]
+    assert not {"Cast", "Mul", "Slice", "Concat"} & exported.kernels.keys()
+    assert exported.kernels["DequantizeLinear"] == exported.report.nodes["QuantizeLinear"]
+
+
+def test_residual_branches_and_norms_stay_apart(tmp_path: Path) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm = nn.Linear(32, 32), nn.LayerNorm(32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x + self.inner(x))
+
+    exported = Exported(built(Layer(), Layer()), images(2, 5, 32), tmp_path)
+    exported.assert_same()
+    assert exported.kernels["LayerNormalization"] == 2
+    assert exported.kernels["MatMulIntegerToFloat"] == 2
+    assert "SkipLayerNormalization" not in exported.kernels
+
+
+class Turned(nn.Module):
+    """A linear layer whose weight is (in, out), as in GPT-2: it flattens, multiplies, and unflattens."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inside, outside))
+        self.bias = nn.Parameter(torch.randn(outside))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        return y.view(*x.shape[:-1], -1)
+
+
+class QuantTurned(qp.QuantizedLayer, Turned):
+    inputs = ("x",)
+    weights = {"weight": 1}
+
+
+def test_linear_layers_of_the_other_layout_run_on_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Turned(16, 32), nn.GELU(), Turned(32, 8)).eval()
+    qp.convert(model, custom=[(Turned.__module__, "Turned", QuantTurned)])
+    exported = Exported(model, images(2, 5, 16), tmp_path)
+    exported.assert_same()
+    assert exported.kernels["MatMulIntegerToFloat"] == 2
+    assert not {"Gemm", "MatMul"} & exported.kernels.keys()

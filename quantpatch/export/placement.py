@@ -92,7 +92,7 @@ def prepare(
         InputError: The first argument is no model, or the inputs are on another device.
         UnknownNameError: There is no such target.
     """
-    demand_model(model, "qp.prepare")
+    demand_model(model, "prepare")
     if target not in TARGETS:
         raise UnknownNameError.of("target", target, TARGETS)
     model = getattr(model, "_orig_mod", model)

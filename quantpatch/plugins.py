@@ -265,7 +265,7 @@ class Plugin:
         """
         hook = "quantpatch_entries"
 
-        def read(returned: Any) -> tuple[Entry, ...]:
+        def read(returned: Any) -> tuple[Offer, ...]:
             if isinstance(returned, (str, bytes, Entry)) or not isinstance(returned, Iterable):
                 raise self.error(
                     f"returned {returned!r} from {hook}, expected a list of (module, name, replacement)", hook
@@ -283,9 +283,10 @@ class Plugin:
             doubled = sorted(target for target, count in targets.items() if count > 1)
             if doubled:
                 raise self.error(f"returned more than one entry for {', '.join(doubled)} from {hook}", hook)
-            return tuple(entries)
+            return tuple(Offer(entry, self.name) for entry in entries)
 
-        return tuple(Offer(entry, self.name) for entry in self._ask(manager, hook, read))
+        offers: tuple[Offer, ...] = self._ask(manager, hook, read)
+        return offers  # the same objects each time: a block that is opened looks each of them up
 
     def examples(self, manager: pluggy.PluginManager) -> tuple[Example, ...]:
         """How it says to build what it replaces.

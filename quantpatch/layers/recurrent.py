@@ -16,7 +16,10 @@ kernel with 256 features at batch 32 (1.2 times in training), and ten times with
 training): the smaller the layer, the worse. Disabled they cost nothing. The cells (``QuantLSTMCell`` and so
 on) have such a quantizer always.
 
-torch.compile traces recurrent layers, quantized or not, only with ``torch._dynamo.config.allow_rnn = True``.
+``torch.compile`` refuses recurrent layers, torch's own as well as these: a forward that calls one runs as it
+does without compilation, and so does the layer. With ``torch._dynamo.config.allow_rnn = True`` it traces
+them. Of torch 2.13's LSTM on a CPU that works, quantized or not, without gradients alone; with them the
+compiler fails, unless ``torch.backends.mkldnn.flags(enabled=False)`` has it write out every time step.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
@@ -79,6 +83,16 @@ class _QuantizedRecurrent(QuantizedLayer):
     @leaf_in_fx
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
         """The float class's forward, with quantized operands."""
+        if torch.compiler.is_compiling():
+            return self._forward(input, hx)
+        # Dynamo refuses to trace an RNN, but would still try every function that runs inside this one.
+        tracer = set_eval_frame(None)
+        try:
+            return self._forward(input, hx)
+        finally:
+            set_eval_frame(tracer)
+
+    def _forward(self, input: Tensor | PackedSequence, hx: Any) -> Any:
         apart = [f"input_l{layer}" for layer in range(1, self.num_layers)]
         apart += [name for layer in range(self.num_layers) for name in self._inside(layer)]
         weights = self.quantize_weights()
@@ -154,7 +168,12 @@ class _QuantizedRecurrent(QuantizedLayer):
         directions = 2 if self.bidirectional else 1
         width = (self.proj_size or self.hidden_size) * directions if layer else self.input_size
         view = {"num_layers": 1, "dropout": 0.0, "input_size": width, **self._flattened(weights, names)}
-        return self.run_float(view, (sequence, state), {})
+        output, state = self.run_float(view, (sequence, state), {})
+        if torch.compiler.is_compiling() and isinstance(output, Tensor):
+            # The compiler hands the next layer what is computed from this in the order of axes that this
+            # has in memory, which with batch_first is not the one that torch's kernel takes.
+            output = output.contiguous()
+        return output, state
 
     # --- step by step ----------------------------------------------------------------------------
 

@@ -459,3 +459,52 @@ def test_they_come_out_of_a_block(kind):
     with qp.quantize_modules():
         layer = kind(3, 4)
     assert type(layer).__name__ == f"Quant{kind.__name__}"
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    """Something before and after a stack."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn = kind(4, 6, num_layers=2, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x + 1)[0]).relu()
+
+
+def compiled(model, **options):
+    torch._dynamo.reset()
+    return torch.compile(model, **options)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_torch_compile_leaves_it_as_it_leaves_torchs(kind, training):
+    model, twin = Tagger(kind), Tagger(kind.float_class)
+    model.train(training)
+    x = torch.randn(2, 5, 4)
+    with torch.set_grad_enabled(training):
+        expected = model(x)
+        assert torch.equal(compiled(model, backend="eager")(x), expected)
+        graphs = []
+        for each in (model, twin):
+            torch._dynamo.reset()
+            found = torch._dynamo.explain(each)(x)
+            graphs.append((found.graph_count, found.graph_break_count))
+    assert graphs[0] == graphs[1]
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_where_torch_compile_may_trace_it_the_result_is_the_same(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
+    model = Tagger(QuantLSTM).eval()
+    x = torch.randn(2, 5, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, fullgraph=True)(x), model(x))
+    torch._dynamo.reset()

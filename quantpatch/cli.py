@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import attrs
@@ -18,6 +19,7 @@ from quantpatch.audit import audit
 from quantpatch.errors import QuantPatchError, ScopeError
 from quantpatch.files import own_version
 from quantpatch.interception import Slot
+from quantpatch.new_plugin import new_plugin
 from quantpatch.registry import registry
 from quantpatch.run import Settings, launch
 from quantpatch.scope import quantize_modules
@@ -189,6 +191,16 @@ def audit_command(
         typer.echo(report.to_json())
     else:
         _print(report)
+
+
+@app.command("new-plugin")
+def new_plugin_command(
+    name: Annotated[str, typer.Argument(help="The plugin's name, such as mylib.")],
+    folder: Annotated[Path, typer.Option(help="Where to put it.")] = Path(),
+) -> None:
+    """Write a complete distribution for a plugin: a layer, its tests, and what installs them."""
+    path = new_plugin(name, folder)
+    typer.echo(f"wrote {path}; next: pip install -e '{path}[dev]' && pytest {path}")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["own_version", "written_whole"]
+__all__ = ["folder_written_whole", "own_version", "written_whole"]
 
 
 @contextlib.contextmanager
@@ -34,6 +34,27 @@ def written_whole(path: Path) -> Iterator[Path]:
             os.replace(folder / name, path.parent / name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """A block that fills a new folder, which is given its name when all is in it.
+
+    If the block raises, nothing is left behind.
+
+    Raises:
+        FileExistsError: There is something of that name already. It is not touched.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(path)
+    parent = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        draft = parent / path.name
+        draft.mkdir()  # with the permissions of any new folder, which the temporary one does not have
+        yield draft
+        os.rename(draft, path)
+    finally:
+        shutil.rmtree(parent, ignore_errors=True)
 
 
 def own_version() -> str:

@@ -40,7 +40,7 @@ FLOORS = [
     {"table", "quantizer", "outcome"},
     {"layers", "settings", "roots"},
     {"configure"},
-    {"builtin", "scope", "report"},
+    {"builtin", "scope", "report", "new_plugin"},
     {"calibration", "models", "audit", "export"},
     {"analysis"},
     {"demo", "testing", "run", "__init__"},

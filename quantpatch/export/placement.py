@@ -30,6 +30,15 @@ from quantpatch.running import demand_model, explaining_devices
 
 __all__ = ["Preparation", "prepare"]
 
+_BATCHNORM = tuple(
+    f"aten::{name}"
+    for name in (
+        "batch_norm",
+        "native_batch_norm",
+        "cudnn_batch_norm",
+        "_native_batch_norm_legit_no_training",
+    )
+)
 _RELU = ("aten::relu", "aten::relu_", "aten::hardtanh", "aten::hardtanh_", "aten::clamp_min")
 
 
@@ -70,7 +79,7 @@ def prepare(
     kwargs: Mapping[str, Any] | None = None,
     target: Target = "onnxruntime",
 ) -> Preparation:
-    """Folds batch norm and places the quantizers that a target's integer kernels want.
+    """Places the quantizers that a target's integer kernels want, and folds batch norm where it wants that.
 
     Call it before calibration or quantization-aware training, which give the new quantizers their ranges.
     The model then computes with them in PyTorch as well, so the exported file still gives the same integers.
@@ -80,9 +89,9 @@ def prepare(
         model: A quantized model in eval mode; changed in place.
         args: Arguments to run it on once, to see what it computes: a tensor, or a tuple.
         kwargs: Keyword arguments to run it on.
-        target: What will run the exported file. ``"onnxruntime"``: convolutions, residual additions and
-            concatenations get quantized results, and what is never negative becomes unsigned.
-            ``"tensorrt"``: the other operand of an addition to a convolution is quantized.
+        target: What will run the exported file. ``"onnxruntime"``: batch norm is folded; convolutions,
+            residual additions and concatenations get quantized results, and what is never negative becomes
+            unsigned. ``"tensorrt"``: of an addition to a convolution the other operand is quantized.
 
     Returns:
         What was done, and what was left and why.
@@ -97,7 +106,8 @@ def prepare(
         raise UnknownNameError.of("target", target, TARGETS)
     model = getattr(model, "_orig_mod", model)
     args = args if isinstance(args, tuple) else (args,)
-    folded = fold_batchnorm(model)
+    # TensorRT folds batch norm by itself, and its documentation asks that nobody does it before.
+    folded = fold_batchnorm(model) if target == "onnxruntime" else FoldedBatchNorm({}, {})
     with explaining_devices(model, (args, kwargs)):
         flow = dataflow(model, lambda: model(*args, **dict(kwargs or {})))
     rules = _Rules(model, flow)
@@ -213,7 +223,8 @@ class _Rules:
 
     def _from_convolution(self, value: Value) -> QuantDescriptor | None:
         operator = value.maker
-        while operator is not None and (operator.quantizer or operator.name in (*MOVING, *_RELU)):
+        passed = (*MOVING, *_RELU, *_BATCHNORM)
+        while operator is not None and (operator.quantizer or operator.name in passed):
             operator = operator.inputs[0].maker
         if operator is None or operator.name != "aten::convolution":
             return None

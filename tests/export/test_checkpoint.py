@@ -395,6 +395,9 @@ CHANGES = {
         format="nibble"
     ),
     "its description is damaged": lambda d, t: d.pop("quantizers"),
+    "9.x: in the file it is 0.input_quantizer; the model has no place for it": lambda d, t: d.update(
+        shared={"9.x": "0.input_quantizer"}
+    ),
     "no such quantizer": lambda d, t: d["quantizers"].update({"1.x": d["quantizers"]["0.input_quantizer"]}),
 }
 

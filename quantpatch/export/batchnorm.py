@@ -1,13 +1,14 @@
 """``fold_batchnorm``: batch norm in eval mode is a factor and an addend for each channel before it.
 
-Which batch norm follows which layer is read from the traced graph (torch.fx), not from the order of modules:
-the layer's output must go into the batch norm and nowhere else. A model that cannot be traced as a whole is
-traced in parts.
+Which batch norm follows which layer is seen in a run of the model on given inputs, or without any read from
+the traced graph (torch.fx), not from the order of modules: the layer's output must go into the batch norm and
+nowhere else. A model that torch.fx cannot trace as a whole is traced in parts.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from quantpatch.errors import ExportError
+from quantpatch.export.dataflow import BATCHNORM, Dataflow, dataflow
 from quantpatch.layers.base import QuantizedLayer
 
 __all__ = ["FoldedBatchNorm", "fold_batchnorm"]
@@ -51,7 +53,12 @@ class FoldedBatchNorm:
         return "\n".join(lines) or "no batch norm"
 
 
-def fold_batchnorm(model: nn.Module) -> FoldedBatchNorm:
+def fold_batchnorm(
+    model: nn.Module,
+    args: tuple[Any, ...] | Tensor | None = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+) -> FoldedBatchNorm:
     """Folds each batch norm into the convolution or linear layer before it, in place.
 
     The batch norm becomes an ``nn.Identity``. The model computes the same to the rounding of floats; a
@@ -60,6 +67,9 @@ def fold_batchnorm(model: nn.Module) -> FoldedBatchNorm:
 
     Args:
         model: Float or quantized, in eval mode.
+        args: Arguments to run it on once, to see what follows what: a tensor, or a tuple. Left out, torch.fx
+            has to trace the model.
+        kwargs: Keyword arguments to run it on.
 
     Returns:
         What was folded, and what was not and why.
@@ -79,13 +89,17 @@ def fold_batchnorm(model: nn.Module) -> FoldedBatchNorm:
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     pairs: dict[str, str | None] = {}
     seen: dict[str, str] = {}
-    _find(model, "", pairs, seen)
+    if args is None and kwargs is None:
+        _find(model, "", pairs, seen)
+    else:
+        given = () if args is None else args if isinstance(args, tuple) else (args,)
+        _find_in_run(model, dataflow(model, lambda: model(*given, **dict(kwargs or {}))), pairs, seen)
     folded: dict[str, str] = {}
     left: dict[str, str] = {}
     for name, norm in norms.items():
         before = pairs.get(name)
         if before is None:
-            left[name] = seen.get(name, "its place in the model could not be traced")
+            left[name] = seen.get(name, "its place is not known: torch.fx cannot trace it, or it did not run")
             continue
         layer = model.get_submodule(before)
         why = _obstacle(layer, norm, uses, owners)
@@ -130,6 +144,29 @@ def _find(module: nn.Module, prefix: str, pairs: dict[str, str | None], seen: di
             pairs[norm] = prefix + str(source.target)
 
 
+def _find_in_run(
+    model: nn.Module, flow: Dataflow, pairs: dict[str, str | None], seen: dict[str, str]
+) -> None:
+    """The same, from what a run of the model computed."""
+    modules = dict(model.named_modules())
+    for operator in flow.operators:
+        norm = operator.module
+        if operator.name not in BATCHNORM or not isinstance(modules.get(norm), _NORMS):
+            continue
+        source = operator.inputs[0]
+        layer = source.outputs_of[0] if source.outputs_of else None
+        if layer is None:
+            seen[norm] = "no layer comes right before it"
+        elif flow.calls[norm] > 1 or flow.calls[layer] > 1:
+            seen[norm] = f"it or {layer} is called more than once"
+        elif len(source.uses) > 1 or source.is_result:
+            seen[norm] = f"the output of {layer} is used elsewhere, too"
+        elif not isinstance(modules[layer], tuple(_AXES)):
+            seen[norm] = f"{layer} is a {type(modules[layer]).__name__}"
+        else:
+            pairs[norm] = layer
+
+
 def _obstacle(layer: Any, norm: Any, uses: Counter[int], owners: Counter[int]) -> str | None:
     if norm.running_mean is None or norm.running_var is None:
         return "it keeps no running statistics"
@@ -143,6 +180,8 @@ def _obstacle(layer: Any, norm: Any, uses: Counter[int], owners: Counter[int]) -
         return "hooks would see other tensors"
     if layer.weight.is_meta or norm.running_mean.is_meta:
         return "it has no values yet (meta device)"
+    if norm.running_var.numel() != _channels(layer):
+        return f"it has {norm.running_var.numel()} channels, and the layer before it {_channels(layer)}"
     if not isinstance(layer, QuantizedLayer):
         return None
     output = layer.quantizer("output")
@@ -157,6 +196,11 @@ def _obstacle(layer: Any, norm: Any, uses: Counter[int], owners: Counter[int]) -
 
 def _axis(layer: Any) -> int:
     return next(axis for kind, axis in _AXES.items() if isinstance(layer, kind))
+
+
+def _channels(layer: Any) -> int:
+    axis = _axis(layer)
+    return int(layer.weight.shape[axis]) * (layer.groups if axis else 1)
 
 
 def _is_per_channel(amax: Tensor, layer: Any, axis: int) -> bool:

@@ -20,8 +20,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.running import evaluating
 
-__all__ = ["MOVING", "Dataflow", "Operator", "Value", "dataflow"]
+__all__ = ["BATCHNORM", "MOVING", "Dataflow", "Operator", "Value", "dataflow"]
 
+#: Operators that normalize a batch.
+BATCHNORM = frozenset(
+    f"aten::{name}"
+    for name in (
+        "batch_norm",
+        "cudnn_batch_norm",
+        "native_batch_norm",
+        "_native_batch_norm_legit_no_training",
+    )
+)
 #: Operators that only move values, or pick the largest.
 MOVING = frozenset(
     f"aten::{name}"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import UnknownNameError
 from quantpatch.export.batchnorm import FoldedBatchNorm, fold_batchnorm
-from quantpatch.export.dataflow import MOVING, Dataflow, Operator, Value, dataflow
+from quantpatch.export.dataflow import BATCHNORM, MOVING, Dataflow, Operator, Value, dataflow
 from quantpatch.export.targets import TARGETS, Target
 from quantpatch.export.unsigned import is_never_negative, make_unsigned, may_be_unsigned, replace_quantizer
 from quantpatch.formats import Integer
@@ -30,15 +30,6 @@ from quantpatch.running import demand_model, explaining_devices
 
 __all__ = ["Preparation", "prepare"]
 
-_BATCHNORM = tuple(
-    f"aten::{name}"
-    for name in (
-        "batch_norm",
-        "native_batch_norm",
-        "cudnn_batch_norm",
-        "_native_batch_norm_legit_no_training",
-    )
-)
 _RELU = ("aten::relu", "aten::relu_", "aten::hardtanh", "aten::hardtanh_", "aten::clamp_min")
 
 
@@ -106,9 +97,10 @@ def prepare(
         raise UnknownNameError.of("target", target, TARGETS)
     model = getattr(model, "_orig_mod", model)
     args = args if isinstance(args, tuple) else (args,)
-    # TensorRT folds batch norm by itself, and its documentation asks that nobody does it before.
-    folded = fold_batchnorm(model) if target == "onnxruntime" else FoldedBatchNorm({}, {})
     with explaining_devices(model, (args, kwargs)):
+        # TensorRT folds batch norm by itself, and its documentation asks that nobody does it before.
+        fold = target == "onnxruntime"
+        folded = fold_batchnorm(model, args, kwargs=kwargs) if fold else FoldedBatchNorm({}, {})
         flow = dataflow(model, lambda: model(*args, **dict(kwargs or {})))
     rules = _Rules(model, flow)
     unsigned: tuple[str, ...] = ()
@@ -223,7 +215,7 @@ class _Rules:
 
     def _from_convolution(self, value: Value) -> QuantDescriptor | None:
         operator = value.maker
-        passed = (*MOVING, *_RELU, *_BATCHNORM)
+        passed = (*MOVING, *_RELU, *BATCHNORM)
         while operator is not None and (operator.quantizer or operator.name in passed):
             operator = operator.inputs[0].maker
         if operator is None or operator.name != "aten::convolution":

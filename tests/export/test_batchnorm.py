@@ -42,7 +42,8 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("quantized", [False, True])
-def test_same_outputs(case: str, quantized: bool) -> None:
+@pytest.mark.parametrize("seen_in", ["trace", "run"])
+def test_same_outputs(case: str, quantized: bool, seen_in: str) -> None:
     build, shape = CASES[case]
     torch.manual_seed(1)
     with qp.quantize_modules() if quantized else qp.keep_float():
@@ -52,7 +53,7 @@ def test_same_outputs(case: str, quantized: bool) -> None:
         if isinstance(module, qp.TensorQuantizer):
             module.disable()
     expected = model(x)
-    report = fold_batchnorm(model)
+    report = fold_batchnorm(model, x if seen_in == "run" else None)
     assert report.folded == {"1": "0"}
     assert report.left == {}
     assert str(report) == "1 -> 0"
@@ -104,16 +105,28 @@ def test_what_is_folded_is_read_from_the_graph_also_in_parts() -> None:
     expected = model(x)
     report = fold_batchnorm(model)
     assert report.folded == {"block.norm1": "block.conv1", "block.norm2": "block.conv2"}
-    assert "could not be traced" in report.left["own"]
+    assert "torch.fx cannot trace" in report.left["own"]
     assert "own is left" in str(report)
     assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_shows_what_no_trace_does() -> None:
+    model = lively(Branching())
+    x = torch.randn(2, 4, 5, 5)
+    expected = model(x)
+    report = fold_batchnorm(model, x)
+    assert set(report.folded) == {"block.norm1", "block.norm2"}
+    assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def left_because(model: nn.Module) -> str:
-    report = fold_batchnorm(model)
-    assert report.folded == {}
-    (why,) = report.left.values()
-    return why
+    whys = []
+    for args in (None, torch.randn(2, 4, 5, 5)):  # by a trace and by a run
+        report = fold_batchnorm(model, args)
+        assert report.folded == {}
+        whys += report.left.values()
+    assert whys[0] == whys[1]
+    return whys[0]
 
 
 def test_what_is_left() -> None:

@@ -7,7 +7,7 @@ as when it loads, and lets a model with a head read the checkpoint of one withou
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from quantpatch.errors import CheckpointError
 from quantpatch.export.structure import RANGE
 
-__all__ = ["Checkpoint", "names_in"]
+__all__ = ["Checkpoint", "aliased", "names_in"]
 
 _SUFFIX = f"_quantizer.{RANGE}"
 
@@ -29,34 +29,38 @@ class Checkpoint:
 
     Args:
         files: Paths of the files; those of other kinds hold nothing of interest.
-        model: The model that they are to be loaded into.
 
     Attributes:
         path: The first file, for messages.
-
-    Raises:
-        CheckpointError: A file cannot be read.
     """
 
-    def __init__(self, files: Iterable[str], model: PreTrainedModel) -> None:
+    def __init__(self, files: Iterable[str]) -> None:
         files = [str(file) for file in files]
         self.path = files[0] if files else "a state_dict"
         self._files = [file for file in files if file.endswith(".safetensors")]
         self._where: dict[str, tuple[str, str]] = {}  # by name in the model: the file, and the key in it
         self._renamed: dict[str, str] = {}  # by name in the model: what transformers makes of the key
+
+    def find_ranges(self, model: PreTrainedModel, aliases: Mapping[str, str] | None = None) -> None:
+        """Looks for the ranges of a model's quantizers.
+
+        Args:
+            model: The model that the checkpoint is to be loaded into.
+            aliases: The keys of the ranges, by the names of their quantizers, where they are not named after
+                these; see ``aliased``.
+
+        Raises:
+            CheckpointError: A file cannot be read.
+        """
         keys = {key: file for file in self._files for key in self._read(file, lambda f: list(f.keys()))}
-        ranges = {key: file for key, file in keys.items() if key.endswith(_SUFFIX)}
-        if ranges:
-            transforms = get_model_conversion_mapping(model)
-            renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-            converters = [each for each in transforms if isinstance(each, WeightConverter)]
-            renamed = {key: rename_source_key(key, renamings, converters)[0] for key in ranges}
-            names = {key: new.removesuffix(f".{RANGE}") for key, new in renamed.items()}
-            own = names_in(model, names.values())
-            for key, file in ranges.items():
-                name = own.get(names[key], names[key])
-                self._where[name] = (file, key)
-                self._renamed[name] = renamed[key]
+        renamed = _renaming(model)
+        names = {key: name for name, key in (aliases or {}).items() if key in keys}
+        names.update({key: renamed(key).removesuffix(f".{RANGE}") for key in keys if key.endswith(_SUFFIX)})
+        own = names_in(model, names.values())
+        for key, name in names.items():
+            name = own.get(name, name)
+            self._where[name] = (keys[key], key)
+            self._renamed[name] = renamed(key)
 
     @property
     def range_names(self) -> Collection[str]:
@@ -86,6 +90,25 @@ class Checkpoint:
             raise CheckpointError(
                 f"{file} cannot be read: {error}", path=file, problems=(str(error),)
             ) from error
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """What transformers makes of the keys of a checkpoint when it loads it into a model."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    return lambda key: str(rename_source_key(key, renamings, converters)[0])
+
+
+def aliased(model: PreTrainedModel, quantizers: Iterable[str]) -> dict[str, str]:
+    """Keys under which the ranges of quantizers are to be saved, by the quantizers' names.
+
+    Where transformers renames the keys of a model's weights, or puts several together, it would take ranges
+    that are named after weights for these. There they get names that are like nothing else.
+    """
+    if getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False):
+        return {name: f"quantpatch.range.{number}" for number, name in enumerate(quantizers)}
+    return {}
 
 
 def names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

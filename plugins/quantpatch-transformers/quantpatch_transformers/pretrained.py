@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -21,14 +22,14 @@ import quantpatch as qp
 from quantpatch.classes import dotted
 from quantpatch.errors import CheckpointError, ConversionError
 from quantpatch.export.description import active_plugins, describe_layers, describe_quantizers
-from quantpatch.export.structure import StructurePlan
+from quantpatch.export.structure import RANGE, StructurePlan
 from quantpatch.files import own_version
 from quantpatch.layers import QuantizedLayer
 from quantpatch.quantizer import named_quantizers
 from quantpatch.recipes import active_recipe
 from quantpatch.registry import registry
 from quantpatch_transformers.attention import attention_is_quantized, quantize_attention
-from quantpatch_transformers.checkpoint_keys import Checkpoint, names_in
+from quantpatch_transformers.checkpoint_keys import Checkpoint, aliased, names_in
 
 __all__ = ["METHOD", "QuantPatchConfig", "QuantPatchQuantizer", "get_hf_quantizer", "make_savable"]
 
@@ -163,14 +164,16 @@ class QuantPatchQuantizer(HfQuantizer):  # type: ignore[misc]
             QuantPatchError: The configuration does not fit the model.
         """
         model.quantization_method = METHOD
-        checkpoint = Checkpoint(kwargs.get("checkpoint_files") or (), model)
+        checkpoint = Checkpoint(kwargs.get("checkpoint_files") or ())
         if self.is_saved:
             description = self._saved_description(checkpoint, model)
+            checkpoint.find_ranges(model, description["aliases"])
             if description["attention"] and not attention_is_quantized(model):
                 quantize_attention(model)
         else:
             if not self.built_in_block:
                 self._convert(model)
+            checkpoint.find_ranges(model)
             description = _describe(model, known=checkpoint.range_names)
         plan = StructurePlan(model, description, checkpoint.ranges())
         if plan.problems:
@@ -231,7 +234,7 @@ class QuantPatchQuantizer(HfQuantizer):  # type: ignore[misc]
                     kind: {new: saved[kind][name] for name, new in names_in(model, saved[kind]).items()}
                     for kind in ("layers", "quantizers")
                 },
-                "tied": {},
+                "aliases": dict(saved["aliases"]),
                 "attention": bool(saved["attention"]),
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -242,13 +245,25 @@ class QuantPatchQuantizer(HfQuantizer):  # type: ignore[misc]
 
     # --- saving --------------------------------------------------------------------------------
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """What goes into the metadata of the files; nothing for a model that was reverted to float."""
-        if not named_quantizers(model):
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What goes into the files; of a model that was reverted to float, what goes in anyway."""
+        quantizers = named_quantizers(model)
+        if not quantizers:
             vars(model.config).pop("quantization_config", None)
             return None, {}
         model.config.quantization_config = self.quantization_config
-        return None, {_METADATA: json.dumps(_describe(model))}
+        description = _describe(model)
+        aliases = aliased(
+            model, [name for name, described in description["quantizers"].items() if described["known"]]
+        )
+        state = None
+        if aliases:
+            description["aliases"] = aliases
+            ranges = {key: quantizers[name].state_dict()[RANGE] for name, key in aliases.items()}
+            state = {**qp.float_state_dict(model), **ranges}
+        return state, {_METADATA: json.dumps(description)}
 
 
 def _describe(model: PreTrainedModel, known: Iterable[str] | None = None) -> dict[str, Any]:
@@ -266,6 +281,7 @@ def _describe(model: PreTrainedModel, known: Iterable[str] | None = None) -> dic
         "layers": describe_layers(model),
         "quantizers": quantizers,
         "attention": attention_is_quantized(model),
+        "aliases": {},
         "tied": {},
     }
 

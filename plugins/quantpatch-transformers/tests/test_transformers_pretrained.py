@@ -236,6 +236,30 @@ with torch.no_grad():
 # --- a float checkpoint, quantized as it is loaded ---------------------------------------------------
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture_is_quantized_inside_a_block_and_nothing_is_made_up(name, tmp_path, caplog):
+    """It is built on the meta device and filled: what a checkpoint does not have may not be left to fill."""
+    torch.manual_seed(0)
+    reference = MODELS[name].build().eval()
+    reference.save_pretrained(tmp_path)
+    caplog.clear()
+    with qp.quantize_modules():
+        model = loaded(type(reference), tmp_path, dtype=torch.bfloat16)
+    # Of kernels that are not installed and of the dtype nobody needs to be told here.
+    told = [r.getMessage() for r in caplog.records if "installed" not in r.getMessage()]
+    assert [
+        message
+        for message in told
+        if any(word in message for word in ("REPORT", "checkpoint", "initialized"))
+    ] == []
+    assert set(states(model).values()) == {"dynamic (not calibrated)"}
+    assert {key for key, _ in model.named_buffers()} == {key for key, _ in reference.named_buffers()}
+    theirs = loaded(type(reference), tmp_path, dtype=torch.bfloat16).state_dict()
+    mine = model.state_dict()
+    assert list(mine) == list(theirs)
+    assert all(torch.equal(mine[key], value) for key, value in theirs.items())
+
+
 @pytest.fixture
 def float_path(tmp_path):
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from quantpatch.errors import EntryError, PluginError, QuantPatchWarning, Unknow
 from quantpatch.plugins import BUILTIN, discover
 from quantpatch.recipes import DEFAULT_RECIPE
 from quantpatch.registry import Registry
+from quantpatch.registry import registry as shared
 
 GOOD = """
 import quantpatch
@@ -199,6 +200,7 @@ def test_what_torch_changes_by_itself_while_a_plugin_is_imported_is_not_the_plug
 
 
 def test_blocks_that_other_threads_open_during_an_import_are_not_the_plugins_doing(install) -> None:
+    shared.plugins()  # the registry of blocks, which would find the plugin and keep it for other tests
     source = "import quantpatch\nscope = quantpatch.quantize_modules(plugins=[]).start()\n"
     module = install("busy", source + GOOD)
     assert "busy" in {offer.plugin for offer in Registry().offers(["busy"])}

@@ -32,6 +32,10 @@ _WHOLE = 2**22
 
 _ZERO = torch.zeros((), device="cpu")
 
+# Modes that make tensors up or write operations down. Others, such as FlopCounterMode, see real values go
+# by: a checkpointed part is computed in one and computed again outside of it, by the same way.
+_RECORDING = tuple(torch._C._TorchDispatchModeKey.__members__.values())
+
 
 def round_trip(
     x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None = None
@@ -66,7 +70,7 @@ def is_in_memory(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
+        and not (torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, _RECORDING)))
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from quantpatch import _outside
 from quantpatch.fake_quant import fake_quantize, reduce_amax
@@ -273,6 +274,14 @@ def test_a_learned_range_keeps_the_input_itself():
     x = torch.randn(8, 64, requires_grad=True) * 1
     saved = saved_for_backward(x, torch.tensor(1.0, requires_grad=True), INT8)
     assert [t.data_ptr() for t in saved if t.numel() > 1] == [x.data_ptr()]
+
+
+def test_a_part_seen_by_a_mode_may_be_computed_again_without_it():
+    x = torch.randn(40, 40, requires_grad=True)
+    with FlopCounterMode(display=False):
+        y = checkpoint(lambda x: fake_quantize(x, torch.tensor(1.0), INT8), x, use_reentrant=False)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found, (x.abs() <= 1.0).float())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.002, 0.3])

@@ -116,7 +116,7 @@ def test_chunks_do_not_show(chunk, axis, dtype, monkeypatch):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("num_bins", [2**15, 2**16, 2**17])
+@pytest.mark.parametrize("num_bins", [2**13, 2**14, 2**15, 2**16, 2**17])
 @pytest.mark.parametrize("axis", [None, 0])
 def test_indices_of_many_bins_do_not_overflow(num_bins, axis):
     x = torch.rand(12, 50, generator=torch.Generator().manual_seed(0))

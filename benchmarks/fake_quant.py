@@ -1,79 +1,35 @@
-"""Speed of fake quantization on one CPU thread, as ratios to ``clone()`` of the same tensor.
+"""Speed and memory of fake quantization on one CPU thread, beside the peers that are installed.
 
-Run it with ``python -m benchmarks.fake_quant``. Times differ by tenfold with the allocator's page faults and
-the neighbours' load, so everything in a row is timed interleaved, in one run, and compared by medians.
+Run it with ``python -m benchmarks.fake_quant``. Times are ratios to ``clone()`` of the same tensor, memory is
+in multiples of its size; everything in a row is timed interleaved, in one run, and compared by medians.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.peers import FakeQuantize, peers
+from benchmarks.timing import medians
 from quantpatch.fake_quant import fake_quantize, reduce_amax
 from quantpatch.formats import BUILTIN_FORMATS, Integer
 
 INT8 = Integer(8)
-ROUNDS = 60
+ROUNDS = 40
 
 
-def interleaved_medians(functions: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median milliseconds of each function; one call of each, in turn, ``rounds`` times."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(3):
-        for function in functions.values():
-            function()
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            result = function()
-            times[name].append(time.perf_counter() - start)
-            del result
-    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+def _ours(amax: Tensor | None, axis: int | None) -> FakeQuantize:
+    return lambda x: fake_quantize(x, amax, INT8, axis=axis)
 
 
-def _both_passes(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Callable[[], Any]:
+def _both_passes(function: FakeQuantize, x: Tensor, grad: Tensor) -> Callable[[], Any]:
     # Not .backward(): adding into .grad is no part of what is timed.
     x = x.detach().requires_grad_()
     return lambda: torch.autograd.grad(function(x), x, grad)
-
-
-def _peers(x: Tensor, scale: Tensor, axis: int | None) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The same computation by others: torch always, the rest where importable."""
-    zero = torch.zeros_like(scale.flatten(), dtype=torch.int32)
-    step = scale.flatten()
-
-    def four_operations(x: Tensor) -> Tensor:
-        return torch.clamp(torch.round(x / scale), -128, 127) * scale
-
-    peers = {"four operations": four_operations}
-    if axis is None:
-        peers["torch.fake_quantize"] = lambda x: torch.fake_quantize_per_tensor_affine(
-            x, step[0], zero[0], -128, 127
-        )
-    else:
-        peers["torch.fake_quantize"] = lambda x: torch.fake_quantize_per_channel_affine(
-            x, step, zero, axis, -128, 127
-        )
-    try:
-        from modelopt.torch.quantization.tensor_quant import fake_tensor_quant
-    except ImportError:
-        pass
-    else:
-        amax = scale * 127
-        peers["modelopt"] = lambda x: fake_tensor_quant(x, amax, None, 8)
-    try:
-        from torchao.quantization.quant_primitives import fake_quantize_affine
-    except ImportError:
-        pass
-    else:
-        block = tuple(x.shape) if axis is None else (1, *x.shape[1:])
-        peers["torchao"] = lambda x: fake_quantize_affine(x, block, step, None, torch.int8, -128, 127)
-    return peers
 
 
 def rows() -> list[dict[str, Any]]:
@@ -84,28 +40,28 @@ def rows() -> list[dict[str, Any]]:
         torch.manual_seed(0)
         activation, weight = torch.randn(8, 64, 56, 56), torch.randn(512, 512, 3, 3)
         large = torch.randn(32, 64, 112, 112)
-        table = _case("activation, fixed range", activation, reduce_amax(activation) * 0.9, None, (2.0, 1.6))
-        table += _case("activation, dynamic range", activation, None, None, (3.0, 1.3))
-        table += _case("weight per channel", weight, reduce_amax(weight, 0), 0, (2.3, 1.5))
-        table += _case(
-            "large activation, fixed range", large, reduce_amax(large) * 0.9, None, (None, None), 7
-        )
-        for name in ("fp8_e4m3", "int4_g128", "mxfp8_e4m3", "mxfp4", "nvfp4"):
-            number_format = BUILTIN_FORMATS[name]
-            times = interleaved_medians(
-                {
-                    "clone": weight.clone,
-                    "ours": lambda f=number_format: fake_quantize(weight, None, f, axis=f.block_size and 1),
-                },
-                15,
-            )
-            table.append(_row(f"weight, {name}, dynamic: forward", times, "clone", 1, None))
+        return [
+            *_speed("activation, fixed range", activation, reduce_amax(activation), None, (2.0, 1.6)),
+            *_speed("activation, dynamic range", activation, None, None, (3.0, 1.3)),
+            *_speed("weight per channel", weight, reduce_amax(weight, 0), 0, (2.3, 1.5)),
+            *_speed("large activation, fixed range", large, reduce_amax(large), None, (None, None), 5),
+            *_clipping("activation", activation, None),
+            *_clipping("weight per channel", weight, 0),
+            *_formats(weight),
+            *_memory("activation, fixed range", activation, reduce_amax(activation), None),
+            *_memory(
+                "activation, 1 % outside", activation, _range_with_outside(activation, None, 0.01), None
+            ),
+            *_memory("weight per channel", weight, reduce_amax(weight, 0), 0),
+        ]
     finally:
         torch.set_num_threads(threads)
-    return table
 
 
-def _case(
+# --- Speed ------------------------------------------------------------------------------------------------
+
+
+def _speed(
     name: str,
     x: Tensor,
     amax: Tensor | None,
@@ -114,46 +70,144 @@ def _case(
     rounds: int = ROUNDS,
 ) -> list[dict[str, Any]]:
     scale = (reduce_amax(x, axis) if amax is None else amax) / INT8.max
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "ours": lambda x: fake_quantize(x, amax, INT8, axis=axis)
-    }
-    for peer, function in _peers(x, scale, axis).items():
+    others, missing = peers(scale, axis, tuple(x.shape))
+    functions = {"ours": _ours(amax, axis)}
+    for peer, function in others.items():
         if amax is None:
             functions[peer] = lambda x, f=function: (x.detach().abs().amax(), f(x))[1]
         else:
             functions[peer] = function
-    forward = interleaved_medians(
-        {"clone": x.clone} | {n: lambda f=f: f(x) for n, f in functions.items()}, rounds
-    )
+    forward = {n: lambda f=f: f(x) for n, f in functions.items()}
     grad = torch.randn_like(x)
-    both = interleaved_medians(
-        {"clone": x.clone} | {n: _both_passes(f, x, grad) for n, f in functions.items()}, rounds
-    )
+    both = {n: _both_passes(f, x, grad) for n, f in functions.items()}
     return [
-        _row(f"{name}: forward", forward, "clone", 1, aims[0]),
-        _row(f"{name}: forward and backward, to two clones", both, "clone", 2, aims[1]),
+        _row(f"{name}: forward", medians({"clone": x.clone, **forward}, rounds), 1, aims[0], missing),
+        _row(
+            f"{name}: forward and backward, to two clones",
+            medians({"clone": x.clone, **both}, rounds),
+            2,
+            aims[1],
+            missing,
+        ),
     ]
 
 
-def _row(name: str, times: dict[str, float], baseline: str, count: int, aim: float | None) -> dict[str, Any]:
-    base = count * times[baseline]
+def _range_with_outside(x: Tensor, axis: int | None, share: float) -> Tensor:
+    """A range outside of which this share of the values lies, of each channel's if there are channels."""
+    values = x.abs().flatten() if axis is None else x.abs().movedim(axis, 0).flatten(1)
+    inside = round(values.shape[-1] * (1 - share))
+    amax = values.kthvalue(inside, dim=-1).values
+    return amax if axis is None else amax.reshape([-1 if d == axis else 1 for d in range(x.dim())])
+
+
+def _clipping(name: str, x: Tensor, axis: int | None) -> list[dict[str, Any]]:
+    """Both passes where more and more lies outside the range."""
+    table = []
+    grad = torch.randn_like(x)
+    for share in (0.0, 0.0001, 0.001, 0.01, 0.1):
+        amax = _range_with_outside(x, axis, share)
+        others, _ = peers(amax / INT8.max, axis, tuple(x.shape))
+        theirs = "torch.fake_quantize"
+        runs = {
+            "clone": x.clone,
+            "ours": _both_passes(_ours(amax, axis), x, grad),
+            theirs: _both_passes(others[theirs], x, grad),
+        }
+        table.append(
+            _row(f"{name}, {share:.2%} outside: both, to two clones", medians(runs, 15), 2, None, {})
+        )
+    return table
+
+
+def _formats(x: Tensor) -> list[dict[str, Any]]:
+    table = []
+    for name in ("fp8_e4m3", "int4_g128", "mxfp8_e4m3", "mxfp4", "nvfp4"):
+        number_format = BUILTIN_FORMATS[name]
+        axis = None if number_format.block_size is None else 1
+        runs = {
+            "clone": x.clone,
+            "ours": lambda f=number_format, axis=axis: fake_quantize(x, None, f, axis=axis),
+        }
+        table.append(_row(f"weight, {name}, dynamic: forward", medians(runs, 15), 1, None, {}))
+    return table
+
+
+def _row(
+    name: str, times: dict[str, float], clones: int, aim: float | None, missing: dict[str, str]
+) -> dict[str, Any]:
+    base = clones * times["clone"]
+    others = {n: t / base for n, t in times.items() if n not in ("clone", "ours")}
     return {
         "name": name,
         "ours_ms": times["ours"],
         "baseline_ms": base,
         "ratio": times["ours"] / base,
         "aim": aim,
-        "peers": {n: t / base for n, t in times.items() if n not in (baseline, "ours")},
+        "peers": {**others, **missing},
     }
+
+
+# --- Memory -----------------------------------------------------------------------------------------------
+
+
+def _memory(name: str, x: Tensor, amax: Tensor, axis: int | None) -> list[dict[str, Any]]:
+    others, missing = peers(amax / INT8.max, axis, tuple(x.shape))
+    functions = {"ours": _ours(amax, axis), **others}
+    saved = {n: saved_bytes(f, x) / x.numel() for n, f in functions.items()}
+    peak = {n: peak_bytes(f, x) / x.nbytes for n, f in functions.items()}
+    return [
+        {
+            "name": f"{name}: {what}",
+            "ours_ms": None,
+            "baseline_ms": None,
+            "ratio": values.pop("ours"),
+            "aim": aim,
+            "peers": {**values, **missing},
+        }
+        for what, values, aim in (
+            ("bytes saved for backward, an element", saved, 1.0),
+            ("peak memory of both passes, to the input", peak, 2.0),
+        )
+    ]
+
+
+def saved_bytes(function: FakeQuantize, x: Tensor) -> int:
+    """Bytes of memory that the graph of one call keeps alive; the input's too, if it is kept."""
+    kept: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    x = x.detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        result = function(x)
+    del result
+    return sum(kept.values())
+
+
+def peak_bytes(function: FakeQuantize, x: Tensor) -> int:
+    """Most bytes that both passes held at once beside their inputs, by the allocator's own account."""
+    run = _both_passes(function, x, torch.randn_like(x))
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    held = peak = 0
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def main() -> None:
     for row in rows():
-        peers = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["peers"].items())
-        aim = f"(aim {row['aim']})" if row["aim"] else ""
-        print(
-            f"{row['name']:68s} {row['ours_ms']:8.3f} ms  {row['ratio']:6.2f} {aim:10s} {peers}", flush=True
+        others = ", ".join(
+            f"{n} {v:.2f}" if isinstance(v, float) else f"{n}: {v}" for n, v in row["peers"].items()
         )
+        aim = f"(aim {row['aim']})" if row["aim"] else ""
+        time = "" if row["ours_ms"] is None else f"{row['ours_ms']:.3f} ms"
+        print(f"{row['name']:68s} {time:>11s} {row['ratio']:6.2f} {aim:10s} {others}", flush=True)
 
 
 if __name__ == "__main__":

@@ -422,6 +422,29 @@ def test_every_change_is_seen(change):
     assert_fresh(layer)
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "meta",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    ],
+)
+def test_moves_to_another_device_and_back_are_seen(device):
+    layer = layer_in_use()
+    before, state = forward(layer), {k: v.clone() for k, v in layer.state_dict().items()}
+    layer.to(device)
+    with torch.no_grad():
+        moved = layer(torch.ones(1, 6, device=device))
+    assert moved.device.type == device
+    if device == "meta":
+        layer.to_empty(device="cpu").load_state_dict(state)
+    else:
+        torch.testing.assert_close(moved.cpu(), before)
+        layer.cpu()
+    assert_fresh(layer)
+    assert torch.equal(forward(layer), before)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_convolutions(memory_format, monkeypatch):
     layer = layer_in_use(QuantConv2d, 3, 4, 3).to(memory_format=memory_format)

@@ -175,6 +175,18 @@ def test_an_inner_block_with_another_recipe_keeps_its_models_out_of_it():
     assert (off(other), off(model)) == (set(), {"first", "last"})
 
 
+def test_blocks_that_end_in_another_order_each_apply_their_own_rules():
+    outer, inner = (qp.quantize_modules(recipe=qp.Recipe(name=n, rules={n: None})) for n in ("first", "last"))
+    outer.__enter__()
+    first = Net()
+    inner.__enter__()
+    second = Net()
+    outer.__exit__(None, None, None)
+    assert (off(first), off(second)) == ({"first"}, set())
+    inner.__exit__(None, None, None)
+    assert (off(first), off(second)) == ({"first"}, {"last"})
+
+
 def test_an_enclosing_block_without_rules_does_not_matter():
     with qp.quantize_modules():
         with qp.quantize_modules(recipe=EDGES):

@@ -42,16 +42,18 @@ def single_layers(layer, directions):
     return found
 
 
+STACKS = {"plain": {}, "bidirectional": {"bidirectional": True}, "batch-first": {"batch_first": True}}
+
+
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"bidirectional": True}, {"batch_first": True}, {"bidirectional": True, "proj_size": 3}],
-    ids=["plain", "bidirectional", "batch-first", "projected"],
+    ("kind", "options"),
+    [
+        *(pytest.param(k, o, id=f"{k.__name__}-{label}") for k in KINDS for label, o in STACKS.items()),
+        pytest.param(QuantLSTM, {"bidirectional": True, "proj_size": 3}, id="QuantLSTM-projected"),
+    ],
 )
 def test_each_layer_of_a_stack_gets_quantized_inputs(kind, options):
-    if "proj_size" in options and kind is not QuantLSTM:
-        pytest.skip("only LSTM has projections")
     layer = made(kind, 5, 4, num_layers=3, **options)
     for number, name in enumerate(("input", "input_l1", "input_l2")):
         layer.quantizer(name).amax = 0.5 + 0.3 * number

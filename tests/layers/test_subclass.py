@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import gc
+import importlib
 import inspect
 import io
 import pickle
@@ -402,6 +403,25 @@ def test_skip_leaves_subclasses_float_as_well():
     with qp.quantize_modules(subclasses=True, skip=["Linear"]) as scope:
         assert type(Plain(2, 2)) is Plain
     assert [(s.target, s.reason) for s in scope.skipped] == [(f"{__name__}.Plain", "skip='Linear'")]
+
+
+def test_a_target_that_is_imported_inside_the_block_has_subclasses_too(package):
+    name = package(
+        layers="from torch import nn\nclass Base(nn.Linear):\n    pass\n",
+        quant="from quantpatch import QuantizedLayer\nfrom .layers import Base\n"
+        "class QuantBase(QuantizedLayer, Base):\n    pass\n",
+    )
+    entry = (f"{name}.layers", "Base", f"{name}.quant:QuantBase")
+    with qp.quantize_modules(subclasses=True, custom=[entry]) as scope:
+        base = importlib.import_module(f"{name}.layers").Base
+
+        class Mine(base):
+            pass
+
+        layer = Mine(2, 2)
+    assert type(layer).__bases__[0].__name__ == "QuantBase"
+    assert isinstance(layer, Mine)
+    assert [row.target.rpartition(".")[2] for row in scope.replaced] == ["Mine"]
 
 
 def test_the_recipe_of_the_block_holds():

@@ -62,6 +62,10 @@ def pytest_collection_modifyitems(
         found = trials(config.getoption("quantpatch_plugin"))
     except UnknownNameError as error:
         raise pytest.UsageError(str(error)) from error
+    if not found:
+        raise pytest.UsageError(
+            "the plugins to try have no entries; `quantpatch plugins` lists what there is"
+        )
     group = Conformance.from_parent(session, name="quantpatch", nodeid="quantpatch", trials=found)
     report = config.hook.pytest_make_collect_report(collector=group)
     config.hook.pytest_collectreport(report=report)  # for the count of what was collected

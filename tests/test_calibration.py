@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import CalibrationError, QuantPatchWarning, UnknownNameError
+from quantpatch.calibrators import MaxCalibrator
+from quantpatch.errors import CalibrationError, PluginError, QuantPatchWarning, UnknownNameError
 from quantpatch.quantizer import named_quantizers
 
 
@@ -464,3 +465,36 @@ def test_if_one_rank_fails_all_raise_and_name_it_and_the_next_calibration_works(
 def test_a_rank_that_is_gone_leaves_nobody_waiting(printed_by_ranks):
     zero, _ = printed_by_ranks(2, "max", "gone")
     assert "another rank is gone" in zero[0]
+
+
+# --- Calibrators of plugins -----------------------------------------------------------------------
+
+
+class HalfOfMax(MaxCalibrator):
+    def _range(self):
+        return super()._range() / 2
+
+
+def test_a_plugins_calibrator_is_found_by_its_name(plugin):
+    plugin("mylib", calibrators={"half_of_max": HalfOfMax})
+    with qp.quantize_modules():
+        layer = nn.Linear(4, 3)
+    x = torch.randn(8, 4)
+    qp.calibrate(layer, x, method="half_of_max")
+    assert torch.equal(layer.input_quantizer.amax, x.abs().max() / 2)
+    assert torch.equal(layer.weight_quantizer.amax, layer.weight.detach().abs().amax(1, keepdim=True))
+
+
+def test_a_calibrator_under_a_name_that_is_taken_names_both_plugins(plugin):
+    plugin("mylib", calibrators={"max": HalfOfMax})
+    with pytest.raises(
+        PluginError, match="plugin 'mylib' returned 'max' .* 'quantpatch.builtin' has already"
+    ):
+        qp.registry.calibrator("max")
+
+
+@pytest.mark.parametrize("returned", [{"mine": 3}, {"mine": nn.Linear}, [HalfOfMax]])
+def test_what_is_no_calibrator_is_refused_as_its_plugins_fault(plugin, returned):
+    plugin("mylib", calibrators=returned)
+    with pytest.raises(PluginError, match="plugin 'mylib' returned .*quantpatch_calibrators"):
+        qp.registry.calibrator("mine")

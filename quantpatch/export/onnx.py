@@ -149,7 +149,7 @@ def _traced(
 ) -> Any:
     from quantpatch.export.operators import translations
 
-    with _standing_in(found, target), warnings.catch_warnings(), torch.no_grad():
+    with _standing_in(found, target, opset), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch's own, about what it calls itself
         try:
             return torch.onnx.export(
@@ -180,12 +180,12 @@ def _innermost(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _standing_in(found: list[Operand], target: str) -> Iterator[None]:
+def _standing_in(found: list[Operand], target: str, opset: int) -> Iterator[None]:
     """A block in which quantizers compute through operators that the exporter knows.
 
     Another thread that runs the model meanwhile gets the same values.
     """
-    forwards = [(operand, _forward_of(operand, target)) for operand in found]
+    forwards = [(operand, _forward_of(operand, target, opset)) for operand in found]
     try:
         for operand, forward in forwards:
             operand.quantizer.__dict__["forward"] = forward
@@ -195,8 +195,8 @@ def _standing_in(found: list[Operand], target: str) -> Iterator[None]:
             operand.quantizer.__dict__.pop("forward", None)
 
 
-def _forward_of(operand: Operand, target: str) -> Callable[..., Tensor]:
-    return _activation(operand, target) if operand.weight is None else _weight(operand, target)
+def _forward_of(operand: Operand, target: str, opset: int) -> Callable[..., Tensor]:
+    return _activation(operand, target) if operand.weight is None else _weight(operand, target, opset)
 
 
 def _zero_point(element: Any, *, as_uint8: bool) -> Tensor:
@@ -243,7 +243,7 @@ def _activation(operand: Operand, target: str) -> Callable[..., Tensor]:
     return forward
 
 
-def _weight(operand: Operand, target: str) -> Callable[..., Tensor]:
+def _weight(operand: Operand, target: str, opset: int) -> Callable[..., Tensor]:
     from quantpatch.export.operators import dequantize, quantize_dequantize
 
     format, element, axis = operand.format, operand.element, operand.axis
@@ -260,7 +260,8 @@ def _weight(operand: Operand, target: str) -> Callable[..., Tensor]:
         scale = scale.flatten()
     if isinstance(element, Float):
         codes = codes.to(_zero_point(element, as_uint8=False).dtype)
-    four_bits = isinstance(element, Integer) and element.bits <= 4
+    # Before opset 21 there is no type of 4 bits; one of 8 holds the same integers.
+    four_bits = isinstance(element, Integer) and element.bits <= 4 and opset >= 21
     name = codes_name(operand.name, 0)
     if target == "tensorrt" and not blocks:
         values = dequantize(codes, scale, dim, 0, "")
@@ -323,5 +324,5 @@ def _check_file(path: Path) -> None:
 
     try:
         onnx.checker.check_model(str(path), full_check=True)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the exported file is not valid ONNX: {error}") from error

@@ -210,6 +210,16 @@ def test_weight_formats(recipe: str, tmp_path: Path) -> None:
     assert (onnx.TensorProto.FLOAT8E4M3FN if recipe == "fp8" else onnx.TensorProto.INT4) in kinds
 
 
+def test_weights_of_four_bits_before_there_was_such_a_type(tmp_path: Path) -> None:
+    x = torch.randn(3, 8)
+    model = calibrated(lambda: nn.Sequential(nn.Linear(8, 4)), x, recipe="w4a8")
+    report = export_onnx(model, x, tmp_path / "m.onnx", opset=20)
+    assert report.comparison is not None
+    assert report.comparison.differing == 0
+    stored = {t.data_type for t in initializers(tmp_path / "m.onnx").values() if len(t.dims) > 1}
+    assert stored == {onnx.TensorProto.INT8}
+
+
 def test_several_inputs_outputs_and_keywords(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -2,9 +2,9 @@
 
 Two ways lead to the same bits. In eager mode on a CPU every operation costs a trip through memory, so they
 work in place in the result, large tensors a piece at a time. Wherever somebody records the operations
-(``torch.compile``, ``torch.export``, ``torch.func``, gradients of gradients) or the tensor is on an
-accelerator, the same arithmetic is plain operations on the whole tensor and no value is read back; on CUDA
-one kernel of our own (:mod:`quantpatch._triton`) does what is most common.
+(``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``torch.func``, gradients of gradients) or the
+tensor is on an accelerator, the same arithmetic is plain operations on the whole tensor and no value is read
+back; on CUDA one kernel of our own (:mod:`quantpatch._triton`) does what is most common.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from quantpatch._cuda import fused_kernel
 from quantpatch._division import quotient
@@ -23,7 +23,16 @@ from quantpatch._outside import Outside, find, is_outside, zero_outside
 from quantpatch._pieces import memory_order, pieces
 from quantpatch.formats import Blocked, Integer, NumberFormat
 
-__all__ = ["block_views", "divisor", "is_in_memory", "rescale_", "round_trip", "spread"]
+__all__ = [
+    "block_views",
+    "divisor",
+    "is_in_memory",
+    "is_jit_traced",
+    "is_traced",
+    "rescale_",
+    "round_trip",
+    "spread",
+]
 
 # Elements worked on at a time by the CPU in eager mode: 4 MiB of float32, which stay in the cache from
 # one operation to the next. Smaller pieces cost more in calls than they win, up to _WHOLE even these do.
@@ -54,19 +63,32 @@ def round_trip(
     kernel = fused_kernel(x)
     if kernel is not None and (fused := kernel(x, amax, scale, format, dim)) is not None:
         return fused
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    transformed = not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
     needs_gradient = transformed or x.requires_grad or (amax is not None and amax.requires_grad)
-    if not (needs_gradient and torch.is_grad_enabled()):
+    # A model traced by torch.jit.trace is for inference: its graph cannot hold a function of Python's.
+    if not (needs_gradient and torch.is_grad_enabled()) or is_jit_traced():
         return _forward(x.detach(), amax, scale, format, dim)
     function = _TransformableRoundTrip if transformed else _RoundTrip
     result: Tensor = function.apply(x, amax, scale, format, dim)  # type: ignore[no-untyped-call]
     return result
 
 
+def is_traced() -> bool:
+    """Whether the operations are recorded, to be run again on other values."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def is_jit_traced() -> bool:
+    """Whether it is ``torch.jit.trace`` that records."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def is_in_memory(x: Tensor) -> bool:
     """Whether ``x`` is a plain tensor in main memory, and nobody records what is done with it."""
     return (
-        not torch.compiler.is_compiling()
+        not is_traced()
         and x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._are_functorch_transforms_active()
@@ -79,7 +101,7 @@ def divisor(scale: Tensor) -> Tensor | float:
     # Small, because everything lies outside a range of 0: so its gradient says. Not subnormal, because these
     # count as 0 where they are flushed.
     smallest = 1.1754943508222875e-38
-    if scale.numel() == 1 and is_in_memory(scale):
+    if is_in_memory(scale) and scale.numel() == 1:
         return scale.item() or smallest  # a number costs four operations on tensors less
     return scale.masked_fill(scale == 0, smallest)
 
@@ -88,7 +110,7 @@ def rescale_(y: Tensor, scale: Tensor, format: NumberFormat) -> Tensor:
     """``y * scale`` in place. For integers -0 becomes 0: they have but one, and so does ONNX Runtime."""
     if not isinstance(format, Integer):
         return y.mul_(scale)
-    if scale.numel() == 1 and is_in_memory(y):
+    if is_in_memory(y) and scale.numel() == 1:
         # One operation for both: 0 + scale * y is rounded once, and 0 + -0 is 0.
         return torch.add(_ZERO, y, alpha=scale.item(), out=y)
     return y.mul_(scale).add_(0.0)
@@ -197,14 +219,14 @@ def _with_strides_of(x: Tensor, y: Tensor) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], outside: Outside | None) -> None:
     """Keeps what backward needs: what lies outside the range, or the tensor itself if that is not known."""
     x, amax, scale, ctx.format, ctx.dim = inputs
-    learned = amax is not None and ctx.needs_input_grad[1]
+    ctx.learned = amax is not None and ctx.needs_input_grad[1]
     ctx.order = memory_order(x) if outside is not None and not outside.is_nothing else None
     if outside is not None:
         ctx.save_for_backward(None, None, None, *outside)
     else:
         # Not a mask: who records the operations decides what is kept, and a learned range needs the values.
         kept = x if amax is not None or ctx.format.min >= 0 else None
-        ctx.save_for_backward(kept, amax, scale if learned else None, None, None)
+        ctx.save_for_backward(kept, amax, scale if ctx.learned else None, None, None)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -224,6 +246,27 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wide = amax if amax is None else spread(amax, x, ctx.format, ctx.dim)
         grad_x = grad.masked_fill(is_outside(x, wide, unsigned=ctx.format.min >= 0), 0.0)
     return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None, None, None
+
+
+def _tangent(ctx: Any, x_tangent: Tensor | None, amax_tangent: Tensor | None) -> Tensor:
+    """What ``_backward`` does in the other direction: from tangents of the inputs to that of the result."""
+    x, amax, scale = (None if t is None else t.detach() for t in ctx.saved_tensors)
+    format, dim = ctx.format, ctx.dim
+    assert x is not None
+    assert scale is not None
+    if x_tangent is None:
+        x_tangent = torch.zeros_like(x)
+    if amax is not None and (ctx.learned or amax_tangent is not None):
+        inside, slope, divided_by = _lsq_slopes(x, amax, scale, format, dim)
+        tangent = x_tangent.masked_fill(~inside, 0.0)
+        if amax_tangent is not None:
+            along_range = slope * (spread(amax_tangent, x, format, dim) / divided_by)
+            tangent = tangent + along_range.to(tangent.dtype)
+        return tangent
+    if amax is None and format.min < 0:
+        return x_tangent.clone()  # an input may not be handed out as a result
+    wide = amax if amax is None else spread(amax, x, format, dim)
+    return x_tangent.masked_fill(is_outside(x, wide, unsigned=format.min >= 0), 0.0)
 
 
 def _outside(
@@ -256,7 +299,7 @@ class _RoundTrip(Function):
 
 
 class _TransformableRoundTrip(Function):
-    """The same for ``torch.func``, which needs ``setup_context``.
+    """The same for ``torch.func`` and forward-mode differentiation, which need ``setup_context``.
 
     Not for all: with it Dynamo fails on dynamic shapes, and a call takes 0.1 ms more.
     """
@@ -270,10 +313,16 @@ class _TransformableRoundTrip(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _save(ctx, inputs, None)
+        ctx.save_for_forward(*inputs[:3])
+        ctx.set_materialize_grads(False)  # whether the range has a tangent decides which rule holds
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad)
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None,) * 5 if grad is None else _backward(ctx, grad)
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor | None, amax_tangent: Tensor | None, *others: None) -> Tensor:
+        return _tangent(ctx, x_tangent, amax_tangent)
 
     @staticmethod
     def vmap(
@@ -310,20 +359,30 @@ def _batch_first(t: Tensor, batch: int | None, x: Tensor) -> Tensor:
 def _lsq_gradients(
     grad: Tensor, x: Tensor, amax: Tensor, scale: Tensor, format: NumberFormat, dim: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of LSQ (Esser et al. 2020, arXiv 1902.08153) to ``x`` and to the range.
+    """The gradients of LSQ to ``x`` and to the range."""
+    inside, slope, divided_by = _lsq_slopes(x, amax, scale, format, dim)
+    slope = slope * grad
+    if dim is not None and format.block_size is not None and amax.dim() and amax.shape[dim] > 1:
+        sums = [b.sum(dim + 1) for b in block_views(slope, dim, format.block_size)]
+        slope = torch.cat(sums, dim)
+    return grad.masked_fill(~inside, 0.0), slope.sum_to_size(amax.shape) / divided_by
+
+
+def _lsq_slopes(
+    x: Tensor, amax: Tensor, scale: Tensor, format: NumberFormat, dim: int | None
+) -> tuple[Tensor, Tensor, float]:
+    """How the result depends on ``x`` and on the range, after LSQ (Esser et al. 2020, arXiv 1902.08153).
 
     With ``v = x / scale``, both are decided by the paper's one rule, ``format.min < v < format.max``: there
     ``x`` gets the gradient (equation 5) and the scale ``round(v) - v`` (equation 3); elsewhere ``x`` gets
     none and the scale the end of the grid. Times the paper's gradient scale (section 2.2), through
     ``scale = amax / format.max``.
+
+    Returns:
+        Where ``x`` gets the gradient, the scale's slope, and what divides it to be the range's.
     """
     v = quotient(x.float(), divisor(spread(scale, x, format, dim)))
     q = _element(format).round_(v.clone())
     inside = (v > format.min) & (v < format.max)
-    slope = (q - v.masked_fill(~inside, 0.0)) * grad
-    if dim is not None and format.block_size is not None and amax.dim() and amax.shape[dim] > 1:
-        sums = [b.sum(dim + 1) for b in block_views(slope, dim, format.block_size)]
-        slope = torch.cat(sums, dim)
     sharing = max(1, x.numel()) / max(1, amax.numel())
-    grad_amax = slope.sum_to_size(amax.shape) / (format.max * math.sqrt(sharing * format.max))
-    return grad.masked_fill(~inside, 0.0), grad_amax
+    return inside, q - v.masked_fill(~inside, 0.0), format.max * math.sqrt(sharing * format.max)

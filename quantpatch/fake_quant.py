@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from quantpatch._division import quotient
-from quantpatch._rounding import block_views, divisor, is_in_memory, rescale_, round_trip, spread
+from quantpatch._rounding import (
+    block_views,
+    divisor,
+    is_in_memory,
+    is_jit_traced,
+    rescale_,
+    round_trip,
+    spread,
+)
 from quantpatch.errors import DescriptorError, RangeError
 from quantpatch.formats import Blocked, Integer, NumberFormat
 
@@ -268,6 +276,9 @@ def _check_floating(x: Tensor) -> None:
 def _checked_amax(amax: Tensor, x: Tensor, wanted: Sequence[int]) -> Tensor:
     """``amax`` in float32, if it is 0-dim or of the shape wanted, with 1 in any place."""
     sizes = zip(amax.shape, wanted, strict=False)
+    # While torch.jit.trace runs, sizes are tensors, whose comparison it would warn of.
+    if is_jit_traced():
+        return amax.float()
     if amax.dim() and (amax.dim() != len(wanted) or any(m not in (1, n) for m, n in sizes)):
         expected = f"() or {tuple(wanted)}" if wanted else "(), the range of the whole tensor"
         raise RangeError(

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from quantpatch._rounding import is_traced
 from quantpatch.calibrators import Calibrator
 from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import CalibrationError, ExportError, RangeError
@@ -274,7 +275,7 @@ class TensorQuantizer(nn.Module):
 
     def _may_keep(self, weight: Tensor, amax: Tensor | None) -> bool:
         """Whether the result for a weight depends on nothing that cannot be watched."""
-        if not self.keeps_weights or torch.compiler.is_compiling():
+        if not self.keeps_weights or is_traced():
             return False
         if type(weight) is not nn.Parameter or weight.is_inference() or weight.is_meta:
             return False  # a parametrization's output, a stand-in of functional_call, no version counter
@@ -317,7 +318,7 @@ class TensorQuantizer(nn.Module):
         mine, others = self.amax, other.amax
         if self.descriptor.dynamic or (mine is None and others is None):
             return True
-        if mine is None or others is None or self.descriptor.learn_amax or torch.compiler.is_compiling():
+        if mine is None or others is None or self.descriptor.learn_amax or is_traced():
             return False
         known = self.__dict__.get("_compared")
         if known is None or not (known[0].holds(mine) and known[1].holds(others)):

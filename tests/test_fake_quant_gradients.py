@@ -7,7 +7,8 @@ import weakref
 
 import pytest
 import torch
-from torch.func import grad, vmap
+from torch.autograd import forward_ad
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -352,3 +353,42 @@ def test_gradients_of_each_sample_equal_a_loop(shape):
     # The other order: the gradient of the batch is the sum of its members'.
     batch = grad(lambda a: vmap(lambda t: fake_quantize(t, a, INT8).square().sum())(x).sum())
     torch.testing.assert_close(batch(amax), looped.sum(0))
+
+
+# --- Forward mode -----------------------------------------------------------------------------------------
+
+
+# Of torch's own doing when forward mode is used first.
+ignore_jit = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+
+@ignore_jit
+@pytest.mark.parametrize("format", [Integer(4), Integer(8, unsigned=True)], ids=lambda f: f.name)
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+def test_forward_mode_agrees_with_reverse_mode(format, per_row, learned):
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    amax = torch.tensor([[0.5], [1.0], [1.5]]) if per_row else torch.tensor(1.0)
+    amax.requires_grad_(learned)
+
+    def of_x(x):
+        return fake_quantize(x, amax, format, axis=0 if per_row else None)
+
+    def of_range(amax):
+        return fake_quantize(x, amax, format, axis=0 if per_row else None)
+
+    assert torch.equal(jacfwd(of_x)(x), jacrev(of_x)(x))
+    torch.testing.assert_close(jacfwd(of_range)(amax), jacrev(of_range)(amax))
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(of_x(forward_ad.make_dual(x, torch.ones(3, 5)))).tangent
+    x.requires_grad_()
+    of_x(x).sum().backward()
+    assert torch.equal(tangent, x.grad)
+
+
+@ignore_jit
+def test_in_its_own_range_a_tangent_passes_as_it_is():
+    x = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    direction = torch.arange(5.0)
+    _, tangent = jvp(lambda x: fake_quantize(x, None, Integer(8)), (x,), (direction,))
+    assert torch.equal(tangent, direction)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -212,6 +213,22 @@ def test_torch_fx_takes_layers_as_they_are():
     leaves = [node.target for node in graph.graph.nodes if node.op == "call_module"]
     assert leaves == ["conv", "attention", "cat", "lstm", "head", "out"]
     assert torch.equal(graph(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
+def test_torch_jit_trace(recipe):
+    """It traces twice and compares: nothing may depend on values, nor on what was kept from before."""
+    with qp.quantize_modules(recipe=recipe):
+        model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.LSTM(6, 5)).eval()
+    x, other = torch.randn(1, 2, 8), torch.randn(1, 2, 8)
+    qp.calibrate(model, [x])
+    with torch.no_grad():
+        expected = model(other)[0]
+    with warnings.catch_warnings():
+        torch.jit.TracerWarning.ignore_lib_warnings()  # torch's own
+        traced = torch.jit.trace(model, x)
+    assert torch.equal(traced(other)[0], expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

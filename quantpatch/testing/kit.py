@@ -17,7 +17,7 @@ from quantpatch.errors import ConformanceError, QuantPatchError, QuantPatchWarni
 from quantpatch.example import Example
 from quantpatch.plugins import BUILTIN
 from quantpatch.registry import PluginInfo, registry
-from quantpatch.testing import tracing as tracing  # registers its checks
+from quantpatch.testing import computing, storing, tracing  # noqa: F401  (in this order they register checks)
 from quantpatch.testing.checks import CHECKS
 from quantpatch.testing.subject import Broken, NotApplicable, Subject
 

@@ -12,6 +12,7 @@ from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.entries import Entry
 from quantpatch.errors import QuantPatchError, QuantPatchWarning
 from quantpatch.example import Example
+from quantpatch.explain import explain
 from quantpatch.export import (
     export_onnx,
     float_state_dict,
@@ -47,6 +48,7 @@ __all__ = [
     "compare",
     "configure",
     "convert",
+    "explain",
     "export_onnx",
     "float_state_dict",
     "fold_batchnorm",

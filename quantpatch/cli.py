@@ -17,6 +17,7 @@ from rich.table import Table
 
 from quantpatch.audit import audit
 from quantpatch.errors import QuantPatchError, ScopeError
+from quantpatch.explain import explain
 from quantpatch.files import own_version
 from quantpatch.interception import Slot
 from quantpatch.new_plugin import new_plugin
@@ -36,6 +37,9 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Recipe = Annotated[str | None, typer.Option(help="Recipe: int8, int4, fp8 ...")]
+
+
+Subclasses = Annotated[bool, typer.Option("--subclasses", help="Quantize subclasses as well.")]
 
 
 def _print(what: Any) -> None:
@@ -111,6 +115,27 @@ def layers(
     _print(shown)
 
 
+@app.command("explain")
+def explain_command(
+    target: Annotated[str, typer.Argument(help="A class or function, such as torch.nn.Linear.")],
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Layers that are float by default.")] = None,
+    plugin: Annotated[list[str] | None, typer.Option(help="Plugins that take part (default: all).")] = None,
+    recipe: Recipe = None,
+    subclasses: Subclasses = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say who would replace a class in a block, who would not, and why."""
+    _look_here()
+    found = explain(
+        target, skip or (), (), recipe, plugin, include=include or (), subclasses=subclasses or None
+    )
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        _print(found)
+
+
 @app.command("run", context_settings={"allow_interspersed_args": False})
 def run_command(
     command: Annotated[list[str], typer.Argument(help="The script (or module) and its arguments.")],
@@ -119,6 +144,7 @@ def run_command(
     skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Layers that are float by default.")] = None,
     plugin: Annotated[list[str] | None, typer.Option(help="Plugins that take part (default: all).")] = None,
+    subclasses: Subclasses = False,
     calibrate: Annotated[
         int, typer.Option(help="Calls of each model that run in float and set its ranges.", min=0)
     ] = 0,
@@ -127,8 +153,14 @@ def run_command(
     ] = False,
 ) -> None:
     """Run an unmodified script with a block around it: every layer that it builds comes out quantized."""
-    settings = Settings(recipe, skip or (), include or (), plugin, calibrate, audit)
+    settings = Settings(recipe, skip or (), include or (), plugin, subclasses or None, calibrate, audit)
     launch(settings, command, module=module)
+
+
+def _look_here() -> None:
+    """Lets modules of the current folder be imported, as `python -m` does."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def _build(path: str) -> Any:
@@ -136,8 +168,7 @@ def _build(path: str) -> Any:
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
         raise ScopeError(f"{path!r} names no function; write package.module:build")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    _look_here()
     try:
         return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:

@@ -45,6 +45,9 @@ class Offer:
     entry: Entry
     plugin: str | None
 
+    def __str__(self) -> str:
+        return str(self.entry)
+
     @property
     def source(self) -> str:
         """Whose it is, for messages."""

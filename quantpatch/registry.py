@@ -68,6 +68,7 @@ class Registry:
         self._manager.add_hookspecs(hookspecs)
         self._plugins: dict[str, Plugin] = {}
         self._undiscovered = discover
+        self._remembered: dict[Any, tuple[Offer, ...]] = {}  # what each choice of plugins offers
         self._told: set[tuple[str, str]] = set()  # unknown names that a warning has named
 
     # --- what is there -------------------------------------------------------------------------
@@ -84,6 +85,7 @@ class Registry:
         added = Plugin(name, lambda: plugin)
         added.load(self._manager)
         self._plugins[name] = added
+        self._remembered.clear()
 
     def unregister(self, name: str) -> None:
         """Takes away a plugin that ``register`` added.
@@ -92,6 +94,7 @@ class Registry:
             UnknownNameError: There is no such plugin.
         """
         removed = self._plugins.pop(name, None)
+        self._remembered.clear()
         if removed is None:
             raise UnknownNameError.of("plugin", name, self._plugins)
         if removed.plugin is not None:
@@ -147,7 +150,14 @@ class Registry:
             UnknownNameError: There is no plugin of a name in ``plugins``.
         """
         only = None if plugins is None else tuple(plugins)
-        return tuple(offer for p in self._active(only) for offer in p.entries(self._manager))
+        if self._undiscovered:
+            self._all()
+        key = (only, os.environ.get(BLOCK_VARIABLE), os.environ.get(ALLOW_VARIABLE), tuple(self._plugins))
+        found = self._remembered.get(key)
+        if found is None:
+            found = tuple(offer for p in self._active(only) for offer in p.entries(self._manager))
+            self._remembered[key] = found
+        return found
 
     def examples(self, plugin: str) -> tuple[Example, ...]:
         """How a plugin says to build what it replaces.
@@ -248,6 +258,8 @@ class Registry:
                 plugin.load(self._manager)
                 hooks = plugin.hooks(self._manager)
                 entries = tuple(offer.entry for offer in plugin.entries(self._manager))
+                if not hooks:
+                    reason = "it implements no hook: mark functions with @quantpatch.hookimpl"
             except PluginError as error:
                 state, reason = "failed", str(error)
         return PluginInfo(plugin.name, plugin.distribution, plugin.version, state, reason, hooks, entries)

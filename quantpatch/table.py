@@ -27,6 +27,7 @@ from quantpatch.snapshot import Change, protected
 from quantpatch.tracing import listed
 
 __all__ = [
+    "PARTS",
     "Choice",
     "Key",
     "Pattern",
@@ -67,7 +68,7 @@ class Choice:
 Table = dict[Key, Choice]
 
 #: Classes that are parts of a target, which reads their weights and never calls them.
-_PARTS = frozenset({"torch.nn.modules.linear.NonDynamicallyQuantizableLinear"})  # MultiheadAttention's
+PARTS = frozenset({"torch.nn.modules.linear.NonDynamicallyQuantizableLinear"})  # MultiheadAttention's
 
 _SKIP = "skip="
 
@@ -161,7 +162,7 @@ def nearest(table: Table, cls: type) -> tuple[Slot, Choice] | None:
     None if there is none, if ``cls`` is a replacement's already, or if it is a part of a target, which
     multiplies with its weights itself.
     """
-    if dotted(cls) in _PARTS:
+    if dotted(cls) in PARTS:
         return None
     known = {key.target: (key, choice) for key, choice in table.items() if isinstance(key, Slot)}
     if any(choice.replacement in cls.__mro__ for _, choice in known.values()):

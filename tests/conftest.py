@@ -80,6 +80,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     ``more`` goes into its metadata, ``points`` into its entry points.
     """
+    registry.plugins()  # looks around now: what a test installs is for registries of its own
     monkeypatch.syspath_prepend(str(tmp_path))
     modules: list[str] = []
 

@@ -42,7 +42,7 @@ FLOORS = [
     {"configure"},
     {"builtin", "scope", "report", "new_plugin"},
     {"calibration", "models", "audit", "export"},
-    {"analysis"},
+    {"analysis", "explain"},
     {"demo", "testing", "run", "__init__"},
     {"cli"},
     {"__main__"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -244,6 +246,45 @@ def test_an_unknown_name_in_the_allowlist_is_an_error_and_in_the_blocklist_a_war
     ):
         registry.offers()
     assert "mylib" in {offer.plugin for offer in registry.offers()}  # told once
+
+
+def test_twenty_plugins_import_none_of_their_target_packages_until_the_user_does(tmp_path) -> None:
+    for number in range(20):
+        name = f"plugin{number}"
+        (tmp_path / f"target{number}.py").write_text("from torch import nn\nclass Layer(nn.Linear): ...\n")
+        (tmp_path / f"{name}.py").write_text(
+            GOOD.replace("far.away", f"target{number}").replace("far.quant", f"{name}_layers")
+        )
+        (tmp_path / f"{name}_layers.py").write_text(
+            f"import quantpatch, target{number}\n"
+            f"class QuantLayer(quantpatch.QuantizedLayer, target{number}.Layer):\n"
+            "    inputs, weights = ('input',), {'weight': 0}\n"
+        )
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[quantpatch]\n{name} = {name}\n")
+    code = """if True:
+        import sys, torch
+        def imported(*starts):
+            return sorted(m for m in sys.modules if m.startswith(starts))
+        import quantpatch
+        print(imported("target", "plugin", "far"))
+        with quantpatch.quantize_modules() as scope:
+            torch.nn.Linear(2, 2)
+            print(len(imported("plugin")), imported("target"))
+            from target7 import Layer
+            print(type(Layer(2, 2)).__name__, imported("target"), len(imported("plugin")))
+        """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]", "20 []", "QuantLayer ['target7'] 21"]
 
 
 UNFIT = """

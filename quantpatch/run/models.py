@@ -1,4 +1,4 @@
-"""The models that a script runs: calibrated in their first calls, and audited in the next one.
+"""The models that a script runs: configured, calibrated in their first calls, audited in the next one.
 
 A model is a module with quantizers that is called while no other module is running. Nothing is run
 twice and nothing is kept alive: the audit records the script's own call. Calls inside compiled code
@@ -21,6 +21,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from quantpatch.audit.coverage import report_of
 from quantpatch.audit.trace import recording
 from quantpatch.calibration import collecting
+from quantpatch.configure import Rules, configure
+from quantpatch.errors import RuleError
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
 
 __all__ = ["WatchedModels"]
@@ -35,9 +37,11 @@ class WatchedModels:
     Args:
         calibrate: How many calls of each model calibrate it; 0: none.
         audit: Whether to audit the call after these.
+        rules: What is to be configured by name before the first call.
     """
 
-    def __init__(self, calibrate: int, *, audit: bool) -> None:
+    def __init__(self, calibrate: int, *, audit: bool, rules: Rules = ()) -> None:
+        self._rules = rules
         self._calibrate = calibrate
         self._audit = audit
         self._local = threading.local()
@@ -104,6 +108,11 @@ class WatchedModels:
         name = type(runner).__name__ + (f" ({same + 1})" if same else "")
         model = _Model(runner, name, self._calibrate, audit=self._audit and len(self._all) < MOST_AUDITS)
         self._all.append(model)
+        if self._rules:
+            try:
+                configure(runner, self._rules)
+            except RuleError as error:
+                model.note(f"the rules of the recipe were not applied: {error}")
         return model
 
 
@@ -145,7 +154,7 @@ class _Model:
         if self._wanted:
             quantizers = _without_range(model)
             if not quantizers:
-                self._notes.append("nothing to calibrate: its quantizers are dynamic, off, or have ranges")
+                self.note("nothing to calibrate: its quantizers are dynamic, off, or have ranges")
             with (
                 collecting(model, lambda: quantizers, self._tell) if quantizers else contextlib.nullcontext()
             ):
@@ -157,7 +166,7 @@ class _Model:
                         yield
             known, all_ = sum(q.amax is not None for q in quantizers.values()), len(quantizers)
             if quantizers:
-                self._notes.append(f"{known} of {all_} quantizers calibrated in {self._calls} calls")
+                self.note(f"{known} of {all_} quantizers calibrated in {self._calls} calls")
             with _float(quantizers.values()):
                 yield
         if audit:
@@ -166,7 +175,11 @@ class _Model:
             self.audit = str(report_of(model, trace)).rstrip()
 
     def _tell(self, message: str, names: tuple[str, ...]) -> None:
-        self._notes.append(f"{message}. They take the range of each tensor")
+        self.note(f"{message}. They take the range of each tensor")
+
+    def note(self, note: str) -> None:
+        """Adds something to tell."""
+        self._notes.append(note)
 
     def begin(self) -> None:
         """A call begins."""
@@ -196,7 +209,7 @@ class _Model:
         except Exception as raised:
             self._life = None
             doing = "calibration" if self._calls < self._wanted else "audit"
-            self._notes.append(f"{doing} given up, since a call failed: {type(raised).__name__}: {raised}")
+            self.note(f"{doing} given up, since a call failed: {type(raised).__name__}: {raised}")
 
     def give_up(self) -> None:
         """Ends what is going on."""

@@ -30,8 +30,10 @@ class Session:
         self._models = self._watched()
 
     def _watched(self) -> WatchedModels | None:
-        wanted = self._settings.audit or self._settings.calibrate
-        return WatchedModels(self._settings.calibrate, audit=self._settings.audit) if wanted else None
+        settings, rules = self._settings, self._settings.rules()
+        if not (settings.audit or settings.calibrate or rules):
+            return None
+        return WatchedModels(settings.calibrate, audit=settings.audit, rules=rules)
 
     def part(self) -> Part:
         """What this process has to tell."""

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import attrs
 
+from quantpatch.configure import Rules
+from quantpatch.registry import registry
 from quantpatch.scope import Scope, quantize_modules
 
 __all__ = ["VARIABLE", "Settings"]
@@ -24,10 +26,11 @@ class Settings:
     """What ``quantpatch run`` was asked for.
 
     Attributes:
-        recipe: As in ``quantize_modules``, like the next three.
+        recipe: As in ``quantize_modules``, like the next four.
         skip: See there.
         include: See there.
         plugins: See there.
+        subclasses: See there.
         calibrate: How many calls of each model calibrate it; 0: none.
         audit: Whether to audit the models that run.
         directory: Where the processes leave what they have to tell.
@@ -37,15 +40,27 @@ class Settings:
     skip: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
     include: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
     plugins: tuple[str, ...] | None = attrs.field(default=None, converter=attrs.converters.optional(_tuple))
+    subclasses: bool | None = None
     calibrate: int = 0
     audit: bool = False
     directory: str = ""
 
     def scope(self) -> Scope:
-        """The block to run the script in."""
+        """The block to run the script in.
+
+        It has no rules by name: a block applies them when it ends, which is when the script is over.
+        """
         return quantize_modules(
-            skip=self.skip, include=self.include, plugins=self.plugins, recipe=self.recipe
+            skip=self.skip,
+            include=self.include,
+            plugins=self.plugins,
+            subclasses=self.subclasses,
+            recipe=None if self.recipe is None else attrs.evolve(registry.recipe(self.recipe), rules=()),
         )
+
+    def rules(self) -> Rules:
+        """The rules of the recipe, for each model once it is built."""
+        return () if self.recipe is None else registry.recipe(self.recipe).rules
 
     def to_json(self) -> str:
         """The same as text."""

@@ -10,6 +10,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
+import quantpatch as qp
 from quantpatch import quantize_modules
 from quantpatch.errors import CalibrationError
 from quantpatch.quantizer import named_quantizers
@@ -31,8 +32,8 @@ class Net(nn.Module):
 def watch():
     watches = []
 
-    def start(calibrate=0, audit=False):
-        watches.append(WatchedModels(calibrate, audit=audit))
+    def start(calibrate=0, audit=False, rules=()):
+        watches.append(WatchedModels(calibrate, audit=audit, rules=rules))
         return watches[-1]
 
     yield start
@@ -213,6 +214,26 @@ def test_threads_do_not_disturb_each_other(watch):
         == 4
     )
     assert len(watched.audits()) == 4
+
+
+def test_the_rules_of_a_recipe_go_by_the_names_in_each_model(watch):
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.only = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.only(x)
+
+    watched = watch(rules={"first": None, "second.input_quantizer": qp.QuantDescriptor(num_bits=4)})
+    model, other = build(), build(Other)
+    for each in (model, other):
+        each(torch.ones(1, 4))
+    assert model.first.weight_quantizer.disabled
+    assert model.second.input_quantizer.descriptor.num_bits == 4
+    (note,) = watched.notes()
+    assert note.startswith("Other: the rules of the recipe were not applied: ")
+    assert "first" in note
 
 
 def test_closing_leaves_no_hook(watch):

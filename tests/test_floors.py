@@ -127,7 +127,7 @@ for name in {[name for name in MODULES if name != ROOT.name and not name.endswit
 sys.exit(", ".join(failed) or 0)
 """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -83,10 +83,12 @@ def calibrating(
 
     def tell(message: str, names: tuple[str, ...]) -> None:
         if strict:
+            layers = dict.fromkeys(name.rpartition(".")[0] or "*" for name in names)
+            rules = _listing((f"{layer!r}: None" for layer in layers), limit=4)
             raise CalibrationError(
                 f"{message}. No range was set. Give batches that reach them, leave them float with "
-                f"qp.configure(model, {{{names[0].rpartition('.')[0] or '*'!r}: None}}), or pass "
-                f"strict=False to let them take the range of each tensor",
+                f"qp.configure(model, {{{rules}}}), or pass strict=False to let them take the range of each "
+                f"tensor",
                 quantizers=names,
             )
         message += ". They go on taking the range of each tensor"

@@ -205,8 +205,8 @@ def _shown(matcher: Matcher) -> str:
 
 def _unmatched(matcher: Matcher, operands: list[_Operand]) -> RuleError:
     given = _shown(matcher)
-    names = [operand.quantizer_name for operand in operands] + [operand.layer_name for operand in operands]
-    hint = near_misses(given, [name for name in names if name])
+    names = [o.layer_name for o in operands if o.layer_name] + [o.quantizer_name for o in operands]
+    hint = near_misses(given, dict.fromkeys(names))
     if not hint:
         layers = list(dict.fromkeys(operand.layer_name or "'' (the model)" for operand in operands))
         hint = f"The quantized layers are {', '.join(layers[:6])}{' …' * (len(layers) > 6)}"

@@ -85,6 +85,8 @@ def fold_batchnorm(
             f"(training: {', '.join(training[:5])})",
             quantizers=tuple(training),
         )
+    if not norms:
+        return FoldedBatchNorm({}, {})
     uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     pairs: dict[str, str | None] = {}

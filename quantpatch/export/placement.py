@@ -216,7 +216,7 @@ class _Rules:
     def _from_convolution(self, value: Value) -> QuantDescriptor | None:
         operator = value.maker
         passed = (*MOVING, *_RELU, *BATCHNORM)
-        while operator is not None and (operator.quantizer or operator.name in passed):
+        while operator is not None and (operator.quantizer is not None or operator.name in passed):
             operator = operator.inputs[0].maker
         if operator is None or operator.name != "aten::convolution":
             return None

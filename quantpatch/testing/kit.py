@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -227,6 +228,8 @@ def _not_installed(entry: Entry) -> str:
         return f"{root}, which {entry.dotted} is part of, is not installed"
     if entry.optional and not _exists(entry):
         return f"the {root} that is installed has no {entry.dotted}"
+    if inspect.isfunction(getattr(entry.loaded_module(), entry.name, None)):
+        return f"{entry.dotted} is a function, and the checks are on layers"
     return ""
 
 

@@ -242,3 +242,12 @@ def test_an_optional_entry_for_a_class_that_is_not_there_is_skipped_by_name(plug
         "NotApplicable: the broken_layers that is installed has no broken_layers.Gone",
         "NotApplicable: the torch that is installed has no torch.nn.no_such_module.Gone",
     ]
+
+
+def test_an_entry_for_a_function_is_skipped_since_the_checks_are_on_layers(plugin):
+    entry = Entry("torch.nn.functional", "relu", torch.nn.functional.relu6)
+    results = run(trials([plugin("mylib", entries=[entry])]))
+    assert results == {
+        ("torch.nn.functional.relu", "examples"): "NotApplicable: torch.nn.functional.relu is a function, "
+        "and the checks are on layers"
+    }

@@ -20,8 +20,11 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 import quantpatch as qp
+from quantpatch.testing import assert_layer_conforms
+from quantpatch.testing.checks import CHECKS
 from quantpatch_transformers import experts
-from quantpatch_transformers_entries import EXPERTS
+from quantpatch_transformers.examples import EXAMPLES
+from quantpatch_transformers_entries import EXPERTS, quantpatch_entries
 
 TOKENS, HIDDEN, INNER, COUNT, CHOICES = 12, 8, 12, 4, 2  # kernels want multiples of 4
 
@@ -228,6 +231,34 @@ def test_every_experts_class_of_the_installed_transformers_has_an_entry():
                 found.add(f"{path.parent.name}.{name}")
     assert found <= set(EXPERTS)
     assert set(EXPERTS) - found == {"step3p7.Step3p7Experts"}
+
+
+def test_every_one_of_them_runs_quantized_and_is_exact_when_disabled():
+    for example in EXAMPLES:
+        if "Experts" not in example.target:
+            continue
+        reference = example.build().eval()
+        layer = copy.deepcopy(reference)
+        qp.convert(layer)
+        inputs = example.inputs()
+        assert qp.audit(layer, *inputs).share == 1.0, example.target
+        expected = reference(*inputs)
+        assert not torch.equal(layer(*inputs), expected), example.target
+        for quantizer in layer.quantizers().values():
+            quantizer.disable()
+        assert torch.equal(layer(*inputs), expected), example.target
+
+
+def test_every_entry_has_an_example_and_a_small_one_of_each_kind_conforms():
+    targets = {example.target: example for example in EXAMPLES}
+    entries = {entry.dotted: entry for entry in quantpatch_entries()}
+    assert entries.keys() - targets.keys() == {"transformers.modeling_utils.get_hf_quantizer"}
+    slow = ("compiled", "exported", "onnx")
+    for kind in ("MixtralExperts", "MambaMixer"):
+        (target,) = (name for name in targets if name.endswith(f".{kind}"))
+        checks = [name for name in CHECKS if name not in slow]
+        example = targets[target]
+        assert_layer_conforms(entries[target], example.build, example.inputs, checks=checks)
 
 
 def test_the_classes_made_are_found_by_their_names():

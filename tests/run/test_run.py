@@ -49,7 +49,7 @@ def environment(tmp_path, monkeypatch):
 
 def python(*arguments, env, cwd, **options):
     return subprocess.run(
-        [sys.executable, *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=120, **options
+        [sys.executable, *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=300, **options
     )
 
 

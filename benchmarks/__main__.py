@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-SUITES = ("scope", "fake_quant", "exactness", "calibration", "models", "export", "gpu")
+SUITES = ("scope", "fake_quant", "exactness", "calibration", "models", "compiled", "export", "gpu")
 PEERS = ("torchao", "nvidia-modelopt", "brevitas", "optimum-quanto")
 
 

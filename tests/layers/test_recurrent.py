@@ -503,10 +503,9 @@ def test_torch_compile_leaves_it_as_it_leaves_torchs(kind, training):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_where_torch_compile_may_trace_it_the_result_is_the_same(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
+def test_where_torch_compile_may_trace_it_the_result_is_the_same():
     model = Tagger(QuantLSTM).eval()
     x = torch.randn(2, 5, 4)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(allow_rnn=True):  # monkeypatch would lose the setting
         torch.testing.assert_close(compiled(model, fullgraph=True)(x), model(x))
     torch._dynamo.reset()

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantpatch import _rounding
 from quantpatch.fake_quant import fake_quantize
 from quantpatch.formats import BUILTIN_FORMATS
+from quantpatch.rounding import round_trip
 
 __all__ = ["rows"]
 
@@ -81,9 +81,9 @@ def rows() -> list[dict[str, Any]]:
                 for direction, (run, traffic) in runs.items():
                     ours = milliseconds(run)
                     baseline = copied * traffic / (2 * size)
-                    kernel, _rounding.fused_kernel = _rounding.fused_kernel, lambda _: None
+                    kernel, round_trip.fused_kernel = round_trip.fused_kernel, lambda _: None
                     plain = milliseconds(run)
-                    _rounding.fused_kernel = kernel
+                    round_trip.fused_kernel = kernel
                     what = f"{device}: {name}, {str(dtype)[6:]}, {kind}, {direction}"
                     rate = x.numel() * traffic / ours / 1e6
                     found.append(

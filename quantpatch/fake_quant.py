@@ -1,6 +1,6 @@
 """Fake quantization: round a tensor to a number format and back, as pure functions on tensors.
 
-With :mod:`quantpatch._rounding`, the arithmetic, this is the only module that rounds. What it promises:
+With :mod:`quantpatch.rounding`, the arithmetic, this is the only module that rounds. What it promises:
 
 - ``y = round(x / scale) * scale`` with a true division, ties to even, in float32 whatever the input's dtype:
   integer results equal ONNX's ``QuantizeLinear`` followed by ``DequantizeLinear`` bit for bit.
@@ -17,8 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantpatch._division import quotient
-from quantpatch._rounding import (
+from quantpatch.division import quotient
+from quantpatch.errors import DescriptorError, RangeError
+from quantpatch.formats import Blocked, Integer, NumberFormat
+from quantpatch.rounding.round_trip import (
     block_views,
     divisor,
     is_in_memory,
@@ -27,8 +29,6 @@ from quantpatch._rounding import (
     round_trip,
     spread,
 )
-from quantpatch.errors import DescriptorError, RangeError
-from quantpatch.formats import Blocked, Integer, NumberFormat
 
 __all__ = ["dequantize", "fake_quantize", "quantize", "reduce_amax"]
 

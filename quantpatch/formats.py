@@ -20,7 +20,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from quantpatch._division import quotient
+from quantpatch.division import quotient
 from quantpatch.errors import DescriptorError
 
 __all__ = ["BUILTIN_FORMATS", "Blocked", "Float", "Integer", "NumberFormat"]

@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from quantpatch._rounding import is_traced
 from quantpatch.calibrators import Calibrator
 from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import CalibrationError, ExportError, RangeError
@@ -28,6 +27,7 @@ from quantpatch.formats import NumberFormat
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.kept_weight import KeptWeight, Snapshot
 from quantpatch.registry import registry
+from quantpatch.rounding.round_trip import is_traced
 
 __all__ = ["TensorQuantizer", "named_quantizers"]
 

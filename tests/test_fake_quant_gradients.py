@@ -12,9 +12,9 @@ from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from quantpatch import _outside
 from quantpatch.fake_quant import fake_quantize, reduce_amax
 from quantpatch.formats import BUILTIN_FORMATS, Blocked, Float, Integer
+from quantpatch.rounding import outside
 
 INT8, UINT8 = Integer(8), Integer(8, unsigned=True)
 
@@ -131,10 +131,10 @@ def sizes(request, monkeypatch):
     """The sizes that the search for what is outside works with, and some that small tensors exceed."""
     if request.param == "in small pieces":
         for name, value in {"_ROW": 8, "_SHORTEST_ROW": 2, "_CHUNK": 50, "_PIECE": 100, "_SMALL": 0}.items():
-            monkeypatch.setattr(f"quantpatch._outside.{name}", value)
-        _outside._row_length.cache_clear()
+            monkeypatch.setattr(f"quantpatch.rounding.outside.{name}", value)
+        outside._row_length.cache_clear()
         yield
-        _outside._row_length.cache_clear()
+        outside._row_length.cache_clear()
     else:
         yield
 

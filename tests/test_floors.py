@@ -16,11 +16,9 @@ ROOT = Path(quantpatch.__file__).parent
 
 # From the ground up; what stands together may not import one another, but for a package its own parts.
 FLOORS = [
-    {"errors", "_division", "_pieces"},
-    {"formats", "entries", "example", "_outside"},
-    {"_triton"},
-    {"_cuda"},
-    {"_rounding"},
+    {"errors", "division"},
+    {"formats", "entries", "example"},
+    {"rounding"},
     {
         "fake_quant",
         "interception",

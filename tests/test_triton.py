@@ -14,16 +14,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from quantpatch import _cuda
 from quantpatch.fake_quant import fake_quantize
 from quantpatch.formats import BUILTIN_FORMATS
+from quantpatch.rounding import cuda
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from quantpatch._triton import fake_quantize_fused, round_trip_kernel  # noqa: E402
+from quantpatch.rounding.triton_kernel import fake_quantize_fused, round_trip_kernel  # noqa: E402
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -134,7 +134,7 @@ def test_compiled_for_cuda_it_divides_exactly_and_fuses_with_its_neighbours():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where the kernel cannot work")
 def test_a_kernel_that_does_not_work_is_told_and_plain_operations_stand_in():
     with pytest.warns(RuntimeWarning, match="CUDA kernel does not work here"):
-        assert _cuda._working_kernel.__wrapped__(0) is None
+        assert cuda._working_kernel.__wrapped__(0) is None
 
 
 # --- On a GPU ---------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_on_a_gpu_results_and_gradients_equal_the_cpus(name, dtype, compiled):
 @pytest.mark.parametrize("masked", [True, False])
 def test_on_a_gpu_the_kernel_is_used_and_keeps_one_byte_an_element_at_most(masked):
     x = torch.randn(1000, 999, device="cuda", requires_grad=True)
-    assert _cuda.fused_kernel(x) is fake_quantize_fused
+    assert cuda.fused_kernel(x) is fake_quantize_fused
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
         fake_quantize(x, torch.tensor(1.0, device="cuda") if masked else None, BUILTIN_FORMATS["int8"])

@@ -15,10 +15,10 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from quantpatch import _rounding
-from quantpatch._triton import fake_quantize_fused, fused_round_trip
 from quantpatch.fake_quant import fake_quantize
 from quantpatch.formats import BUILTIN_FORMATS
+from quantpatch.rounding import round_trip
+from quantpatch.rounding.triton_kernel import fake_quantize_fused, fused_round_trip
 
 INTEGERS = ("int8", "int8_narrow", "uint8", "int4", "uint3", "int2")
 FLOATS = ("fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1")
@@ -67,7 +67,7 @@ def both(x, amax, name, axis=None):
     """Result and gradient by the CPU's operations and by the kernel."""
     results = []
     for kernel in (None, fake_quantize_fused):
-        _rounding.fused_kernel = lambda _, kernel=kernel: kernel
+        round_trip.fused_kernel = lambda _, kernel=kernel: kernel
         leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         y = fake_quantize(leaf, amax, BUILTIN_FORMATS[name], axis=axis)
         if kernel is not None and type(y.grad_fn).__name__ == "_RoundTripBackward":

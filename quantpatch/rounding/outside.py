@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantpatch._pieces import pieces
+from quantpatch.rounding.pieces import pieces
 
 __all__ = ["Outside", "find", "is_outside", "zero_outside"]
 

@@ -4,7 +4,7 @@ Two ways lead to the same bits. In eager mode on a CPU every operation costs a t
 work in place in the result, large tensors a piece at a time. Wherever somebody records the operations
 (``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``torch.func``, gradients of gradients) or the
 tensor is on an accelerator, the same arithmetic is plain operations on the whole tensor and no value is read
-back; on CUDA one kernel of our own (:mod:`quantpatch._triton`) does what is most common.
+back; on CUDA one kernel of our own (:mod:`quantpatch.rounding.triton_kernel`) does what is most common.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from quantpatch._cuda import fused_kernel
-from quantpatch._division import quotient
-from quantpatch._outside import Outside, find, is_outside, zero_outside
-from quantpatch._pieces import memory_order, pieces
+from quantpatch.division import quotient
 from quantpatch.formats import Blocked, Integer, NumberFormat
+from quantpatch.rounding.cuda import fused_kernel
+from quantpatch.rounding.outside import Outside, find, is_outside, zero_outside
+from quantpatch.rounding.pieces import memory_order, pieces
 
 __all__ = [
     "block_views",

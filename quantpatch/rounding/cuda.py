@@ -1,4 +1,4 @@
-"""Whether a tensor on CUDA can go through the kernel of :mod:`quantpatch._triton`.
+"""Whether a tensor on CUDA can go through the kernel of :mod:`quantpatch.rounding.triton_kernel`.
 
 That module needs Triton, so nothing imports it before a CUDA tensor comes.
 """
@@ -39,7 +39,7 @@ def fused_kernel(x: Tensor) -> Kernel | None:
 @functools.cache
 def _working_kernel(device: int) -> Kernel | None:
     try:
-        from quantpatch._triton import fake_quantize_fused
+        from quantpatch.rounding.triton_kernel import fake_quantize_fused
     except ImportError:
         return None  # a CUDA build of torch without Triton: on Windows, for one
     try:

@@ -137,7 +137,9 @@ class TensorQuantizer(nn.Module):
 
         Of a learned one the magnitude, since an optimizer may carry it past zero.
         """
-        amax = None if self.descriptor.dynamic else self.amax
+        return self._magnitude(None if self.descriptor.dynamic else self.amax)
+
+    def _magnitude(self, amax: Tensor | None) -> Tensor | None:
         return amax.abs() if amax is not None and self.descriptor.learn_amax else amax
 
     def _check_range(self, amax: Tensor) -> None:
@@ -271,7 +273,7 @@ class TensorQuantizer(nn.Module):
             amax = amax.to(x.device) if x.is_meta else self._follow(x.device)
         if is_weight and not self.training and self._may_keep(x, amax):
             return self._from_kept(x, amax)
-        return fake_quantize(x, self.own_range, self.format, axis=descriptor.kept_axes)
+        return fake_quantize(x, self._magnitude(amax), self.format, axis=descriptor.kept_axes)
 
     def _may_keep(self, weight: Tensor, amax: Tensor | None) -> bool:
         """Whether the result for a weight depends on nothing that cannot be watched."""
@@ -291,7 +293,7 @@ class TensorQuantizer(nn.Module):
             return kept.quantized
         # Not as an inference tensor: it may be used in a forward pass with gradients later.
         with torch.inference_mode(False), torch.no_grad():
-            quantized = fake_quantize(weight, self.own_range, self.format, axis=descriptor.kept_axes)
+            quantized = fake_quantize(weight, self._magnitude(amax), self.format, axis=descriptor.kept_axes)
             # Within a mode such as FakeTensorMode, or a transform of torch.func, it is of no use outside.
             plain = type(quantized) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(
                 quantized

@@ -82,6 +82,14 @@ def test_a_given_range_survives_the_meta_device():
     assert q.amax.item() == 2.0
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_meta_tensor_meets_a_range_for_each_channel_that_stays_where_it_is(learned):
+    q = quantizer(axis=0, learn_amax=learned)
+    q.amax = torch.tensor([[1.0], [2.0]])
+    assert q(torch.ones(2, 3, device="meta")).is_meta
+    assert q.amax.flatten().tolist() == [1.0, 2.0]
+
+
 def test_casts_leave_the_range_exact():
     q = quantizer()
     q.amax = 0.1

@@ -22,7 +22,7 @@ from quantpatch.files import own_version
 from quantpatch.interception import Slot
 from quantpatch.new_plugin import new_plugin
 from quantpatch.registry import registry
-from quantpatch.run import Settings, launch
+from quantpatch.run import RunSettings, launch
 from quantpatch.scope import quantize_modules
 from quantpatch.table import compose
 
@@ -153,7 +153,7 @@ def run_command(
     ] = False,
 ) -> None:
     """Run an unmodified script with a block around it: every layer that it builds comes out quantized."""
-    settings = Settings(recipe, skip or (), include or (), plugin, subclasses or None, calibrate, audit)
+    settings = RunSettings(recipe, skip or (), include or (), plugin, subclasses or None, calibrate, audit)
     launch(settings, command, module=module)
 
 

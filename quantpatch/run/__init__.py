@@ -16,6 +16,6 @@ report.py      what all processes have to tell, printed when the script is over
 """
 
 from quantpatch.run.launcher import launch
-from quantpatch.run.settings import Settings
+from quantpatch.run.settings import RunSettings
 
-__all__ = ["Settings", "launch"]
+__all__ = ["RunSettings", "launch"]

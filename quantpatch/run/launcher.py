@@ -13,7 +13,7 @@ from typing import NoReturn
 import attrs
 
 from quantpatch.errors import ScriptError
-from quantpatch.run.settings import VARIABLE, Settings
+from quantpatch.run.settings import VARIABLE, RunSettings
 
 __all__ = ["launch"]
 
@@ -23,7 +23,7 @@ MAIN_VARIABLE = "QUANTPATCH_RUN_MAIN"
 _BOOTSTRAP = Path(__file__).with_name("bootstrap")
 
 
-def launch(settings: Settings, command: Sequence[str], *, module: bool = False) -> NoReturn:
+def launch(settings: RunSettings, command: Sequence[str], *, module: bool = False) -> NoReturn:
     """Becomes the Python that runs a script in a block.
 
     Args:
@@ -59,7 +59,7 @@ def launch(settings: Settings, command: Sequence[str], *, module: bool = False) 
     os.execve(sys.executable, python, environment)
 
 
-def _environment(settings: Settings) -> dict[str, str]:
+def _environment(settings: RunSettings) -> dict[str, str]:
     environment = dict(os.environ)
     path = [item for item in environment.get("PYTHONPATH", "").split(os.pathsep) if item]
     if str(_BOOTSTRAP) not in path:

@@ -12,7 +12,7 @@ from quantpatch.errors import QuantPatchError
 from quantpatch.files import written_whole
 from quantpatch.run.models import WatchedModels
 from quantpatch.run.report import Part, report
-from quantpatch.run.settings import VARIABLE, Settings
+from quantpatch.run.settings import VARIABLE, RunSettings
 
 __all__ = ["Session", "leave", "start", "tell"]
 
@@ -24,7 +24,7 @@ class Session:
         settings: How to quantize, and where to leave it.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         self._settings = settings
         self._scope = settings.scope().start()
         self._models = self._watched()
@@ -78,7 +78,7 @@ def start(is_main: bool) -> None:
     """
     global current
     try:
-        current = Session(Settings.from_json(os.environ[VARIABLE]))
+        current = Session(RunSettings.from_json(os.environ[VARIABLE]))
     except QuantPatchError as error:  # the command had no such trouble: another environment, say
         print(f"quantpatch run: the block cannot be opened: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -101,7 +101,7 @@ def tell(directory: str) -> None:
     session, current = current, None
     parts = [] if session is None else [session.close()]
     parts += [Part.from_json(file.read_text()) for file in sorted(Path(directory).glob("*.json"))]
-    settings = Settings.from_json(os.environ[VARIABLE])
+    settings = RunSettings.from_json(os.environ[VARIABLE])
     report(parts, models=bool(settings.calibrate or settings.audit))
 
 
@@ -119,5 +119,5 @@ def _begin_again() -> None:
     if current is None:
         return
     current.close()
-    current = Session(Settings.from_json(os.environ[VARIABLE]))
+    current = Session(RunSettings.from_json(os.environ[VARIABLE]))
     atexit.register(leave)

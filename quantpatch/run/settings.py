@@ -11,7 +11,7 @@ from quantpatch.configure import Rules
 from quantpatch.registry import registry
 from quantpatch.scope import Scope, quantize_modules
 
-__all__ = ["VARIABLE", "Settings"]
+__all__ = ["VARIABLE", "RunSettings"]
 
 #: Holds the settings, for every process that the script starts.
 VARIABLE = "QUANTPATCH_RUN"
@@ -22,7 +22,7 @@ def _tuple(names: Iterable[str]) -> tuple[str, ...]:
 
 
 @attrs.frozen
-class Settings:
+class RunSettings:
     """What ``quantpatch run`` was asked for.
 
     Attributes:
@@ -67,6 +67,6 @@ class Settings:
         return json.dumps(attrs.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Settings:
+    def from_json(cls, text: str) -> RunSettings:
         """The settings that ``to_json`` wrote."""
         return cls(**json.loads(text))

@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from quantpatch.cli import app
 from quantpatch.errors import ScriptError, UnknownNameError
-from quantpatch.run import Settings, launch
+from quantpatch.run import RunSettings, launch
 from quantpatch.run.launcher import _environment
 
 NO_TORCH = "quantpatch run: no process imported torch, so that nothing was quantized\n"
@@ -42,7 +42,7 @@ def environment(tmp_path, monkeypatch):
     def make(**settings):
         directory = tmp_path / "left"
         directory.mkdir(exist_ok=True)
-        return _environment(Settings(directory=str(directory), **settings))
+        return _environment(RunSettings(directory=str(directory), **settings))
 
     return make
 
@@ -327,7 +327,7 @@ def executed(monkeypatch):
 def test_the_settings_go_along_and_python_keeps_its_options(write, tmp_path, executed, monkeypatch):
     script = write("")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/some/where", "/else"]))
-    settings = Settings(recipe="int8", skip=["Linear"], calibrate=3, audit=True)
+    settings = RunSettings(recipe="int8", skip=["Linear"], calibrate=3, audit=True)
     with pytest.raises(SystemExit):
         launch(settings, [script, "--flag"])
     ((path, arguments, environment),) = executed
@@ -337,10 +337,10 @@ def test_the_settings_go_along_and_python_keeps_its_options(write, tmp_path, exe
     bootstrap, *rest = environment["PYTHONPATH"].split(os.pathsep)
     assert rest == ["/some/where", "/else"]
     assert (Path(bootstrap) / "sitecustomize.py").exists()
-    found = Settings.from_json(environment["QUANTPATCH_RUN"])
+    found = RunSettings.from_json(environment["QUANTPATCH_RUN"])
     assert Path(found.directory).is_dir()
     Path(found.directory).rmdir()
-    assert found == Settings("int8", ["Linear"], calibrate=3, audit=True, directory=found.directory)
+    assert found == RunSettings("int8", ["Linear"], calibrate=3, audit=True, directory=found.directory)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_what_cannot_work_is_told_before_anything_runs(
     write("")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
-        launch(Settings(**settings), arguments)
+        launch(RunSettings(**settings), arguments)
     assert executed == []
 
 
@@ -369,7 +369,7 @@ def test_a_python_that_ignores_its_environment_is_refused(write, executed, monke
         "quantpatch.run.launcher.sys", SimpleNamespace(flags=flags, executable=sys.executable)
     )
     with pytest.raises(ScriptError, match="started with -I or -E and ignores the environment variables"):
-        launch(Settings(), [write("")])
+        launch(RunSettings(), [write("")])
     assert executed == []
 
 

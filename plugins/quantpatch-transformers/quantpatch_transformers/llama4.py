@@ -14,7 +14,7 @@ class QuantLlama4TextExperts(QuantizedLayer, Llama4TextExperts):
     """``Llama4TextExperts`` with the operands of both its products quantized.
 
     Its weights are (experts, in, out), each output channel of each expert with a range of its own, and its
-    input is (experts * tokens, features). ``input`` comes into the first product, ``input_1`` into the second.
+    input is (experts * tokens, features). ``input`` goes into the first product, ``input_1`` into the second.
     """
 
     weights = {"gate_up_proj": (0, 2), "down_proj": (0, 2)}

@@ -86,7 +86,8 @@ class Snapshot:
     """What torch is made of at this moment, to be compared with later."""
 
     def __init__(self) -> None:
-        self._dicts = [(owner, list(vars(owner)), list(vars(owner).values())) for owner in owners()]
+        held = [(owner, vars(owner).copy()) for owner in owners()]
+        self._dicts = [(owner, list(found), list(found.values())) for owner, found in held]
         self._meta_path = list(sys.meta_path)
 
     def changes(self) -> list[Change]:
@@ -114,10 +115,10 @@ def _is_added_in_use(owner: Any, key: str, value: Any) -> bool:
 
 
 def _changes(owner: Any, keys: list[str], values: list[Any]) -> list[Change]:
-    now = vars(owner)
+    now = vars(owner).copy()  # in one piece: other threads may come in between two steps of a loop
     if list(now) == keys and all(map(operator.is_, now.values(), values)):
         return []
-    now, was = dict(now), dict(zip(keys, values, strict=True))
+    was = dict(zip(keys, values, strict=True))
     new = [key for key in now if key not in was and not _is_added_in_use(owner, key, now[key])]
     found = [
         *(Change(owner, key, was[key], now[key]) for key in keys if key in now and now[key] is not was[key]),

@@ -159,7 +159,7 @@ class _Model:
                 collecting(model, lambda: quantizers, self._tell) if quantizers else contextlib.nullcontext()
             ):
                 while self._calls < self._wanted:
-                    with _eager():
+                    with _Eager():
                         yield
                     self._calls += 1
                     if self._calls < self._wanted:
@@ -170,7 +170,7 @@ class _Model:
             with _float(quantizers.values()):
                 yield
         if audit:
-            with _eager(), recording(model) as trace:
+            with _Eager(), recording(model) as trace:
                 yield
             self.audit = str(report_of(model, trace)).rstrip()
 
@@ -253,9 +253,24 @@ def _float(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
             quantizer.enable_quant()
 
 
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """A block in which nothing is compiled."""
-    if "torch._dynamo" not in sys.modules:  # then nothing can be, and importing it takes a second
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+class _Eager:
+    """A block in which nothing is compiled: a setting of the process, which threads that need it share."""
+
+    _lock = threading.Lock()
+    _users = 0
+    _stance: contextlib.AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            # Without Dynamo nothing can be compiled, and importing it takes a second.
+            if not _Eager._users and "torch._dynamo" in sys.modules:
+                _Eager._stance = torch.compiler.set_stance("force_eager")
+                _Eager._stance.__enter__()
+            _Eager._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            _Eager._users -= 1
+            if not _Eager._users and _Eager._stance is not None:
+                stance, _Eager._stance = _Eager._stance, None
+                stance.__exit__(None, None, None)

@@ -263,6 +263,8 @@ def test_an_interrupted_script_ends_as_python_does_and_tells_what_it_built(write
     running = subprocess.Popen(
         [sys.executable, script], env=environment(), cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Shells have what they start in the background ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert running.stdout.readline() == "built\n"
     running.send_signal(signal.SIGINT)

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo
 import torch.utils.checkpoint
 from torch import nn
 
@@ -14,7 +15,7 @@ import quantpatch as qp
 from quantpatch import quantize_modules
 from quantpatch.errors import CalibrationError
 from quantpatch.quantizer import named_quantizers
-from quantpatch.run.models import WatchedModels
+from quantpatch.run.models import WatchedModels, _Eager
 
 
 class Net(nn.Module):
@@ -188,6 +189,15 @@ def test_a_compiled_model_is_seen_and_runs_eagerly_where_it_is_looked_at(watch):
     assert seen == [0, 0, 1]
     assert watched.notes() == ("Net: 4 of 4 quantizers calibrated in 1 calls",)
     assert "Net: 100.0%" in watched.audits()[0]
+
+
+def test_what_is_compiled_is_compiled_again_when_the_last_thread_has_been_looked_at():
+    stances = []
+    first, second = _Eager(), _Eager()
+    for step in (first.__enter__, second.__enter__, first.__exit__, second.__exit__):
+        step()
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+    assert stances == ["force_eager", "force_eager", "force_eager", "default"]
 
 
 def test_threads_do_not_disturb_each_other(watch):

@@ -62,6 +62,7 @@ def project(tmp_path, monkeypatch):
     (site / "mylib_layers.py").write_text(LAYERS)
     (site / "mylib_plugin.py").write_text(PLUGIN + EXAMPLES)
     monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.delenv("CI", raising=False)  # there pytest says everything twice
     folder = tmp_path / "project"
     folder.mkdir()
 

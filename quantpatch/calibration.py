@@ -21,9 +21,9 @@ from quantpatch.calibrators import Calibrator
 from quantpatch.errors import CalibrationError, QuantPatchWarning
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.running import evaluating, explaining_devices
+from quantpatch.running import evaluating, run_batch
 
-__all__ = ["calibrate", "calibrating", "collecting", "run_batch"]
+__all__ = ["calibrate", "calibrating", "collecting"]
 
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
 
@@ -364,30 +364,3 @@ def calibrate(
                 count += 1
         if not count:
             raise CalibrationError("the data holds no batch, so there is nothing to calibrate from")
-
-
-def run_batch(model: nn.Module, batch: Any) -> None:
-    """Runs a model on a batch: a tensor, a tuple of arguments or a dict of keywords.
-
-    Raises:
-        InputError: It failed, and the batch is on a device where the model is not.
-    """
-    with explaining_devices(model, batch):
-        _run_batch(model, batch)
-
-
-def _run_batch(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        try:
-            model(*batch)
-        except TypeError as error:
-            if len(batch) > 1:
-                raise TypeError(
-                    f"{error} (a batch of {len(batch)} is taken as that many arguments of the model; for a "
-                    f"loader of inputs with labels write: calibrate(model, (x for x, _ in loader)))"
-                ) from error
-            raise
-    else:
-        model(batch)

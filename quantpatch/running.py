@@ -1,9 +1,9 @@
-"""Running somebody's model: that it is one, its modes, and what to say when its inputs do not fit."""
+"""Running somebody's model: that it is one, its modes, its batches, and what to say when these do not fit."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from quantpatch.errors import InputError
 
-__all__ = ["demand_model", "evaluating", "explaining_devices"]
+__all__ = ["demand_model", "evaluating", "explaining_devices", "run_batch"]
 
 
 def demand_model(model: Any, function: str) -> None:
@@ -66,3 +66,30 @@ def explaining_devices(model: nn.Module, inputs: Any) -> Iterator[None]:
             f"{' and '.join(inputs_on)}: move them with .to({model_on[0]!r}) first ({error})",
             devices=(" ".join(inputs_on), " ".join(model_on)),
         ) from error
+
+
+def run_batch(model: nn.Module, batch: Any) -> None:
+    """Runs a model on a batch: a tensor, a tuple of arguments or a dict of keywords.
+
+    Raises:
+        InputError: It failed, and the batch is on a device where the model is not.
+    """
+    with explaining_devices(model, batch):
+        _run_batch(model, batch)
+
+
+def _run_batch(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        try:
+            model(*batch)
+        except TypeError as error:
+            if len(batch) > 1:
+                raise TypeError(
+                    f"{error} (a batch of {len(batch)} is taken as that many arguments of the model; for a "
+                    f"loader of inputs with labels write: calibrate(model, (x for x, _ in loader)))"
+                ) from error
+            raise
+    else:
+        model(batch)

@@ -14,12 +14,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from quantpatch.calibration import run_batch
 from quantpatch.errors import ComparisonError
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.report.render import as_text
-from quantpatch.running import demand_model, evaluating
+from quantpatch.running import demand_model, evaluating, run_batch
 
 __all__ = ["ComparisonReport", "ComparisonRow", "compare"]
 

@@ -17,7 +17,7 @@ from quantpatch.export.dataflow import MOVING, Value
 from quantpatch.export.targets import operands
 from quantpatch.formats import Integer
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.running import evaluating
+from quantpatch.running import evaluating, run_batch
 
 __all__ = ["is_never_negative", "make_unsigned", "may_be_unsigned", "replace_quantizer", "use_unsigned"]
 
@@ -103,6 +103,7 @@ def use_unsigned(model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], A
 
     Raises:
         ExportError: The data holds no batch, or no quantizer saw any.
+        InputError: A batch is on a device where the model is not.
     """
     found = {
         operand.name: operand.quantizer
@@ -139,9 +140,4 @@ def _run(model: nn.Module, data: Any) -> None:
         data(model)
         return
     for batch in [data] if isinstance(data, Tensor) else data:
-        if isinstance(batch, dict):
-            model(**batch)
-        elif isinstance(batch, (tuple, list)):
-            model(*batch)
-        else:
-            model(batch)
+        run_batch(model, batch)

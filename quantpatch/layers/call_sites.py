@@ -89,9 +89,7 @@ def rewrite(float_class: type, operations: Operations) -> Rewritten:
         name = waiting.pop(0)
         function = getattr(float_class, name, None)
         inner = inspect.unwrap(function) if callable(function) else None
-        if not isinstance(inner, types.FunctionType) or (
-            hasattr(torch.nn.Module, name) and name != "forward"
-        ):
+        if not isinstance(inner, types.FunctionType) or _is_of_torch(name):
             continue  # something else than a method written in Python, or torch's own
         rewriter = _Rewriter(finder, inner)
         made = rewriter.function()

@@ -15,19 +15,25 @@ import torch
 from onnx import TensorProto, helper
 
 from quantpatch.fake_quant import fake_quantize
-from quantpatch.formats import BUILTIN_FORMATS
+from quantpatch.formats import BUILTIN_FORMATS, NumberFormat, affine_format
 
 CHUNK = 5 * 10**6
 CASES = [
     (name, amax)
     for amax in (1.0, 2.7182817, 1e-6, 6.5e4, 3.3e-37)
-    for name in ("int8", "uint8", "int4", "uint4")
+    for name in ("int8", "uint8", "uint8_z1", "uint8_z37", "uint8_z128", "uint8_z254", "int4", "uint4")
 ]
+
+
+def format_of(name: str) -> NumberFormat:
+    """The format of a name."""
+    return affine_format(name) or BUILTIN_FORMATS[name]
 
 
 def session(name: str) -> onnxruntime.InferenceSession:
     """A graph that quantizes to ``name`` and back."""
-    zero = helper.make_tensor("zero", getattr(TensorProto, name.upper()), [], [0])
+    kind, _, zero_point = name.partition("_z")
+    zero = helper.make_tensor("zero", getattr(TensorProto, kind.upper()), [], [int(zero_point or 0)])
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
@@ -61,12 +67,13 @@ def mismatches(total: int = 10**8) -> dict[str, tuple[int, int]]:
     rng = np.random.default_rng(0)
     counts = {}
     for name, amax in CASES:
-        number_format, runtime = BUILTIN_FORMATS[name], session(name)
+        number_format, runtime = format_of(name), session(name)
+        high = max(number_format.max, -number_format.min)
         range_ = torch.tensor(amax)
         scale = (range_ / number_format.max).numpy()
         wanted, differing = -(-total // len(CASES)), 0
         for start in range(0, wanted, CHUNK):
-            x = values(np.float32(scale), number_format.max, min(CHUNK, wanted - start), rng)
+            x = values(np.float32(scale), high, min(CHUNK, wanted - start), rng)
             theirs = runtime.run(None, {"x": x, "scale": scale})[0]
             ours = fake_quantize(torch.from_numpy(x), range_, number_format).numpy()
             differing += int((ours.view(np.int32) != theirs.view(np.int32)).sum())

@@ -36,14 +36,17 @@ class QuantDescriptor:
         axis: Axes that are *kept*, with a range for each index along them; None is one range for the
             whole tensor, ``"channel"`` the layer's output channels. For formats in blocks: the axis
             that blocks run along; ``"reduction"`` is the one that the layer's products sum over.
-        unsigned: No negative values.
+        unsigned: Integers from 0 on: no negative values, unless ``zero_point`` makes room for them.
+        zero_point: Which of the unsigned integers stands for 0: the grid goes from ``-zero_point`` to
+            ``2**num_bits - 1 - zero_point``, and the range from ``-amax * zero_point / (2**num_bits - 1 -
+            zero_point)`` to ``amax``.
         narrow_range: Leave out the most negative integer, so that the grid is symmetric.
         amax: A range known beforehand, in the tensor's own units.
         learn_amax: Train the range, once it is known, with the gradient of LSQ.
         scale_amax: Factor on every range that calibration finds.
         calib_method: Name of the calibrator that ``calibrate`` uses unless told otherwise.
-        format: A number format or the name of one (``"fp8_e4m3"``), instead of ``num_bits``, ``unsigned``
-            and ``narrow_range``.
+        format: A number format or the name of one (``"fp8_e4m3"``), instead of ``num_bits``, ``unsigned``,
+            ``zero_point`` and ``narrow_range``.
         dynamic: Take the range from each tensor as it comes; never calibrated.
 
     Raises:
@@ -56,6 +59,7 @@ class QuantDescriptor:
     )
     unsigned: bool = False
     narrow_range: bool = False
+    zero_point: int = 0
     amax: float | None = None
     learn_amax: bool = False
     scale_amax: float | None = None
@@ -105,13 +109,14 @@ class QuantDescriptor:
         if isinstance(self.num_bits, (tuple, list)):
             self._demand(len(self.num_bits) == 2, "num_bits", "an int, or (exponent, mantissa) bits")
             self._demand(not self.unsigned, "unsigned", "False, since float formats are signed")
+            self._demand(self.zero_point == 0, "zero_point", "0, since float formats have none")
             return Float(*self.num_bits)
         self._demand(
             isinstance(self.num_bits, int) and not isinstance(self.num_bits, bool),
             "num_bits",
             "an int from 2 to 8, or (exponent, mantissa) bits",
         )
-        return Integer(self.num_bits, unsigned=self.unsigned, narrow_range=self.narrow_range)
+        return Integer(self.num_bits, self.unsigned, self.narrow_range, self.zero_point)
 
     @property
     def kept_axes(self) -> Axis:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantpatch.affine import magnitudes, upper_end
 from quantpatch.division import quotient
 from quantpatch.errors import DescriptorError, RangeError
 from quantpatch.formats import Blocked, Integer, NumberFormat
@@ -42,9 +43,12 @@ def fake_quantize(x: Tensor, amax: Tensor | None, format: NumberFormat, *, axis:
     A range of 0 (a dead channel) gives 0. Infinities saturate, NaN stays NaN; a range that is not finite
     gives NaN. Zeros of integers are positive, as ONNX Runtime's are; those of floats keep their sign.
 
+    ``amax`` is the upper end of the range. The lower one is ``amax * format.lower_end``: ``-amax``, 0 of
+    unsigned integers, and with a zero point ``amax * format.min / format.max``.
+
     The gradient to ``x`` is the straight-through estimator of Bengio et al. 2013 (arXiv 1308.3432): it passes
-    where ``|x| <= amax`` (unsigned: ``0 <= x <= amax``), and is zero outside. With ``amax=None`` nothing is
-    outside but the negative values of an unsigned format. A range that requires a gradient makes both
+    inside the range, both ends included, and is zero outside. With ``amax=None`` nothing is outside but the
+    negative values of unsigned integers without a zero point. A range that requires a gradient makes both
     gradients those of LSQ (Esser et al. 2020, arXiv 1902.08153, equations 3 and 5), which call inside what
     ``format.min < x / scale < format.max`` is, with its gradient scale ``1 / sqrt(N * format.max)``, where N
     is the number of elements that share the range.
@@ -52,7 +56,8 @@ def fake_quantize(x: Tensor, amax: Tensor | None, format: NumberFormat, *, axis:
     Args:
         x: float32, float16, bfloat16 or float64, any shape, strides and device.
         amax: The range. 0-dim, or of ``x``'s number of dimensions with 1 on the axes not kept. Computed
-            in float32. None takes the range of ``x`` itself, with no gradient through it. For a
+            in float32. None takes the range of ``x`` itself, with no gradient through it: the largest
+            magnitude, and with a zero point the smallest range that clips nothing. For a
             :class:`~quantpatch.formats.Blocked` format None takes each block's own; a given range has the
             number of blocks on ``axis``, or is 0-dim; for ``"e4m3"`` scales (NVFP4) it is the range of the
             whole tensor, 0-dim.
@@ -92,9 +97,10 @@ def quantize(
         axis: As in :func:`fake_quantize`.
 
     Returns:
-        ``(codes, scale)``. Codes have ``x``'s shape: int8 or uint8 for integers, else float32 values on the
-        format's grid. The scale is float32 of the range's shape; for a blocked format of ``x``'s shape
-        with the number of blocks on ``axis`` (NVFP4: block scale times tensor scale).
+        ``(codes, scale)``. Codes have ``x``'s shape: int8 or uint8 for integers, with the zero point added
+        as in ONNX's QuantizeLinear; else float32 values on the format's grid. The scale is float32 of the
+        range's shape; for a blocked format of ``x``'s shape with the number of blocks on ``axis`` (NVFP4:
+        block scale times tensor scale).
 
     Raises:
         TypeError: ``x`` is not floating point.
@@ -132,7 +138,10 @@ def dequantize(codes: Tensor, scale: Tensor, format: NumberFormat, *, axis: Axis
                 return dequantize(codes.unsqueeze(0), scale, format, axis=axis).squeeze(0)
             scale = spread(scale, codes, format, _block_axis(codes, axis))
             format = format.element
-        return rescale_(codes.to(torch.float32, copy=True), scale, format)
+        values = codes.to(torch.float32, copy=True)
+        if isinstance(format, Integer) and format.zero_point:
+            values.sub_(format.zero_point)
+        return rescale_(values, scale, format)
 
 
 def reduce_amax(x: Tensor, axis: Axis = None) -> Tensor:
@@ -177,7 +186,8 @@ def _range_and_scale(
 ) -> tuple[Tensor | None, Tensor]:
     """The given range, if there is one, in float32, and the scale."""
     if amax is None:
-        return None, quotient(reduce_amax(x, axis), format.max)
+        own = upper_end(reduce_amax(magnitudes(x.detach(), format), axis), format)
+        return None, quotient(own, format.max)
     if amax.dim():
         kept = range(x.dim()) if axis is None else _axes(x, axis)
         amax = _checked_amax(amax, x, [n if d in kept else 1 for d, n in enumerate(x.shape)])
@@ -241,7 +251,7 @@ def _amax_along(x: Tensor, dim: int) -> Tensor:
 def _codes(x: Tensor, scale: Tensor, format: NumberFormat) -> Tensor:
     codes = format.round_(quotient(x.float(), divisor(scale)))
     if isinstance(format, Integer):
-        return codes.to(torch.uint8 if format.unsigned else torch.int8)
+        return codes.add_(format.zero_point).to(torch.uint8 if format.unsigned else torch.int8)
     return codes
 
 

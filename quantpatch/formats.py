@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 import math
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -23,7 +24,7 @@ from torch import Tensor
 from quantpatch.division import quotient
 from quantpatch.errors import DescriptorError
 
-__all__ = ["BUILTIN_FORMATS", "Blocked", "Float", "Integer", "NumberFormat"]
+__all__ = ["BUILTIN_FORMATS", "Blocked", "Float", "Integer", "NumberFormat", "affine_format"]
 
 ScaleKind = Literal["float32", "e8m0", "e4m3"]
 
@@ -36,8 +37,9 @@ class NumberFormat(abc.ABC):
     Attributes:
         name: What recipes and reports call it, such as ``"int8"``.
         bits: Storage bits of an element, scales not counted.
-        max: Largest magnitude on the grid; a range becomes a scale by ``scale = amax / max``.
+        max: Largest value on the grid; a range becomes a scale by ``scale = amax / max``.
         min: Smallest value on the grid; 0 makes the format unsigned.
+        lower_end: Where a range begins that ends at 1: gradients pass from ``amax * lower_end`` to ``amax``.
         block_size: Number of neighbours that share a scale found from themselves, or None where
             the scale of a tensor or channel comes from outside.
     """
@@ -55,12 +57,17 @@ class NumberFormat(abc.ABC):
     @property
     @abc.abstractmethod
     def max(self) -> float:
-        """Largest magnitude on the grid."""
+        """Largest value on the grid."""
 
     @property
     def min(self) -> float:
         """Smallest value on the grid; ``-max`` unless a child says otherwise."""
         return -self.max
+
+    @property
+    def lower_end(self) -> float:
+        """The lower end of a range whose upper end is 1: -1, 0 where nothing is negative."""
+        return 0.0 if self.min >= 0 else -1.0
 
     @property
     def block_size(self) -> int | None:
@@ -93,14 +100,19 @@ class Integer(NumberFormat):
         bits: 2 to 8.
         unsigned: From 0 to ``2**bits - 1`` instead of signed.
         narrow_range: Leave out the lowest signed value, so that the grid is symmetric (-127 .. 127).
+        zero_point: Which of the unsigned integers stands for 0, so that a grid from ``-zero_point`` to
+            ``2**bits - 1 - zero_point`` fits a range that is not symmetric; 0 to ``2**bits - 2``. A range
+            still has one number, its upper end. With 128 of 8 bits the grid is that of int8.
 
     Raises:
-        DescriptorError: ``bits`` is out of range, or ``narrow_range`` is asked of an unsigned format.
+        DescriptorError: ``bits`` or ``zero_point`` is out of range, ``narrow_range`` is asked of an unsigned
+            format or ``zero_point`` of a signed one.
     """
 
     bits: int = attrs.field(default=8)
     unsigned: bool = False
     narrow_range: bool = False
+    zero_point: int = 0
 
     def __attrs_post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -117,23 +129,44 @@ class Integer(NumberFormat):
                 field="narrow_range",
                 value=True,
             )
+        z = self.zero_point
+        if isinstance(z, bool) or not isinstance(z, int) or not 0 <= z <= 2**self.bits - 2:
+            raise DescriptorError(
+                f"of {self.bits} bits a zero point is an integer from 0 to {2**self.bits - 2}, so that 0 and "
+                f"something above it are on the grid; got {z!r}",
+                field="zero_point",
+                value=z,
+            )
+        if z and not self.unsigned:
+            raise DescriptorError(
+                f"signed integers have the zero point 0; a zero point says which unsigned one stands for 0. "
+                f"Write unsigned=True, zero_point={z}.",
+                field="zero_point",
+                value=z,
+            )
 
     @property
     def name(self) -> str:
-        """``int8``, ``uint4``, ``int8_narrow``."""
-        return f"{'u' if self.unsigned else ''}int{self.bits}{'_narrow' if self.narrow_range else ''}"
+        """``int8``, ``uint4``, ``int8_narrow``, ``uint8_z37``."""
+        name = f"{'u' if self.unsigned else ''}int{self.bits}{'_narrow' if self.narrow_range else ''}"
+        return f"{name}_z{self.zero_point}" if self.zero_point else name
 
     @property
     def max(self) -> float:
-        """127 for int8, 255 for uint8."""
-        return float(2**self.bits - 1 if self.unsigned else 2 ** (self.bits - 1) - 1)
+        """127 for int8, 255 for uint8, less the zero point."""
+        return float(2**self.bits - 1 - self.zero_point if self.unsigned else 2 ** (self.bits - 1) - 1)
 
     @property
     def min(self) -> float:
-        """-128 for int8, -127 if narrow, 0 if unsigned."""
+        """-128 for int8, -127 if narrow, ``-zero_point`` if unsigned."""
         if self.unsigned:
-            return 0.0
+            return float(-self.zero_point)
         return -self.max if self.narrow_range else -self.max - 1
+
+    @property
+    def lower_end(self) -> float:
+        """-1 for int8, ``min / max`` if unsigned."""
+        return self.min / self.max if self.unsigned else -1.0
 
     def round_(self, y: Tensor) -> Tensor:
         """See :meth:`NumberFormat.round_`."""
@@ -242,6 +275,13 @@ class Blocked(NumberFormat):
                 field="element",
                 value=self.element,
             )
+        if isinstance(self.element, Integer) and self.element.zero_point:
+            raise DescriptorError(
+                f"blocks take their scales from magnitudes, which a zero point has no part in: "
+                f"write {Integer(self.element.bits)!r} instead of {self.element!r}",
+                field="element",
+                value=self.element,
+            )
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
             raise DescriptorError(
                 f"block_size is a positive number of elements, got {self.block_size!r}",
@@ -278,6 +318,11 @@ class Blocked(NumberFormat):
     def min(self) -> float:
         """The element's."""
         return self.element.min
+
+    @property
+    def lower_end(self) -> float:
+        """The element's."""
+        return self.element.lower_end
 
     def round_(self, y: Tensor) -> Tensor:
         """See :meth:`NumberFormat.round_`."""
@@ -330,6 +375,18 @@ _USUAL_BLOCKS: dict[str, Blocked] = {
     "int8_g128": Blocked(Integer(8), 128),
 }
 
+_WITH_ZERO_POINT = re.compile(r"uint([2-8])_z(\d+)")
+
+
+def affine_format(name: str) -> Integer | None:
+    """The integers of a name such as ``"uint8_z37"``; None if it is no such name.
+
+    Raises:
+        DescriptorError: The zero point is out of range.
+    """
+    parts = _WITH_ZERO_POINT.fullmatch(name)
+    return None if parts is None else Integer(int(parts[1]), unsigned=True, zero_point=int(parts[2]))
+
 
 def _builtin() -> dict[str, NumberFormat]:
     plain: list[NumberFormat] = [Integer(b) for b in range(2, 9)]
@@ -340,4 +397,4 @@ def _builtin() -> dict[str, NumberFormat]:
 
 
 BUILTIN_FORMATS: Mapping[str, NumberFormat] = MappingProxyType(_builtin())
-"""Every format that comes with quantpatch, by name."""
+"""Every format that comes with quantpatch, by name, but for those with a zero point (``affine_format``)."""

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from quantpatch.affine import longer_side, magnitudes, upper_end
 from quantpatch.calibrators import Calibrator
 from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import CalibrationError, ExportError, RangeError
@@ -219,7 +220,7 @@ class TensorQuantizer(nn.Module):
             )
         # The axis of a format in blocks is the one that blocks run along, not one that is kept.
         axis = self.descriptor.kept_axes if self.format.block_size is None else None
-        return kind(self.format, axis, **options)
+        return kind(longer_side(self.format), axis, **options)
 
     def load_calib_amax(self) -> None:
         """Sets the range that the collected statistics give; the statistics are kept.
@@ -233,7 +234,7 @@ class TensorQuantizer(nn.Module):
 
     def range_from(self, calibrator: Calibrator) -> Tensor:
         """The range that a calibrator's statistics give this quantizer; nothing is changed."""
-        amax = calibrator.compute_amax()
+        amax = upper_end(calibrator.compute_amax(), self.format)
         scale = self.descriptor.scale_amax
         return amax if scale is None else amax * scale
 
@@ -260,7 +261,7 @@ class TensorQuantizer(nn.Module):
             return x
         if self.calibrating and self.calibrator is not None:
             try:
-                self.calibrator.collect(x.detach())
+                self.calibrator.collect(magnitudes(x.detach(), self.format))
             except CalibrationError as error:
                 error.quantizer = self
                 raise

@@ -22,7 +22,7 @@ from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.entries import Entry
 from quantpatch.errors import PluginError, QuantPatchWarning, UnknownNameError, near_misses
 from quantpatch.example import Example
-from quantpatch.formats import NumberFormat
+from quantpatch.formats import NumberFormat, affine_format
 from quantpatch.interception import lock
 from quantpatch.plugins import BLOCK_VARIABLE, BUILTIN, Offer, Plugin, discover
 
@@ -223,11 +223,12 @@ class Registry:
         """
         if descriptor.number_format is not None:
             return descriptor.number_format
+        name = str(descriptor.format)
         formats: dict[str, NumberFormat] = self.named("quantpatch_formats", NumberFormat)
-        try:
-            return formats[str(descriptor.format)]
-        except KeyError:
-            raise UnknownNameError.of("format", descriptor.format, formats) from None
+        found = formats[name] if name in formats else affine_format(name)
+        if found is None:
+            raise UnknownNameError.of("format", name, formats)
+        return found
 
     def calibrator(self, name: str) -> type[Calibrator]:
         """The calibrator of a name.

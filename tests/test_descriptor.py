@@ -11,6 +11,7 @@ import pytest
 from quantpatch.descriptor import CHANNEL, REDUCTION, QuantDescriptor, Recipe
 from quantpatch.errors import DescriptorError
 from quantpatch.formats import BUILTIN_FORMATS, Float, Integer
+from quantpatch.registry import registry
 
 BAD = [
     ({"num_bits": 1}, "1"),
@@ -22,6 +23,10 @@ BAD = [
     ({"num_bits": (4, 9)}, "there is no format Float"),
     ({"num_bits": (4, 3), "unsigned": True}, "float formats are signed"),
     ({"unsigned": True, "narrow_range": True}, "narrow_range"),
+    ({"zero_point": 37}, "Write unsigned=True, zero_point=37"),
+    ({"unsigned": True, "zero_point": 255}, "an integer from 0 to 254"),
+    ({"num_bits": 4, "unsigned": True, "zero_point": 15}, "an integer from 0 to 14"),
+    ({"num_bits": (4, 3), "zero_point": 1}, "float formats have none"),
     ({"axis": "row"}, r"axis='row'\): expected an int, a tuple of ints, 'channel', 'reduction' or None"),
     ({"axis": 1.5}, "expected an int, a tuple"),
     ({"axis": True}, "expected an int, a tuple"),
@@ -52,6 +57,9 @@ def test_formats():
     assert QuantDescriptor().number_format == Integer(8)
     assert QuantDescriptor(num_bits=4, unsigned=True).number_format == Integer(4, unsigned=True)
     assert QuantDescriptor(num_bits=4, narrow_range=True).number_format == Integer(4, narrow_range=True)
+    affine = QuantDescriptor(unsigned=True, zero_point=37)
+    assert affine.number_format == Integer(8, unsigned=True, zero_point=37)
+    assert registry.format(QuantDescriptor(format="uint8_z37")) == affine.number_format
     assert QuantDescriptor(num_bits=(5, 2)).number_format == Float(5, 2)
     assert QuantDescriptor(num_bits=[5, 2]).number_format == Float(5, 2)
     assert QuantDescriptor(format=BUILTIN_FORMATS["mxfp4"]).number_format is BUILTIN_FORMATS["mxfp4"]

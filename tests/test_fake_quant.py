@@ -36,11 +36,10 @@ def hard_values(scale, high, n, seed=0):
 
 
 @functools.cache
-def onnx_session(onnx_type, axis=None):
+def onnx_session(onnx_type, axis=None, zero_point=0):
     """A graph of QuantizeLinear and DequantizeLinear, run as written."""
-    zero = helper.make_tensor(
-        "zero", onnx_type, [] if axis is None else [3], [0] if axis is None else [0] * 3
-    )
+    count = 1 if axis is None else 3
+    zero = helper.make_tensor("zero", onnx_type, [] if axis is None else [3], [zero_point] * count)
     attributes = {} if axis is None else {"axis": axis}
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], **attributes),
@@ -88,6 +87,62 @@ def test_integers_per_channel_equal_onnxruntime_bit_for_bit(name):
     expected = onnx_session(ONNX_TYPES[name], axis=0).run(None, {"x": x, "scale": scale})[0]
     ours = fake_quantize(torch.from_numpy(x), amax, number_format, axis=0)
     assert torch.equal(bits(ours), bits(torch.from_numpy(expected)))
+
+
+@functools.cache
+def whole_quantizer():
+    """QuantizeLinear to uint8 and DequantizeLinear, whose zero point is an input."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n"]) for n in "xy")
+    scale = helper.make_tensor_value_info("scale", TensorProto.FLOAT, [])
+    zero = helper.make_tensor_value_info("zero", TensorProto.UINT8, [])
+    q = helper.make_tensor_value_info("q", TensorProto.UINT8, ["n"])
+    graph = helper.make_graph(nodes, "qdq", [x, scale, zero], [y, q])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+@given(
+    zero_point=st.integers(0, 254),
+    amax=st.floats(2.0**-100, 2.0**100, width=32),
+    values=st.lists(st.floats(width=32, allow_nan=False), max_size=20),
+    one_each=st.booleans(),
+)
+@settings(deadline=None, max_examples=100)
+def test_every_zero_point_equals_onnxruntime_bit_for_bit(zero_point, amax, values, one_each):
+    number_format = Integer(8, unsigned=True, zero_point=zero_point)
+    scale = np.float32(amax) / np.float32(number_format.max)
+    with np.errstate(over="ignore"):  # values near the largest float
+        x = np.concatenate([hard_values(scale, 255, 2000), np.array(values, np.float32)])
+    feed = {"x": x, "scale": np.array(scale), "zero": np.array(zero_point, np.uint8)}
+    theirs, their_codes = map(torch.from_numpy, whole_quantizer().run(None, feed))
+    range_ = torch.full((1,) if one_each else (), amax)
+    ours = fake_quantize(torch.from_numpy(x), range_, number_format)
+    codes, own_scale = quantize(torch.from_numpy(x), range_, number_format)
+    assert torch.equal(bits(ours), bits(theirs))
+    assert codes.dtype == torch.uint8
+    assert torch.equal(codes, their_codes)
+    assert torch.equal(bits(dequantize(codes, own_scale, number_format)), bits(theirs))
+
+
+@pytest.mark.parametrize("shift", [-9.0, -1.0, -0.2, 0.0, 0.5, 9.0])
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("zero_point", [1, 37, 128, 200, 254])
+def test_a_range_of_its_own_with_a_zero_point_clips_nothing_and_is_the_smallest(zero_point, axis, shift):
+    number_format = Integer(8, unsigned=True, zero_point=zero_point)
+    x = torch.randn(3, 400, generator=torch.Generator().manual_seed(0)) + shift
+    codes, scale = quantize(x, None, number_format, axis=axis)
+    error = (fake_quantize(x, None, number_format, axis=axis) - x).abs()
+    assert (error <= scale * 0.50001).all()
+    ends = codes if axis == 0 else codes.reshape(1, -1)
+    assert ((ends.amin(1) == 0) | (ends.amax(1) == 255)).all()
 
 
 @given(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantpatch.fake_quant import fake_quantize
-from quantpatch.formats import BUILTIN_FORMATS, Integer
+from quantpatch.formats import BUILTIN_FORMATS, Integer, affine_format
 
 INT8 = Integer(8)
 
@@ -19,6 +19,8 @@ def bits(t):
         ("int8", True),
         ("int8", False),
         ("uint8", False),
+        ("uint8_z37", True),
+        ("uint8_z37", False),
         ("fp8_e4m3", True),
         ("mxfp4", False),
         ("nvfp4", False),
@@ -26,7 +28,8 @@ def bits(t):
 )
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 def test_compiled_with_dynamic_shapes_it_equals_eager_bit_for_bit(name, fixed):
-    number_format, amax = BUILTIN_FORMATS[name], torch.tensor(1.1) if fixed else None
+    number_format = affine_format(name) or BUILTIN_FORMATS[name]
+    amax = torch.tensor(1.1) if fixed else None
     backend = "inductor" if name == "int8" else "aot_eager"
 
     def function(x):

@@ -17,6 +17,7 @@ from quantpatch.formats import BUILTIN_FORMATS, Blocked, Float, Integer
 from quantpatch.rounding import outside
 
 INT8, UINT8 = Integer(8), Integer(8, unsigned=True)
+AFFINE = Integer(8, unsigned=True, zero_point=85)  # half as far below 0 as above
 
 
 EDGES = [-2.0, -1.0000001, -1.0, -0.3, -0.0, 0.0, 0.3, 1.0, 1.0000001, 2.0, math.inf, -math.inf]
@@ -37,6 +38,21 @@ def test_the_gradient_passes_inside_the_range_ends_included_and_is_zero_outside(
     for number_format in (INT8, Float(4, 3)):
         assert torch.equal(gradient(x, amax, number_format, axis), 3.0 * inside)
     assert torch.equal(gradient(x, amax, UINT8, axis), 3.0 * (inside & (x >= 0)))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("zero_point", [1, 37, 128, 254])
+def test_with_a_zero_point_the_range_begins_where_the_grid_does(zero_point, per_channel):
+    number_format = Integer(8, unsigned=True, zero_point=zero_point)
+    amax = torch.tensor(0.7)
+    low = amax * (-zero_point / (255 - zero_point))
+    edges = torch.stack([low, amax])
+    beside = [torch.nextafter(edges, torch.tensor(end)) for end in (-math.inf, math.inf)]
+    x = torch.cat([edges, *beside, torch.tensor([0.0, -math.inf, math.inf, math.nan])]).repeat(2, 1)
+    expected = 3.0 * ~((x < low) | (x > amax))
+    amax = amax.expand(2, 1) if per_channel else amax
+    assert torch.equal(gradient(x, amax, number_format, 0 if per_channel else None), expected)
+    assert torch.equal(gradient(x, None, number_format), torch.full_like(x, 3.0))
 
 
 def test_a_half_precision_gradient_compares_with_the_exact_range():
@@ -75,7 +91,9 @@ def test_a_learned_range_has_the_gradient_of_lsq():
     torch.testing.assert_close(amax.grad.double(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("number_format", [INT8, UINT8, Integer(3), Integer(8, narrow_range=True)], ids=str)
+@pytest.mark.parametrize(
+    "number_format", [INT8, UINT8, AFFINE, Integer(3), Integer(8, narrow_range=True)], ids=str
+)
 def test_of_a_learned_range_one_rule_decides_both_gradients(number_format):
     # Equations 3 and 5 of LSQ: inside is format.min < v < format.max, without the ends.
     low, high = number_format.min, number_format.max
@@ -151,8 +169,11 @@ def test_whatever_lies_outside_the_gradient_is_zero_there_and_passes_elsewhere(l
     assert torch.equal(gradient(x, amax, INT8, axis), 3.0 * (x.abs() <= 2))
     assert torch.equal(gradient(x, amax, UINT8, axis), 3.0 * ((x >= 0) & (x <= 2)))
     assert torch.equal(gradient(x.abs(), amax, UINT8, axis), 3.0 * (x.abs() <= 2))
-    y = fake_quantize(x.clone().requires_grad_(), amax, INT8, axis=axis)
-    assert torch.equal(y, fake_quantize(x, amax, INT8, axis=axis))  # rounded alike, with a clamp or without
+    assert torch.equal(gradient(x, amax, AFFINE, axis), 3.0 * ((x >= -1) & (x <= 2)))
+    for few, number_format in ((x, INT8), (x.clamp_min(-1), AFFINE)):
+        y = fake_quantize(few.clone().requires_grad_(), amax, number_format, axis=axis)
+        # Rounded alike, with a clamp or without.
+        assert torch.equal(y, fake_quantize(few, amax, number_format, axis=axis))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -363,7 +384,7 @@ ignore_jit = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:Deprecation
 
 
 @ignore_jit
-@pytest.mark.parametrize("format", [Integer(4), Integer(8, unsigned=True)], ids=lambda f: f.name)
+@pytest.mark.parametrize("format", [Integer(4), UINT8, AFFINE], ids=lambda f: f.name)
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("learned", [False, True])
 def test_forward_mode_agrees_with_reverse_mode(format, per_row, learned):

@@ -18,7 +18,7 @@ ROOT = Path(quantpatch.__file__).parent
 FLOORS = [
     {"errors", "division"},
     {"formats", "entries", "example"},
-    {"rounding"},
+    {"affine", "rounding"},
     {
         "fake_quant",
         "interception",

@@ -16,11 +16,11 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from quantpatch.fake_quant import fake_quantize
-from quantpatch.formats import BUILTIN_FORMATS
+from quantpatch.formats import BUILTIN_FORMATS, affine_format
 from quantpatch.rounding import round_trip
 from quantpatch.rounding.triton_kernel import fake_quantize_fused, fused_round_trip
 
-INTEGERS = ("int8", "int8_narrow", "uint8", "int4", "uint3", "int2")
+INTEGERS = ("int8", "int8_narrow", "uint8", "uint8_z37", "uint8_z254", "int4", "uint3", "uint3_z5", "int2")
 FLOATS = ("fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WHOLE = {"float32": torch.int32, "float16": torch.int16, "bfloat16": torch.int16}
@@ -40,12 +40,12 @@ interpreter._convert_float = convert_bfloat16
 np.seterr(all="ignore")
 
 
-def hard_values(scale, high, dtype, n=4000):
+def hard_values(scale, high, dtype, lower_end=-1, n=4000):
     """Ties and their neighbours, subnormals, the ends of the range, infinities, NaN, any bit patterns."""
     rng = np.random.default_rng(0)
     last = 2 * min(high, 300) + 3
     steps = np.arange(-last, last + 1, dtype=np.float32) / 2 * np.float32(scale)
-    ends = np.array([-1, 1], np.float32) * np.float32(high) * np.float32(scale)
+    ends = np.array([-1, 1, lower_end], np.float32) * np.float32(high) * np.float32(scale)
     special = np.array([0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1e-39, 3.4e38], np.float32)
     steps = np.concatenate([steps, ends])
     x = [steps, np.nextafter(steps, np.float32(np.inf)), np.nextafter(steps, np.float32(-np.inf)), special]
@@ -63,13 +63,17 @@ def mismatches(a, b, dtype):
     return int((differ & ~(a.isnan() & b.isnan())).sum())
 
 
+def format_of(name):
+    return affine_format(name) or BUILTIN_FORMATS[name]
+
+
 def both(x, amax, name, axis=None):
     """Result and gradient by the CPU's operations and by the kernel."""
     results = []
     for kernel in (None, fake_quantize_fused):
         round_trip.fused_kernel = lambda _, kernel=kernel: kernel
         leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        y = fake_quantize(leaf, amax, BUILTIN_FORMATS[name], axis=axis)
+        y = fake_quantize(leaf, amax, format_of(name), axis=axis)
         if kernel is not None and type(y.grad_fn).__name__ == "_RoundTripBackward":
             raise AssertionError(f"the kernel refused {name}, {axis}, {tuple(x.shape)}")
         upstream = torch.linspace(-1, 1, x.numel()).to(x.dtype).view(x.shape)
@@ -88,9 +92,11 @@ def compare(x, amax, name, dtype, axis=None):
 
 def cases():
     for name, dtype in itertools.product(INTEGERS + FLOATS, DTYPES):
-        high = BUILTIN_FORMATS[name].max
+        number_format = format_of(name)
+        high = max(number_format.max, -number_format.min)
         for amax in (2.7182817, 0.0, float("inf")):
-            x = hard_values(max(amax, 0.5) / high if amax < 1e30 else 1.0, high, DTYPES[dtype])
+            scale = max(amax, 0.5) / number_format.max if amax < 1e30 else 1.0
+            x = hard_values(scale, high, DTYPES[dtype], number_format.lower_end)
             yield f"{name} {dtype} amax={amax}", compare(x, torch.tensor(amax), name, dtype)
         x = hard_values(1.0, high, DTYPES[dtype])
         x = x[x.isfinite()][:4000]
@@ -99,7 +105,7 @@ def cases():
     torch.manual_seed(0)
     x = torch.randn(shape)
     x[0] = 0
-    for name, axis in itertools.product(("int8", "fp8_e4m3", "uint4"), (0, 1, 2, -1)):
+    for name, axis in itertools.product(("int8", "fp8_e4m3", "uint4", "uint8_z200"), (0, 1, 2, -1)):
         amax = torch.rand([n if d == axis % 3 else 1 for d, n in enumerate(shape)]) + 0.3
         amax[(0,) * 3] = 0
         for kind, t in (("contiguous", x), ("transposed", x.transpose(0, 2).contiguous().transpose(0, 2))):
@@ -134,7 +140,7 @@ def refused():
 def main():
     found = {"cases": dict(cases()), "refused": [r is None for r in refused()]}
     x = torch.randn(5, 300, requires_grad=True)
-    arguments = (x, torch.ones(5, 1), torch.rand(5, 1), 300, -128.0, 127.0, 0, 0, True)
+    arguments = (x, torch.ones(5, 1), torch.rand(5, 1), 300, -128.0, 127.0, -1.0, 0, 0, True)
     found["opcheck"] = torch.library.opcheck(fused_round_trip, arguments)
     json.dump(found, sys.stdout)
 

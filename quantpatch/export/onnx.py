@@ -204,7 +204,7 @@ def _zero_point(element: Any, *, as_uint8: bool) -> Tensor:
         kind = torch.float8_e4m3fn if element.mantissa_bits == 3 else torch.float8_e5m2
         return torch.zeros((), dtype=kind)
     if element.unsigned:
-        return torch.zeros((), dtype=torch.uint8)
+        return torch.tensor(element.zero_point, dtype=torch.uint8)
     return torch.tensor(128, dtype=torch.uint8) if as_uint8 else torch.zeros((), dtype=torch.int8)
 
 

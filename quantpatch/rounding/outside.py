@@ -47,34 +47,34 @@ class Outside(NamedTuple):
         return self.positions is None and self.mask is None
 
 
-def find(x: Tensor, amax: Tensor | None, *, unsigned: bool) -> Outside:
-    """The elements outside of ``-amax .. amax``, or ``0 .. amax`` if ``unsigned``. NaN is inside.
+def find(x: Tensor, amax: Tensor | None, *, lower_end: float) -> Outside:
+    """The elements outside of ``amax * lower_end .. amax``. NaN is inside.
 
     Args:
         x: Floating point, any shape, contiguous; compared in float32.
         amax: The range: float32, 0-dim or of ``x``'s number of dimensions, with 1 where an axis shares it.
-            None: only ``unsigned`` bounds.
-        unsigned: Whether what is negative is outside.
+            None: nothing is outside, but what is negative if ``lower_end`` is 0.
+        lower_end: Of the format: -1, 0, or what a zero point makes of it.
     """
-    if x.numel() == 0 or (amax is None and not unsigned):
+    if x.numel() == 0 or (amax is None and lower_end < 0):
         return Outside()
     if x.numel() <= _SMALL and (amax is None or amax.numel() == 1):
         low, high = (extreme.float().item() for extreme in torch.aminmax(x))
         bound = math.inf if amax is None else amax.item()
-        if (0.0 if unsigned else -bound) <= low and high <= bound:
+        if (-bound if lower_end == -1.0 else float(_bottom(amax, lower_end))) <= low and high <= bound:
             return Outside()
     rows, bounds = _rows(x, amax)
     if rows is None:
-        mask = _mask(x, amax, unsigned)
+        mask = _mask(x, amax, lower_end)
         return Outside(mask=mask) if mask.any() else Outside()
-    hit = _hit(rows, bounds, unsigned)
+    hit = _hit(rows, bounds, lower_end)
     if not hit.numel():
         return Outside()
     if hit.numel() > _FEW * rows.shape[0]:
-        return Outside(mask=_mask(rows, bounds, unsigned).view(x.shape))
+        return Outside(mask=_mask(rows, bounds, lower_end).view(x.shape))
     if bounds is not None and bounds.dim():
         bounds = bounds.index_select(0, hit)
-    row, column = is_outside(rows.index_select(0, hit), bounds, unsigned=unsigned).nonzero().unbind(1)
+    row, column = is_outside(rows.index_select(0, hit), bounds, lower_end=lower_end).nonzero().unbind(1)
     if not row.numel():  # only NaN
         return Outside()
     positions = hit.mul_(rows.shape[1]).index_select(0, row).add_(column)
@@ -106,14 +106,21 @@ def zero_outside(grad: Tensor, outside: Outside, *, recorded: bool) -> Tensor:
     return out
 
 
-def is_outside(x: Tensor, amax: Tensor | None, *, unsigned: bool) -> Tensor:
+def is_outside(x: Tensor, amax: Tensor | None, *, lower_end: float) -> Tensor:
     """What :func:`find` finds, in plain operations, on any device: bool of the shape of ``x``."""
     values = x.float()
     if amax is None:
         return values < 0
-    if unsigned:
-        return (values > amax) | (values < 0)
-    return values.abs() > amax
+    if lower_end == -1.0:
+        return values.abs() > amax
+    return (values > amax) | (values < _bottom(amax, lower_end))
+
+
+def _bottom(amax: Tensor | None, lower_end: float) -> Tensor | float:
+    """The lower end of a range: float32, as the product of the upper one."""
+    if amax is None or lower_end == 0.0:
+        return 0.0
+    return -amax if lower_end == -1.0 else amax * lower_end
 
 
 def _rows(x: Tensor, amax: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -138,21 +145,21 @@ def _row_length(inner: int) -> int:
     return next(n for n in range(min(_ROW, inner), 0, -1) if inner % n == 0)
 
 
-def _hit(rows: Tensor, bounds: Tensor | None, unsigned: bool) -> Tensor:
+def _hit(rows: Tensor, bounds: Tensor | None, lower_end: float) -> Tensor:
     """Indices of the rows that hold something outside, or NaN, which hides it."""
     step = max(1, _PIECE // rows.shape[1])
     hit = []
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
         end = bounds[start : start + step] if bounds is not None and bounds.dim() else bounds
-        inside = part.amin(1, keepdim=True).float() >= (0.0 if unsigned or end is None else -end)
+        inside = part.amin(1, keepdim=True).float() >= _bottom(end, lower_end)
         if end is not None:
             inside &= part.amax(1, keepdim=True).float() <= end
         hit.append(inside.logical_not_().view(-1).nonzero().view(-1).add_(start))
     return hit[0] if len(hit) == 1 else torch.cat(hit)
 
 
-def _mask(x: Tensor, bounds: Tensor | None, unsigned: bool) -> Tensor:
+def _mask(x: Tensor, bounds: Tensor | None, lower_end: float) -> Tensor:
     """What lies outside as int8, for main memory: comparisons that give bools are not vectorised."""
     mask = torch.empty(x.shape, dtype=torch.int8)
     scratch = torch.empty(min(x.numel(), _CHUNK))
@@ -161,9 +168,10 @@ def _mask(x: Tensor, bounds: Tensor | None, unsigned: bool) -> Tensor:
         y, part = scratch[: part.numel()].view(part.shape), part.float()
         if not end:
             torch.lt(part, 0.0, out=y)
-        elif unsigned:
-            torch.lt(torch.minimum(torch.sub(end[0], part, out=y), part, out=y), 0.0, out=y)
-        else:
+        elif lower_end == -1.0:
             torch.gt(torch.abs(part, out=y), end[0], out=y)
+        else:
+            above_bottom = part if lower_end == 0.0 else part - _bottom(end[0], lower_end)
+            torch.lt(torch.minimum(torch.sub(end[0], part, out=y), above_bottom, out=y), 0.0, out=y)
         target.copy_(y)
     return mask

@@ -183,7 +183,7 @@ def _forward(
 def _stays_on_grid(scale: Tensor, format: NumberFormat) -> bool:
     """Whether what is inside the range stays on the grid without a clamp.
 
-    There ``|x| <= amax``, and quotients of normal numbers are too near ``format.max`` to round past it.
+    There quotients of normal numbers are too near the ends of the grid to round past them.
     """
     if isinstance(format, Blocked) and format.scale != "float32":
         return False
@@ -244,7 +244,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_amax = _lsq_gradients(grad, x, amax, scale, ctx.format, ctx.dim)
     elif x is not None:
         wide = amax if amax is None else spread(amax, x, ctx.format, ctx.dim)
-        grad_x = grad.masked_fill(is_outside(x, wide, unsigned=ctx.format.min >= 0), 0.0)
+        grad_x = grad.masked_fill(is_outside(x, wide, lower_end=ctx.format.lower_end), 0.0)
     return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None, None, None
 
 
@@ -266,7 +266,7 @@ def _tangent(ctx: Any, x_tangent: Tensor | None, amax_tangent: Tensor | None) ->
     if amax is None and format.min < 0:
         return x_tangent.clone()  # an input may not be handed out as a result
     wide = amax if amax is None else spread(amax, x, format, dim)
-    return x_tangent.masked_fill(is_outside(x, wide, unsigned=format.min >= 0), 0.0)
+    return x_tangent.masked_fill(is_outside(x, wide, lower_end=format.lower_end), 0.0)
 
 
 def _outside(
@@ -279,7 +279,7 @@ def _outside(
     if amax is not None:
         amax = spread(amax, x, format, dim)
         amax = amax.permute(order) if amax.dim() else amax
-    return find(x.detach().permute(order).contiguous(), amax, unsigned=format.min >= 0)
+    return find(x.detach().permute(order).contiguous(), amax, lower_end=format.lower_end)
 
 
 class _RoundTrip(Function):

@@ -41,8 +41,9 @@ def round_trip_kernel(  # type: ignore[no-untyped-def]
     count,
     run,
     scales,
-    low: tl.constexpr,
-    high: tl.constexpr,
+    low,
+    high,
+    lower_end,
     exponent_bits: tl.constexpr,  # 0: integers
     mantissa_bits: tl.constexpr,
     masked: tl.constexpr,
@@ -83,10 +84,10 @@ def round_trip_kernel(  # type: ignore[no-untyped-def]
         y = ((rounded & 0x7FFFFFFF) | (bits & -0x80000000)).to(tl.float32, bitcast=True) * scale
     tl.store(y_pointer + offset, y.to(y_pointer.dtype.element_ty), mask=valid)
     if masked:
-        outside = x < 0.0 if low == 0.0 else x != x
+        outside = x < 0.0
         if has_amax:
             amax = tl.load(amax_pointer + (which * 0 if one_amax else which))
-            outside = outside | (x > amax) if low == 0.0 else tl.abs(x) > amax
+            outside = (x > amax) | (x < amax * lower_end)
         tl.store(inside_pointer + offset, outside == 0, mask=valid)
 
 
@@ -98,6 +99,7 @@ def fused_round_trip(
     run: int,
     low: float,
     high: float,
+    lower_end: float,
     exponent_bits: int,
     mantissa_bits: int,
     masked: bool,
@@ -109,8 +111,9 @@ def fused_round_trip(
         amax: float32, contiguous, one element or as many as ``scale``; None where nothing is above the range.
         scale: float32, contiguous.
         run: How many elements in a row, in the order of memory, share a scale.
-        low: Smallest value of the format; 0 for an unsigned one.
+        low: Smallest value of the format.
         high: Largest value of the format.
+        lower_end: Where its range begins, of one that ends at 1.
         exponent_bits: Of a floating-point format; 0 for integers.
         mantissa_bits: Of a floating-point format.
         masked: Whether to tell what was in the range.
@@ -128,9 +131,9 @@ def fused_round_trip(
     programs = count // run * triton.cdiv(run, _BLOCK) if long else triton.cdiv(count, _BLOCK)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         round_trip_kernel[(programs,)](
-            x, y, inside, scale, scale if amax is None else amax, count, run, scale.numel(), low, high,
-            exponent_bits, mantissa_bits, masked, amax is not None, amax is not None and amax.numel() == 1,
-            0 if long else run, _BLOCK,
+            x, y, inside, scale, scale if amax is None else amax, count, run, scale.numel(),
+            low, high, lower_end, exponent_bits, mantissa_bits, masked,
+            amax is not None, amax is not None and amax.numel() == 1, 0 if long else run, _BLOCK,
         )  # fmt: skip
     return y, inside
 
@@ -156,7 +159,7 @@ def _straight_through(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ..
     if ctx.masked:
         # One pass over memory as it is, whatever the layout of the gradient.
         grad = torch.where(ctx.saved_tensors[0], grad, 0.0)
-    return (grad, *[None] * 8)
+    return (grad, *[None] * 9)
 
 
 fused_round_trip.register_autograd(_straight_through, setup_context=_keep_mask)
@@ -189,6 +192,7 @@ def fake_quantize_fused(
         run,
         element.min,
         element.max,
+        element.lower_end,
         *float_bits,
         masked,
     )[0]

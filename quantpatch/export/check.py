@@ -259,6 +259,12 @@ def _differences(outputs: list[Tensor], results: list[Any]) -> tuple[float, floa
     return largest, relative
 
 
+def _in_model(operand: Operand, values: Tensor, shape: torch.Size) -> Tensor:
+    """What the file has of a tensor of this shape, laid out as the model has it."""
+    laid_out = operand.apart(values, shape)
+    return laid_out[tuple(slice(size) for size in shape)]  # the file may have further channels, of zeros
+
+
 def _codes_in_file(operand: Operand, codes: Any) -> Tensor:
     """The integers of the file as the model has them: signed ones are stored 128 higher."""
     moved = codes.dtype.name == "uint8" and not getattr(operand.element, "unsigned", False)
@@ -270,9 +276,7 @@ def _differing(codes: Mapping[str, tuple[Operand, Tensor]], named: Mapping[str, 
     count = differing = 0
     for name, (operand, expected) in codes.items():
         if name in named:
-            theirs = _codes_in_file(operand, named[name])
-            # The file may have further channels, of zeros.
-            theirs = theirs[tuple(slice(size) for size in expected.shape)]
+            theirs = _in_model(operand, _codes_in_file(operand, named[name]), expected.shape)
             count += theirs.numel()
             differing += int((theirs != expected).sum())
     return count, differing
@@ -283,9 +287,10 @@ def _mismatching(
 ) -> int:
     """How many of the file's integers are not what the model makes of the same floats."""
     found = 0
-    for name, (operand, _) in codes.items():
+    for name, (operand, seen) in codes.items():
         floats = named.get(sources.get(name, ""))
         if floats is not None and name in named:
-            expected = _codes_of(operand, torch.as_tensor(floats).float())
-            found += int((_codes_in_file(operand, named[name]) != expected).sum())
+            expected = _codes_of(operand, _in_model(operand, torch.as_tensor(floats).float(), seen.shape))
+            theirs = _in_model(operand, _codes_in_file(operand, named[name]), seen.shape)
+            found += int((theirs != expected).sum())
     return found

@@ -213,7 +213,7 @@ def _activation(operand: Operand, target: str) -> Callable[..., Tensor]:
 
     element, amax, axis = operand.element, operand.amax, operand.axis
     assert amax is not None
-    scale = amax / operand.format.max
+    scale = operand.joined(amax) / operand.format.max
     zero = _zero_point(element, as_uint8=target == "onnxruntime")
     bounds = None
     clipped = isinstance(element, Integer) and (element.bits < 8 or element.narrow_range)
@@ -231,14 +231,14 @@ def _activation(operand: Operand, target: str) -> Callable[..., Tensor]:
         name = codes_name(operand.name, calls)
         calls += 1
         device = x.device
-        y = x.float()
+        y = operand.joined(x.float())
         if bounds is not None and axis is None:
             y = y.clamp(bounds[0].item(), bounds[1].item())
         elif bounds is not None:
             low, high = (bound.to(device) for bound in bounds)
             y = torch.minimum(torch.maximum(y, low), high)
         result: Tensor = quantize_dequantize(y, flat.to(device), zero.to(device), axis or 0, name)
-        return result.to(x.dtype)
+        return operand.apart(result, x.shape).to(x.dtype)
 
     return forward
 
@@ -247,7 +247,7 @@ def _weight(operand: Operand, target: str, opset: int) -> Callable[..., Tensor]:
     from quantpatch.export.operators import dequantize, quantize_dequantize
 
     format, element, axis = operand.format, operand.element, operand.axis
-    codes, scale = operand.codes()
+    codes, scale = (operand.joined(tensor) for tensor in operand.codes())
     dim = 0 if axis is None else axis % codes.dim()
     blocks = format.block_size or 0
     if blocks and scale.dim() == 0:
@@ -272,7 +272,7 @@ def _weight(operand: Operand, target: str, opset: int) -> Callable[..., Tensor]:
             result: Tensor = quantize_dequantize(
                 values.to(device), scale.to(device), zero.to(device), dim, name
             )
-            return result.to(x.dtype)
+            return operand.apart(result, x.shape).to(x.dtype)
 
         return forward
     kind = "" if not four_bits else "uint4" if getattr(element, "unsigned", False) else "int4"
@@ -280,7 +280,7 @@ def _weight(operand: Operand, target: str, opset: int) -> Callable[..., Tensor]:
     def forward_codes(x: Tensor, *, is_weight: bool = False) -> Tensor:
         device = x.device
         result: Tensor = dequantize(codes.to(device), scale.to(device), dim, blocks, kind)
-        return result.to(x.dtype)
+        return operand.apart(result, x.shape).to(x.dtype)
 
     return forward_codes
 

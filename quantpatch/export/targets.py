@@ -13,7 +13,7 @@ For ONNX Runtime: "Quantize ONNX Models" and its CPU provider's list of kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -64,11 +64,40 @@ class Operand:
 
     @property
     def axis(self) -> int | None:
-        """The axis of scales, or of blocks; None for a single scale."""
+        """The axis of scales, or of blocks; None for a single scale, 0 for scales on several ``axes``."""
+        if self.axes:
+            return 0
         axis = self.quantizer.descriptor.kept_axes
-        if self.format.block_size is not None and axis is None:
-            axis = -1
+        if self.format.block_size is not None:
+            axis = -1 if axis is None else axis
+        elif self.amax is not None and not self.amax.dim():
+            return None  # a descriptor may give one range for all channels
         return axis[0] if isinstance(axis, tuple) else axis
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of scales if there are several, which have to be joined; else none."""
+        axes = self.quantizer.descriptor.kept_axes
+        if not isinstance(axes, tuple) or len(axes) < 2 or (self.amax is not None and not self.amax.dim()):
+            return ()
+        return axes
+
+    def joined(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor with one axis, the first, in the place of the several ``axes``, as ONNX has one only."""
+        if not self.axes:
+            return x
+        return x.permute(self._axes_first(x.dim())).flatten(0, len(self.axes) - 1)
+
+    def apart(self, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """What was ``joined`` from a tensor of this shape, as it was."""
+        if not self.axes:
+            return x
+        order = self._axes_first(len(shape))
+        return x.reshape([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
+
+    def _axes_first(self, dims: int) -> list[int]:
+        kept = sorted(axis % dims for axis in self.axes)
+        return [*kept, *(d for d in range(dims) if d not in kept)]
 
     def codes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The weight's codes and scale."""
@@ -121,8 +150,6 @@ def _common(operand: Operand, opset: int) -> str | None:
     tensors = [t for t in (operand.amax, operand.weight) if t is not None]
     if any(t.is_meta for t in tensors):
         return "it is on the meta device and has no values; load the model first"
-    if isinstance(quantizer.descriptor.kept_axes, tuple) and len(quantizer.descriptor.kept_axes) > 1:
-        return f"its scales are on the axes {quantizer.descriptor.kept_axes}, and ONNX has one axis; keep one"
     element = operand.element
     if isinstance(format, Blocked):
         if not is_weight:

@@ -349,7 +349,6 @@ def test_uncalibrated_and_calibrating_quantizers(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"input": qp.QuantDescriptor(dynamic=True)}, "range from each tensor"),
-        ({"input": qp.QuantDescriptor(axis=(0, 1))}, "ONNX has one axis"),
         ({"weight": qp.QuantDescriptor(format="mxfp8_e4m3", dynamic=True)}, "no operator in ONNX"),
         ({"weight": qp.QuantDescriptor(format="fp6_e2m3")}, "no operator in ONNX"),
         ({"weight": qp.QuantDescriptor(format="int4_g32", dynamic=True), "opset": 20}, "opset 21"),

@@ -71,9 +71,6 @@ def _experts(dotted: str) -> Example:
     return Example(f"{_module(model)}.{name}", build, _routed)
 
 
-_OF_TWO_AXES = {"onnx": "scales for each expert and channel lie on two axes, and ONNX has one"}
-
-
 def _llama4() -> Example:
     def build() -> nn.Module:
         config = transformers.Llama4TextConfig(
@@ -81,12 +78,7 @@ def _llama4() -> Example:
         )
         return _filled(importlib.import_module(_module("llama4")).Llama4TextExperts(config))
 
-    return Example(
-        f"{_module('llama4')}.Llama4TextExperts",
-        build,
-        lambda: (torch.randn(12, _HIDDEN),),
-        excused=_OF_TWO_AXES,
-    )
+    return Example(f"{_module('llama4')}.Llama4TextExperts", build, lambda: (torch.randn(12, _HIDDEN),))
 
 
 def _jetmoe() -> Example:
@@ -97,7 +89,7 @@ def _jetmoe() -> Example:
     def inputs() -> tuple[Tensor, list[int]]:
         return torch.randn(_TOKENS, _HIDDEN), [3, 4, 1, 4]
 
-    return Example(f"{_module('jetmoe')}.JetMoeParallelExperts", build, inputs, excused=_OF_TWO_AXES)
+    return Example(f"{_module('jetmoe')}.JetMoeParallelExperts", build, inputs)
 
 
 def _mixer(dotted: str, config: str, **options: Any) -> Example:

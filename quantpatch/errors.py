@@ -25,6 +25,7 @@ __all__ = [
     "InputError",
     "LayerError",
     "MissingExtraError",
+    "OperandError",
     "PluginError",
     "QuantPatchError",
     "QuantPatchWarning",
@@ -196,6 +197,18 @@ class RangeError(QuantPatchError, ValueError):
     Attributes:
         quantizer: Name of the quantizer, where it is known.
         value: What was given.
+    """
+
+    quantizer: str | None = None
+    value: Any = None
+
+
+class OperandError(QuantPatchError, TypeError):
+    """Something that came to a quantizer cannot be quantized, such as a tensor of integers.
+
+    Attributes:
+        quantizer: Name of the quantizer, where it is known.
+        value: What came: a tensor's dtype, or the type of what is no tensor.
     """
 
     quantizer: str | None = None

@@ -13,13 +13,14 @@ With :mod:`quantpatch.rounding`, the arithmetic, this is the only module that ro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantpatch.affine import magnitudes, upper_end
 from quantpatch.division import quotient
-from quantpatch.errors import DescriptorError, RangeError
+from quantpatch.errors import DescriptorError, OperandError, RangeError
 from quantpatch.formats import Blocked, Integer, NumberFormat
 from quantpatch.rounding.round_trip import (
     block_views,
@@ -31,7 +32,7 @@ from quantpatch.rounding.round_trip import (
     spread,
 )
 
-__all__ = ["dequantize", "fake_quantize", "quantize", "reduce_amax"]
+__all__ = ["check_operand", "dequantize", "fake_quantize", "quantize", "reduce_amax"]
 
 Axis = int | tuple[int, ...] | None
 
@@ -70,11 +71,11 @@ def fake_quantize(x: Tensor, amax: Tensor | None, format: NumberFormat, *, axis:
         A tensor of ``x``'s shape, dtype and memory format.
 
     Raises:
-        TypeError: ``x`` is not floating point.
+        OperandError: ``x`` is no tensor of real floating-point numbers.
         DescriptorError: The format cannot be used in this way.
         RangeError: ``amax`` does not fit ``x``, or ``axis`` does not exist.
     """
-    _check_floating(x)
+    check_operand(x)
     if not isinstance(format, Blocked):
         range_, scale = _range_and_scale(x, amax, format, axis)
         return round_trip(x, range_, scale, format)
@@ -103,11 +104,11 @@ def quantize(
         block scale times tensor scale).
 
     Raises:
-        TypeError: ``x`` is not floating point.
+        OperandError: ``x`` is no tensor of real floating-point numbers.
         DescriptorError: As in :func:`fake_quantize`.
         RangeError: As in :func:`fake_quantize`.
     """
-    _check_floating(x)
+    check_operand(x)
     with torch.no_grad():
         if not isinstance(format, Blocked):
             _, scale = _range_and_scale(x, amax, format, axis)
@@ -156,10 +157,10 @@ def reduce_amax(x: Tensor, axis: Axis = None) -> Tensor:
         not kept.
 
     Raises:
-        TypeError: ``x`` is not floating point.
+        OperandError: ``x`` is no tensor of real floating-point numbers.
         RangeError: ``axis`` does not exist.
     """
-    _check_floating(x)
+    check_operand(x)
     kept = _axes(x, axis)
     reduced = [d for d in range(x.dim()) if d not in kept]
     x = x.detach()
@@ -276,11 +277,16 @@ def _block_axis(x: Tensor, axis: Axis) -> int:
     return _axes(x, -1 if axis is None else axis)[0]
 
 
-def _check_floating(x: Tensor) -> None:
+def check_operand(x: Any) -> None:
+    """Checks that something can be quantized at all.
+
+    Raises:
+        OperandError: It is no tensor of real floating-point numbers.
+    """
+    if not isinstance(x, Tensor):
+        raise OperandError(f"only tensors can be quantized, got {type(x).__name__}", value=type(x))
     if not x.is_floating_point():
-        raise TypeError(
-            f"fake quantization takes floating point, got {x.dtype}. Leave this input's quantizer out."
-        )
+        raise OperandError(f"only real floating-point tensors can be quantized, got {x.dtype}", value=x.dtype)
 
 
 def _checked_amax(amax: Tensor, x: Tensor, wanted: Sequence[int]) -> Tensor:

@@ -13,8 +13,8 @@ loop that evaluates after each epoch sees every change.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Container, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,18 @@ from torch import Tensor, nn
 from quantpatch.affine import longer_side, magnitudes, upper_end
 from quantpatch.calibrators import Calibrator
 from quantpatch.descriptor import QuantDescriptor
-from quantpatch.errors import CalibrationError, ExportError, RangeError
-from quantpatch.fake_quant import fake_quantize
+from quantpatch.errors import CalibrationError, ExportError, OperandError, RangeError
+from quantpatch.fake_quant import check_operand, fake_quantize
 from quantpatch.formats import NumberFormat
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.kept_weight import KeptWeight, Snapshot
+from quantpatch.places import place_in_running_model
 from quantpatch.registry import registry
 from quantpatch.rounding.round_trip import is_traced
 
-__all__ = ["TensorQuantizer", "named_quantizers"]
+__all__ = ["TensorQuantizer", "named_quantizers", "outside_of"]
+
+T = TypeVar("T")
 
 _DEFAULT = QuantDescriptor()
 _KEY = "_amax"
@@ -256,17 +259,43 @@ class TensorQuantizer(nn.Module):
 
         Raises:
             CalibrationError: It holds NaN or infinity and statistics are being collected.
+            OperandError: It is no tensor of real floating-point numbers.
+            RangeError: The range does not fit its shape.
         """
         if self.disabled:
             return x
-        if self.calibrating and self.calibrator is not None:
-            try:
-                self.calibrator.collect(magnitudes(x.detach(), self.format))
-            except CalibrationError as error:
-                error.quantizer = self
-                raise
-        if not self.quantizing:
-            return x
+        try:
+            check_operand(x)
+            if self.calibrating and self.calibrator is not None:
+                self._collect(x)
+            return self._quantized(x, is_weight) if self.quantizing else x
+        except (OperandError, RangeError) as error:
+            self._say_where(error)
+            raise
+
+    def _collect(self, x: Tensor) -> None:
+        assert self.calibrator is not None
+        try:
+            self.calibrator.collect(magnitudes(x.detach(), self.format))
+        except CalibrationError as error:
+            error.quantizer = self
+            raise
+
+    def _say_where(self, error: OperandError | RangeError) -> None:
+        """Adds this quantizer's name in the model that is running to an error that came out of it."""
+        if torch.compiler.is_compiling() or error.quantizer is not None:
+            return
+        name = place_in_running_model(self)
+        if name is None:
+            return
+        error.quantizer = name
+        message = f"{name}: {error}"
+        if isinstance(error, OperandError):
+            layer = name.rpartition(".")[0] or name
+            message += f". To leave its layer float write: qp.configure(model, {{{layer!r}: None}})"
+        error.args = (message,)
+
+    def _quantized(self, x: Tensor, is_weight: bool) -> Tensor:
         descriptor = self.descriptor
         amax = None if descriptor.dynamic else self.amax
         if amax is not None and amax.device != x.device:  # a checkpoint loaded it before any tensor came
@@ -429,3 +458,13 @@ def named_quantizers(model: nn.Module, *, every_name: bool = False) -> dict[str,
     """
     modules = model.named_modules(remove_duplicate=not every_name)
     return {name: module for name, module in modules if isinstance(module, TensorQuantizer)}
+
+
+def outside_of(owners: Container[str], tensors: Mapping[str, T]) -> dict[str, T]:
+    """Those entries of a ``state_dict`` that belong to none of the modules of these names, in their order."""
+
+    def is_inside(key: str) -> bool:
+        owner, dot, _ = key.rpartition(".")
+        return bool(dot) and (owner in owners or is_inside(owner))
+
+    return {key: tensor for key, tensor in tensors.items() if not is_inside(key)}

@@ -29,6 +29,7 @@ FLOORS = [
         "fx_leaf",
         "classes",
         "files",
+        "places",
     },
     {"snapshot", "tracing"},
     {"descriptor"},
@@ -110,7 +111,7 @@ package.__version__ = "0"
 sys.modules["quantpatch"] = package
 failed = []
 for name in {[name for name in MODULES if name != ROOT.name and not name.endswith("__main__")]!r}:
-    if name.endswith("._triton") and importlib.util.find_spec("triton") is None:
+    if name.endswith(".triton_kernel") and importlib.util.find_spec("triton") is None:
         continue
     child = os.fork()
     if child == 0:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+import quantpatch as qp
 from quantpatch.calibrators import MaxCalibrator
 from quantpatch.descriptor import QuantDescriptor
-from quantpatch.errors import CalibrationError, RangeError, UnknownNameError
+from quantpatch.errors import CalibrationError, OperandError, RangeError, UnknownNameError
 from quantpatch.fake_quant import fake_quantize
 from quantpatch.formats import Integer
 from quantpatch.layers import QuantConv2d, QuantLinear
@@ -204,6 +205,50 @@ def test_calibration_errors():
     assert caught.value.quantizer is q
     with pytest.raises(CalibrationError):
         q.load_calib_amax()
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4))
+        self.spectrum = nn.Linear(4, 4, dtype=torch.complex64)
+
+    def forward(self, x):
+        return self.spectrum(torch.as_tensor(self.body(x)).to(torch.complex64)).real
+
+
+@pytest.mark.parametrize(
+    ("x", "name", "got"),
+    [
+        (torch.ones(2, 4, dtype=torch.int32), "body.0.input_quantizer", r"torch\.int32"),
+        (None, "body.0.input_quantizer", "NoneType"),
+        (torch.ones(2, 4).numpy(), "body.0.input_quantizer", "ndarray"),
+        (torch.ones(2, 4), "spectrum.input_quantizer", r"torch\.complex64"),
+    ],
+)
+@pytest.mark.parametrize("state", ["dynamic", "static", "calibrating"])
+def test_what_cannot_be_quantized_is_told_by_the_quantizers_place_in_the_model(x, name, got, state):
+    with qp.quantize_modules():
+        model = Nested()
+    if state == "static":
+        model.body[0].input_quantizer.amax = 1.0
+    layer = name.rpartition(".")[0]
+    with pytest.raises(OperandError, match=rf"^{name}: .* got {got}.*\{{'{layer}': None\}}") as caught:
+        qp.calibrate(model, lambda model: model(x)) if state == "calibrating" else model(x)
+    assert caught.value.quantizer == name
+    assert isinstance(caught.value, TypeError)
+
+
+def test_a_range_that_does_not_fit_is_told_by_the_quantizers_place_in_the_model():
+    with qp.quantize_modules():
+        model = Nested()
+    model.body[0].weight_quantizer.amax = torch.ones(3, 1)
+    with pytest.raises(RangeError, match=r"^body\.0\.weight_quantizer: a range of shape \(3, 1\)") as caught:
+        model(torch.ones(2, 4))
+    assert caught.value.quantizer == "body.0.weight_quantizer"
+    alone = TensorQuantizer()
+    with pytest.raises(OperandError, match="^only tensors"):  # it has no place
+        alone(3)
 
 
 def test_a_calibrator_of_ones_own():

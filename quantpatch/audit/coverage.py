@@ -19,7 +19,7 @@ from quantpatch.errors import CoverageError, InputError
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.registry import registry
-from quantpatch.report.render import as_text
+from quantpatch.report.render import as_percent, as_text
 from quantpatch.running import demand_model, explaining_devices
 
 __all__ = ["CoverageReport", "CoverageRow", "audit", "report_of"]
@@ -37,6 +37,8 @@ class CoverageRow:
         macs: Multiply-accumulates of all calls.
         operands: For each operand its role, and the quantizer it came out of, or None.
         reason: Why an operand was float; empty if none was.
+        of_weight: Whether it is a step in the making of a weight, by a parametrization or spectral norm's
+            hook: the same for every input, and not counted.
     """
 
     module: str
@@ -46,6 +48,7 @@ class CoverageRow:
     macs: int
     operands: tuple[tuple[str, str | None], ...]
     reason: str
+    of_weight: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -73,13 +76,13 @@ class CoverageReport:
 
     @property
     def macs(self) -> int:
-        """All multiply-accumulates."""
-        return sum(row.macs for row in self.rows)
+        """All multiply-accumulates, without those that only make weights."""
+        return sum(row.macs for row in self.rows if not row.of_weight)
 
     @property
     def share(self) -> float:
         """Share of multiply-accumulates with every operand quantized; 0 if there are none."""
-        quantized = sum(row.macs for row in self.rows if row.quantized)
+        quantized = sum(row.macs for row in self.rows if row.quantized and not row.of_weight)
         return quantized / self.macs if self.macs else 0.0
 
     def to_json(self) -> str:
@@ -87,7 +90,8 @@ class CoverageReport:
         return json.dumps({**attrs.asdict(self), "macs": self.macs, "share": self.share}, indent=2)
 
     def __rich__(self) -> Group:
-        table = Table(title=f"{self.model}: {self.share:.1%} of {self.macs:,} multiply-accumulates quantized")
+        share = as_percent(self.share)
+        table = Table(title=f"{self.model}: {share} of {self.macs:,} multiply-accumulates quantized")
         table.add_column("module", overflow="fold")
         table.add_column("layer")
         table.add_column("operation")
@@ -97,7 +101,7 @@ class CoverageReport:
         for row in self.rows:
             floats = ", ".join(role for role, quantizer in row.operands if quantizer is None)
             why = f"{floats}: {row.reason}" if floats else ""
-            share = f"{row.macs / self.macs:.1%}" if self.macs else "-"
+            share = "-" if row.of_weight or not self.macs else as_percent(row.macs / self.macs)
             table.add_row(
                 row.module or "(model)",
                 row.layer,
@@ -106,7 +110,7 @@ class CoverageReport:
                 f"{row.macs:,}",
                 share,
                 why,
-                style=None if row.quantized else "yellow",
+                style=None if row.quantized else "dim" if row.of_weight else "yellow",
             )
         notes: list[Any] = [table]
         if self.unreached:
@@ -156,11 +160,12 @@ def audit(model: nn.Module, *inputs: Any, minimum: float | None = None, **keywor
         seen = trace(runner, lambda: runner(*inputs, **keywords))
     report = report_of(runner, seen)
     if minimum is not None and report.share < minimum:
-        worst = max((row for row in report.rows if not row.quantized), key=lambda row: row.macs, default=None)
+        floats = (row for row in report.rows if not (row.quantized or row.of_weight))
+        worst = max(floats, key=lambda row: row.macs, default=None)
         hint = f" The largest float part is {worst.module!r}: {worst.reason}." if worst else ""
         raise CoverageError(
-            f"{report.share:.1%} of the multiply-accumulates of {report.model} ran on quantized operands, "
-            f"expected at least {minimum:.1%}.{hint}",
+            f"{as_percent(report.share)} of the multiply-accumulates of {report.model} ran on quantized "
+            f"operands, expected at least {minimum:.1%}.{hint}",
             report=report,
         )
     return report
@@ -175,14 +180,21 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
         roles = [role for role, _ in item.product.operands]
         operands = tuple(zip(roles, item.quantizers, strict=True))
         reason = reason_for(item, targets)
-        key = (item.module, item.product.operation, operands, reason)
+        key = (item.module, item.product.operation, operands, reason, item.of_weight)
         row = rows.get(key) or CoverageRow(
-            item.module, type(item.layer).__name__, item.product.operation, 0, 0, operands, reason
+            item.module,
+            type(item.layer).__name__,
+            item.product.operation,
+            0,
+            0,
+            operands,
+            reason,
+            item.of_weight,
         )
         rows[key] = attrs.evolve(row, calls=row.calls + 1, macs=row.macs + item.product.macs)
         cls = own_class(item.layer)
         covered = cls in targets or isinstance(item.layer, (QuantizedLayer, ScriptModule))
-        if reason and not covered and not registry.advice(item.layer):
+        if reason and not (covered or item.of_weight) and not registry.advice(item.layer):
             to_paste.setdefault(f"{cls.__module__}.{cls.__qualname__}", skeleton(item.layer))
     served = _served(model, seen.reached)
     unreached = [

@@ -35,14 +35,17 @@ class Product:
 PRESERVING = frozenset(
     "aten::" + name
     for name in (
-        "alias", "as_strided", "clone", "constant_pad_nd", "contiguous", "detach", "diagonal", "embedding",
-        "expand", "flip", "gather", "index", "index_select", "lift_fresh", "masked_fill", "max_pool2d",
-        "max_pool2d_with_indices", "max_pool3d_with_indices", "narrow", "neg", "permute",
-        "reflection_pad1d", "reflection_pad2d", "relu", "repeat", "replication_pad1d", "replication_pad2d",
-        "roll", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose",
-        "unbind", "unfold", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "unsqueeze",
-        "upsample_nearest2d", "view", "_reshape_alias", "_unsafe_view", "_to_copy", "_unsafe_index",
-        "_adaptive_max_pool2d", "adaptive_max_pool2d", "adaptive_max_pool3d", "pixel_shuffle", "tril", "triu",
+        "adaptive_max_pool2d", "adaptive_max_pool3d", "alias", "as_strided", "clone", "constant_pad_nd",
+        "contiguous", "detach", "diagonal", "embedding", "expand", "flip", "gather", "im2col", "index",
+        "index_select", "lift_fresh", "masked_fill", "masked_select", "max_pool2d",
+        "max_pool2d_with_indices", "max_pool3d_with_indices", "narrow", "native_channel_shuffle", "neg",
+        "permute", "pixel_shuffle", "pixel_unshuffle", "reflection_pad1d", "reflection_pad2d",
+        "reflection_pad3d", "relu", "repeat", "replication_pad1d", "replication_pad2d", "replication_pad3d",
+        "roll", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "take", "transpose", "tril",
+        "triu", "unbind", "unfold", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "unsqueeze",
+        "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "view", "_adaptive_max_pool2d",
+        "_reshape_alias", "_to_copy", "_unsafe_index", "_unsafe_view", "_upsample_nearest_exact1d",
+        "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
     )
 )  # fmt: skip
 

@@ -41,6 +41,8 @@ def reason_for(seen: Seen, targets: Targets) -> str:
     ]
     if not missing:
         return ""
+    if seen.of_weight:
+        return "a weight is made of it, the same for every input: not counted"
     layer: Any = seen.layer
     cls = own_class(layer)
     if seen.operator in FAST_PATHS:
@@ -49,7 +51,7 @@ def reason_for(seen: Seen, targets: Targets) -> str:
         off = [name for name, q in layer.quantizers().items() if q.disabled or not q.quantizing]
         if off:
             return f"{' and '.join(off)} of {cls.__name__} {'is' if len(off) == 1 else 'are'} switched off"
-        if missing == ["hidden"]:
+        if missing == ["hidden"] or (isinstance(layer, nn.RNNBase) and missing == ["left"]):
             return (
                 f"the hidden state of {cls.__name__} stays in torch's fused kernel; Recipe(hidden=...) has "
                 f"it quantized at each step"

@@ -10,6 +10,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -24,6 +26,12 @@ __all__ = ["Seen", "Trace", "recording", "trace"]
 # Namespaces of operators that multiply nothing unseen: torch's own, ours, marks for the profiler, messages.
 _LOOKED_INTO = frozenset({"aten", "prim", "prims", "quantpatch", "profiler", "c10d"})
 
+# Operators that make a tensor to be filled: what is in it before is zeros or nothing.
+_BLANK = frozenset(
+    "aten::" + name
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_zeros", "zeros", "zeros_like")
+)
+
 
 @attrs.frozen
 class Seen:
@@ -35,6 +43,8 @@ class Seen:
         operator: Name of the operator, such as ``"aten::addmm"``.
         product: What was multiplied.
         quantizers: For each operand the name of the quantizer it came out of, or None.
+        of_weight: Whether it is a step in the making of a weight, by a parametrization or a hook such as
+            spectral norm's: the same for every input.
     """
 
     module: str
@@ -42,6 +52,7 @@ class Seen:
     operator: str
     product: Product
     quantizers: tuple[str | None, ...]
+    of_weight: bool
 
 
 @attrs.define
@@ -67,6 +78,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._names = {module: name for name, module in model.named_modules()}
         self._stack: list[nn.Module] = [model]
         self._origin: Any = WeakTensorKeyDictionary()
+        self._blank: Any = WeakTensorKeyDictionary()  # tensors to be filled, in which nothing is float yet
 
     # --- which module is running -----------------------------------------------------------------
 
@@ -104,13 +116,28 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         layer = next((m for m in reversed(self._stack) if m in self._names), self._model)
         quantizers = tuple(None if t is None else self._origin.get(t) for _, t in product.operands)
         without_tensors = attrs.evolve(product, operands=tuple((role, None) for role, _ in product.operands))
-        self.trace.seen.append(Seen(self._names[layer], layer, operator, without_tensors, quantizers))
+        name, of_weight = self._names[layer], self._is_of_weight(layer, product)
+        self.trace.seen.append(Seen(name, layer, operator, without_tensors, quantizers, of_weight))
+
+    def _is_of_weight(self, layer: nn.Module, product: Product) -> bool:
+        if any(isinstance(module, ParametrizationList) for module in self._stack):
+            return True
+        # Spectral norm as a hook multiplies the weight by vectors; no layer that has it does.
+        hooks = layer._forward_pre_hooks.values()
+        return any(isinstance(hook, SpectralNorm) for hook in hooks) and any(
+            tensor is not None and tensor.dim() == 1 for _, tensor in product.operands
+        )
 
     def _follow(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         """Passes the origin of an argument on to a result that holds the same values."""
+        plain = name.removesuffix("_")
+        if plain in _BLANK and isinstance(result, Tensor):
+            self._blank[result] = True
         if not args:
             return
-        plain = name.removesuffix("_")
+        if name == "aten::copy_":
+            self._fill(args[0], args[1])
+            return
         is_kept = plain in PRESERVING or (plain in ("aten::mul", "aten::div") and _is_number(args[1]))
         if plain != name and not is_kept and isinstance(args[0], Tensor):
             self._origin.pop(args[0], None)  # changed in place, it holds other values
@@ -125,6 +152,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in tree_leaves(result):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     self._origin[tensor] = origin
+
+    def _fill(self, into: Tensor, source: Tensor) -> None:
+        """A tensor, or part of one, is written over: padding around the edges is made so."""
+        whole = into if into._base is None else into._base
+        origin = self._origin.get(source)
+        if origin is not None and (into is whole or self._blank.get(whole)):
+            self._origin[whole] = origin
+        else:
+            self._origin.pop(whole, None)
+            self._blank.pop(whole, None)
 
 
 def _is_number(value: Any) -> bool:

@@ -30,7 +30,7 @@ from quantpatch.export.description import (
 from quantpatch.export.restore import Plan
 from quantpatch.files import own_version, written_whole
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.quantizer import TensorQuantizer, named_quantizers, outside_of
 
 __all__ = ["SaveReport", "float_state_dict", "load", "save"]
 
@@ -80,12 +80,7 @@ def _safetensors(purpose: str) -> Any:
 
 def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The ``state_dict`` without the quantizers' ranges: loads strictly into the float model."""
-    prefixes = tuple(f"{name}." for name in named_quantizers(model, every_name=True))
-    return {
-        key: value
-        for key, value in model.state_dict().items()
-        if not prefixes or not key.startswith(prefixes)
-    }
+    return outside_of(named_quantizers(model, every_name=True), model.state_dict())
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, packed: bool = False) -> SaveReport:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantpatch.export import packing
 from quantpatch.export.structure import StructurePlan
-from quantpatch.quantizer import named_quantizers
+from quantpatch.quantizer import named_quantizers, outside_of
 
 __all__ = ["Plan"]
 
@@ -47,14 +47,8 @@ class Plan(StructurePlan):
         for alias, source in self._description["tied"].items():
             if source in tensors:
                 tensors[alias] = tensors[source]
-        prefixes = tuple(f"{name}." for name in named_quantizers(self.model, every_name=True))
-        wanted = {
-            key: value
-            for key, value in self.model.state_dict().items()
-            if not prefixes or not key.startswith(prefixes)
-        }
-        shared = tuple(f"{name}." for name in self._quantizers)
-        given = {key: t for key, t in tensors.items() if not shared or not key.startswith(shared)}
+        wanted = outside_of(named_quantizers(self.model, every_name=True), self.model.state_dict())
+        given = outside_of(self._quantizers, tensors)
         missing = [key for key in wanted if key not in given]
         unexpected = [key for key in given if key not in wanted]
         if missing:
@@ -100,8 +94,7 @@ class Plan(StructurePlan):
 
     def _fill(self) -> None:
         """Copies the weights in; a model with tensors on the meta device gets the file's own."""
-        prefixes = tuple(f"{name}." for name in named_quantizers(self.model, every_name=True))
-        own = {k: v for k, v in self.model.state_dict().items() if not k.startswith(prefixes)}
+        own = outside_of(named_quantizers(self.model, every_name=True), self.model.state_dict())
         assign = any(value.is_meta for value in own.values())
         ties: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in self.model.modules():

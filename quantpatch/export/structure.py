@@ -219,8 +219,11 @@ class StructurePlan:
             for own in list(now.quantizers()):
                 if prefix + own not in self._quantizers and not self._shared(now._modules[own]):
                     del now._modules[own]
+        names: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            names.setdefault(id(module), []).append(name)
         for name, saved in self._quantizers.items():
-            self._put(name, saved)
+            self._put(name, saved, names)
         for alias, first in self._aliases.items():
             self._place(alias, self.model.get_submodule(first))
 
@@ -235,15 +238,21 @@ class StructurePlan:
         """Whether the file has a quantizer under another of its names."""
         return any(m is quantizer and name in self._quantizers for name, m in self._modules.items())
 
-    def _put(self, name: str, saved: _Quantizer) -> None:
+    def _put(self, name: str, saved: _Quantizer, names: dict[int, list[str]]) -> None:
+        """Makes a quantizer what the file says.
+
+        Args:
+            name: One of its names.
+            saved: The quantizer in the file.
+            names: The names of every module that is still in the model, by its identity.
+        """
         parent = name.rpartition(".")[0]
         quantizer = self._modules.get(name)
         if not isinstance(quantizer, TensorQuantizer) or quantizer.descriptor != saved.descriptor:
             old = quantizer
             quantizer = TensorQuantizer(saved.descriptor)
             # A quantizer that several layers share stays shared.
-            now = dict(self.model.named_modules(remove_duplicate=False))
-            for place in [n for n, m in now.items() if old is not None and m is old] or [name]:
+            for place in names.pop(id(old), [name]):
                 self._place(place, quantizer)
             quantizer.train(self._modules[parent].training)
         quantizer.disabled, quantizer.quantizing = saved.disabled, saved.quantizing

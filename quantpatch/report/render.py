@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-__all__ = ["as_text"]
+__all__ = ["as_percent", "as_text"]
 
 
 def as_text(renderable: Any) -> str:
@@ -19,3 +19,11 @@ def as_text(renderable: Any) -> str:
     file = console.file
     assert isinstance(file, io.StringIO)
     return file.getvalue().rstrip("\n")
+
+
+def as_percent(share: float) -> str:
+    """A share with one decimal, which says 0.0% of nothing and 100.0% of all alone."""
+    shown = f"{share:.1%}"
+    if shown == "100.0%" and share < 1:
+        return ">99.9%"
+    return "<0.1%" if shown == "0.0%" and share > 0 else shown

@@ -95,6 +95,69 @@ def test_a_disabled_quantizer_is_named(operand):
     assert report.share == 0.0
 
 
+def test_all_but_a_sliver_is_not_shown_as_all_nor_a_sliver_as_nothing():
+    model = quantized(nn.Linear(4, 4000), nn.Linear(4000, 1, bias=False))
+    model[1].weight_quantizer.disable()
+    model[0].weight_quantizer.disable()
+    assert str(qp.audit(model, torch.randn(1, 4))).splitlines()[0].split()[1] == "0.0%"
+    tiny = Wrapped(
+        lambda self, x: self.large(x) + (x[:, :1] @ self.small), large=nn.Linear(64, 64), small=None
+    )
+    tiny.small = nn.Parameter(torch.randn(1, 1))
+    qp.convert(tiny)
+    report = qp.audit(tiny, torch.randn(1, 64))
+    assert report.share < 1
+    assert str(report).splitlines()[0].split()[1] == ">99.9%"
+    assert "<0.1%" in str(report)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_an_input_is_followed_through_every_kind_of_padding(mode, dims):
+    conv = getattr(nn, f"Conv{dims}d")
+    model = quantized(conv(2, 2, 3, padding=1, padding_mode=mode))
+    assert qp.audit(model, torch.randn(1, 2, *[4] * dims)).share == 1.0
+
+
+def test_a_tensor_that_is_filled_with_something_float_is_float():
+    def forward(self, x):
+        padded = x.new_zeros(2, 6)
+        padded[:, :4] = self.fc.input_quantizer(x)
+        if self.spoiled:
+            padded[:, 4:] = x[:, :2]
+        return F.linear(padded, self.fc.weight_quantizer(self.fc.weight))
+
+    model = Wrapped(forward, fc=nn.Linear(6, 2))
+    qp.convert(model)
+    for spoiled in (False, True):
+        model.spoiled = spoiled
+        assert qp.audit(model, torch.randn(2, 4)).share == 1 - spoiled
+
+
+def test_what_makes_a_weight_is_listed_and_not_counted():
+    model = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)),
+        nn.utils.parametrizations.orthogonal(nn.Linear(5, 5)),
+        nn.utils.spectral_norm(nn.Linear(5, 3)),
+    )
+    qp.convert(model)
+    report = qp.audit(model, torch.randn(2, 4))
+    assert (report.share, report.macs) == (1.0, 2 * (4 * 5 + 5 * 5 + 5 * 3))
+    making = {row.module for row in report.rows if row.of_weight}
+    assert making == {"0.parametrizations.weight.0", "1.parametrizations.weight.0", "2"}
+    assert set(reasons(report).values()) == {"a weight is made of it, the same for every input: not counted"}
+    assert report.to_paste == ()
+
+
+@pytest.mark.parametrize("layer", [nn.GRU(4, 6), nn.LSTM(4, 6, proj_size=2)])
+def test_a_hidden_state_is_named_where_torch_takes_a_recurrent_layer_apart(layer):
+    model = quantized(layer)
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(3, 2, 4), torch.tensor([3, 2]))
+    found = set(reasons(qp.audit(model, packed)).values())
+    assert len(found) == 1
+    assert "Recipe(hidden=...)" in found.pop()
+
+
 def test_an_operand_that_the_recipe_leaves_float_is_named():
     model = quantized(nn.Linear(4, 4), recipe="int8-weight-only")
     assert "no quantizer for left" in reasons(qp.audit(model, torch.randn(2, 4)))["0", "matrix product"]

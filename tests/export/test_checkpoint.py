@@ -558,3 +558,26 @@ def test_every_builtin_format_round_trips_as_fields(tmp_path: Path) -> None:
     load(tmp_path / "m.safetensors", other)
     assert [q.format for q in other] == [q.format for q in model]
     assert [q.descriptor for q in other] == [q.descriptor for q in model]
+
+
+class Counting(nn.Sequential):
+    """Counts how often somebody goes through all of its modules."""
+
+    walks = 0
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self.walks += 1
+        return super().named_modules(*args, **kwargs)
+
+
+def test_loading_looks_through_a_model_as_often_however_many_layers_it_has(tmp_path: Path) -> None:
+    walks = []
+    for layers in (2, 40):
+        with qp.quantize_modules():
+            model = Counting(*(nn.Linear(2, 2) for _ in range(layers)))
+        qp.calibrate(model, [torch.randn(4, 2)], progress=False)
+        save(model, tmp_path / "m.safetensors")
+        again = Counting(*(nn.Linear(2, 2) for _ in range(layers)))
+        load(tmp_path / "m.safetensors", again)
+        walks.append(again.walks)
+    assert walks[0] == walks[1]

@@ -16,6 +16,7 @@ import quantpatch as qp
 from quantpatch.audit import CoverageReport
 from quantpatch.errors import CalibrationError, ConversionError, QuantPatchWarning
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.report.render import as_percent
 from quantpatch_transformers.pretrained import make_savable
 
 __all__ = ["QuantPatchCallback"]
@@ -166,8 +167,8 @@ def _told(model: nn.Module, coverage: CoverageReport) -> str:
     quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer)]
     left = sorted((row for row in coverage.rows if not row.quantized), key=lambda row: -row.macs)
     lines = [
-        f"quantpatch: {coverage.share:.1%} of the multiply-accumulates of {coverage.model} run quantized, by "
-        f"{len(quantizers)} quantizers"
+        f"quantpatch: {as_percent(coverage.share)} of the multiply-accumulates of {coverage.model} run "
+        f"quantized, by {len(quantizers)} quantizers"
     ]
     lines += [f"  float: {row.module} ({row.operation}): {row.reason}" for row in left[:5]]
     if len(left) > 5:

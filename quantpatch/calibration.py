@@ -21,7 +21,7 @@ from quantpatch.calibrators import Calibrator
 from quantpatch.errors import CalibrationError, QuantPatchWarning
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.running import evaluating, run_batch
+from quantpatch.running import as_batches, demand_model, evaluating, run_batch, uncompiled
 
 __all__ = ["calibrate", "calibrating", "collecting"]
 
@@ -334,9 +334,11 @@ def calibrate(
 
     Raises:
         CalibrationError: See ``calibrating``; also if there is no batch.
+        InputError: ``model`` is no model, or ``data`` no batches.
     """
+    demand_model(model, "calibrate")
     # A compiled model would be compiled anew for a run that is over after a few batches.
-    runner = getattr(model, "_orig_mod", model)
+    runner = uncompiled(model)
     with calibrating(
         model,
         method,
@@ -348,13 +350,7 @@ def calibrate(
         if callable(data) and not isinstance(data, Iterable):
             data(runner)
             return
-        if isinstance(data, Tensor):
-            data = [data]  # one batch, not one batch a row
-        if not isinstance(data, Iterable):
-            raise CalibrationError(
-                f"data is {type(data).__name__}, expected batches (tensors, tuples of arguments or dicts "
-                f"of keywords) or a function that runs the model"
-            )
+        data = as_batches(data)
         total = len(data) if isinstance(data, Sized) else None
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:

@@ -151,6 +151,10 @@ def _with_axis(descriptor: QuantDescriptor, axis: Axis) -> QuantDescriptor:
     return attrs.evolve(descriptor, axis=axis)
 
 
+def _names(given: Any) -> Any:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 def _pairs(given: Any) -> Any:
     return tuple(given.items() if isinstance(given, Mapping) else given)
 
@@ -181,5 +185,15 @@ class Recipe:
     )
     output: QuantDescriptor | None = None
     hidden: QuantDescriptor | None = None
-    include: tuple[str, ...] = ()
+    include: tuple[str, ...] = attrs.field(default=(), converter=_names)
     rules: tuple[tuple[Any, Any], ...] = attrs.field(default=(), converter=_pairs)
+
+    def __attrs_post_init__(self) -> None:
+        for field in ("input", "weight", "output", "hidden"):
+            value = getattr(self, field)
+            if not (value is None or isinstance(value, QuantDescriptor)):
+                raise DescriptorError(
+                    f"Recipe({field}={value!r}): expected a QuantDescriptor, or None to leave it float",
+                    field=field,
+                    value=value,
+                )

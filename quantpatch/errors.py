@@ -26,6 +26,8 @@ __all__ = [
     "LayerError",
     "MissingExtraError",
     "OperandError",
+    "OptionError",
+    "PathError",
     "PluginError",
     "QuantPatchError",
     "QuantPatchWarning",
@@ -201,6 +203,20 @@ class RangeError(QuantPatchError, ValueError):
 
     quantizer: str | None = None
     value: Any = None
+
+
+class OptionError(QuantPatchError, ValueError):
+    """An option of a calibrator has an impossible value."""
+
+
+class PathError(QuantPatchError, FileNotFoundError):
+    """A file cannot be written where it should be; nothing was written.
+
+    Attributes:
+        path: The file.
+    """
+
+    path: str = ""
 
 
 class OperandError(QuantPatchError, TypeError):

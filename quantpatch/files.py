@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from quantpatch.errors import PathError
+
 __all__ = ["folder_written_whole", "own_version", "written_whole"]
 
 
@@ -20,9 +22,12 @@ def written_whole(path: Path) -> Iterator[Path]:
     When the block ends every file in there is moved beside ``path``, ``path`` itself last: whoever finds it
     finds it complete. If the block raises, nothing is moved. The folder is a neighbour of the file, since a
     file can be renamed in one step only within a file system.
+
+    Raises:
+        PathError: There is no folder for the file.
     """
     if not path.parent.is_dir():  # said of the folder, not of a temporary one in it
-        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
+        raise PathError(f"{path} cannot be written: there is no folder {path.parent}", path=str(path))
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield folder

@@ -117,8 +117,8 @@ class Integer(NumberFormat):
     def __attrs_post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             raise DescriptorError(
-                f"an integer format has 2 to 8 bits, got {self.bits!r}; more round nothing that matters: "
-                "leave the layer float instead",
+                f"an integer format has 2 to 8 bits, got {self.bits!r}. To keep a layer exact leave "
+                "it float: None in the place of its descriptor",
                 field="bits",
                 value=self.bits,
             )

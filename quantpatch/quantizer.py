@@ -290,7 +290,7 @@ class TensorQuantizer(nn.Module):
             return
         error.quantizer = name
         message = f"{name}: {error}"
-        if isinstance(error, OperandError):
+        if isinstance(error, OperandError) and isinstance(error.value, torch.dtype):
             layer = name.rpartition(".")[0] or name
             message += f". To leave its layer float write: qp.configure(model, {{{layer!r}: None}})"
         error.args = (message,)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from quantpatch.errors import InputError
 
-__all__ = ["demand_model", "evaluating", "explaining_devices", "run_batch"]
+__all__ = [
+    "as_batches",
+    "demand_model",
+    "evaluating",
+    "explaining_devices",
+    "run_batch",
+    "uncompiled",
+    "without_fast_paths",
+]
 
 
 def demand_model(model: Any, function: str) -> None:
@@ -28,7 +37,16 @@ def demand_model(model: Any, function: str) -> None:
         return
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise InputError(f"{function} takes a model, not its class: write {function}({model.__name__}(...))")
-    raise InputError(f"{function} takes a model (an nn.Module), not {model!r}")
+    shown = repr(model)
+    if len(shown) > 60 or "\n" in shown:
+        shown = f"a {type(model).__name__}"
+    raise InputError(f"{function} takes a model (an nn.Module), not {shown}")
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What ``torch.compile`` wraps, whose code can be followed; the model itself where nothing does."""
+    wrapped = model.__dict__.get("_modules", {}).get("_orig_mod")
+    return wrapped if isinstance(wrapped, nn.Module) else model
 
 
 @contextlib.contextmanager
@@ -66,6 +84,35 @@ def explaining_devices(model: nn.Module, inputs: Any) -> Iterator[None]:
             f"{' and '.join(inputs_on)}: move them with .to({model_on[0]!r}) first ({error})",
             devices=(" ".join(inputs_on), " ".join(model_on)),
         ) from error
+
+
+@contextlib.contextmanager
+def without_fast_paths() -> Iterator[None]:
+    """A block in which transformer layers of torch run as written, and hand each other no nested tensors.
+
+    It is a setting of the process.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def as_batches(data: Any) -> Iterable[Any]:
+    """The batches that a user gave; one tensor, or one dict of keywords, is one batch.
+
+    Raises:
+        InputError: They are no batches.
+    """
+    if isinstance(data, (Tensor, Mapping)):
+        return [data]
+    if isinstance(data, Iterable) and not isinstance(data, (str, bytes, nn.Module)):
+        return data
+    raise InputError(
+        f"data is {type(data).__name__}, expected batches: tensors, tuples of arguments or dicts of keywords"
+    )
 
 
 def run_batch(model: nn.Module, batch: Any) -> None:

@@ -102,3 +102,13 @@ def test_of_three_axes_blocks_run_along_the_one_that_is_no_output_channel() -> N
     assert blocks.for_channel_axis((0, 1)).axis == 2
     assert blocks.for_channel_axis((0, 2)).axis == 1
     assert QuantDescriptor(axis=CHANNEL).for_channel_axis((0, 2)).axis == (0, 2)
+
+
+@pytest.mark.parametrize("operand", ["input", "weight", "output", "hidden"])
+def test_a_recipe_holds_descriptors(operand):
+    with pytest.raises(DescriptorError, match=rf"Recipe\({operand}='int8'\): expected a QuantDescriptor"):
+        Recipe(name="mine", **{operand: "int8"})
+
+
+def test_one_name_in_include_is_a_list_of_one():
+    assert Recipe(name="mine", include="Embedding").include == ("Embedding",)

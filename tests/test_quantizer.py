@@ -233,10 +233,11 @@ def test_what_cannot_be_quantized_is_told_by_the_quantizers_place_in_the_model(x
     if state == "static":
         model.body[0].input_quantizer.amax = 1.0
     layer = name.rpartition(".")[0]
-    with pytest.raises(OperandError, match=rf"^{name}: .* got {got}.*\{{'{layer}': None\}}") as caught:
+    with pytest.raises(OperandError, match=rf"^{name}: .* got {got}") as caught:
         qp.calibrate(model, lambda model: model(x)) if state == "calibrating" else model(x)
     assert caught.value.quantizer == name
     assert isinstance(caught.value, TypeError)
+    assert (f"{{'{layer}': None}}" in str(caught.value)) is isinstance(x, torch.Tensor)
 
 
 def test_a_range_that_does_not_fit_is_told_by_the_quantizers_place_in_the_model():

@@ -18,7 +18,7 @@ from quantpatch.errors import ComparisonError
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.report.render import as_text
-from quantpatch.running import demand_model, evaluating, run_batch
+from quantpatch.running import as_batches, demand_model, evaluating, run_batch, without_fast_paths
 
 __all__ = ["ComparisonReport", "ComparisonRow", "compare"]
 
@@ -121,6 +121,11 @@ def compare(float_model: nn.Module, quantized_model: nn.Module, data: Iterable[A
         for name, module in quantized_model.named_modules()
         if name in references and _is_quantized(module)
     }
+    if not layers and any(map(_is_quantized, float_model.modules())):
+        raise ComparisonError(
+            "the first model has quantized layers and the second has none: write compare(float_model, "
+            "quantized_model, data)"
+        )
     if not layers:
         raise ComparisonError(
             f"{type(quantized_model).__name__} has no quantized layer by a name that "
@@ -131,13 +136,14 @@ def compare(float_model: nn.Module, quantized_model: nn.Module, data: Iterable[A
     with ExitStack() as stack:
         stack.enter_context(evaluating(float_model))
         stack.enter_context(evaluating(quantized_model))
+        stack.enter_context(without_fast_paths())
         expected: dict[str, list[Tensor]] = {}
         got: dict[str, list[Tensor]] = {}
         for name, layer in layers.items():
             stack.callback(references[name].register_forward_hook(_keep(expected, name)).remove)
             stack.callback(layer.register_forward_hook(_keep(got, name)).remove)
         with torch.no_grad():
-            for batch in data:
+            for batch in as_batches(data):
                 expected.clear()
                 got.clear()
                 run_batch(float_model, batch)

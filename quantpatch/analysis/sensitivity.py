@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import attrs
 from rich.console import Console
@@ -117,8 +117,8 @@ def sensitivity(
         progress: Whether to show a progress bar (on a terminal only).
 
     Raises:
-        ComparisonError: The model has no quantized layer, ``evaluate`` is no function or returns NaN, there
-            is no such mode, or ``resume`` holds something else.
+        ComparisonError: The model has no quantized layer, ``evaluate`` is no function, or what it returns is
+            NaN or no number, there is no such mode, or ``resume`` holds something else.
         InputError: ``model`` is no model.
     """
     if not callable(evaluate):
@@ -142,7 +142,7 @@ def sensitivity(
     def measure(key: str, quantized: list[TensorQuantizer]) -> float:
         if key not in results:
             with _only(everything, quantized):
-                metric = float(evaluate(model))
+                metric = _as_number(evaluate(model))
             if math.isnan(metric):
                 raise ComparisonError(f"evaluate returned NaN while measuring {key!r}")
             results.put(key, metric)
@@ -161,6 +161,18 @@ def sensitivity(
         )
     rows.sort(key=lambda row: (-row.loss, row.layer))
     return SensitivityReport(mode, float_metric, all_metric, tuple(rows))
+
+
+def _as_number(metric: Any) -> float:
+    if isinstance(metric, Tensor):
+        metric = metric.detach()
+    try:
+        return float(metric)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = f" of shape {tuple(metric.shape)}" if isinstance(metric, Tensor) else ""
+        raise ComparisonError(
+            f"evaluate returned a {type(metric).__name__}{shape}, expected one number, such as an accuracy"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.registry import registry
 from quantpatch.report.render import as_percent, as_text
-from quantpatch.running import demand_model, explaining_devices
+from quantpatch.running import demand_model, explaining_devices, uncompiled
 
 __all__ = ["CoverageReport", "CoverageRow", "audit", "report_of"]
 
@@ -153,7 +153,7 @@ def audit(model: nn.Module, *inputs: Any, minimum: float | None = None, **keywor
     if minimum is not None and not 0 <= minimum <= 1:
         raise InputError(f"minimum={minimum!r}: expected a share from 0 to 1, such as 0.95")
     # What torch.compile wraps, since a compiled graph hides its modules.
-    runner = getattr(model, "_orig_mod", model)
+    runner = uncompiled(model)
     if isinstance(runner, nn.DataParallel):
         raise InputError("nn.DataParallel runs copies of the layers: write audit(model.module, ...)")
     with explaining_devices(runner, (inputs, keywords)):

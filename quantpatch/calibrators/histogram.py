@@ -22,6 +22,7 @@ from quantpatch.calibrators.thresholds import (
     percentile_threshold,
     sqnr_threshold,
 )
+from quantpatch.errors import OptionError
 from quantpatch.formats import NumberFormat
 
 __all__ = [
@@ -54,7 +55,7 @@ class HistogramCalibrator(Calibrator):
         num_bins: Number of bins, from 8 to 2**24.
 
     Raises:
-        ValueError: ``num_bins`` is out of range.
+        OptionError: ``num_bins`` is out of range.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class HistogramCalibrator(Calibrator):
     ) -> None:
         # Fewer bins of the largest floats would be so wide that the reciprocal of the width is subnormal.
         if not 8 <= num_bins <= 1 << 24:
-            raise ValueError(f"num_bins must be from 8 to 2**24, got {num_bins!r}")
+            raise OptionError(f"num_bins must be from 8 to 2**24, got {num_bins!r}")
         super().__init__(format, axis)
         self.num_bins = num_bins
 
@@ -133,7 +134,7 @@ class EntropyCalibrator(HistogramCalibrator):
         start_bin: The smallest candidate, in bins.
 
     Raises:
-        ValueError: An option is out of range.
+        OptionError: An option is out of range.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class MSECalibrator(HistogramCalibrator):
         start_bin: The smallest candidate, in bins.
 
     Raises:
-        ValueError: An option is out of range.
+        OptionError: An option is out of range.
     """
 
     def __init__(
@@ -194,7 +195,7 @@ class SQNRCalibrator(HistogramCalibrator):
         clip_weight: How much the noise of clipped values counts; 1 gives the range of ``mse``.
 
     Raises:
-        ValueError: An option is out of range.
+        OptionError: An option is out of range.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class SQNRCalibrator(HistogramCalibrator):
         super().__init__(format, axis, num_bins=num_bins)
         self.start_bin = _checked_start_bin(start_bin)
         if not 0.0 <= clip_weight < math.inf:
-            raise ValueError(f"clip_weight must be finite and not negative, got {clip_weight!r}")
+            raise OptionError(f"clip_weight must be finite and not negative, got {clip_weight!r}")
         self.clip_weight = clip_weight
 
     def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
@@ -230,7 +231,7 @@ class PercentileCalibrator(HistogramCalibrator):
         percentile: The percentage, from 0 to 100; 100 is the largest magnitude.
 
     Raises:
-        ValueError: An option is out of range.
+        OptionError: An option is out of range.
     """
 
     def __init__(
@@ -242,7 +243,7 @@ class PercentileCalibrator(HistogramCalibrator):
         percentile: float = 99.99,
     ) -> None:
         if not 0.0 <= percentile <= 100.0:
-            raise ValueError(f"percentile must be from 0 to 100, got {percentile!r}")
+            raise OptionError(f"percentile must be from 0 to 100, got {percentile!r}")
         super().__init__(format, axis, num_bins=num_bins)
         self.percentile = percentile
 
@@ -253,7 +254,7 @@ class PercentileCalibrator(HistogramCalibrator):
 def _checked_start_bin(start_bin: int) -> int:
     """Complains before the data is collected, not after."""
     if start_bin < 1:
-        raise ValueError(f"start_bin must be at least 1, got {start_bin!r}")
+        raise OptionError(f"start_bin must be at least 1, got {start_bin!r}")
     return start_bin
 
 

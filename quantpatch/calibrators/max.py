@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from quantpatch.calibrators.base import AllReduce, Calibrator
+from quantpatch.errors import OptionError
 from quantpatch.formats import NumberFormat
 
 __all__ = ["MaxCalibrator", "MovingAverageCalibrator"]
@@ -43,7 +44,7 @@ class MovingAverageCalibrator(Calibrator):
         averaging_constant: Weight of a new batch, above 0 and at most 1.
 
     Raises:
-        ValueError: The constant is out of range.
+        OptionError: The constant is out of range.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class MovingAverageCalibrator(Calibrator):
         averaging_constant: float = 0.01,
     ) -> None:
         if not 0.0 < averaging_constant <= 1.0:
-            raise ValueError(f"averaging_constant must be above 0 and at most 1, got {averaging_constant!r}")
+            raise OptionError(f"averaging_constant must be above 0 and at most 1, got {averaging_constant!r}")
         super().__init__(format, axis)
         self.averaging_constant = averaging_constant
 

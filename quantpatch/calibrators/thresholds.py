@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from quantpatch.errors import OptionError
 from quantpatch.formats import NumberFormat
 
 __all__ = ["entropy_threshold", "mse_threshold", "percentile_threshold", "sqnr_threshold"]
@@ -141,10 +142,10 @@ def percentile_threshold(counts: Tensor, bin_width: Tensor | float, *, percentil
         Float32 of shape ``(...)``; 0 where there is no count.
 
     Raises:
-        ValueError: The percentage is out of range.
+        OptionError: The percentage is out of range.
     """
     if not 0.0 <= percentile <= 100.0:
-        raise ValueError(f"percentile must be from 0 to 100, got {percentile!r}")
+        raise OptionError(f"percentile must be from 0 to 100, got {percentile!r}")
     b = counts.reshape(-1, counts.shape[-1])
     below = b.cumsum(1).double()
     # Both sides times 100, so that whole percentages of whole counts are compared exactly.
@@ -161,7 +162,7 @@ def _top(b: Tensor) -> Tensor:
 def _candidates(start_bin: int, bins: int, device: torch.device) -> Tensor:
     """The upper edges to try, in bins."""
     if start_bin < 1:
-        raise ValueError(f"start_bin must be at least 1, got {start_bin!r}")
+        raise OptionError(f"start_bin must be at least 1, got {start_bin!r}")
     return torch.arange(min(start_bin, bins), bins + 1, device=device)
 
 

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from quantpatch.errors import ExportError
 from quantpatch.export.dataflow import BATCHNORM, Dataflow, dataflow
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.running import demand_model
 
 __all__ = ["FoldedBatchNorm", "fold_batchnorm"]
 
@@ -77,6 +78,7 @@ def fold_batchnorm(
     Raises:
         ExportError: The model is in training mode, where batch norm depends on the batch.
     """
+    demand_model(model, "fold_batchnorm")
     norms = {name: m for name, m in model.named_modules() if isinstance(m, _NORMS)}
     training = [name for name, norm in norms.items() if norm.training]
     if training:

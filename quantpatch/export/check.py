@@ -37,6 +37,7 @@ class Comparison:
         mismatching: How many differ from what the model's quantizers make of the very floats that the file
             quantizes. None should.
         not_run: Why nothing was compared; empty if it was.
+        not_random: Why the given inputs alone were compared; empty if random ones were as well.
     """
 
     largest_difference: float = 0.0
@@ -45,6 +46,7 @@ class Comparison:
     differing: int = 0
     mismatching: int = 0
     not_run: str = ""
+    not_random: str = ""
 
     @property
     def differing_share(self) -> float:
@@ -59,6 +61,7 @@ class Comparison:
             f"({self.relative_difference:.2g} of the output), "
             f"{self.differing} of {self.integers} integers differ, "
             f"{self.mismatching} where the same floats were quantized"
+            + (f"; on the given inputs alone: {self.not_random}" if self.not_random else "")
         )
 
 
@@ -103,10 +106,18 @@ def compare_with_torch(
     if any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in pytree.tree_leaves((args, kwargs))):
         return Comparison(not_run="ONNX Runtime's Python interface takes no bfloat16")
     by_name = {operand.name: operand for operand in found if operand.weight is None}
-    totals = []
+    totals: list[tuple[Any, ...]] = []
+    not_random = ""
     with _with_codes_as_outputs(path) as (session, input_names, output_names, sources):
         for given_args, given_kwargs in ((args, kwargs), _random_like(args, kwargs)):
-            outputs, codes = _torch_results(model, given_args, given_kwargs, by_name)
+            try:
+                outputs, codes = _torch_results(model, given_args, given_kwargs, by_name)
+            except Exception as error:
+                if not totals:
+                    raise
+                # Some models take no inputs but such as belong together: offsets that rise, say.
+                not_random = f"the model takes no others ({type(error).__name__}: {_first_line(error)})"
+                break
             feed = _feed(input_names, given_args, given_kwargs)
             try:
                 results = session.run(None, feed)
@@ -116,7 +127,13 @@ def compare_with_torch(
             differences = _differences(outputs, results)
             totals.append((*differences, *_differing(codes, named), _mismatching(codes, named, sources)))
     largest, relative, integers, differing, mismatching = zip(*totals, strict=True)
-    return Comparison(max(largest), max(relative), sum(integers), sum(differing), sum(mismatching))
+    return Comparison(
+        max(largest), max(relative), sum(integers), sum(differing), sum(mismatching), "", not_random
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def session_options(*, optimized: bool) -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quantpatch.classes import dotted, own_class
-from quantpatch.errors import CheckpointError, MissingExtraError
+from quantpatch.errors import CheckpointError, InputError, MissingExtraError
 from quantpatch.export import packing
 from quantpatch.export.description import (
     active_plugins,
@@ -31,6 +31,7 @@ from quantpatch.export.restore import Plan
 from quantpatch.files import own_version, written_whole
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer, named_quantizers, outside_of
+from quantpatch.running import demand_model
 
 __all__ = ["SaveReport", "float_state_dict", "load", "save"]
 
@@ -80,6 +81,7 @@ def _safetensors(purpose: str) -> Any:
 
 def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The ``state_dict`` without the quantizers' ranges: loads strictly into the float model."""
+    demand_model(model, "float_state_dict")
     return outside_of(named_quantizers(model, every_name=True), model.state_dict())
 
 
@@ -103,6 +105,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, packed: bool = False
         CheckpointError: The model holds something that cannot be written.
         MissingExtraError: safetensors is not installed.
     """
+    demand_model(model, "save")
     safetensors = _safetensors("qp.save")
     path = Path(path)
     state = model.state_dict()
@@ -252,8 +255,13 @@ def load(
     Raises:
         CheckpointError: The file is no such file, is incomplete or newer, or does not fit the model; a
             plugin is not installed; a range is missing, negative or not finite. The model is untouched.
+        InputError: ``model`` is no model.
         MissingExtraError: safetensors is not installed.
     """
+    if isinstance(path, nn.Module):
+        raise InputError("load takes the file first: write load(path, model)")
+    if model is not None:
+        demand_model(model, "load")
     path = Path(path)
     if (model is None) == (build is None):
         raise CheckpointError("give load a model, or build=, and not both", path=str(path))

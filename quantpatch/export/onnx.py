@@ -26,7 +26,7 @@ from quantpatch.export.graph import tidy
 from quantpatch.export.targets import TARGETS, Operand, Target, codes_name, operands, problems
 from quantpatch.files import own_version, written_whole
 from quantpatch.formats import Float, Integer
-from quantpatch.running import evaluating
+from quantpatch.running import demand_model, evaluating, uncompiled
 
 __all__ = ["export_onnx"]
 
@@ -74,9 +74,10 @@ def export_onnx(
             does not run. Nothing was written.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
+    demand_model(model, "export_onnx")
     _demand_extra(check)
     path = Path(path)
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     args = args if isinstance(args, tuple) else (args,)
     kwargs = dict(kwargs or {})
     found = _checked_operands(model, target, opset)

@@ -26,7 +26,7 @@ from quantpatch.formats import Integer
 from quantpatch.layers.base import quantizer_name
 from quantpatch.layers.placed import can_hold, quantize_output_of
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.running import demand_model, explaining_devices
+from quantpatch.running import demand_model, explaining_devices, uncompiled
 
 __all__ = ["Preparation", "prepare"]
 
@@ -95,7 +95,7 @@ def prepare(
     demand_model(model, "prepare")
     if target not in TARGETS:
         raise UnknownNameError.of("target", target, TARGETS)
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     args = args if isinstance(args, tuple) else (args,)
     with explaining_devices(model, (args, kwargs)):
         # TensorRT folds batch norm by itself, and its documentation asks that nobody does it before.

@@ -13,6 +13,7 @@ from torch import nn
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.report.render import as_text
+from quantpatch.running import demand_model
 
 __all__ = ["QuantizerRow", "Summary", "summary"]
 
@@ -132,7 +133,11 @@ def summary(model: nn.Module) -> Summary:
 
     Returns:
         A value to print, to look through, or to keep as JSON.
+
+    Raises:
+        InputError: ``model`` is no model.
     """
+    demand_model(model, "summary")
     modules = dict(model.named_modules())
     rows = tuple(
         _row(name, modules[name.rpartition(".")[0]] if name else model, module)

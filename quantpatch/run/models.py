@@ -24,6 +24,7 @@ from quantpatch.calibration import collecting
 from quantpatch.configure import Rules, configure
 from quantpatch.errors import RuleError
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.running import uncompiled
 
 __all__ = ["WatchedModels"]
 
@@ -127,7 +128,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, wrappers):
             module = module.module
-        elif isinstance(inner := module.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+        elif (inner := uncompiled(module)) is not module:
             module = inner
         else:
             return module

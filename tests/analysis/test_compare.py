@@ -110,3 +110,27 @@ def test_models_of_different_shape_are_an_error_that_names_the_layer():
     other = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
     with pytest.raises(ComparisonError, match=r"layer '0' ran 1 times.*\(5, 9\).*\(5, 8\)"):
         qp.compare(other, twin, DATA)
+
+
+def test_models_the_wrong_way_round_are_told_so():
+    with qp.quantize_modules():
+        quantized = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ComparisonError, match=r"write compare\(float_model, quantized_model, data\)"):
+        qp.compare(quantized, nn.Sequential(nn.Linear(4, 4)), [torch.randn(2, 4)])
+
+
+def test_padding_of_an_encoder_is_no_hindrance():
+    def build():
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        return nn.TransformerEncoder(layer, 2).eval()
+
+    reference = build()
+    with qp.quantize_modules():
+        quantized = build()
+    quantized.load_state_dict(reference.state_dict())
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    batch = {"src": torch.randn(2, 5, 8), "src_key_padding_mask": padding}
+    qp.calibrate(quantized, [batch], progress=False)
+    rows = qp.compare(reference, quantized, [batch]).rows
+    assert len(rows) == 7  # the encoder, and in each layer attention and two linear layers
+    assert all(row.sqnr > 20 for row in rows)

@@ -208,3 +208,20 @@ def test_it_prints_and_is_json(model):
 def test_what_is_no_function_is_refused(model):
     with pytest.raises(ComparisonError, match="gets the model and returns a metric"):
         qp.sensitivity(model, [torch.zeros(1, 4)])
+
+
+@pytest.mark.parametrize(
+    ("result", "shown"),
+    [(torch.ones(2, 2), r"a Tensor of shape \(2, 2\)"), (None, "a NoneType"), ("0.5x", "a str")],
+)
+def test_a_metric_that_is_no_number_is_told(result, shown):
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ComparisonError, match=f"evaluate returned {shown}, expected one number"):
+        qp.sensitivity(model, lambda model: result)
+
+
+def test_a_metric_may_be_a_tensor_with_a_gradient():
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.Linear(2, 2))
+    assert len(qp.sensitivity(model, lambda model: model(torch.ones(1, 2)).sum()).rows) == 1

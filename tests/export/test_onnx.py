@@ -500,3 +500,27 @@ def test_tensorrt_takes_transposed_convolutions_on_axis_0(tmp_path: Path) -> Non
     report = export_onnx(model, torch.randn(2, 4, 5), tmp_path / "m.onnx", target="tensorrt")
     assert report.comparison is not None
     assert report.comparison.differing == 0
+
+
+class Bag(nn.Module):
+    """Takes offsets, which have to rise from 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(30, 8)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.bag(ids, offsets))
+
+
+def test_a_model_that_takes_no_random_inputs_is_checked_on_the_given_ones(tmp_path: Path) -> None:
+    with qp.quantize_modules():
+        model = Bag()
+    batch = (torch.arange(12), torch.tensor([0, 4, 8]))
+    qp.calibrate(model, [batch], progress=False)
+    comparison = export_onnx(model, batch, tmp_path / "bag.onnx").comparison
+    assert comparison is not None
+    assert (comparison.mismatching, comparison.integers) == (0, 24)
+    assert "offsets[0] has to be 0" in comparison.not_random
+    assert "on the given inputs alone" in str(comparison)

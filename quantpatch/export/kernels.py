@@ -24,6 +24,7 @@ def for_onnxruntime(graph: Any) -> None:
     Args:
         graph: An ``onnx_ir.Graph``, tidied; changed in place.
     """
+    _split_constants(graph)
     _turn_weights(graph)
     _move_integers(graph)
     _subtract_biases(graph)
@@ -33,6 +34,52 @@ def for_onnxruntime(graph: Any) -> None:
 
 
 # --- Matrix products ----------------------------------------------------------------------------------------
+
+
+def _split_constants(graph: Any) -> None:
+    """Parts of a weight or a bias, as attention has of its projections, become weights and biases themselves.
+
+    ONNX Runtime would split the floats when it loads the file, see float weights beside quantized inputs, and
+    quantize them again with scales of its own.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    for node in list(graph):
+        if node.op_type != "Split" or any(output.is_graph_output() for output in node.outputs):
+            continue
+        axis = attributes_of(node).get("axis", 0) % len(node.inputs[0].shape)
+        sizes = [output.shape[axis] for output in node.outputs]
+        made = maker(node.inputs[0], "DequantizeLinear")
+        given = [node.inputs[0]] if made is None else list(made.inputs)
+        if not all(isinstance(size, int) for size in sizes) or any(
+            constant_of(graph, v) is None for v in given
+        ):
+            continue
+        ends = [int(end) for end in np.cumsum(sizes)]
+        for start, end, output in zip([0, *ends[:-1]], ends, node.outputs, strict=True):
+            parts = [_part(graph, value, axis, start, end, made) for value in given]
+            new = parts[0]
+            if made is not None:
+                dequantized = ir.node("DequantizeLinear", parts, attributes_of(made))
+                new = dequantized.outputs[0]
+                new.name, new.type, new.shape = f"{output.name}.part", output.type, output.shape
+                graph.insert_before(node, dequantized)
+            ir.convenience.replace_all_uses_with(output, new)
+        graph.remove(node, safe=True)
+
+
+def _part(graph: Any, value: Any, axis: int, start: int, end: int, dequantized: Any) -> Any:
+    """A part of a constant: of data, or of the scales of data that is cut along ``axis``."""
+    array = value.const_value.numpy()
+    is_scale = dequantized is not None and value is not dequantized.inputs[0]
+    if is_scale and array.ndim < 2:
+        along = attributes_of(dequantized).get("axis", 1) % len(dequantized.inputs[0].shape)
+        if not array.ndim or along != axis:
+            return value
+        axis = 0
+    cut = array[(slice(None),) * axis + (slice(start, end),)].copy()
+    return constant(graph, f"{value.name}.{axis}.{start}.{end}", cut, value.const_value.dtype)
 
 
 def _turn_weights(graph: Any) -> None:
@@ -197,7 +244,8 @@ def _fold_weights_at_load(graph: Any) -> None:
         codes, scale = node.inputs
         if constant_of(graph, codes) is None or constant_of(graph, scale) is None or len(scale.shape) > 1:
             continue
-        if node.outputs[0].is_graph_output() or _has_integer_kernel(node.outputs[0]):
+        weight = node.outputs[0]
+        if weight.is_graph_output() or _has_integer_kernel(weight) or _is_quantized_again(weight):
             continue
         if len(scale.shape) == 1:
             axis = attributes_of(node).get("axis", 1)
@@ -216,5 +264,18 @@ def _has_integer_kernel(weight: Any) -> bool:
         use.node.op_type in ("Conv", "MatMul", "Gemm")
         and use.idx == 1
         and maker(use.node.inputs[0], "DequantizeLinear") is not None
+        for use in weight.uses()
+    )
+
+
+def _is_quantized_again(weight: Any) -> bool:
+    """Whether ONNX Runtime quantizes a weight that is float once loaded, with scales of its own.
+
+    Between quantized values it does that of a ConvTranspose too, though it has no integer kernel for it.
+    """
+    return all(
+        use.node.op_type == "ConvTranspose"
+        and maker(use.node.inputs[0], "DequantizeLinear") is not None
+        and any(after.node.op_type == "QuantizeLinear" for after in use.node.outputs[0].uses())
         for use in weight.uses()
     )

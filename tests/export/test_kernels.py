@@ -33,7 +33,8 @@ class Exported:
         settings = session_options(optimized=True)
         settings.optimized_model_filepath = str(folder / "optimized.onnx")
         session = ort.InferenceSession(str(self.path), settings, providers=["CPUExecutionProvider"])
-        self.kernels = Counter(n.op_type for n in onnx.load(str(folder / "optimized.onnx")).graph.node)
+        self.optimized = onnx.load(str(folder / "optimized.onnx"))
+        self.kernels = Counter(n.op_type for n in self.optimized.graph.node)
         expected = model(x)
         (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         self.difference = (torch.from_numpy(result) - expected).abs()
@@ -211,6 +212,37 @@ def test_weights_without_an_integer_kernel_are_floats_once_loaded(kind: str, tmp
     assert exported.report.nodes["DequantizeLinear"] == exported.report.nodes["QuantizeLinear"]
     assert not {"Cast", "Mul", "Slice", "Concat"} & exported.kernels.keys()
     assert exported.kernels["DequantizeLinear"] == exported.report.nodes["QuantizeLinear"]
+
+
+def test_a_transposed_convolution_between_integers_keeps_its_own_scales(tmp_path: Path) -> None:
+    """ONNX Runtime quantizes float weights of such a one again, as it loads the file."""
+    model = built(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 16, 2, 2), nn.Conv2d(16, 16, 1))
+    exported = Exported(model, images(2, 4, 8, 8), tmp_path)
+    exported.assert_same()
+    (node,) = (n for n in exported.optimized.graph.node if n.op_type == "ConvTranspose")
+    (weight,) = (n for n in exported.optimized.graph.node if node.input[1] in n.output)
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in exported.optimized.graph.initializer}
+    scale = torch.tensor(constants[weight.input[1]])
+    torch.testing.assert_close(scale, model[2].weight_quantizer.amax.flatten() / 127, rtol=0, atol=0)
+
+
+def test_projections_of_attention_run_on_integers_and_have_float_biases(tmp_path: Path) -> None:
+    """They are parts of one weight and one bias, which ONNX Runtime would cut up as floats."""
+
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+            nn.init.normal_(self.attention.in_proj_bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x[:, :3], x[:, :3], need_weights=False)[0]
+
+    exported = Exported(built(Crossed()), images(2, 5, 32), tmp_path)
+    exported.assert_same()
+    assert exported.difference.max() <= exported.step / 1000
+    assert exported.kernels["MatMulIntegerToFloat"] == 4
+    assert not {"QGemm", "Gemm", "Split"} & exported.kernels.keys()
 
 
 def test_residual_branches_and_norms_stay_apart(tmp_path: Path) -> None:

@@ -13,49 +13,17 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.errors import ExportError, MissingExtraError, QuantPatchWarning, UnknownNameError
-from quantpatch.export.check import ExportReport, session_options
+from quantpatch.export.check import session_options
 from quantpatch.export.onnx import export_onnx
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+import onnx
+import onnxruntime as ort
+from exported_files import assert_same, calibrated, fingerprint, initializers, linear, refused, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-def run(path: Path, *inputs: torch.Tensor, optimized: bool = False) -> list[torch.Tensor]:
-    session = ort.InferenceSession(
-        str(path), session_options(optimized=optimized), providers=["CPUExecutionProvider"]
-    )
-    feed = {given.name: x.numpy() for given, x in zip(session.get_inputs(), inputs, strict=True)}
-    return [torch.from_numpy(y) for y in session.run(None, feed)]
-
-
-def calibrated(build: Any, *inputs: torch.Tensor, recipe: Any = "int8") -> nn.Module:
-    torch.manual_seed(0)
-    with qp.quantize_modules(recipe=recipe):
-        model = build().eval()
-    qp.calibrate(model, [inputs], progress=False)
-    return model
-
-
-def fingerprint(model: nn.Module) -> Any:
-    return [
-        (name, type(module), module.training, dict(vars(module)).keys(), "forward" in vars(module))
-        for name, module in model.named_modules()
-    ], {key: (value.data_ptr(), value.clone()) for key, value in model.state_dict().items()}
-
-
-def assert_same(before: Any, after: Any) -> None:
-    assert before[0] == after[0]
-    assert list(before[1]) == list(after[1])
-    for key, (address, value) in before[1].items():
-        assert after[1][key][0] == address
-        assert torch.equal(after[1][key][1], value)
-
-
-def initializers(path: Path) -> dict[str, Any]:
-    return {tensor.name: tensor for tensor in onnx.load(str(path)).graph.initializer}
 
 
 # --- Exactness ----------------------------------------------------------------------------------------------
@@ -318,22 +286,6 @@ def test_training_mode_and_disabled_quantizers_are_respected(tmp_path: Path) -> 
 # --- Refusals -----------------------------------------------------------------------------------------------
 
 
-def refused(model: nn.Module, path: Path, **options: Any) -> ExportError:
-    before = fingerprint(model)
-    with pytest.raises(ExportError) as caught:
-        export_onnx(model, torch.randn(3, 4), path, **options)
-    assert_same(before, fingerprint(model))
-    assert list(path.parent.iterdir()) == []
-    return caught.value
-
-
-def linear(**options: Any) -> nn.Module:
-    recipe = qp.Recipe(name="r", **options)
-    return calibrated(
-        lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4), recipe=recipe
-    )
-
-
 def test_uncalibrated_and_calibrating_quantizers(tmp_path: Path) -> None:
     with qp.quantize_modules():
         model = nn.Sequential(nn.Linear(4, 4))
@@ -408,98 +360,6 @@ def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_float_model_is_told_of(tmp_path: Path) -> None:
     with pytest.warns(QuantPatchWarning, match="the file will be float"):
         export_onnx(nn.Linear(4, 4), torch.randn(3, 4), tmp_path / "m.onnx")
-
-
-# --- TensorRT's rules ---------------------------------------------------------------------------------------
-# WQT: "Working with Quantized Types" in the documentation of TensorRT 10.11.
-# OPS: docs/operators.md of onnx-tensorrt. PQ: tensor_quant.py of pytorch-quantization.
-
-
-@pytest.fixture(scope="module")
-def for_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportReport, nn.Module]:
-    path = tmp_path_factory.mktemp("tensorrt") / "m.onnx"
-    model = calibrated(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3)), X)
-    return path, export_onnx(model, X, path, target="tensorrt"), model
-
-
-def test_tensorrt_zero_points_are_int8_zeros(for_tensorrt: Any) -> None:
-    """OPS: the zero point is 0. WQT: values are signed INT8."""
-    path, _, _ = for_tensorrt
-    constants = initializers(path)
-    nodes = [
-        n for n in onnx.load(str(path)).graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")
-    ]
-    assert nodes
-    for node in nodes:
-        zero = onnx.numpy_helper.to_array(constants[node.input[2]])
-        assert zero.dtype.name == "int8"
-        assert not zero.any()
-
-
-def test_tensorrt_scales_are_positive_constants(for_tensorrt: Any) -> None:
-    """OPS: the scale is a constant and positive; here a channel's weights are all 0."""
-    path, _, _ = for_tensorrt
-    constants = initializers(path)
-    for node in onnx.load(str(path)).graph.node:
-        if node.op_type == "QuantizeLinear":
-            assert (onnx.numpy_helper.to_array(constants[node.input[1]]) > 0).all()
-
-
-def test_tensorrt_weights_are_floats_with_a_pair(for_tensorrt: Any) -> None:
-    """WQT: each fake quantization is a pair of QuantizeLinear and DequantizeLinear, weights included."""
-    path, report, model = for_tensorrt
-    assert report.nodes["QuantizeLinear"] == report.nodes["DequantizeLinear"] == 4
-    kinds = {tensor.data_type for tensor in initializers(path).values() if len(tensor.dims) == 4}
-    assert kinds == {onnx.TensorProto.FLOAT}
-    assert torch.allclose(run(path, X)[0], model(X), atol=1e-5)
-
-
-def test_tensorrt_takes_no_unsigned_integers(tmp_path: Path) -> None:
-    """WQT: signed INT8."""
-    error = refused(linear(input=qp.QuantDescriptor(unsigned=True)), tmp_path / "m.onnx", target="tensorrt")
-    assert error.quantizers == ("0.input_quantizer", "1.input_quantizer")
-    assert "unsigned=False" in str(error)
-
-
-def test_tensorrt_takes_one_scale_for_an_activation(tmp_path: Path) -> None:
-    """WQT: scales of activations are per tensor."""
-    error = refused(linear(input=qp.QuantDescriptor(axis=-1)), tmp_path / "m.onnx", target="tensorrt")
-    assert "one scale" in str(error)
-
-
-def test_tensorrt_takes_fp8_e4m3_per_tensor(tmp_path: Path) -> None:
-    """WQT: FP8 is E4M3, and has one scale for the tensor."""
-    path = tmp_path / "m.onnx"
-    per_channel = linear(
-        input=qp.QuantDescriptor(num_bits=(4, 3)), weight=qp.QuantDescriptor(num_bits=(4, 3), axis="channel")
-    )
-    assert "without axis" in str(refused(per_channel, path, target="tensorrt"))
-    wide = qp.QuantDescriptor(num_bits=(5, 2))
-    assert "E4M3 only" in str(refused(linear(input=wide, weight=wide), path, target="tensorrt"))
-    good = qp.QuantDescriptor(num_bits=(4, 3))
-    assert export_onnx(linear(input=good, weight=good), torch.randn(3, 4), path, target="tensorrt").comparison
-
-
-def test_tensorrt_takes_blocks_of_int4_weights_only(tmp_path: Path) -> None:
-    """WQT: INT4 is for weights only, and blocks are of INT4."""
-    eight = qp.QuantDescriptor(format="int8_g128", axis="reduction", dynamic=True)
-    error = refused(linear(weight=eight), tmp_path / "m.onnx", target="tensorrt")
-    assert "blocks are of INT4" in str(error)
-
-
-def test_tensorrt_takes_transposed_convolutions_on_axis_0(tmp_path: Path) -> None:
-    """PQ: the per-channel descriptors of ConvTranspose weights have axis 0."""
-    model = calibrated(lambda: nn.Sequential(nn.ConvTranspose1d(4, 6, 3)), torch.randn(2, 4, 5))
-    with pytest.raises(ExportError, match="axis 0") as caught:
-        export_onnx(model, torch.randn(2, 4, 5), tmp_path / "m.onnx", target="tensorrt")
-    assert caught.value.quantizers == ("0.weight_quantizer",)
-    assert list(tmp_path.iterdir()) == []
-    # What the message says to do:
-    model[0].weight_quantizer = qp.TensorQuantizer(qp.QuantDescriptor(axis=0, narrow_range=True))
-    qp.calibrate(model, [torch.randn(2, 4, 5)], overwrite=True, progress=False)
-    report = export_onnx(model, torch.randn(2, 4, 5), tmp_path / "m.onnx", target="tensorrt")
-    assert report.comparison is not None
-    assert report.comparison.differing == 0
 
 
 class Bag(nn.Module):

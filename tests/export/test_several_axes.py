@@ -14,9 +14,12 @@ import quantpatch as qp
 from quantpatch.export import export_onnx
 from quantpatch.export.check import session_options
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+import onnx
+import onnxruntime as ort
+from tensorrt_rules import violations
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -92,6 +95,7 @@ def test_for_tensorrt_the_weights_are_floats_with_a_pair(tmp_path: Path) -> None
     model = experts("int8", turned=True)
     report = export_onnx(model, X, tmp_path / "m.onnx", target="tensorrt")
     assert report.nodes["QuantizeLinear"] == report.nodes["DequantizeLinear"] == 2
+    assert violations(tmp_path / "m.onnx") == []
     assert report.comparison is not None
     assert report.comparison.differing == 0
     torch.testing.assert_close(run(tmp_path / "m.onnx", X), model(X), rtol=1e-5, atol=1e-6)

@@ -14,6 +14,7 @@ from quantpatch.errors import QuantPatchError, QuantPatchWarning
 from quantpatch.example import Example
 from quantpatch.explain import explain
 from quantpatch.export import (
+    expect_ranges,
     export_onnx,
     float_state_dict,
     fold_batchnorm,
@@ -48,6 +49,7 @@ __all__ = [
     "compare",
     "configure",
     "convert",
+    "expect_ranges",
     "explain",
     "export_onnx",
     "float_state_dict",

@@ -21,7 +21,9 @@ from quantpatch.calibrators import Calibrator
 from quantpatch.errors import CalibrationError, QuantPatchWarning
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.ranks import Ranks
 from quantpatch.running import as_batches, demand_model, evaluating, run_batch, uncompiled
+from quantpatch.sharded import sharding_of
 
 __all__ = ["calibrate", "calibrating", "collecting"]
 
@@ -48,6 +50,7 @@ def calibrating(
     weight_method: str | None = None,
     overwrite: bool = False,
     strict: bool = True,
+    group: dist.ProcessGroup | None = None,
     **options: Any,
 ) -> Iterator[None]:
     """A block in which the model runs in float and its quantizers collect statistics.
@@ -70,6 +73,7 @@ def calibrating(
         overwrite: Replace ranges that are known already; otherwise they are an error.
         strict: Quantizers that saw no data, or only zeros, are an error; otherwise a warning names
             them, and they go on taking the range of each tensor.
+        group: The ranks that hold this model; None for all. Of a pipeline's stages each is its own model.
         **options: Handed to the calibrators of activations, such as ``percentile=99.9``.
 
     Raises:
@@ -95,7 +99,7 @@ def calibrating(
         warnings.warn(message, QuantPatchWarning, stacklevel=7)
 
     with (
-        collecting(model, choose, tell, method, weight_method=weight_method, **options),
+        collecting(model, choose, tell, method, weight_method=weight_method, group=group, **options),
         evaluating(model),
         torch.no_grad(),
     ):
@@ -110,6 +114,7 @@ def collecting(
     method: str | None = None,
     *,
     weight_method: str | None = None,
+    group: dist.ProcessGroup | None = None,
     **options: Any,
 ) -> Iterator[None]:
     """``calibrating`` for some quantizers of a model that runs as it is, in its mode and with gradients.
@@ -121,17 +126,18 @@ def collecting(
             any, before a range is set; if it raises, none is.
         method: As in ``calibrating``, like the rest.
         weight_method: See there.
+        group: See there.
         **options: See there.
 
     Raises:
         CalibrationError: The data holds NaN or infinity, or another rank failed.
         UnknownNameError: There is no calibrator of that name.
     """
-    quantizers: Mapping[str, TensorQuantizer] = {}
+    quantizers: dict[str, TensorQuantizer] = {}
     calibrators: dict[str, Calibrator] = {}
     with _restored(named_quantizers(model).values()):
-        try:
-            quantizers = choose()
+        with Ranks(group) as ranks, _naming(quantizers):
+            quantizers.update(choose())
             of_weights = _weight_quantizers(model)
             for name, quantizer in quantizers.items():
                 calibrators[name] = (
@@ -143,19 +149,13 @@ def collecting(
                 quantizer.enable_calib(calibrators[name])
                 quantizer.disable_quant()
             yield
-        except Exception as error:
-            failure = _named(error, quantizers) if isinstance(error, CalibrationError) else error
-            _agree(calibrators, failure)
-            if failure is error:
-                raise
-            raise failure from error
-        _agree(calibrators)
-        ranges = _ranges(calibrators, quantizers, of_weights, tell)
+            _demand_same(ranks, tuple(calibrators))
+        for calibrator in calibrators.values():  # the same order on every rank
+            calibrator.synchronize(group)
+        with Ranks(group):
+            ranges = _ranges(calibrators, quantizers, of_weights, tell)
     for name, amax in ranges.items():
-        quantizer = quantizers[name]
-        if quantizer.amax is not None and quantizer.amax.shape != amax.shape:
-            quantizer.amax = None
-        quantizer.amax = amax
+        quantizers[name].replace_range(amax)
 
 
 def _to_calibrate(model: nn.Module, overwrite: bool) -> dict[str, TensorQuantizer]:
@@ -189,15 +189,14 @@ def _to_calibrate(model: nn.Module, overwrite: bool) -> dict[str, TensorQuantize
             f"these quantizers are being calibrated already: {_listing(busy)}; end that calibration first",
             quantizers=tuple(busy),
         )
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        learned = [name for name, q in wanted.items() if q.descriptor.learn_amax and q.amax is None]
-        if learned:
-            raise CalibrationError(
-                f"learned ranges become parameters when they are calibrated, too late for "
-                f"DistributedDataParallel to average their gradients: {_listing(learned)}. Calibrate the "
-                f"model first, then wrap it",
-                quantizers=tuple(learned),
-            )
+    learned = [name for name, q in wanted.items() if q.descriptor.learn_amax and q.amax is None]
+    sharding = sharding_of(model.modules()) if learned else ""
+    if sharding:
+        raise CalibrationError(
+            f"learned ranges become parameters when they are calibrated, too late for {sharding} to average "
+            f"their gradients: {_listing(learned)}. Calibrate the model first, then wrap it",
+            quantizers=tuple(learned),
+        )
     known = [name for name, q in wanted.items() if q.amax is not None]
     if known and not overwrite:
         raise CalibrationError(
@@ -220,49 +219,37 @@ def _restored(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
             quantizer.calibrator = calibrator
 
 
-def _named(error: CalibrationError, quantizers: Mapping[str, TensorQuantizer]) -> CalibrationError:
-    """The error with the qualified name of the quantizer it came from."""
-    culprit = getattr(error, "quantizer", None)
-    names = tuple(name for name, quantizer in quantizers.items() if quantizer is culprit)
-    if not names:
-        return error
-    return CalibrationError(f"{names[0]}: {error}", quantizers=names)
+@contextlib.contextmanager
+def _naming(quantizers: Mapping[str, TensorQuantizer]) -> Iterator[None]:
+    """A block whose errors tell the qualified name of the quantizer that they come from."""
+    try:
+        yield
+    except CalibrationError as error:
+        names = tuple(name for name, q in quantizers.items() if q is error.quantizer)
+        if not names:
+            raise
+        raise CalibrationError(f"{names[0]}: {error}", quantizers=names) from error
 
 
-def _agree(calibrators: Mapping[str, Calibrator], failure: Exception | None = None) -> None:
-    """Waits until every rank is through with its data, so that none waits for statistics that never come.
-
-    Args:
-        calibrators: What this rank would put together with the others, by the quantizers' names.
-        failure: What went wrong on this rank, which raises it itself.
+def _demand_same(ranks: Ranks, names: tuple[str, ...]) -> None:
+    """Checks that all ranks are about to put together the statistics of the same quantizers.
 
     Raises:
-        CalibrationError: Another rank failed or is gone, or the ranks calibrate different quantizers.
+        CalibrationError: They are not, or another rank failed or is gone.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    told: list[Any] = [None] * dist.get_world_size()
-    own = None if failure is None else f"{type(failure).__name__}: {failure}"
-    try:
-        dist.all_gather_object(told, (own, tuple(calibrators)))
-    except RuntimeError as error:
-        if failure is not None:
-            return
-        raise CalibrationError(f"another rank is gone, so no range was set: {error}") from error
-    if failure is not None:
-        return
-    failed = {rank: message for rank, (message, _) in enumerate(told) if message is not None}
-    if failed:
-        messages = "; ".join(f"rank {rank} failed: {message}" for rank, message in failed.items())
-        raise CalibrationError(f"{messages}. No range was set on any rank", ranks=tuple(failed))
-    for rank, (_, names) in enumerate(told):
-        differing = sorted(set(names) ^ calibrators.keys())
+    for index, others in enumerate(ranks.gather(names)):
+        differing = sorted(set(others) ^ set(names))
         if differing:
-            raise CalibrationError(
-                f"rank {rank} calibrates other quantizers than rank {dist.get_rank()}; only one of them has "
-                f"{_listing(differing)}. Every rank must hold the same model in the same state",
-                quantizers=tuple(differing),
-                ranks=(rank,),
+            other = ranks.number(index)
+            raise ranks.all_raise(
+                CalibrationError(
+                    f"rank {other} calibrates other quantizers than rank {dist.get_rank()}; only one of "
+                    f"them has {_listing(differing)}. Every rank must hold the same model in the same state; "
+                    f"where they hold parts of one, such as stages of a pipeline, pass "
+                    f"group=dist.new_group(...) of the ranks that hold the same part",
+                    quantizers=tuple(differing),
+                    ranks=(other,),
+                )
             )
 
 
@@ -276,9 +263,6 @@ def _ranges(
     ranges: dict[str, Tensor] = {}
     unseen: list[str] = []
     zero: list[str] = []
-    for calibrator in calibrators.values():  # the same order on every rank
-        calibrator.synchronize()
-    # From here on nobody waits for another rank, so an error on one leaves none waiting.
     for name, calibrator in calibrators.items():
         if not calibrator.saw_data:
             unseen.append(name)
@@ -311,6 +295,7 @@ def calibrate(
     weight_method: str | None = None,
     overwrite: bool = False,
     strict: bool = True,
+    group: dist.ProcessGroup | None = None,
     progress: bool = True,
     **options: Any,
 ) -> None:
@@ -322,13 +307,14 @@ def calibrate(
         calibrate(model, lambda model: evaluate(model, loader))
 
     Args:
-        model: Holds the quantizers.
+        model: Holds the quantizers. Of what wraps it to be trained on several ranks, the module inside runs.
         data: Batches, each a tensor, a tuple of the model's arguments or a dict of its keywords; or a
             function that gets the model and runs it.
         method: As in ``calibrating``, like the rest.
         weight_method: See there.
         overwrite: See there.
         strict: See there.
+        group: See there.
         progress: Whether to show a progress bar (on a terminal only).
         **options: See ``calibrating``.
 
@@ -339,12 +325,15 @@ def calibrate(
     demand_model(model, "calibrate")
     # A compiled model would be compiled anew for a run that is over after a few batches.
     runner = uncompiled(model)
+    if isinstance(runner, nn.parallel.DistributedDataParallel):
+        runner = runner.module  # whose ranks would wait for each other in every batch
     with calibrating(
         model,
         method,
         weight_method=weight_method,
         overwrite=overwrite,
         strict=strict,
+        group=group,
         **options,
     ):
         if callable(data) and not isinstance(data, Iterable):

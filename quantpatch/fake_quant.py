@@ -31,6 +31,7 @@ from quantpatch.rounding.round_trip import (
     round_trip,
     spread,
 )
+from quantpatch.sharded import beside, is_sharded
 
 __all__ = ["check_operand", "dequantize", "fake_quantize", "quantize", "reduce_amax"]
 
@@ -169,7 +170,7 @@ def reduce_amax(x: Tensor, axis: Axis = None) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=x.device)
     if not reduced:
         return x.abs().float()
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_sharded(x):
         return x.abs().amax(reduced, keepdim=axis is not None).float()
     # Two reductions rather than one of |x|, which would allocate as much as x again.
     if axis is None:
@@ -304,4 +305,5 @@ def _checked_amax(amax: Tensor, x: Tensor, wanted: Sequence[int]) -> Tensor:
         )
     # A number on the CPU goes with a tensor anywhere, as in torch's own operations; but of those, a division
     # by such a number is not exact.
-    return amax.float() if amax.dim() else amax.to(x.device, torch.float32)
+    amax = amax.float() if amax.dim() else amax.to(x.device, torch.float32)
+    return beside(amax, x)

@@ -237,7 +237,7 @@ class Float(NumberFormat):
         """See :meth:`NumberFormat.round_`."""
         y.clamp_(-self.max, self.max)
         # y's own power of two, which the step of the grid follows down to the subnormals.
-        magic = y.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+        magic = _power_below(y)
         # Adding and subtracting 1.5 * 2**23 * step rounds to a multiple of step, ties to even, because the
         # sum has no bits left below it.
         magic.clamp_min_(2.0**self.min_exponent).mul_(12582912.0 * 2.0**-self.mantissa_bits)
@@ -341,7 +341,7 @@ class Blocked(NumberFormat):
         """
         if self.scale == "e8m0":
             # Masking the mantissa leaves 2**floor(log2(amax)); of a subnormal 0, which the clamp lifts.
-            power = amax.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+            power = _power_below(amax)
             unit = 1.0
             emax = math.floor(math.log2(self.element.max))
             if isinstance(self.element, Integer):
@@ -398,3 +398,14 @@ def _builtin() -> dict[str, NumberFormat]:
 
 BUILTIN_FORMATS: Mapping[str, NumberFormat] = MappingProxyType(_builtin())
 """Every format that comes with quantpatch, by name, but for those with a zero point (``affine_format``)."""
+
+
+def _power_below(y: Tensor) -> Tensor:
+    """The largest power of two that is not above ``|y|``: 0 of subnormals, infinity of what is not finite."""
+    if torch.compiler.is_compiling() or not torch._C._is_tracing():
+        return y.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+    # torch.jit.trace cannot write down a view as another dtype. y is its mantissa, from 1/2 to 1, times a
+    # power of two, so the quotient is a power of two, exactly.
+    power = y / (2 * torch.frexp(y).mantissa)
+    power = power.masked_fill(y.abs() < 2.0**-126, 0.0)
+    return power.masked_fill(~torch.isfinite(y), float("inf"))

@@ -30,13 +30,21 @@ from quantpatch.kept_weight import KeptWeight, Snapshot
 from quantpatch.places import place_in_running_model
 from quantpatch.registry import registry
 from quantpatch.rounding.round_trip import is_traced
+from quantpatch.sharded import beside, gathers_weights, local_part
 
-__all__ = ["TensorQuantizer", "named_quantizers", "outside_of"]
+__all__ = ["PARALLELIZE_FIRST", "RANGE_KEY", "TensorQuantizer", "named_quantizers", "outside_of"]
 
 T = TypeVar("T")
 
+PARALLELIZE_FIRST = (
+    "If it is parallelize_module that fails here: its styles take the quantizers inside of a layer for "
+    "layers. Parallelize the float model and quantize it then: "
+    "`parallelize_module(model, mesh, plan); qp.convert(model)`"
+)
+
 _DEFAULT = QuantDescriptor()
-_KEY = "_amax"
+#: Name of the range in a quantizer's state.
+RANGE_KEY = "_amax"
 
 
 def _look_here(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -98,9 +106,13 @@ class TensorQuantizer(nn.Module):
 
     @property
     def amax(self) -> Tensor | None:
-        """The range: float32, 0-dim or with one element for each kept index; None while unknown."""
-        learned = self._parameters.get(_KEY)
-        return self._buffers.get(_KEY) if learned is None else learned
+        """The range: float32, with one element for each kept index; None while unknown.
+
+        One range for the whole tensor is 0-dim; learned, it has the shape ``(1,)``, since ``fully_shard``
+        takes no parameter without an axis.
+        """
+        learned = self._parameters.get(RANGE_KEY)
+        return self._buffers.get(RANGE_KEY) if learned is None else learned
 
     @amax.setter
     def amax(self, value: Tensor | float | None) -> None:
@@ -112,16 +124,14 @@ class TensorQuantizer(nn.Module):
         """
         known = self.amax
         if value is None:
-            self._buffers.pop(_KEY, None)
-            self._parameters.pop(_KEY, None)
+            self._buffers.pop(RANGE_KEY, None)
+            self._parameters.pop(RANGE_KEY, None)
             return
         # A copy: whoever hands in a tensor may go on changing it.
         # A number is put on the CPU, whatever the default device is: on "meta" it would be lost.
         device = None if isinstance(value, Tensor) else "cpu"
         with torch.inference_mode(False):  # training may come after the mode
-            amax = torch.as_tensor(value, dtype=torch.float32, device=device).detach().clone()
-            if amax.numel() == 1 and self.descriptor.kept_axes is None and self.format.block_size is None:
-                amax = amax.reshape(())
+            amax = self.shaped(torch.as_tensor(value, dtype=torch.float32, device=device).detach().clone())
         self._check_range(amax)
         if known is None:
             self._hold(amax)
@@ -133,7 +143,30 @@ class TensorQuantizer(nn.Module):
                 value=value,
             )
         with torch.no_grad():
-            known.copy_(amax)
+            known.copy_(beside(amax, known, in_pieces=True))
+
+    def replace_range(self, amax: Tensor) -> None:
+        """Sets the range, whatever shape the one known so far has; in place where it is the same.
+
+        Raises:
+            RangeError: The range is negative or not finite.
+        """
+        known = self.amax
+        if known is not None and known.shape != self.shaped(amax).shape:
+            self._check_range(amax)
+            self.amax = None
+        self.amax = amax
+
+    def expect_range(self, shape: tuple[int, ...], device: torch.device) -> None:
+        """Makes room for a range that something else fills in; until then it is NaN, as is what it quantizes.
+
+        Args:
+            shape: That of the range.
+            device: Where it is to be.
+        """
+        if self.amax is None:
+            with torch.inference_mode(False):
+                self._hold(torch.full(shape, torch.nan, device=device))
 
     @property
     def own_range(self) -> Tensor | None:
@@ -144,9 +177,19 @@ class TensorQuantizer(nn.Module):
         return self._magnitude(None if self.descriptor.dynamic else self.amax)
 
     def _magnitude(self, amax: Tensor | None) -> Tensor | None:
-        return amax.abs() if amax is not None and self.descriptor.learn_amax else amax
+        if amax is None or not self.descriptor.learn_amax:
+            return amax
+        magnitude = amax.abs()
+        return magnitude.reshape(()) if magnitude.shape == (1,) else magnitude
+
+    def shaped(self, amax: Tensor) -> Tensor:
+        """A range in the shape that it is held in; see ``amax``."""
+        one = amax.numel() == 1 and self.descriptor.kept_axes is None and self.format.block_size is None
+        shape = (1,) if self.descriptor.learn_amax else ()
+        return amax.reshape(shape) if (one or not amax.dim()) and amax.shape != shape else amax
 
     def _check_range(self, amax: Tensor) -> None:
+        amax = local_part(amax)
         if amax.is_meta or amax.numel() == 0:
             return
         if not torch.isfinite(amax).all() or (amax < 0).any():
@@ -155,9 +198,9 @@ class TensorQuantizer(nn.Module):
     def _hold(self, amax: Tensor) -> None:
         if self.descriptor.learn_amax:
             with torch.inference_mode(False):
-                self._parameters[_KEY] = nn.Parameter(amax)
+                self._parameters[RANGE_KEY] = nn.Parameter(amax)
         else:
-            self._buffers[_KEY] = amax
+            self._buffers[RANGE_KEY] = amax
 
     # --- the stages ----------------------------------------------------------------------------
 
@@ -307,7 +350,7 @@ class TensorQuantizer(nn.Module):
 
     def _may_keep(self, weight: Tensor, amax: Tensor | None) -> bool:
         """Whether the result for a weight depends on nothing that cannot be watched."""
-        if not self.keeps_weights or is_traced():
+        if not self.keeps_weights or is_traced() or gathers_weights():
             return False
         if type(weight) is not nn.Parameter or weight.is_inference() or weight.is_meta:
             return False  # a parametrization's output, a stand-in of functional_call, no version counter
@@ -386,7 +429,7 @@ class TensorQuantizer(nn.Module):
         if isinstance(amax, nn.Parameter):
             amax.data = exact
         else:
-            self._buffers[_KEY] = exact
+            self._buffers[RANGE_KEY] = exact
         return self
 
     def _load_from_state_dict(
@@ -399,14 +442,17 @@ class TensorQuantizer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        saved = state_dict.get(prefix + _KEY)
+        saved = state_dict.get(prefix + RANGE_KEY)
         if saved is None:
             return  # a float checkpoint: strict loading asks for nothing that it cannot have
         try:
             self._check_range(saved.abs() if self.descriptor.learn_amax else saved)
         except RangeError as error:
-            error_msgs.append(f"{prefix + _KEY}: {error}")
+            error_msgs.append(f"{prefix + RANGE_KEY}: {error}")
             return
+        shaped = self.shaped(saved)
+        if shaped is not saved:  # it was learned where it was saved, and is not here, or the other way round
+            saved, state_dict = shaped, {**state_dict, prefix + RANGE_KEY: shaped}
         if self.amax is None:
             with torch.inference_mode(False):
                 self._hold(torch.empty_like(saved, dtype=torch.float32))
@@ -417,6 +463,14 @@ class TensorQuantizer(nn.Module):
         if amax is not None and amax.dtype != torch.float32:  # loaded with assign=True
             self.amax = None
             self._hold(amax.detach().float())
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name == "weight":  # which torch's RowwiseParallel asks every module inside of a layer for
+                raise AttributeError(f"{error}. {PARALLELIZE_FIRST}") from None
+            raise
 
     def __prepare_scriptable__(self) -> Any:
         # torch.jit.script asks each module for what to compile in its place, and would otherwise complain

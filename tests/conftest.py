@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from quantpatch.registry import registry
 
@@ -49,6 +52,37 @@ def plugin() -> Iterator[Callable[..., str]]:
     yield add
     for name in names:
         registry.unregister(name)
+
+
+@pytest.fixture(scope="session")
+def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """Runs ``function(rank, folder)`` in processes, and returns what each saved in ``rank{rank}.pt``.
+
+    One set of processes serves all tests of a module, also those of other test workers.
+    """
+
+    def run(function: Callable[[int, str], None], count: int) -> list[Any]:
+        run_id = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+        name = f"ranks-{function.__module__}"
+        folder: Path = (
+            tmp_path_factory.getbasetemp().parent / f"{name}-{run_id}"
+            if run_id
+            else tmp_path_factory.mktemp(name)
+        )
+        try:
+            if run_id:
+                folder.mkdir()
+        except FileExistsError:  # another worker came first
+            deadline = time.monotonic() + 120
+            while not (folder / "done").exists():
+                assert time.monotonic() < deadline, "the worker that runs the ranks did not finish"
+                time.sleep(0.1)
+        else:
+            mp.spawn(function, args=(str(folder),), nprocs=count)
+            (folder / "done").touch()
+        return [torch.load(folder / f"rank{rank}.pt") for rank in range(count)]
+
+    return run
 
 
 _unique = itertools.count()

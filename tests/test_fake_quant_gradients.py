@@ -376,6 +376,21 @@ def test_gradients_of_each_sample_equal_a_loop(shape):
     torch.testing.assert_close(batch(amax), looped.sum(0))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("format", [INT8, Integer(4), Blocked(Integer(4), 4)], ids=lambda f: f.name)
+def test_a_learned_range_that_a_function_refers_to_has_the_gradients_of_lsq(format):
+    """Which are others at the ends of the range: inside is what rounds to less than the ends of the grid."""
+    amax = torch.tensor(1.0, requires_grad=True)
+    x = torch.tensor([[-2.0, -1.005, -1.0, -0.5, 0.0, 0.5, 1.0, 1.005]])
+    leaf = x.clone().requires_grad_()
+    fake_quantize(leaf, amax, format).square().sum().backward()
+    through = grad(lambda t: fake_quantize(t, amax.abs(), format).square().sum())
+    assert torch.equal(through(x), leaf.grad)
+    assert torch.equal(vmap(through)(x), leaf.grad)
+    fixed = grad(lambda t: fake_quantize(t, amax.detach(), format).square().sum())
+    assert not torch.equal(through(x), fixed(x))
+
+
 # --- Forward mode -----------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ ROOT = Path(quantpatch.__file__).parent
 # From the ground up; what stands together may not import one another, but for a package its own parts.
 FLOORS = [
     {"errors", "division"},
-    {"formats", "entries", "example"},
+    {"formats", "entries", "example", "sharded", "ranks"},
     {"affine", "rounding"},
     {
         "fake_quant",

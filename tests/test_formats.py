@@ -1,5 +1,6 @@
 """Formats as values: what they hold, what they refuse, and that rounding hits published grids."""
 
+import math
 import pickle
 
 import attrs
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from quantpatch import formats
 from quantpatch.errors import DescriptorError
 from quantpatch.formats import BUILTIN_FORMATS, Blocked, Float, Integer, NumberFormat, affine_format
 
@@ -180,3 +182,12 @@ def test_a_format_of_a_plugin_needs_a_name_bits_a_maximum_and_rounding():
 
     assert (Ternary().min, Ternary().block_size) == (-1.0, None)
     assert Ternary().round_(torch.tensor([-5.0, 0.3])).tolist() == [-1, 0]
+
+
+def test_what_torch_jit_trace_writes_down_gives_the_same_powers_of_two(monkeypatch):
+    patterns = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=torch.Generator().manual_seed(0))
+    edges = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, 2.0**-126, -(2.0**-126), 3.4028235e38]
+    y = torch.cat([patterns.to(torch.int32).view(torch.float32), torch.tensor(edges)])
+    expected = formats._power_below(y)
+    monkeypatch.setattr(torch._C, "_is_tracing", lambda: True)
+    assert torch.equal(formats._power_below(y), expected)

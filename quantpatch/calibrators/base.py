@@ -18,6 +18,8 @@ from torch import Tensor
 from quantpatch.errors import CalibrationError
 from quantpatch.fake_quant import reduce_amax
 from quantpatch.formats import NumberFormat
+from quantpatch.ranks import Ranks
+from quantpatch.sharded import whole
 
 __all__ = ["AllReduce", "Calibrator"]
 
@@ -80,6 +82,7 @@ class Calibrator(abc.ABC):
         with _plain_tensors():
             if not x.is_floating_point():
                 x = x.to(torch.float32)
+            x = whole(x)
             amax = self._amax_of(x)
             if self._shape is None:
                 self._begin(amax.shape, amax.device)
@@ -109,30 +112,31 @@ class Calibrator(abc.ABC):
 
         Every rank of the group must call it, also one without data. Do so once, when all batches are
         in: what is collected afterwards would be weighed against statistics that already count the
-        other ranks. Without ``torch.distributed`` initialised there is nothing to do.
+        other ranks. Without ``torch.distributed`` initialised there is nothing to do. Where it fails on one
+        rank it fails on all.
 
         Args:
             group: The process group; None for the default one.
 
         Raises:
-            CalibrationError: The ranks saw kept axes of different lengths (raised on every rank).
+            CalibrationError: The ranks saw kept axes of different lengths, or another rank failed or is gone.
         """
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        shapes: list[torch.Size | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(shapes, self._shape, group=group)
-        seen = sorted({shape for shape in shapes if shape is not None})
-        if not seen:
-            return
-        if len(seen) > 1:
-            raise CalibrationError(
-                f"the ranks saw ranges of different shapes {', '.join(str(tuple(s)) for s in seen)} "
-                f"for axis={self.axis!r}: they must run the same model"
-            )
-        with _plain_tensors():
-            if self._shape is None:
-                self._begin(seen[0], self._device)
-            self._reduce(lambda tensor, op: _all_reduce(tensor, op, group))
+        with Ranks(group) as ranks:
+            if ranks.count == 1:
+                return
+            seen = sorted({shape for shape in ranks.gather(self._shape) if shape is not None})
+            if len(seen) > 1:
+                raise ranks.all_raise(
+                    CalibrationError(
+                        f"the ranks saw ranges of different shapes {', '.join(str(tuple(s)) for s in seen)} "
+                        f"for axis={self.axis!r}: they must run the same model"
+                    )
+                )
+            with _plain_tensors():
+                if self._shape is None and seen:
+                    self._begin(seen[0], self._device)
+                if seen:
+                    self._reduce(ranks.reduce)
 
     @abc.abstractmethod
     def _start(self, shape: torch.Size, device: torch.device) -> None:
@@ -214,11 +218,3 @@ def _plain_tensors() -> AbstractContextManager[Any]:
     stack.enter_context(torch.inference_mode(False))
     stack.enter_context(torch.no_grad())
     return stack
-
-
-def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> Tensor:
-    # NCCL takes CUDA tensors only; the statistics of a layer that runs on the CPU are not.
-    nccl = dist.get_backend(group) == dist.Backend.NCCL
-    result = tensor.to("cuda" if nccl and not tensor.is_cuda else tensor.device, copy=True)
-    dist.all_reduce(result, op=op, group=group)
-    return result.to(tensor.device)

@@ -3,6 +3,7 @@
 from quantpatch.export.batchnorm import FoldedBatchNorm, fold_batchnorm
 from quantpatch.export.check import Comparison, ExportReport
 from quantpatch.export.checkpoint import SaveReport, float_state_dict, load, save
+from quantpatch.export.expected import expect_ranges
 from quantpatch.export.fold import FoldedWeights, fold_weights
 from quantpatch.export.onnx import export_onnx
 from quantpatch.export.placement import Preparation, prepare
@@ -15,6 +16,7 @@ __all__ = [
     "FoldedWeights",
     "Preparation",
     "SaveReport",
+    "expect_ranges",
     "export_onnx",
     "float_state_dict",
     "fold_batchnorm",

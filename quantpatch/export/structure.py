@@ -26,13 +26,10 @@ from quantpatch.formats import NumberFormat
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.placed import can_hold, placed_in, quantize_output_of, take_out
 from quantpatch.layers.subclass import combine, replacement_of
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.quantizer import RANGE_KEY, TensorQuantizer
 from quantpatch.registry import registry
 
-__all__ = ["RANGE", "StructurePlan"]
-
-#: Name of a quantizer's range in a ``state_dict``.
-RANGE = "_amax"
+__all__ = ["StructurePlan", "device_near"]
 
 
 @attrs.frozen
@@ -137,14 +134,14 @@ class StructurePlan:
             except QuantPatchError as error:
                 self.problems.append(f"{name}: {error}")
                 continue
-            amax = self._tensors.pop(f"{name}.{RANGE}", None)
-            if saved["known"] and amax is None and f"{name}.{RANGE}" not in self._description["tied"]:
+            amax = self._tensors.pop(f"{name}.{RANGE_KEY}", None)
+            if saved["known"] and amax is None and f"{name}.{RANGE_KEY}" not in self._description["tied"]:
                 self.problems.append(f"{name}: its range is missing")
                 continue
             if amax is None and saved["known"]:
-                source = self._description["tied"][f"{name}.{RANGE}"]
+                source = self._description["tied"][f"{name}.{RANGE_KEY}"]
                 amax = self._tensors.get(source)
-                first = self._quantizers.get(source.removesuffix(f".{RANGE}"))
+                first = self._quantizers.get(source.removesuffix(f".{RANGE_KEY}"))
                 amax = first.amax if amax is None and first is not None else amax
             if amax is not None:
                 amax = amax.abs() if descriptor.learn_amax else amax
@@ -164,7 +161,7 @@ class StructurePlan:
                 self.problems.append(f"{alias}: in the file it is {first}; the model has no place for it")
             else:
                 self._aliases[alias] = first
-                self._tensors.pop(f"{alias}.{RANGE}", None)
+                self._tensors.pop(f"{alias}.{RANGE_KEY}", None)
 
     def _has_place(self, name: str) -> bool:
         """Whether a quantizer that is no layer's has a place: it is there, or at the output of a module."""
@@ -232,7 +229,7 @@ class StructurePlan:
         for name, saved in self._quantizers.items():
             quantizer = self.model.get_submodule(name)
             assert isinstance(quantizer, TensorQuantizer)
-            self._set_range(quantizer, saved.amax, self._device_near(name))
+            self._set_range(quantizer, saved.amax, device_near(self._modules[name.rpartition(".")[0]]))
 
     def _shared(self, quantizer: nn.Module) -> bool:
         """Whether the file has a quantizer under another of its names."""
@@ -274,10 +271,10 @@ class StructurePlan:
         if amax is not None:
             quantizer.amax = amax.to(device)
 
-    def _device_near(self, name: str) -> torch.device:
-        """The device of a quantizer's layer; a range must not wait on another for its optimizer."""
-        parent = self._modules[name.rpartition(".")[0]]
-        for tensor in (*parent.parameters(recurse=False), *parent.parameters()):
-            if not tensor.is_meta:
-                return torch.device(tensor.device)
-        return torch.device("cpu")
+
+def device_near(layer: nn.Module) -> torch.device:
+    """The device of a quantizer's layer; a range must not wait on another for its optimizer."""
+    for tensor in (*layer.parameters(recurse=False), *layer.parameters()):
+        if not tensor.is_meta:
+            return torch.device(tensor.device)
+    return torch.device("cpu")

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
-from quantpatch.errors import LayerError
+from quantpatch.errors import ConversionError, LayerError
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.layers.call_sites import Operations, rewrite
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.quantizer import PARALLELIZE_FIRST, TensorQuantizer
 from quantpatch.recipes import active_recipe
 
 __all__ = ["ChannelsFirst1d", "ChannelsFirst2d", "ChannelsFirst3d", "QuantizedLayer", "quantizer_name"]
@@ -140,6 +140,16 @@ class QuantizedLayer:
         """The layer's quantizers by the name of the submodule, such as ``"input_quantizer"``."""
         modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
         return {name: module for name, module in modules.items() if isinstance(module, TensorQuantizer)}
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in ``nn.Module``.
+
+        Raises:
+            ConversionError: It is a range, which torch's ``ColwiseParallel`` is about to cut.
+        """
+        if name.partition(".")[0] in self.quantizers():
+            raise ConversionError(f"{type(self).__name__} has learned ranges. {PARALLELIZE_FIRST}")
+        super().register_parameter(name, param)  # type: ignore[misc]
 
     # --- computing -----------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.report.render import as_text
 from quantpatch.running import demand_model
+from quantpatch.sharded import local_part
 
 __all__ = ["QuantizerRow", "Summary", "summary"]
 
@@ -99,9 +100,10 @@ def _range(row: QuantizerRow) -> str:
 
 
 def _row(name: str, holder: nn.Module, quantizer: TensorQuantizer) -> QuantizerRow:
-    amax = quantizer.own_range
-    amax = None if amax is None else amax.detach()
-    known = amax is not None and not amax.is_meta and amax.numel() > 0
+    amax = None if quantizer.descriptor.dynamic else quantizer.amax
+    # Of a range in pieces those of this rank: another may not be here to ask.
+    here = None if amax is None else local_part(amax.detach()).abs()
+    known = here is not None and not here.is_meta and here.numel() > 0
     axis = quantizer.descriptor.kept_axes
     return QuantizerRow(
         name=name,
@@ -110,8 +112,8 @@ def _row(name: str, holder: nn.Module, quantizer: TensorQuantizer) -> QuantizerR
         bits=quantizer.format.bits,
         axis=() if axis is None else axis if isinstance(axis, tuple) else (axis,),
         ranges=0 if amax is None else amax.numel(),
-        amax_min=float(amax.min()) if amax is not None and known else None,
-        amax_max=float(amax.max()) if amax is not None and known else None,
+        amax_min=float(here.min()) if here is not None and known else None,
+        amax_max=float(here.max()) if here is not None and known else None,
         state=quantizer.state,
     )
 

@@ -70,9 +70,23 @@ def round_trip(
     # A model traced by torch.jit.trace is for inference: its graph cannot hold a function of Python's.
     if not (needs_gradient and torch.is_grad_enabled()) or is_jit_traced():
         return _forward(x.detach(), amax, scale, format, dim)
-    function = _TransformableRoundTrip if transformed else _RoundTrip
-    result: Tensor = function.apply(x, amax, scale, format, dim)  # type: ignore[no-untyped-call]
+    result: Tensor
+    if transformed:
+        learned = amax is not None and _is_learned(amax)
+        result = _TransformableRoundTrip.apply(x, amax, scale, format, dim, learned)  # type: ignore[no-untyped-call]
+    else:
+        result = _RoundTrip.apply(x, amax, scale, format, dim)  # type: ignore[no-untyped-call]
     return result
+
+
+def _is_learned(amax: Tensor) -> bool:
+    """Whether a range needs a gradient, be it of the transform at hand or outside of it.
+
+    One that a function only refers to needs none where ``torch.func`` transforms that function.
+    """
+    while not amax.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(amax):
+        amax = torch._C._functorch.get_unwrapped(amax)
+    return amax.requires_grad
 
 
 def is_traced() -> bool:
@@ -216,10 +230,10 @@ def _with_strides_of(x: Tensor, y: Tensor) -> Tensor:
 # --- Gradients --------------------------------------------------------------------------------------------
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], outside: Outside | None) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], outside: Outside | None, *, learned: bool) -> None:
     """Keeps what backward needs: what lies outside the range, or the tensor itself if that is not known."""
     x, amax, scale, ctx.format, ctx.dim = inputs
-    ctx.learned = amax is not None and ctx.needs_input_grad[1]
+    ctx.learned = learned
     ctx.order = memory_order(x) if outside is not None and not outside.is_nothing else None
     if outside is not None:
         ctx.save_for_backward(None, None, None, *outside)
@@ -245,7 +259,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     elif x is not None:
         wide = amax if amax is None else spread(amax, x, ctx.format, ctx.dim)
         grad_x = grad.masked_fill(is_outside(x, wide, lower_end=ctx.format.lower_end), 0.0)
-    return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None, None, None
+    wanted = ctx.needs_input_grad
+    return grad_x if wanted[0] else None, grad_amax if wanted[1] else None, None, None, None
 
 
 def _tangent(ctx: Any, x_tangent: Tensor | None, amax_tangent: Tensor | None) -> Tensor:
@@ -290,7 +305,8 @@ class _RoundTrip(Function):
         ctx: Any, x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None
     ) -> Tensor:
         outside = _outside(ctx, x, amax, format, dim)
-        _save(ctx, (x, amax, scale, format, dim), outside)
+        learned = amax is not None and ctx.needs_input_grad[1]
+        _save(ctx, (x, amax, scale, format, dim), outside, learned=learned)
         return _forward(x, amax, scale, format, dim, outside)
 
     @staticmethod
@@ -306,19 +322,22 @@ class _TransformableRoundTrip(Function):
 
     @staticmethod
     def forward(
-        x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None
+        x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None, learned: bool
     ) -> Tensor:
         return _forward(x, amax, scale, format, dim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save(ctx, inputs, None)
+        *inputs_, learned = inputs
+        _save(
+            ctx, tuple(inputs_), None, learned=learned or (inputs[1] is not None and ctx.needs_input_grad[1])
+        )
         ctx.save_for_forward(*inputs[:3])
         ctx.set_materialize_grads(False)  # whether the range has a tangent decides which rule holds
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None,) * 5 if grad is None else _backward(ctx, grad)
+        return (None,) * 6 if grad is None else (*_backward(ctx, grad), None)
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Tensor | None, amax_tangent: Tensor | None, *others: None) -> Tensor:
@@ -333,18 +352,20 @@ class _TransformableRoundTrip(Function):
         scale: Tensor,
         format: NumberFormat,
         dim: int | None,
+        learned: bool,
     ) -> tuple[Any, int]:
         n = info.batch_size
         x = x.expand(n, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
         if amax is not None:
-            learned = amax.requires_grad and in_dims[1] is None
+            shared = amax.requires_grad and in_dims[1] is None
             amax = _batch_first(amax, in_dims[1], x)
-            if learned:
+            if shared:
                 # Each member of the batch gives the one range a gradient, scaled by its own size.
                 amax = amax.expand(n, *(amax.shape[1:] if amax.dim() else [1] * (x.dim() - 1)))
         scale = _batch_first(scale, in_dims[2], x)
         dim = None if dim is None else dim + 1
-        return _TransformableRoundTrip.apply(x, amax, scale, format, dim), 0  # type: ignore[no-untyped-call]
+        result = _TransformableRoundTrip.apply(x, amax, scale, format, dim, learned)  # type: ignore[no-untyped-call]
+        return result, 0
 
 
 def _batch_first(t: Tensor, batch: int | None, x: Tensor) -> Tensor:

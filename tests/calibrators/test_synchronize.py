@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import datetime
 import os
-import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from quantpatch.calibrators import (
     BUILTIN_CALIBRATORS,
@@ -104,25 +101,9 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each rank found; one pair of processes serves all tests, also those of other test workers."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    folder: Path = (
-        tmp_path_factory.getbasetemp().parent / f"ranks-{run}" if run else tmp_path_factory.mktemp("r")
-    )
-    files = [folder / f"rank{rank}.pt" for rank in range(RANKS)]
-    try:
-        if run:
-            folder.mkdir()
-    except FileExistsError:  # another worker came first
-        deadline = time.monotonic() + 120
-        while not (folder / "done").exists():
-            assert time.monotonic() < deadline, "the worker that runs the ranks did not finish"
-            time.sleep(0.1)
-    else:
-        mp.spawn(run_rank, args=(str(folder),), nprocs=RANKS)
-        (folder / "done").touch()
-    return [torch.load(file) for file in files]
+def ranks(by_ranks):
+    """What each rank found."""
+    return by_ranks(run_rank, RANKS)
 
 
 def assert_same(actual, expected):

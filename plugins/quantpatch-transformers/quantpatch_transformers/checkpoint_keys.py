@@ -17,11 +17,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from quantpatch.errors import CheckpointError
-from quantpatch.export.structure import RANGE
+from quantpatch.quantizer import RANGE_KEY
 
 __all__ = ["Checkpoint", "aliased", "names_in"]
 
-_SUFFIX = f"_quantizer.{RANGE}"
+_SUFFIX = f"_quantizer.{RANGE_KEY}"
 
 
 class Checkpoint:
@@ -55,7 +55,9 @@ class Checkpoint:
         keys = {key: file for file in self._files for key in self._read(file, lambda f: list(f.keys()))}
         renamed = _renaming(model)
         names = {key: name for name, key in (aliases or {}).items() if key in keys}
-        names.update({key: renamed(key).removesuffix(f".{RANGE}") for key in keys if key.endswith(_SUFFIX)})
+        names.update(
+            {key: renamed(key).removesuffix(f".{RANGE_KEY}") for key in keys if key.endswith(_SUFFIX)}
+        )
         own = names_in(model, names.values())
         for key, name in names.items():
             name = own.get(name, name)
@@ -70,7 +72,7 @@ class Checkpoint:
     def ranges(self) -> dict[str, Tensor]:
         """The ranges, by their names in the model's ``state_dict``."""
         return {
-            f"{name}.{RANGE}": self._read(file, lambda f, key=key: f.get_tensor(key))
+            f"{name}.{RANGE_KEY}": self._read(file, lambda f, key=key: f.get_tensor(key))
             for name, (file, key) in self._where.items()
         }
 

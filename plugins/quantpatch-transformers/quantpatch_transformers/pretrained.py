@@ -22,10 +22,10 @@ import quantpatch as qp
 from quantpatch.classes import dotted
 from quantpatch.errors import CheckpointError, ConversionError
 from quantpatch.export.description import active_plugins, describe_layers, describe_quantizers
-from quantpatch.export.structure import RANGE, StructurePlan
+from quantpatch.export.structure import StructurePlan
 from quantpatch.files import own_version
 from quantpatch.layers import QuantizedLayer
-from quantpatch.quantizer import named_quantizers
+from quantpatch.quantizer import RANGE_KEY, named_quantizers
 from quantpatch.recipes import active_recipe
 from quantpatch.registry import registry
 from quantpatch_transformers.attention import attention_is_quantized, quantize_attention
@@ -261,7 +261,7 @@ class QuantPatchQuantizer(HfQuantizer):  # type: ignore[misc]
         state = None
         if aliases:
             description["aliases"] = aliases
-            ranges = {key: quantizers[name].state_dict()[RANGE] for name, key in aliases.items()}
+            ranges = {key: quantizers[name].state_dict()[RANGE_KEY] for name, key in aliases.items()}
             state = {**qp.float_state_dict(model), **ranges}
         return state, {_METADATA: json.dumps(description)}
 

@@ -1,0 +1,84 @@
+"""Tensors that ``torch.distributed`` holds in pieces: a DTensor's, and those that FSDP2 puts together.
+
+Nothing here imports ``torch.distributed.tensor``: where there is such a tensor, somebody has.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["beside", "gathers_weights", "is_sharded", "local_part", "sharding_of", "whole"]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which this rank holds a part (or all, as the others do)."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor; asks no other rank."""
+    held: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return held
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every rank, which all have to call this."""
+    together: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return together
+
+
+def beside(tensor: Tensor, other: Tensor, *, in_pieces: bool = False) -> Tensor:
+    """A tensor that is the same on every rank, for computing with a sharded one; else as it is.
+
+    A gradient that comes back is the sum of the ranks'.
+
+    Args:
+        tensor: The tensor.
+        other: What it is to be computed with.
+        in_pieces: Whether to cut it as the other is cut, instead of having all of it on every rank.
+    """
+    if not is_sharded(other) or is_sharded(tensor):
+        return tensor
+    tensors: Any = sys.modules["torch.distributed.tensor"]
+    mesh, placements = other.device_mesh, other.placements  # type: ignore[attr-defined]
+    everywhere = [tensors.Replicate()] * mesh.ndim
+    shared: Tensor = tensors.DTensor.from_local(tensor, mesh, everywhere, run_check=False)
+    return shared.redistribute(placements=placements) if in_pieces else shared  # type: ignore[attr-defined]
+
+
+def sharding_of(modules: Iterable[nn.Module]) -> str:
+    """What, of torch's, holds the parameters of some modules by a list of its own; empty if nothing does."""
+    kinds: dict[str, Any] = {"DistributedDataParallel": nn.parallel.DistributedDataParallel}
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        kinds["FullyShardedDataParallel"] = fsdp.FullyShardedDataParallel
+        kinds["fully_shard"] = fsdp.FSDPModule
+    for module in modules:
+        for name, kind in kinds.items():
+            if isinstance(module, kind):
+                return name
+    return ""
+
+
+def gathers_weights() -> bool:
+    """Whether FSDP2 puts weights together in this process, each for the length of a forward pass.
+
+    Such a weight is filled again and again without a trace in its version counter; and to keep something of
+    its size would undo what sharding is for.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not dist.is_initialized():
+        return False
+    states: Any = sys.modules.get("torch.distributed._composable_state")
+    known = getattr(states, "_module_state_mapping", None)
+    if known is None:  # another release of torch: any weight may be one
+        return True
+    return any(isinstance(module, fsdp.FSDPModule) for module in known)

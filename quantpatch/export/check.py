@@ -36,6 +36,9 @@ class Comparison:
             side of the edge between two integers, and what follows from it.
         mismatching: How many differ from what the model's quantizers make of the very floats that the file
             quantizes. None should.
+        within_step: The share of output values that are within a quantization step, 1/127 of the largest
+            one, of the model's when ONNX Runtime runs the file with its optimizations on, on integer kernels;
+            None if the file is for another target.
         not_run: Why nothing was compared; empty if it was.
         not_random: Why the given inputs alone were compared; empty if random ones were as well.
     """
@@ -45,6 +48,7 @@ class Comparison:
     integers: int = 0
     differing: int = 0
     mismatching: int = 0
+    within_step: float | None = None
     not_run: str = ""
     not_random: str = ""
 
@@ -61,6 +65,7 @@ class Comparison:
             f"({self.relative_difference:.2g} of the output), "
             f"{self.differing} of {self.integers} integers differ, "
             f"{self.mismatching} where the same floats were quantized"
+            + ("" if self.within_step is None else f"; optimized, {self.within_step:.2%} within a step")
             + (f"; on the given inputs alone: {self.not_random}" if self.not_random else "")
         )
 
@@ -96,9 +101,23 @@ class ExportReport:
 
 
 def compare_with_torch(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path, found: list[Operand]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    path: Path,
+    found: list[Operand],
+    *,
+    optimized: bool = True,
 ) -> Comparison:
     """Runs the file and the model on the same inputs: those given, and random ones like them.
+
+    Args:
+        model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        path: The file.
+        found: The model's quantizers.
+        optimized: Whether to run the file with ONNX Runtime's optimizations on as well.
 
     Raises:
         ExportError: ONNX Runtime cannot load or run the file.
@@ -107,6 +126,7 @@ def compare_with_torch(
         return Comparison(not_run="ONNX Runtime's Python interface takes no bfloat16")
     by_name = {operand.name: operand for operand in found if operand.weight is None}
     totals: list[tuple[Any, ...]] = []
+    runs: list[tuple[dict[str, Any], list[Tensor]]] = []
     not_random = ""
     with _with_codes_as_outputs(path) as (session, input_names, output_names, sources):
         for given_args, given_kwargs in ((args, kwargs), _random_like(args, kwargs)):
@@ -126,9 +146,16 @@ def compare_with_torch(
             named = {**feed, **dict(zip(output_names, results, strict=True))}
             differences = _differences(outputs, results)
             totals.append((*differences, *_differing(codes, named), _mismatching(codes, named, sources)))
+            runs.append((feed, outputs))
     largest, relative, integers, differing, mismatching = zip(*totals, strict=True)
     return Comparison(
-        max(largest), max(relative), sum(integers), sum(differing), sum(mismatching), "", not_random
+        max(largest),
+        max(relative),
+        sum(integers),
+        sum(differing),
+        sum(mismatching),
+        within_step=_within_step(path, runs) if optimized else None,
+        not_random=not_random,
     )
 
 
@@ -274,6 +301,34 @@ def _differences(outputs: list[Tensor], results: list[Any]) -> tuple[float, floa
             largest = max(largest, difference.max().item())
             relative = max(relative, difference.max().item() / max(ours.abs().max().item(), 1e-30))
     return largest, relative
+
+
+def _largest(x: Tensor) -> float:
+    """The largest finite magnitude."""
+    finite = x[x.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def _within_step(path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]]) -> float:
+    """The share of outputs that are within a step of the model's when ONNX Runtime optimizes the file."""
+    import onnxruntime
+
+    count = within = 0
+    expected = [[output.detach().cpu().double() for output in outputs] for _, outputs in runs]
+    steps = [max(map(_largest, values)) / 127 * 1.001 for values in zip(*expected, strict=True)]
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), session_options(optimized=True), providers=["CPUExecutionProvider"]
+        )
+        for (feed, _), outputs in zip(runs, expected, strict=True):
+            for ours, theirs, step in zip(outputs, session.run(None, feed), steps, strict=True):
+                theirs = torch.as_tensor(theirs).double()
+                same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+                within += int((same | ((ours - theirs).abs() <= step)).sum())
+                count += ours.numel()
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime cannot run the exported file with optimizations: {error}") from error
+    return within / count if count else 1.0
 
 
 def _in_model(operand: Operand, values: Tensor, shape: torch.Size) -> Tensor:

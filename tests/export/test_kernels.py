@@ -47,6 +47,8 @@ class Exported:
         assert compared.integers > 0
         assert (compared.differing, compared.mismatching) == (0, 0)
         assert compared.relative_difference < 1e-5
+        assert compared.within_step is not None
+        assert compared.within_step >= 0.999
         assert (self.difference <= self.step * 1.001).float().mean() >= 0.999
 
     def weights(self) -> list[Any]:

@@ -141,6 +141,9 @@ def test_a_model_agrees_with_optimizations_off_and_on(recipe: str, tmp_path: Pat
     assert stored == {onnx.TensorProto.INT4 if recipe == "w4a8" else onnx.TensorProto.INT8}
     assert "m.onnx" in str(report)
     assert "integers differ" in str(report)
+    assert comparison.within_step is not None
+    assert comparison.within_step >= 0.999
+    assert "optimized, 100.00% within a step" in str(report)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -334,7 +337,7 @@ def test_a_failed_export_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "m.onnx"
     path.write_bytes(b"old")
 
-    def broken(*args: Any) -> None:
+    def broken(*args: Any, **options: Any) -> None:
         raise ExportError("does not run")
 
     monkeypatch.setattr("quantpatch.export.onnx.compare_with_torch", broken)
@@ -342,6 +345,27 @@ def test_a_failed_export_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.
         export_onnx(linear(), torch.randn(3, 4), path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_outputs_that_kernels_compute_otherwise_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file does whose integers saturate on a processor, say."""
+
+    class Saturating(ort.InferenceSession):
+        def run(self, names: Any, feed: Any) -> Any:
+            if self.get_session_options().graph_optimization_level == 0:
+                return super().run(names, feed)
+            (output,) = super().run(names, feed)
+            output[0] *= 1.1
+            return [output]
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", Saturating)
+    comparison = export_onnx(linear(), torch.randn(3, 4), tmp_path / "m.onnx").comparison
+    assert comparison is not None
+    assert comparison.within_step is not None
+    assert 0.5 < comparison.within_step < 0.9
+    assert comparison.relative_difference < 1e-5
 
 
 def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

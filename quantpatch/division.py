@@ -8,10 +8,12 @@ scale that is off by one bit moves ties, and what was trained is then not what i
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
-__all__ = ["quotient"]
+__all__ = ["float32", "quotient"]
 
 
 def quotient(a: Tensor, b: Tensor | float) -> Tensor:
@@ -24,3 +26,12 @@ def quotient(a: Tensor, b: Tensor | float) -> Tensor:
         # An operation of which the compiler divides exactly. Adding -0 changes nothing, not even a zero.
         return torch.addcdiv(torch.full((), -0.0, dtype=a.dtype, device=a.device), a, b)
     return a / b
+
+
+def float32(number: float) -> float:
+    """A number of Python's, rounded to float32.
+
+    Of two numbers that are float32, quotient and product come out as float32 arithmetic has them: a double
+    has more than twice the digits and two, so rounding to it first changes nothing.
+    """
+    return ctypes.c_float(number).value

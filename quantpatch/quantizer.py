@@ -29,7 +29,7 @@ from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.kept_weight import KeptWeight, Snapshot
 from quantpatch.places import place_in_running_model
 from quantpatch.registry import registry
-from quantpatch.rounding.round_trip import is_traced
+from quantpatch.rounding.modes import is_traced
 from quantpatch.sharded import beside, gathers_weights, local_part
 
 __all__ = ["PARALLELIZE_FIRST", "RANGE_KEY", "TensorQuantizer", "named_quantizers", "outside_of"]

@@ -417,9 +417,32 @@ def test_large_tensors_of_any_strides_equal_small_ones(monkeypatch, dtype, axis,
     }[layout]
     amax = reduce_amax(x, axis) * 0.7
     whole = fake_quantize(x, amax, INT8, axis=axis)
-    monkeypatch.setattr("quantpatch.rounding.round_trip._PIECE", 16)
-    monkeypatch.setattr("quantpatch.rounding.round_trip._WHOLE", 16)
+    monkeypatch.setattr("quantpatch.rounding.in_memory._PIECE", 16)
+    monkeypatch.setattr("quantpatch.rounding.in_memory._WHOLE", 16)
     assert torch.equal(fake_quantize(x, amax, INT8, axis=axis), whole)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("ranges", [[1.0, 2.7182817, 1e-6, 6.5e4], [1e30, 0.0, 1.17e-38, 3.3e-37]], ids=str)
+def test_channels_are_rounded_bit_for_bit_as_the_formula_says(narrow, needs_grad, outside, ranges):
+    generator = torch.Generator().manual_seed(0)
+    number_format = Integer(8, narrow_range=narrow)
+    amax = torch.tensor(ranges)[:, None]
+    scale = amax / 127
+    ties = (torch.randint(-260, 260, (4, 4096), generator=generator) / 2) * scale
+    near = torch.stack([torch.nextafter(ties, torch.full_like(ties, end)) for end in (-math.inf, math.inf)])
+    patterns = torch.randint(-(2**31), 2**31 - 1, (4, 8192), generator=generator).int().view(torch.float32)
+    x = torch.cat([ties, *near, patterns, torch.tensor([0.0, -0.0, math.inf, -math.inf]).expand(4, 4)], 1)
+    x = x.where(~x.isnan(), 0.0)
+    x = x if outside else torch.minimum(torch.maximum(x, -amax), amax)
+    expected = (x / scale.where(scale > 0, 1.0)).round().clamp(number_format.min, number_format.max)
+    expected = expected.mul(scale).add(0.0)
+    for values, ends, axis in ((x, amax, 0), (x.T.contiguous().T, amax, 0), (x.T.contiguous(), amax.T, 1)):
+        y = fake_quantize(values.clone().requires_grad_(needs_grad), ends, number_format, axis=axis)
+        y = y.detach() if axis == 0 else y.detach().T
+        assert torch.equal(y.contiguous().view(torch.int32), expected.view(torch.int32))
 
 
 @pytest.mark.parametrize("name", ["int8", "uint4", "fp8_e5m2", "mxfp8_e4m3", "nvfp4", "int4_g128"])

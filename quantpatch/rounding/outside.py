@@ -11,12 +11,15 @@ For eager mode on a CPU: values are read, and passes over memory counted.
 from __future__ import annotations
 
 import math
+import threading
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from quantpatch.division import float32
+from quantpatch.rounding.modes import is_in_memory
 from quantpatch.rounding.pieces import pieces
 
 __all__ = ["Outside", "find", "is_outside", "zero_outside"]
@@ -27,7 +30,9 @@ _ROW, _SHORTEST_ROW = 512, 16
 _FEW = 1 / 8
 # Elements at a time: those whose extremes are sought stay in a CPU's shared cache, those that bytes are made
 # of in a core's own. Up to _SMALL the price of calls is what counts.
-_PIECE, _CHUNK, _SMALL = 2**22, 2**18, 2**16
+_PIECE, _CHUNK, _SMALL = 2**20, 2**17, 2**16
+# Integers of the size of an element.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Outside(NamedTuple):
@@ -35,7 +40,7 @@ class Outside(NamedTuple):
 
     Attributes:
         positions: ``(elements outside,)``, int32, or int64 in tensors of 2**31 elements and more.
-        mask: int8 of the tensor's shape; 1 outside, else 0.
+        mask: int8 of the tensor's shape; 0 outside, else -1: all bits are set.
     """
 
     positions: Tensor | None = None
@@ -47,47 +52,58 @@ class Outside(NamedTuple):
         return self.positions is None and self.mask is None
 
 
-def find(x: Tensor, amax: Tensor | None, *, lower_end: float) -> Outside:
+_NOTHING = Outside()
+
+
+def find(x: Tensor, amax: Tensor | float | None, *, lower_end: float) -> Outside:
     """The elements outside of ``amax * lower_end .. amax``. NaN is inside.
 
     Args:
         x: Floating point, any shape, contiguous; compared in float32.
-        amax: The range: float32, 0-dim or of ``x``'s number of dimensions, with 1 where an axis shares it.
-            None: nothing is outside, but what is negative if ``lower_end`` is 0.
+        amax: The range: a number, or float32, 0-dim or of ``x``'s number of dimensions, with 1 where an axis
+            shares it. None: nothing is outside, but what is negative if ``lower_end`` is 0.
         lower_end: Of the format: -1, 0, or what a zero point makes of it.
     """
     if x.numel() == 0 or (amax is None and lower_end < 0):
-        return Outside()
-    if x.numel() <= _SMALL and (amax is None or amax.numel() == 1):
+        return _NOTHING
+    if isinstance(amax, Tensor) and amax.numel() == 1:
+        amax = amax.item()
+    if x.numel() <= _SMALL and not isinstance(amax, Tensor):
         low, high = (extreme.float().item() for extreme in torch.aminmax(x))
-        bound = math.inf if amax is None else amax.item()
-        if (-bound if lower_end == -1.0 else float(_bottom(amax, lower_end))) <= low and high <= bound:
-            return Outside()
-    rows, bounds = _rows(x, amax)
+        if _bottom(amax, lower_end) <= low and high <= (math.inf if amax is None else amax):
+            return _NOTHING
+        if low == low:  # not NaN, which would hide whether anything is outside
+            return Outside(mask=_mask(x, amax, lower_end))
+    rows, ends = _rows(x, amax)
     if rows is None:
         mask = _mask(x, amax, lower_end)
-        return Outside(mask=mask) if mask.any() else Outside()
-    hit = _hit(rows, bounds, lower_end)
-    if not hit.numel():
-        return Outside()
-    if hit.numel() > _FEW * rows.shape[0]:
-        return Outside(mask=_mask(rows, bounds, lower_end).view(x.shape))
-    if bounds is not None and bounds.dim():
-        bounds = bounds.index_select(0, hit)
-    row, column = is_outside(rows.index_select(0, hit), bounds, lower_end=lower_end).nonzero().unbind(1)
-    if not row.numel():  # only NaN
-        return Outside()
-    positions = hit.mul_(rows.shape[1]).index_select(0, row).add_(column)
+        return Outside(mask=mask) if mask.amax().item() == 0 else _NOTHING
+    few = _FEW if x.numel() > _SMALL else 0.0  # where calls are what counts, positions cost too many
+    found, start = [], 0
+    several = (ends,) if isinstance(ends, Tensor) else ()
+    for part, *own in pieces(_PIECE, rows, *several):
+        end = own[0] if own else ends
+        inside = _inside(part, end, lower_end)
+        if not inside.min().item():
+            hit = inside.logical_not_().view(-1).nonzero().view(-1)
+            if hit.numel() > few * part.shape[0]:
+                return Outside(mask=_mask(rows, ends, lower_end).view(x.shape))
+            end = end.index_select(0, hit) if isinstance(end, Tensor) else end
+            row, column = is_outside(part.index_select(0, hit), end, lower_end=lower_end).nonzero().unbind(1)
+            found.append(hit.index_select(0, row).add_(start).mul_(rows.shape[1]).add_(column))
+        start += part.shape[0]
+    positions = found[0] if len(found) == 1 else torch.cat(found) if found else None
+    if positions is None or not positions.numel():  # the latter if there was only NaN
+        return _NOTHING
     return Outside(positions.int() if x.numel() < 2**31 else positions)
 
 
-def zero_outside(grad: Tensor, outside: Outside, *, recorded: bool) -> Tensor:
+def zero_outside(grad: Tensor, outside: Outside) -> Tensor:
     """``grad``, with 0 at the places outside.
 
     Args:
         grad: Of the shape in which :func:`find` saw the tensor, any strides.
         outside: What it found.
-        recorded: Whether somebody records the operations, so that they must be plain ones.
     """
     positions, mask = outside
     if positions is not None:
@@ -95,18 +111,19 @@ def zero_outside(grad: Tensor, outside: Outside, *, recorded: bool) -> Tensor:
         return grad.reshape(-1).index_fill(0, positions.long(), 0.0).view(grad.shape)
     if mask is None:
         return grad
-    if recorded:
-        return grad.masked_fill(mask.view(torch.bool), 0.0)
-    # torch's operations with masks are not vectorised; the gradient of hardtanh is, and so is int8 to float.
-    out = torch.empty_like(grad)
-    scratch = torch.empty(min(grad.numel(), _CHUNK), dtype=grad.dtype)
-    for upstream, part, target in pieces(_CHUNK, grad, mask, out):
-        outside_ = scratch[: part.numel()].view(part.shape).copy_(part)
-        torch.ops.aten.hardtanh_backward(upstream, outside_, -1.0, 0.5, grad_input=target)
-    return out
+    # The legacy kind is that of ``torch.autograd.grad(..., is_grads_batched=True)``.
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+    if torch.is_grad_enabled() or batched or not is_in_memory(grad):
+        return grad.masked_fill(mask == 0, 0.0)  # whoever records the operations wants plain ones
+    # torch's operations with masks are not vectorised, those with bits are, which infinities are to them too.
+    bits = _BITS[grad.element_size()]
+    out = torch.empty(grad.shape, dtype=bits)
+    for target, part, upstream in pieces(_CHUNK, out, mask, grad.view(bits)):
+        target.copy_(part).bitwise_and_(upstream)
+    return out.view(grad.dtype)
 
 
-def is_outside(x: Tensor, amax: Tensor | None, *, lower_end: float) -> Tensor:
+def is_outside(x: Tensor, amax: Tensor | float | None, *, lower_end: float) -> Tensor:
     """What :func:`find` finds, in plain operations, on any device: bool of the shape of ``x``."""
     values = x.float()
     if amax is None:
@@ -116,27 +133,32 @@ def is_outside(x: Tensor, amax: Tensor | None, *, lower_end: float) -> Tensor:
     return (values > amax) | (values < _bottom(amax, lower_end))
 
 
-def _bottom(amax: Tensor | None, lower_end: float) -> Tensor | float:
+def _bottom(amax: Tensor | float | None, lower_end: float) -> Tensor | float:
     """The lower end of a range: float32, as the product of the upper one."""
     if amax is None or lower_end == 0.0:
         return 0.0
-    return -amax if lower_end == -1.0 else amax * lower_end
+    if lower_end == -1.0:
+        return -amax
+    return amax * lower_end if isinstance(amax, Tensor) else float32(amax * float32(lower_end))
 
 
-def _rows(x: Tensor, amax: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """``x`` in rows of one bound each, and the bounds, 0-dim or ``(rows, 1)``; None if too short."""
-    if amax is None or amax.numel() == 1:
-        length = _row_length(x.numel())
-        bounds = None if amax is None else amax.reshape(())
-    else:
+def _rows(x: Tensor, amax: Tensor | float | None) -> tuple[Tensor | None, Tensor | float | None]:
+    """``x`` in rows of one range each, and the ranges, a number or ``(rows, 1)``; None if too short."""
+    if isinstance(amax, Tensor):
         own = max(axis for axis, n in enumerate(amax.shape) if n > 1) + 1
         inner = math.prod(x.shape[own:])
         length = _row_length(inner)
-        bounds = amax.expand(*x.shape[:own], *amax.shape[own:]).reshape(-1, 1)
-        bounds = bounds.repeat_interleave(inner // length, 0)
+        # Each range once for each of its rows.
+        if amax.shape[:own] != x.shape[:own]:
+            amax = amax.expand(*x.shape[:own], *amax.shape[own:])
+        amax = amax.reshape(-1, 1)
+        if length < inner:
+            amax = amax.expand(-1, inner // length).reshape(-1, 1)
+    else:
+        length = _row_length(x.numel())
     if length < min(_SHORTEST_ROW, x.numel()):
         return None, None
-    return x.view(-1, length), bounds
+    return x.view(-1, length), amax
 
 
 @lru_cache(maxsize=1024)
@@ -145,33 +167,53 @@ def _row_length(inner: int) -> int:
     return next(n for n in range(min(_ROW, inner), 0, -1) if inner % n == 0)
 
 
-def _hit(rows: Tensor, bounds: Tensor | None, lower_end: float) -> Tensor:
-    """Indices of the rows that hold something outside, or NaN, which hides it."""
-    step = max(1, _PIECE // rows.shape[1])
-    hit = []
-    for start in range(0, rows.shape[0], step):
-        part = rows[start : start + step]
-        end = bounds[start : start + step] if bounds is not None and bounds.dim() else bounds
-        inside = part.amin(1, keepdim=True).float() >= _bottom(end, lower_end)
-        if end is not None:
-            inside &= part.amax(1, keepdim=True).float() <= end
-        hit.append(inside.logical_not_().view(-1).nonzero().view(-1).add_(start))
-    return hit[0] if len(hit) == 1 else torch.cat(hit)
+def _inside(rows: Tensor, end: Tensor | float | None, lower_end: float) -> Tensor:
+    """Whether nothing of a row lies outside, nor is NaN, which would hide it: bool, ``(rows, 1)``."""
+    low = rows.amin(1, keepdim=True).float()
+    if end is None:
+        return low >= 0.0
+    high = rows.amax(1, keepdim=True).float()
+    if lower_end == -1.0:
+        return torch.maximum(low.neg_(), high) <= end
+    return (low >= _bottom(end, lower_end)).logical_and_(high <= end)
 
 
-def _mask(x: Tensor, bounds: Tensor | None, lower_end: float) -> Tensor:
-    """What lies outside as int8, for main memory: comparisons that give bools are not vectorised."""
+def _mask(x: Tensor, ends: Tensor | float | None, lower_end: float) -> Tensor:
+    """The mask of :class:`Outside`.
+
+    Args:
+        x: Any shape, contiguous.
+        ends: The ranges; a number, or broadcastable to ``x``.
+        lower_end: Of the format.
+    """
     mask = torch.empty(x.shape, dtype=torch.int8)
-    scratch = torch.empty(min(x.numel(), _CHUNK))
-    ends = [] if bounds is None else [bounds]
-    for part, target, *end in pieces(_CHUNK, x, mask, *ends):
-        y, part = scratch[: part.numel()].view(part.shape), part.float()
-        if not end:
-            torch.lt(part, 0.0, out=y)
-        elif lower_end == -1.0:
-            torch.gt(torch.abs(part, out=y), end[0], out=y)
-        else:
-            above_bottom = part if lower_end == 0.0 else part - _bottom(end[0], lower_end)
-            torch.lt(torch.minimum(torch.sub(end[0], part, out=y), above_bottom, out=y), 0.0, out=y)
-        target.copy_(y)
-    return mask
+    several = (ends,) if isinstance(ends, Tensor) else ()
+    for part, target, *own in pieces(_CHUNK, x, mask, *several):
+        end = own[0] if own else ends
+        # In float32, as comparisons that give bools are not vectorised.
+        y = _scratch(part.numel()).view(part.shape)
+        if lower_end == -1.0:
+            y = torch.abs(part, out=y) if part.dtype == torch.float32 else y.copy_(part).abs_()
+            target.copy_(y.gt_(end))  # type: ignore[arg-type]
+            continue
+        y.copy_(part)
+        if end is not None:
+            above_bottom = y - _bottom(end, lower_end) if lower_end else y
+            torch.minimum(end - y, above_bottom, out=y)
+        target.copy_(y.lt_(0.0))
+    return mask.sub_(_ONE)
+
+
+_ONE = torch.ones((), dtype=torch.int8, device="cpu")
+_of_thread = threading.local()
+
+
+def _scratch(size: int) -> Tensor:
+    """float32 memory of this thread; new memory would cost more than what is done in it."""
+    if size > _CHUNK:
+        return torch.empty(size, dtype=torch.float32, device="cpu")
+    memory: Tensor | None = getattr(_of_thread, "memory", None)
+    if memory is None or memory.numel() < size:
+        with torch.inference_mode(False):
+            memory = _of_thread.memory = torch.empty(_CHUNK, dtype=torch.float32, device="cpu")
+    return memory[:size]

@@ -1,7 +1,7 @@
 """Rounding to a scaled grid and back, with its gradients: the arithmetic behind :mod:`quantpatch.fake_quant`.
 
-Two ways lead to the same bits. In eager mode on a CPU every operation costs a trip through memory, so they
-work in place in the result, large tensors a piece at a time. Wherever somebody records the operations
+Two ways lead to the same bits. A plain tensor in main memory goes that of
+:mod:`quantpatch.rounding.in_memory`, if its range is not learned. Wherever somebody records the operations
 (``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``torch.func``, gradients of gradients) or the
 tensor is on an accelerator, the same arithmetic is plain operations on the whole tensor and no value is read
 back; on CUDA one kernel of our own (:mod:`quantpatch.rounding.triton_kernel`) does what is most common.
@@ -10,7 +10,6 @@ back; on CUDA one kernel of our own (:mod:`quantpatch.rounding.triton_kernel`) d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,32 +17,14 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from quantpatch.division import quotient
-from quantpatch.formats import Blocked, Integer, NumberFormat
+from quantpatch.formats import NumberFormat
 from quantpatch.rounding.cuda import fused_kernel
-from quantpatch.rounding.outside import Outside, find, is_outside, zero_outside
-from quantpatch.rounding.pieces import memory_order, pieces
+from quantpatch.rounding.in_memory import forward_in_memory, round_trip_in_memory
+from quantpatch.rounding.modes import is_in_memory, is_jit_traced
+from quantpatch.rounding.outside import is_outside
+from quantpatch.rounding.scales import block_views, divisor, element_of, rescale_, spread
 
-__all__ = [
-    "block_views",
-    "divisor",
-    "is_in_memory",
-    "is_jit_traced",
-    "is_traced",
-    "rescale_",
-    "round_trip",
-    "spread",
-]
-
-# Elements worked on at a time by the CPU in eager mode: 4 MiB of float32, which stay in the cache from
-# one operation to the next. Smaller pieces cost more in calls than they win, up to _WHOLE even these do.
-_PIECE = 2**20
-_WHOLE = 2**22
-
-_ZERO = torch.zeros((), device="cpu")
-
-# Modes that make tensors up or write operations down. Others, such as FlopCounterMode, see real values go
-# by: a checkpointed part is computed in one and computed again outside of it, by the same way.
-_RECORDING = tuple(torch._C._TorchDispatchModeKey.__members__.values())
+__all__ = ["round_trip"]
 
 
 def round_trip(
@@ -60,13 +41,16 @@ def round_trip(
         dim: For blocks that have scales of their own the axis they run along: there ``amax`` and ``scale``
             have the number of blocks, or 1.
     """
+    learned = isinstance(amax, Tensor) and amax.requires_grad
+    if forward_ad._current_level < 0 and not learned and is_in_memory(x):
+        return round_trip_in_memory(x, amax, scale, format, dim)
     kernel = fused_kernel(x)
     if kernel is not None and (fused := kernel(x, amax, scale, format, dim)) is not None:
         return fused
     transformed = not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
-    needs_gradient = transformed or x.requires_grad or (amax is not None and amax.requires_grad)
+    needs_gradient = transformed or learned or x.requires_grad
     # A model traced by torch.jit.trace is for inference: its graph cannot hold a function of Python's.
     if not (needs_gradient and torch.is_grad_enabled()) or is_jit_traced():
         return _forward(x.detach(), amax, scale, format, dim)
@@ -89,135 +73,28 @@ def _is_learned(amax: Tensor) -> bool:
     return amax.requires_grad
 
 
-def is_traced() -> bool:
-    """Whether the operations are recorded, to be run again on other values."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
-
-
-def is_jit_traced() -> bool:
-    """Whether it is ``torch.jit.trace`` that records."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
-
-
-def is_in_memory(x: Tensor) -> bool:
-    """Whether ``x`` is a plain tensor in main memory, and nobody records what is done with it."""
-    return (
-        not is_traced()
-        and x.device.type == "cpu"
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
-        and not (torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, _RECORDING)))
-    )
-
-
-def divisor(scale: Tensor) -> Tensor | float:
-    """``scale`` where it is not 0. There any finite quotient will do: it is multiplied by 0."""
-    # Small, because everything lies outside a range of 0: so its gradient says. Not subnormal, because these
-    # count as 0 where they are flushed.
-    smallest = 1.1754943508222875e-38
-    if is_in_memory(scale) and scale.numel() == 1:
-        return scale.item() or smallest  # a number costs four operations on tensors less
-    return scale.masked_fill(scale == 0, smallest)
-
-
-def rescale_(y: Tensor, scale: Tensor, format: NumberFormat) -> Tensor:
-    """``y * scale`` in place. For integers -0 becomes 0: they have but one, and so does ONNX Runtime."""
-    if not isinstance(format, Integer):
-        return y.mul_(scale)
-    if is_in_memory(y) and scale.numel() == 1:
-        # One operation for both: 0 + scale * y is rounded once, and 0 + -0 is 0.
-        return torch.add(_ZERO, y, alpha=scale.item(), out=y)
-    return y.mul_(scale).add_(0.0)
-
-
-def block_views(x: Tensor, dim: int, size: int) -> list[Tensor]:
-    """``x`` with ``dim`` split into (blocks, elements): the whole blocks, and a shorter last one if any."""
-    length = x.shape[dim]
-    rest = length % size
-    whole = length - rest
-    views = []
-    if whole or not length:
-        views.append(torch.unflatten(x.narrow(dim, 0, whole), dim, (whole // size, size)))
-    if rest:
-        views.append(x.narrow(dim, whole, rest).unsqueeze(dim))
-    return views
-
-
-def spread(t: Tensor, x: Tensor, format: NumberFormat, dim: int | None) -> Tensor:
-    """The ranges or scales of blocks, repeated for their elements; others as they are."""
-    if dim is None or format.block_size is None or not t.dim() or t.shape[dim] == 1:
-        return t
-    return t.repeat_interleave(format.block_size, dim).narrow(dim, 0, x.shape[dim])
-
-
-def _element(format: NumberFormat) -> NumberFormat:
-    return format.element if isinstance(format, Blocked) else format
-
-
 # --- Forward ----------------------------------------------------------------------------------------------
 
 
-def _forward(
-    x: Tensor,
-    amax: Tensor | None,
-    scale: Tensor,
-    format: NumberFormat,
-    dim: int | None,
-    outside: Outside | None = None,
-) -> Tensor:
-    """``x`` to the grid and back. ``outside`` is what lies outside the range, if that is known."""
-    element = _element(format)
-    plain = is_in_memory(x)
-    out = torch.empty_like(x) if plain else None
-    sources, targets, scales = [x], [out], [scale]
+def _forward(x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None) -> Tensor:
+    """``x`` to the grid and back."""
+    if is_in_memory(x):
+        return forward_in_memory(x, amax, scale, format, dim)
+    element = element_of(format)
+    sources, scales = [x], [scale]
     if dim is not None and format.block_size is not None and scale.dim():
         sources = block_views(x, dim, format.block_size)
-        targets = [None] * len(sources) if out is None else [*block_views(out, dim, format.block_size)]
         scale = scale.unsqueeze(dim + 1)
         counts = [s.shape[dim] for s in sources]
         scales = [*torch.split(scale, counts, dim)] if scale.shape[dim] > 1 else [scale] * len(sources)
-    if out is None:
-        parts = [
-            rescale_(element.round_(quotient(source.float(), divisor(s))), s, element)
-            for source, s in zip(sources, scales, strict=True)
-        ]
-        if len(sources[0].shape) > x.dim() and dim is not None:
-            parts = [p.flatten(dim, dim + 1) for p in parts]
-        y = parts[0] if len(parts) == 1 or dim is None else torch.cat(parts, dim)
-        return _with_strides_of(x, y.to(x.dtype))
-    # Where nothing is outside nothing needs a clamp.
-    inside = (amax is None and element.min < 0) if outside is None else outside.is_nothing
-    round_ = Tensor.round_ if inside and _stays_on_grid(scale, format) else element.round_
-    for source, target, s in zip(sources, targets, scales, strict=True):
-        assert target is not None
-        _write(source, target, s, element, round_)
-    return out
-
-
-def _stays_on_grid(scale: Tensor, format: NumberFormat) -> bool:
-    """Whether what is inside the range stays on the grid without a clamp.
-
-    There quotients of normal numbers are too near the ends of the grid to round past them.
-    """
-    if isinstance(format, Blocked) and format.scale != "float32":
-        return False
-    return isinstance(_element(format), Integer) and scale.numel() > 0 and scale.min().item() >= 2.0**-126
-
-
-def _write(
-    x: Tensor, out: Tensor, scale: Tensor, format: NumberFormat, round_: Callable[[Tensor], Tensor]
-) -> None:
-    same = x.dtype == torch.float32
-    size = _WHOLE if same and x.numel() <= _WHOLE else _PIECE
-    scratch = None if same else torch.empty(min(x.numel(), size), dtype=torch.float32)
-    for source, target, factor in pieces(size, x, out, scale):
-        if scratch is None:
-            y = torch.div(source, divisor(factor), out=target)
-        else:
-            y = scratch[: source.numel()].view(source.shape).copy_(source).div_(divisor(factor))
-        rescale_(round_(y), factor, format)
-        if scratch is not None:
-            target.copy_(y)
+    parts = [
+        rescale_(element.round_(quotient(source.float(), divisor(s))), s, element)
+        for source, s in zip(sources, scales, strict=True)
+    ]
+    if len(sources[0].shape) > x.dim() and dim is not None:
+        parts = [p.flatten(dim, dim + 1) for p in parts]
+    y = parts[0] if len(parts) == 1 or dim is None else torch.cat(parts, dim)
+    return _with_strides_of(x, y.to(x.dtype))
 
 
 def _with_strides_of(x: Tensor, y: Tensor) -> Tensor:
@@ -230,31 +107,21 @@ def _with_strides_of(x: Tensor, y: Tensor) -> Tensor:
 # --- Gradients --------------------------------------------------------------------------------------------
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], outside: Outside | None, *, learned: bool) -> None:
-    """Keeps what backward needs: what lies outside the range, or the tensor itself if that is not known."""
+def _save(ctx: Any, inputs: tuple[Any, ...], *, learned: bool) -> None:
+    """Keeps what backward needs."""
     x, amax, scale, ctx.format, ctx.dim = inputs
     ctx.learned = learned
-    ctx.order = memory_order(x) if outside is not None and not outside.is_nothing else None
-    if outside is not None:
-        ctx.save_for_backward(None, None, None, *outside)
-    else:
-        # Not a mask: who records the operations decides what is kept, and a learned range needs the values.
-        kept = x if amax is not None or ctx.format.min >= 0 else None
-        ctx.save_for_backward(kept, amax, scale if ctx.learned else None, None, None)
+    # Not a mask: who records the operations decides what is kept, and a learned range needs the values.
+    kept = x if amax is not None or ctx.format.min >= 0 else None
+    ctx.save_for_backward(kept, amax, scale if ctx.learned else None)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Detached: the gradient of this gradient goes to the upstream one only.
-    x, amax, scale, *places = (None if t is None else t.detach() for t in ctx.saved_tensors)
+    x, amax, scale = (None if t is None else t.detach() for t in ctx.saved_tensors)
     grad_x: Tensor | None = grad
     grad_amax = None
-    if ctx.order is not None:
-        # The legacy kind is that of ``torch.autograd.grad(..., is_grads_batched=True)``.
-        batched = torch._C._functorch.is_legacy_batchedtensor(grad)
-        recorded = torch.is_grad_enabled() or batched or not is_in_memory(grad)
-        ordered = zero_outside(grad.permute(ctx.order), Outside(*places), recorded=recorded)
-        grad_x = ordered.permute([ctx.order.index(d) for d in range(grad.dim())])
-    elif x is not None and amax is not None and scale is not None:
+    if x is not None and amax is not None and scale is not None:
         grad_x, grad_amax = _lsq_gradients(grad, x, amax, scale, ctx.format, ctx.dim)
     elif x is not None:
         wide = amax if amax is None else spread(amax, x, ctx.format, ctx.dim)
@@ -284,19 +151,6 @@ def _tangent(ctx: Any, x_tangent: Tensor | None, amax_tangent: Tensor | None) ->
     return x_tangent.masked_fill(is_outside(x, wide, lower_end=format.lower_end), 0.0)
 
 
-def _outside(
-    ctx: Any, x: Tensor, amax: Tensor | None, format: NumberFormat, dim: int | None
-) -> Outside | None:
-    """What of ``x`` is outside the range, in memory order; None where that cannot be looked for."""
-    if (amax is not None and ctx.needs_input_grad[1]) or not is_in_memory(x):
-        return None
-    order = memory_order(x)
-    if amax is not None:
-        amax = spread(amax, x, format, dim)
-        amax = amax.permute(order) if amax.dim() else amax
-    return find(x.detach().permute(order).contiguous(), amax, lower_end=format.lower_end)
-
-
 class _RoundTrip(Function):
     """:func:`_forward` with the straight-through gradient, and LSQ's for a learned range."""
 
@@ -304,10 +158,9 @@ class _RoundTrip(Function):
     def forward(
         ctx: Any, x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None
     ) -> Tensor:
-        outside = _outside(ctx, x, amax, format, dim)
         learned = amax is not None and ctx.needs_input_grad[1]
-        _save(ctx, (x, amax, scale, format, dim), outside, learned=learned)
-        return _forward(x, amax, scale, format, dim, outside)
+        _save(ctx, (x, amax, scale, format, dim), learned=learned)
+        return _forward(x, amax, scale, format, dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -329,9 +182,7 @@ class _TransformableRoundTrip(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *inputs_, learned = inputs
-        _save(
-            ctx, tuple(inputs_), None, learned=learned or (inputs[1] is not None and ctx.needs_input_grad[1])
-        )
+        _save(ctx, tuple(inputs_), learned=learned or (inputs[1] is not None and ctx.needs_input_grad[1]))
         ctx.save_for_forward(*inputs[:3])
         ctx.set_materialize_grads(False)  # whether the range has a tangent decides which rule holds
 
@@ -403,7 +254,7 @@ def _lsq_slopes(
         Where ``x`` gets the gradient, the scale's slope, and what divides it to be the range's.
     """
     v = quotient(x.float(), divisor(spread(scale, x, format, dim)))
-    q = _element(format).round_(v.clone())
+    q = element_of(format).round_(v.clone())
     inside = (v > format.min) & (v < format.max)
     sharing = max(1, x.numel()) / max(1, amax.numel())
     return inside, q - v.masked_fill(~inside, 0.0), format.max * math.sqrt(sharing * format.max)

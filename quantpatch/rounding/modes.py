@@ -1,0 +1,33 @@
+"""Who looks on while a tensor is computed with, and so which way it is quantized."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_in_memory", "is_jit_traced", "is_traced"]
+
+# Modes that make tensors up or write operations down. Others, such as FlopCounterMode, see real values go
+# by: a checkpointed part is computed in one and computed again outside of it, by the same way.
+_RECORDING = tuple(torch._C._TorchDispatchModeKey.__members__.values())
+
+
+def is_traced() -> bool:
+    """Whether the operations are recorded, to be run again on other values."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def is_jit_traced() -> bool:
+    """Whether it is ``torch.jit.trace`` that records."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def is_in_memory(x: Tensor) -> bool:
+    """Whether ``x`` is a plain tensor in main memory, and nobody records what is done with it."""
+    return (
+        x.is_cpu
+        and not is_traced()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+        and not (torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, _RECORDING)))
+    )

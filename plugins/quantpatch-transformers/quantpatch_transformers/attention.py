@@ -7,12 +7,13 @@ these.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from quantpatch import Recipe, TensorQuantizer
@@ -36,7 +37,8 @@ def quantize_attention(model: PreTrainedModel, recipe: str | Recipe | None = Non
     """Quantizes both products of every attention in a model; calibrate it afterwards.
 
     The probabilities have to be formed for that, so this costs what transformers' ``"eager"``
-    implementation costs.
+    implementation costs. The model gets a copy of its config: the implementation is written there, and
+    other models may have been built from the same one.
 
     Args:
         model: A model that takes its attention from transformers' registry.
@@ -62,6 +64,7 @@ def quantize_attention(model: PreTrainedModel, recipe: str | Recipe | None = Non
         )
     if attention_is_quantized(model):
         raise ConversionError(f"the attention of {type(model).__name__} is quantized already")
+    _give_configs_of_its_own(model)
     setattr(model, _BEFORE, model.config._attn_implementation)
     for module in found.values():
         for operand in _OPERANDS:
@@ -71,6 +74,14 @@ def quantize_attention(model: PreTrainedModel, recipe: str | Recipe | None = Non
     AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     model.set_attn_implementation(IMPLEMENTATION)
     return list(found)
+
+
+def _give_configs_of_its_own(model: PreTrainedModel) -> None:
+    copies: dict[int, Any] = {}  # so that what its modules share stays shared among them
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig):
+                vars(module)[name] = copy.deepcopy(value, copies)
 
 
 def revert_attention(model: PreTrainedModel) -> None:

@@ -122,6 +122,21 @@ def test_the_names_of_the_attention_modules_are_returned():
     assert quantize_attention(float_model("gpt2")) == [f"transformer.h.{i}.attn" for i in (0, 1)]
 
 
+@pytest.mark.parametrize("name", ["llama", "whisper", "vit"])
+def test_models_of_the_same_config_keep_their_own_attention(name):
+    before = float_model(name)
+    expected = output(before, name)
+    config = before.config
+    model = type(before)(config).eval()
+    quantize_attention(model)
+    assert torch.equal(output(before, name), expected)
+    assert config._attn_implementation != IMPLEMENTATION
+    later = type(before)(config).eval()
+    later.load_state_dict(before.state_dict())
+    assert torch.equal(output(later, name), expected)
+    quantize_attention(later)  # is not said to be done already
+
+
 def test_a_model_without_such_attention_is_an_error():
     with pytest.raises(ConversionError, match="Mamba.*registry"):
         quantize_attention(float_model("mamba"))

@@ -21,6 +21,8 @@ __all__ = ["Rules", "apply_rules", "checked_rules", "configure"]
 
 Matcher = str | type | Callable[[str, nn.Module], bool]
 Value = QuantDescriptor | Recipe | str | None
+#: Patterns for the first and the last quantized layer that has weights.
+EDGES = (":first", ":last")
 Rules = Mapping[Matcher, Value] | Iterable[tuple[Matcher, Value]]
 
 
@@ -31,6 +33,7 @@ class _Operand:
     layer_name: str = attrs.field(eq=False)
     layer: QuantizedLayer = attrs.field(eq=id)
     name: str
+    edges: tuple[str, ...] = attrs.field(eq=False)  # which of EDGES its layer is
 
     @property
     def quantizer_name(self) -> str:
@@ -47,17 +50,19 @@ def configure(model: nn.Module, rules: Rules) -> None:
             "re:.*\.out_proj\.input_quantizer": QuantDescriptor(unsigned=True),
             nn.LSTM: None,                               # float
             "head": None,
+            ":last": "int8",                             # the last layer
         })
 
     Args:
         model: Holds quantized layers.
         rules: Pairs of a pattern and a value. A pattern is a glob on the qualified name of a module
             (and then of all quantizers in it) or of a quantizer, a regular expression for either
-            (``"re:..."``, matched whole), a class of layers, or a function of a layer's name and the
-            layer. A value is None (float: the quantizer is disabled), a descriptor, a recipe or a
-            recipe's name. A quantizer whose descriptor changes loses its range. One descriptor changes the
-            quantizers that are there; it makes a new one only where the pattern tells its name from others
-            (``"head.output_quantizer"``, ``"*.hidden_*"``).
+            (``"re:..."``, matched whole), a class of layers, a function of a layer's name and the
+            layer, or ``":first"`` or ``":last"``: of the quantized layers with weights, in the order in
+            which the model holds them. A value is None (float: the quantizer is disabled), a descriptor, a
+            recipe or a recipe's name. A quantizer whose descriptor changes loses its range. One descriptor
+            changes the quantizers that are there; it makes a new one only where the pattern tells its name
+            from others (``"head.output_quantizer"``, ``"*.hidden_*"``).
 
     Raises:
         RuleError: A pattern matches nothing (or, unless the value is None, only what is float), stands twice
@@ -105,13 +110,15 @@ _EVERYTHING = Recipe(name="everything", output=QuantDescriptor(), hidden=QuantDe
 
 
 def _operands(model: nn.Module) -> Iterable[_Operand]:
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantizedLayer):
-            yield from _of_layer(name, layer)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
+    with_weights = [layer for layer in layers.values() if layer.weight_axes()]
+    ends = dict(zip(EDGES, (with_weights[0], with_weights[-1]), strict=True)) if with_weights else {}
+    for name, layer in layers.items():
+        yield from _of_layer(name, layer, tuple(edge for edge, end in ends.items() if end is layer))
 
 
-def _of_layer(name: str, layer: QuantizedLayer) -> list[_Operand]:
-    return [_Operand(name, layer, operand) for operand, _ in layer.descriptors(_EVERYTHING)]
+def _of_layer(name: str, layer: QuantizedLayer, edges: tuple[str, ...] = ()) -> list[_Operand]:
+    return [_Operand(name, layer, operand, edges) for operand, _ in layer.descriptors(_EVERYTHING)]
 
 
 def checked_rules(rules: Rules) -> list[tuple[Matcher, Value]]:
@@ -145,6 +152,8 @@ def checked_rules(rules: Rules) -> list[tuple[Matcher, Value]]:
                 f"a rule; write attrs.evolve(recipe, rules=())",
                 rule=pair,
             )
+        if isinstance(matcher, str) and matcher.startswith(":") and matcher not in EDGES:
+            raise RuleError(f"{matcher!r} is no pattern; write ':first' or ':last'", rule=pair)
         if isinstance(matcher, str):
             _fits(matcher, "")  # so that a malformed one is told even if there is nothing to match
         for earlier, other in checked:
@@ -162,6 +171,8 @@ def _matches(matcher: Matcher, operand: _Operand) -> bool:
         return isinstance(layer, matcher)
     if not isinstance(matcher, str):
         return bool(matcher(operand.layer_name, layer))
+    if matcher in EDGES:
+        return matcher in operand.edges
     # The quantizer, its layer, and every module around them; '' is the model itself.
     parts = operand.layer_name.split(".") if operand.layer_name else []
     names = [operand.quantizer_name, *(".".join(parts[:n]) for n in range(len(parts) + 1))]

@@ -173,9 +173,9 @@ class Recipe:
             slower (see ``quantpatch.layers.recurrent`` for figures). Cells, which run step by step anyway,
             take ``input`` for it if this is None.
         include: Names of targets that blocks leave float by default and this recipe wants replaced.
-        rules: What differs by name, as ``configure`` takes it: ``{"conv1": None, "fc": "int8"}``. Names are
-            those within the model, which is complete when a block ends: the rules are applied then, to each
-            outermost module that was built in it (``convert`` applies them at once).
+        rules: What differs by name, as ``configure`` takes it: ``{"conv1": None, ":last": "int8"}``. Names
+            are those within the model, which is complete when a block ends: the rules are applied then, to
+            each outermost module that was built in it (``convert`` applies them at once).
     """
 
     name: str

@@ -49,6 +49,40 @@ def test_a_regular_expression_matches_the_whole_name(model):
     assert disabled(model) == {"body.0.weight_quantizer", "body.1.weight_quantizer"}
 
 
+def test_the_first_and_the_last_layer_are_those_with_weights(model):
+    around = nn.Sequential()
+    with qp.quantize_modules():
+        around.pool_before = nn.AvgPool2d(1)
+    around.model = model
+    with qp.quantize_modules():
+        around.pool_after = nn.AvgPool2d(1)
+    qp.configure(around, {":first": None, ":last": "int4"})
+    assert disabled(around) == {"model.stem.input_quantizer", "model.stem.weight_quantizer"}
+    bits4 = {name for name, format in formats(around).items() if format.startswith("int4")}
+    assert bits4 == {"model.head.input_quantizer", "model.head.weight_quantizer"}
+
+
+def test_the_only_layer_is_the_first_and_the_last():
+    with qp.quantize_modules(recipe=qp.Recipe(name="edges float", rules={":last": None})) as scope:
+        only = nn.Linear(2, 2)
+    assert scope.replaced[0].count == 1
+    assert disabled(only) == {"input_quantizer", "weight_quantizer"}
+    qp.configure(only, {":first": "int8"})
+    assert disabled(only) == set()
+
+
+def test_another_word_with_a_colon_is_told(model):
+    with pytest.raises(RuleError, match="':frist' is no pattern; write ':first' or ':last'"):
+        qp.configure(model, {":frist": None})
+
+
+def test_a_model_without_such_a_layer_has_no_first_one():
+    with qp.quantize_modules():
+        pool = nn.Sequential(nn.AvgPool2d(1))
+    with pytest.raises(RuleError, match="':first' matches no layer"):
+        qp.configure(pool, {":first": None})
+
+
 def test_a_class_takes_its_layers(model):
     qp.configure(model, {nn.Conv2d: None})
     assert disabled(model) == {"stem.input_quantizer", "stem.weight_quantizer"}

@@ -32,6 +32,15 @@ def test_figures_make_sense_and_are_the_same_in_each_run():
     assert without_times(demo.run(epochs=6, tuning_epochs=2)) == without_times(first)
 
 
+def test_without_onnx_the_demo_says_what_it_leaves_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    report = demo.run(epochs=1, tuning_epochs=1)
+    assert [row.model for row in report.rows] == ["float", *["calibrated", "fine-tuned"] * 2]
+    shown = " ".join(str(report).split())
+    assert "not run in ONNX Runtime: qp.export_onnx needs onnxscript" in shown
+    assert "pip install 'quantpatch[onnx]'" in shown
+
+
 def test_the_model_is_plain_pytorch():
     assert {type(m).__module__.partition(".")[0] for m in demo.build_model().modules()} == {"torch"}
     assert isinstance(demo.build_model(), nn.Sequential)

@@ -44,7 +44,7 @@ Subclasses = Annotated[bool, typer.Option("--subclasses", help="Quantize subclas
 
 def _print(what: Any) -> None:
     # Where nobody looks at a terminal, nothing is cut off to fit one.
-    Console(width=None if sys.stdout.isatty() else 160).print(what)
+    Console(markup=False, width=None if sys.stdout.isatty() else 160).print(what)
 
 
 def _print_json(value: Any) -> None:

@@ -14,7 +14,7 @@ __all__ = ["as_percent", "as_text"]
 def as_text(renderable: Any) -> str:
     """A rich renderable as plain text, as wide as the terminal (at least 100 columns)."""
     width = max(100, shutil.get_terminal_size((120, 24)).columns)
-    console = Console(file=io.StringIO(), width=width, no_color=True, force_terminal=False)
+    console = Console(markup=False, file=io.StringIO(), width=width, no_color=True, force_terminal=False)
     console.print(renderable)
     file = console.file
     assert isinstance(file, io.StringIO)

@@ -54,7 +54,7 @@ def report(parts: Sequence[Part], *, models: bool) -> None:
         parts: A part for each process.
         models: Whether the models were watched.
     """
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 160, highlight=False)
+    console = Console(markup=False, stderr=True, width=None if sys.stderr.isatty() else 160, highlight=False)
     with console.capture() as captured:
         _print(console, parts, models=models)
     sys.stderr.write(captured.get())  # in one piece: the ranks of torchrun write at the same time

@@ -60,3 +60,11 @@ def test_a_bare_layer_has_a_summary():
 def test_a_model_on_the_meta_device_has_a_summary():
     with torch.device("meta"):
         assert len(qp.summary(build()).rows) == 4
+
+
+def test_names_with_brackets_are_shown_as_they_are():
+    with qp.quantize_modules():
+        model = nn.ModuleDict({"[red]a": nn.Linear(2, 2), "[/b]": nn.Linear(2, 2)})
+    shown = str(qp.summary(model))
+    assert "[red]a.input_quantizer" in shown
+    assert "[/b].input_quantizer" in shown

@@ -182,15 +182,18 @@ class Registry:
         Raises:
             PluginError: A plugin failed, returned something else, or uses another's name.
         """
-        found: dict[str, Any] = {}
-        owner: dict[str, str] = {}
+        return {name: value for name, (value, _) in self._named(hook, kind).items()}
+
+    def _named(self, hook: str, kind: type) -> dict[str, tuple[Any, str]]:
+        """The same, each with the name of its plugin."""
+        found: dict[str, tuple[Any, str]] = {}
         for plugin in self._active():
             for name, value in plugin.names(self._manager, hook, kind).items():
                 if name in found:
                     raise plugin.error(
-                        f"returned {name!r} from {hook}, which {owner[name]!r} has already", hook
+                        f"returned {name!r} from {hook}, which {found[name][1]!r} has already", hook
                     )
-                found[name], owner[name] = value, plugin.name
+                found[name] = value, plugin.name
         return found
 
     def advice(self, layer: Any) -> str | None:
@@ -229,6 +232,11 @@ class Registry:
         if found is None:
             raise UnknownNameError.of("format", name, formats)
         return found
+
+    def offers_format(self, format: NumberFormat) -> str | None:
+        """The name of the plugin that offers a format; None if none does."""
+        offered = self._named("quantpatch_formats", NumberFormat).values()
+        return next((plugin for value, plugin in offered if value == format), None)
 
     def calibrator(self, name: str) -> type[Calibrator]:
         """The calibrator of a name.

@@ -222,7 +222,7 @@ def _activation(operand: Operand, target: str) -> Callable[..., Tensor]:
     scale = operand.joined(amax) / operand.format.max
     zero = _zero_point(element, as_uint8=target == "onnxruntime")
     bounds = None
-    clipped = isinstance(element, Integer) and (element.bits < 8 or element.narrow_range)
+    clipped = isinstance(element, Integer) and operand.format.max - operand.format.min < 255
     if clipped or bool((scale == 0).any()):
         # The grid is smaller than what the type holds, down to nothing where the range is 0.
         bounds = (scale * operand.format.min, scale * operand.format.max)

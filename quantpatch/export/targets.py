@@ -15,6 +15,7 @@ For ONNX Runtime: "Quantize ONNX Models" and its CPU provider's list of kernels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from quantpatch.fake_quant import quantize
 from quantpatch.formats import Blocked, Float, Integer, NumberFormat
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.registry import registry
 
 __all__ = ["TARGETS", "Operand", "Target", "codes_name", "operands", "problems"]
 
@@ -53,10 +55,26 @@ class Operand:
         """The quantizer's format."""
         return self.quantizer.format
 
-    @property
+    @functools.cached_property
     def element(self) -> NumberFormat:
-        """The format of the elements, of a format in blocks as of a plain one."""
+        """The format of the elements, of a format in blocks as of a plain one.
+
+        Of a plugin's format it is the integer format that a file can have in its place, if there is one: for
+        a weight, one that holds its codes; for an activation, one that rounds as the plugin's does.
+        """
+        element = self.own_element
+        if type(element) in (Integer, Float):
+            return element
+        return (_stored_as(self._own_codes()[0]) if self._is_known_weight else _rounds_as(element)) or element
+
+    @property
+    def own_element(self) -> NumberFormat:
+        """The format of the elements as the quantizer has it."""
         return self.format.element if isinstance(self.format, Blocked) else self.format
+
+    @property
+    def _is_known_weight(self) -> bool:
+        return self.weight is not None and not self.weight.is_meta
 
     @property
     def amax(self) -> torch.Tensor | None:
@@ -102,11 +120,53 @@ class Operand:
         return [*kept, *(d for d in range(dims) if d not in kept)]
 
     def codes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weight's codes and scale."""
+        """The weight's codes, of integers as such, and scale."""
+        codes, scale = self._own_codes()
+        if isinstance(self.element, Integer):
+            codes = codes.to(torch.uint8 if self.element.unsigned else torch.int8)
+        return codes, scale
+
+    def _own_codes(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.weight is not None
         return quantize(
             self.weight.detach(), self.amax, self.format, axis=self.quantizer.descriptor.kept_axes
         )
+
+
+def _stored_as(codes: torch.Tensor) -> Integer | None:
+    """The integer format that holds these codes; None if they are no integers of 8 bits."""
+    if not codes.numel() or not bool((codes == codes.round()).all()):
+        return None
+    return _holding(codes.min().item(), codes.max().item())
+
+
+def _holding(low: float, high: float) -> Integer | None:
+    """The smallest of the formats that hold the integers from ``low`` to ``high``."""
+    formats = (Integer(4), Integer(8), Integer(8, unsigned=True))
+    return next((f for f in formats if f.min <= low and high <= f.max), None)
+
+
+def _rounds_as(format: NumberFormat) -> Integer | None:
+    """The integer format that rounds as this one within its ends; None if none does.
+
+    Tried on every integer, every value halfway between two, the neighbours of these, and what is far outside.
+    """
+    holding = _holding(format.min, format.max)
+    if holding is None or format.min != round(format.min) or format.max != round(format.max):
+        return None
+    integers = torch.arange(-300.0, 300.0)
+    ties = integers + 0.5
+    up, down = (torch.full_like(ties, sign * torch.inf) for sign in (1, -1))
+    far = torch.tensor([1e30, -1e30, torch.inf, -torch.inf])
+    near = [torch.nextafter(ties, up), torch.nextafter(ties, down)]
+    y = torch.cat([integers, ties, integers + 1 / 3, *near, far])
+    try:
+        rounded = format.round_(y.clone())
+    except Exception:
+        return None
+    if not torch.equal(rounded, y.round().clamp(format.min, format.max)):
+        return None
+    return Integer(8, unsigned=holding.unsigned)
 
 
 def operands(model: nn.Module) -> list[Operand]:
@@ -159,7 +219,7 @@ def _common(operand: Operand, opset: int) -> str | None:
                 f"its format {format.name} is in blocks, which are exported for weights only; "
                 f"give it an integer format"
             )
-        if not isinstance(element, Integer) or format.scale == "e4m3":
+        if type(element) is not Integer or format.scale == "e4m3":
             return (
                 f"its format {format.name} has no operator in ONNX; blocks of integers such as int4_g128 have"
             )
@@ -170,10 +230,15 @@ def _common(operand: Operand, opset: int) -> str | None:
             return f"its format {element.name} has no operator in ONNX; FP8 E4M3 and E5M2 have"
         if opset < 19:
             return f"FP8 needs opset 19, asked for was {opset}; leave opset out"
-    elif not isinstance(element, Integer):
+    plugin = registry.offers_format(operand.own_element)
+    if type(element) not in (Integer, Float):
+        whose = f"of the plugin {plugin!r}" if plugin else "of your own"
+        why = "its values are no integers of 8 bits" if is_weight else "it rounds otherwise than integers"
+        return f"ONNX has no operator for its format {format.name}, {whose}: {why}. Use int8 or FP8"
+    if plugin is None and element is not operand.own_element:
         return (
-            f"its format {format.name} comes from a plugin and has no operator in ONNX; use "
-            f"an integer or FP8 format"
+            f"its format {format.name} is offered by no plugin, so that the file could not say what it was; "
+            f"return it from the hook quantpatch_formats"
         )
     return None
 

@@ -402,10 +402,11 @@ BUILTIN_FORMATS: Mapping[str, NumberFormat] = MappingProxyType(_builtin())
 
 def _power_below(y: Tensor) -> Tensor:
     """The largest power of two that is not above ``|y|``: 0 of subnormals, infinity of what is not finite."""
-    if torch.compiler.is_compiling() or not torch._C._is_tracing():
+    plain = not (torch._C._is_tracing() or torch._C._are_functorch_transforms_active())
+    if torch.compiler.is_compiling() or plain:
         return y.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
-    # torch.jit.trace cannot write down a view as another dtype. y is its mantissa, from 1/2 to 1, times a
-    # power of two, so the quotient is a power of two, exactly.
+    # torch.jit.trace cannot write down a view as another dtype, and torch.vmap of torch 2.6 not batch one. y
+    # is its mantissa, from 1/2 to 1, times a power of two, so the quotient is a power of two, exactly.
     power = y / (2 * torch.frexp(y).mantissa)
     power = power.masked_fill(y.abs() < 2.0**-126, 0.0)
     return power.masked_fill(~torch.isfinite(y), float("inf"))

@@ -45,7 +45,10 @@ def demand_model(model: Any, function: str) -> None:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """What ``torch.compile`` wraps, whose code can be followed; the model itself where nothing does."""
-    wrapped = model.__dict__.get("_modules", {}).get("_orig_mod")
+    modules = model.__dict__.get("_modules", {})
+    if "_orig_mod" not in modules:  # a scripted model's are no dictionary, and may lack get
+        return model
+    wrapped = modules["_orig_mod"]
     return wrapped if isinstance(wrapped, nn.Module) else model
 
 

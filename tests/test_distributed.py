@@ -333,7 +333,7 @@ def test_a_model_that_is_wrapped_is_calibrated_with_another_number_of_batches_on
 def one_process():
     """A block in which torch.distributed.checkpoint need not tell that there is one process."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        warnings.filterwarnings("ignore", "torch.distributed is ")
         yield
 
 

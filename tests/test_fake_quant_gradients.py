@@ -395,7 +395,7 @@ def test_a_learned_range_that_a_function_refers_to_has_the_gradients_of_lsq(form
 
 
 # Of torch's own doing when forward mode is used first.
-ignore_jit = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+ignore_jit = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 
 
 @ignore_jit

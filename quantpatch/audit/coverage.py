@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 from torch.jit import ScriptModule
 
 from quantpatch.audit.reasons import known_targets, reason_for, skeleton
 from quantpatch.audit.trace import Trace, trace
 from quantpatch.classes import own_class
 from quantpatch.errors import CoverageError, InputError
+from quantpatch.fake_quant import fake_quantize
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.registry import registry
 from quantpatch.report.render import as_percent, as_text
 from quantpatch.running import demand_model, explaining_devices, uncompiled
+from quantpatch.sharded import is_sharded
 
 __all__ = ["CoverageReport", "CoverageRow", "audit", "report_of"]
+
+# How many times the squared error of its own range a weight has with a range that is not its own any more:
+# 6 dB, which no method of calibration gives away.
+_OUTGROWN = 4.0
 
 
 @attrs.frozen
@@ -66,6 +74,8 @@ class CoverageReport:
         unreached: Quantizers that no tensor passed through.
         opaque: Operators that are not torch's own: what they multiply is not counted.
         to_paste: For each class that nothing covers, the code to start from.
+        outgrown: Quantizers of weights whose range is that of other values, as after an adapter was merged
+            into the weight; with how many times the error of a range of its own the weight has now.
     """
 
     model: str
@@ -73,6 +83,7 @@ class CoverageReport:
     unreached: tuple[str, ...]
     opaque: tuple[str, ...]
     to_paste: tuple[tuple[str, str], ...]
+    outgrown: tuple[tuple[str, float], ...] = ()
 
     @property
     def macs(self) -> int:
@@ -117,6 +128,14 @@ class CoverageReport:
             notes.append(Text(f"Quantizers that no tensor passed through: {', '.join(self.unreached)}"))
         if self.opaque:
             notes.append(Text(f"Operators that cannot be looked into: {', '.join(self.opaque)}"))
+        if self.outgrown:
+            found = ", ".join(f"{name} ({times:.0f} times)" for name, times in self.outgrown)
+            notes.append(
+                Text(
+                    f"Weights changed since their ranges were found, and have more error than with ranges of "
+                    f"their own: {found}. Calibrate again: qp.calibrate(model, data, overwrite=True)"
+                )
+            )
         for name, code in self.to_paste:
             notes.append(Text(f"\nNothing covers {name}. To start from:\n{code}"))
         return Group(*notes)
@@ -208,7 +227,29 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
         tuple(unreached),
         tuple(sorted(seen.opaque)),
         tuple(to_paste.items()),
+        tuple(_outgrown(model)),
     )
+
+
+def _outgrown(model: nn.Module) -> Iterator[tuple[str, float]]:
+    """Quantizers of weights for which a range of the weight as it is would do much better."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLayer):
+            continue
+        for operand in layer.weight_axes():
+            quantizer, weight = layer.quantizer(operand), getattr(layer, operand, None)
+            if quantizer is None or not isinstance(weight, Tensor) or weight.is_meta or is_sharded(weight):
+                continue
+            amax, kept = quantizer.own_range, quantizer.descriptor.kept_axes
+            if amax is None or quantizer.disabled or not quantizer.quantizing or not weight.numel():
+                continue
+            x = weight.detach().float()
+            now, best = (
+                (fake_quantize(x, range_, quantizer.format, axis=kept) - x).square().sum().item()
+                for range_ in (amax.detach().to(x.device), None)
+            )
+            if now > _OUTGROWN * best and now > 0:
+                yield f"{name}.{quantizer_name(operand)}".lstrip("."), now / best if best else math.inf
 
 
 def _served(model: nn.Module, reached: set[str]) -> set[str]:

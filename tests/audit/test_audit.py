@@ -636,3 +636,24 @@ def test_what_is_changed_in_place_is_no_quantized_operand_any_more():
 
     rows = qp.audit(Sum(), torch.randn(2, 4)).rows
     assert [row.operands[0][1] for row in rows] == ["quantizer", None]
+
+
+# --- Weights that changed ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("method", ["max", "mse"])
+def test_weights_that_changed_since_their_ranges_were_found_are_named(recipe, method):
+    with qp.quantize_modules(recipe=recipe):
+        model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 8))
+    x = torch.randn(4, 16)
+    qp.calibrate(model, [x], method, weight_method=method)
+    assert qp.audit(model, x).outgrown == ()
+    model[0].weight.data += 0.2 * torch.randn(32, 4) @ torch.randn(4, 16)  # as PEFT merges an adapter
+    report = qp.audit(model, x)
+    assert [name for name, _ in report.outgrown] == ["0.weight_quantizer"]
+    assert report.outgrown[0][1] > 4
+    assert "0.weight_quantizer (" in str(report)
+    assert "qp.calibrate(model, data, overwrite=True)" in " ".join(str(report).split())
+    qp.calibrate(model, [x], method, weight_method=method, overwrite=True)
+    assert qp.audit(model, x).outgrown == ()

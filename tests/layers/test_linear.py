@@ -215,7 +215,7 @@ def test_torch_fx_takes_layers_as_they_are():
     assert torch.equal(graph(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*")
 @pytest.mark.parametrize("recipe", ["int8", "int4", "fp8", "mxfp8", "mxfp4", "nvfp4"])
 def test_torch_jit_trace(recipe):
     """It traces twice and compares: nothing may depend on values, nor on what was kept from before."""
@@ -234,7 +234,7 @@ def test_torch_jit_trace(recipe):
     assert torch.equal(traced(other)[0], expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_torch_jit_script_is_refused_with_what_to_write_instead():
     with pytest.raises(ExportError, match=r"torch\.export\.export"):
         torch.jit.script(nn.Sequential(made()))

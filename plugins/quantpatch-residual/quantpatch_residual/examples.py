@@ -23,7 +23,10 @@ def _of(module: str, name: str, *args: Any, config: str = "", channels: int = 8,
     return Example(f"{module}.{name}", build, lambda: (torch.randn(2, channels, 6, 6),))
 
 
-_SMALL = {"RegNetConfig": {"groups_width": 4}, "ConvNextConfig": {"layer_scale_init_value": 0.5}}
+_SMALL: dict[str, dict[str, Any]] = {
+    "RegNetConfig": {"groups_width": 4},
+    "ConvNextConfig": {"layer_scale_init_value": 0.5},
+}
 _MODELS = "transformers.models"
 
 

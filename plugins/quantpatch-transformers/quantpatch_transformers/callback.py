@@ -22,7 +22,7 @@ from quantpatch_transformers.pretrained import make_savable
 __all__ = ["QuantPatchCallback"]
 
 
-class QuantPatchCallback(TrainerCallback):  # type: ignore[misc]
+class QuantPatchCallback(TrainerCallback):
     """Calibrates a quantized model on the training data before training, and reports its coverage.
 
     ::

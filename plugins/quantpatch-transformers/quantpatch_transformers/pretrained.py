@@ -39,7 +39,7 @@ METHOD = "quantpatch"
 _METADATA = "quantpatch"
 
 
-class QuantPatchConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class QuantPatchConfig(QuantizationConfigMixin):
     """How ``from_pretrained`` quantizes a float checkpoint, or that a checkpoint is quantized already.
 
     ::
@@ -75,7 +75,7 @@ class QuantPatchConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"QuantPatchConfig has no {unknown[0]!r}; it takes recipe, skip, include, plugins, rules and "
                 f"attention"
             )
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.recipe = recipe
         self.skip = (skip,) if isinstance(skip, (str, type)) else tuple(skip)
         self.include = (include,) if isinstance(include, (str, type)) else tuple(include)
@@ -106,7 +106,7 @@ class QuantPatchConfig(QuantizationConfigMixin):  # type: ignore[misc]
         }
 
 
-class QuantPatchQuantizer(HfQuantizer):  # type: ignore[misc]
+class QuantPatchQuantizer(HfQuantizer):
     """What transformers calls while it loads and saves a model; not for use by itself.
 
     A quantized model stays one of ordinary layers and dtypes: it trains, moves and casts as a float one.
@@ -163,7 +163,7 @@ class QuantPatchQuantizer(HfQuantizer):  # type: ignore[misc]
             CheckpointError: The files do not say how the model is quantized, or do not fit it.
             QuantPatchError: The configuration does not fit the model.
         """
-        model.quantization_method = METHOD
+        model.quantization_method = METHOD  # type: ignore[assignment]
         checkpoint = Checkpoint(kwargs.get("checkpoint_files") or ())
         if self.is_saved:
             description = self._saved_description(checkpoint, model)
@@ -306,8 +306,8 @@ def make_savable(model: PreTrainedModel) -> None:
         raise ConversionError(
             f"{type(model).__name__} is quantized by {getattr(method, 'value', method)!r} and saved its way"
         )
-    model.hf_quantizer = QuantPatchQuantizer(QuantPatchConfig(recipe=None))
-    model.quantization_method = METHOD
+    model.hf_quantizer = QuantPatchQuantizer(QuantPatchConfig(recipe=None))  # type: ignore[assignment]
+    model.quantization_method = METHOD  # type: ignore[assignment]
 
 
 def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -323,8 +323,9 @@ def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs
         or getattr(text, "quantization_config", None)
     )
     if asked or kwargs.get("gguf_file") is not None:
-        return auto.get_hf_quantizer(config, quantization_config, *args, **kwargs)
-    found = auto.get_hf_quantizer(config, QuantPatchConfig(recipe=active_recipe()), *args, **kwargs)
+        return auto.get_hf_quantizer(config, quantization_config, *args, **kwargs)  # type: ignore[no-untyped-call]
+    own = QuantPatchConfig(recipe=active_recipe())
+    found = auto.get_hf_quantizer(config, own, *args, **kwargs)  # type: ignore[no-untyped-call]
     found[0].built_in_block = True
     return found
 

@@ -56,6 +56,7 @@ class QuantizedProducts(TorchFunctionMode):
 
     def _quantized(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         left, right = args[0], args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("other"))
+        quantizers: tuple[Quantize | None, Quantize | None]
         if id(right) in self._partners:
             quantizers = (self._partners[id(right)][1], None)
         elif id(left) in self._partners:

@@ -1,8 +1,12 @@
 """Fake quantization under ``torch.compile`` and ``torch.export``."""
 
+import re
+
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
+import quantpatch as qp
 from quantpatch.fake_quant import fake_quantize
 from quantpatch.formats import BUILTIN_FORMATS, Integer, affine_format
 
@@ -103,3 +107,61 @@ def test_it_exports_with_dynamic_shapes(strict):
     program = torch.export.export(model, (x,), dynamic_shapes=({0: rows},), strict=strict)
     x = torch.randn(9, 64)
     assert torch.equal(program.module()(x), model(x))
+
+
+# --- The C++ code -----------------------------------------------------------------------------------------
+
+
+class ConvolutionsAndProduct(torch.nn.Module):
+    """Two convolutions and a product, with what comes between such."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.second = torch.nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.third = torch.nn.Linear(16, 32)
+
+    def forward(self, x):
+        return self.third(self.second(torch.relu(self.first(x))).mean((2, 3)))
+
+
+def counts(model, x):
+    """What there is how often in the code of the forward pass, and of the backward pass."""
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    _, codes = run_and_get_code(lambda: compiled(x).square().sum().backward())
+    return [
+        {
+            "calls": len(re.findall(r"^ +cpp_fused\w+\(", code, re.MULTILINE)),
+            "passes": len(re.findall(r"\bfor\(int64_t x0=", code)),
+            "bools": len(re.findall(r"'bool\*'", code)),
+            "stored singly": len(re.findall(r"\] = tmpbuf\[", code)),
+        }
+        for code in codes
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_on_a_cpu_quantization_fuses_into_its_neighbours():
+    torch.manual_seed(0)
+    model, x = ConvolutionsAndProduct(), torch.randn(2, 16, 8, 8)
+    forward, backward = counts(model, x)
+    qp.convert(model)
+    qp.calibrate(model, [x * 0.8], progress=False)
+    model.zero_grad()
+    ours_forward, ours_backward = counts(model, x)
+    grads = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(grad, parameter.grad)
+    # A convolution's weight is put in order in any case, in the pass that quantizes it; its scales, one for
+    # each channel, are put down for that. The product's weight takes a pass. Activations take none.
+    assert ours_forward["calls"] == forward["calls"]
+    assert ours_forward["passes"] <= forward["passes"] + 3
+    # The gradient of each of the three weights takes one, without a neighbour after the last product.
+    assert ours_backward["calls"] <= backward["calls"] + 1
+    assert ours_backward["passes"] <= backward["passes"] + 3
+    # Of bools, which are slow, there are those of the ReLU alone.
+    assert ours_forward["bools"] + ours_backward["bools"] <= 1
+    assert ours_forward["stored singly"] + ours_backward["stored singly"] == 0

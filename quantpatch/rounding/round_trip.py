@@ -18,6 +18,15 @@ from torch.autograd import Function, forward_ad
 
 from quantpatch.division import quotient
 from quantpatch.formats import NumberFormat
+from quantpatch.rounding.compiled import (
+    apart,
+    as_it_lies,
+    in_own_order,
+    is_compiled_for_cpu,
+    is_of_convolution,
+    outside_mask,
+    zero_masked,
+)
 from quantpatch.rounding.cuda import fused_kernel
 from quantpatch.rounding.in_memory import forward_in_memory, round_trip_in_memory
 from quantpatch.rounding.modes import is_in_memory, is_jit_traced
@@ -50,6 +59,8 @@ def round_trip(
     transformed = not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
+    if dim is None and is_of_convolution(x, scale):
+        amax, scale = apart(amax, scale)
     needs_gradient = transformed or learned or x.requires_grad
     # A model traced by torch.jit.trace is for inference: its graph cannot hold a function of Python's.
     if not (needs_gradient and torch.is_grad_enabled()) or is_jit_traced():
@@ -111,21 +122,29 @@ def _save(ctx: Any, inputs: tuple[Any, ...], *, learned: bool) -> None:
     """Keeps what backward needs."""
     x, amax, scale, ctx.format, ctx.dim = inputs
     ctx.learned = learned
+    ctx.of_convolution = ctx.dim is None and is_of_convolution(x, scale)
+    if is_compiled_for_cpu(x) and not learned and not scale.dim():
+        ctx.save_for_backward(None, None, None, outside_mask(x, amax, lower_end=ctx.format.lower_end))
+        return
     # Not a mask: who records the operations decides what is kept, and a learned range needs the values.
     kept = x if amax is not None or ctx.format.min >= 0 else None
-    ctx.save_for_backward(kept, amax, scale if ctx.learned else None)
+    ctx.save_for_backward(kept, amax, scale if ctx.learned else None, None)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Detached: the gradient of this gradient goes to the upstream one only.
-    x, amax, scale = (None if t is None else t.detach() for t in ctx.saved_tensors)
+    x, amax, scale, mask = (None if t is None else t.detach() for t in ctx.saved_tensors)
     grad_x: Tensor | None = grad
     grad_amax = None
-    if x is not None and amax is not None and scale is not None:
+    if mask is not None:
+        grad_x = zero_masked(grad, mask)
+    elif x is not None and amax is not None and scale is not None:
         grad_x, grad_amax = _lsq_gradients(grad, x, amax, scale, ctx.format, ctx.dim)
     elif x is not None:
         wide = amax if amax is None else spread(amax, x, ctx.format, ctx.dim)
         grad_x = grad.masked_fill(is_outside(x, wide, lower_end=ctx.format.lower_end), 0.0)
+    if ctx.of_convolution and grad_x is not None:
+        grad_x = in_own_order(grad_x)
     wanted = ctx.needs_input_grad
     return grad_x if wanted[0] else None, grad_amax if wanted[1] else None, None, None, None
 
@@ -160,6 +179,8 @@ class _RoundTrip(Function):
     ) -> Tensor:
         learned = amax is not None and ctx.needs_input_grad[1]
         _save(ctx, (x, amax, scale, format, dim), learned=learned)
+        if ctx.of_convolution:
+            x = as_it_lies(x)
         return _forward(x, amax, scale, format, dim)
 
     @staticmethod

@@ -130,7 +130,7 @@ def _quantized(model: nn.Module, batches: list[Tensor]) -> nn.Module:
     qp.convert(quantized)
     qp.prepare(quantized, batches[0], target="onnxruntime")
     qp.calibrate(quantized, batches, method="mse", progress=False, strict=False)
-    qp.use_unsigned(quantized, batches)
+    qp.fit_zero_points(quantized, batches)
     return quantized
 
 

@@ -22,7 +22,6 @@ from quantpatch.export import (
     load,
     prepare,
     save,
-    use_unsigned,
 )
 from quantpatch.hookspecs import hookimpl
 from quantpatch.layers import QuantizedLayer
@@ -31,6 +30,7 @@ from quantpatch.quantizer import TensorQuantizer
 from quantpatch.registry import registry
 from quantpatch.report import summary
 from quantpatch.scope import keep_float, quantize_modules
+from quantpatch.zero_points import fit_zero_points
 
 __version__ = "0.1.0"
 
@@ -52,6 +52,7 @@ __all__ = [
     "expect_ranges",
     "explain",
     "export_onnx",
+    "fit_zero_points",
     "float_state_dict",
     "fold_batchnorm",
     "fold_weights",
@@ -66,5 +67,4 @@ __all__ = [
     "save",
     "sensitivity",
     "summary",
-    "use_unsigned",
 ]

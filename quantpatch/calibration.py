@@ -25,12 +25,13 @@ from quantpatch.ranks import Ranks
 from quantpatch.running import as_batches, demand_model, evaluating, run_batch, uncompiled
 from quantpatch.sharded import sharding_of
 
-__all__ = ["calibrate", "calibrating", "collecting"]
+__all__ = ["calibrate", "calibrating", "collecting", "run_over", "weight_quantizers"]
 
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
 
 
-def _weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:
+def weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:
+    """The quantizers of a model's weights."""
     layers = (m for m in model.modules() if isinstance(m, QuantizedLayer))
     found = (layer.quantizer(name) for layer in layers for name in layer.weight_axes())
     return {quantizer for quantizer in found if quantizer is not None}
@@ -138,7 +139,7 @@ def collecting(
     with _restored(named_quantizers(model).values()):
         with Ranks(group) as ranks, _naming(quantizers):
             quantizers.update(choose())
-            of_weights = _weight_quantizers(model)
+            of_weights = weight_quantizers(model)
             for name, quantizer in quantizers.items():
                 calibrators[name] = (
                     quantizer.make_calibrator(weight_method)
@@ -323,10 +324,6 @@ def calibrate(
         InputError: ``model`` is no model, or ``data`` no batches.
     """
     demand_model(model, "calibrate")
-    # A compiled model would be compiled anew for a run that is over after a few batches.
-    runner = uncompiled(model)
-    if isinstance(runner, nn.parallel.DistributedDataParallel):
-        runner = runner.module  # whose ranks would wait for each other in every batch
     with calibrating(
         model,
         method,
@@ -336,16 +333,35 @@ def calibrate(
         group=group,
         **options,
     ):
-        if callable(data) and not isinstance(data, Iterable):
-            data(runner)
-            return
-        data = as_batches(data)
-        total = len(data) if isinstance(data, Sized) else None
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
-            count = 0
-            for batch in bar.track(data, total=total, description="Calibrating"):
-                run_batch(runner, batch)
-                count += 1
-        if not count:
-            raise CalibrationError("the data holds no batch, so there is nothing to calibrate from")
+        run_over(model, data, progress=progress)
+
+
+def run_over(model: nn.Module, data: Batches | Callable[[nn.Module], Any], *, progress: bool) -> None:
+    """Runs a model over data; of what wraps it the module inside.
+
+    Args:
+        model: The model.
+        data: As ``calibrate`` takes it.
+        progress: Whether to show a progress bar (on a terminal only).
+
+    Raises:
+        CalibrationError: There is no batch.
+        InputError: The data is neither batches nor a function, or on a device where the model is not.
+    """
+    # A compiled model would be compiled anew for a run that is over after a few batches.
+    runner = uncompiled(model)
+    if isinstance(runner, nn.parallel.DistributedDataParallel):
+        runner = runner.module  # whose ranks would wait for each other in every batch
+    if callable(data) and not isinstance(data, Iterable):
+        data(runner)
+        return
+    data = as_batches(data)
+    total = len(data) if isinstance(data, Sized) else None
+    console = Console(stderr=True)
+    count = 0
+    with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
+        for batch in bar.track(data, total=total, description="Calibrating"):
+            run_batch(runner, batch)
+            count += 1
+    if not count:
+        raise CalibrationError("the data holds no batch, so there is nothing to calibrate from")

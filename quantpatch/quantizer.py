@@ -2,6 +2,7 @@
 
 A quantizer has no tensors until its range is known, so a model built from uncalibrated quantizers has
 exactly the ``state_dict`` keys of its float twin. The range stays float32 whatever the model is cast to.
+Beside the range of integers with a zero point the state has that: without it the range means another one.
 
 In eval mode the result for a weight is kept and used again until the weight, the range or the settings
 change. A change is seen through the weight's version counter, its identity and its memory; one made through
@@ -16,15 +17,16 @@ import inspect
 from collections.abc import Callable, Container, Mapping
 from typing import Any, ClassVar, TypeVar
 
+import attrs
 import torch
 from torch import Tensor, nn
 
 from quantpatch.affine import longer_side, magnitudes, upper_end
 from quantpatch.calibrators import Calibrator
 from quantpatch.descriptor import QuantDescriptor
-from quantpatch.errors import CalibrationError, ExportError, OperandError, RangeError
+from quantpatch.errors import CalibrationError, DescriptorError, ExportError, OperandError, RangeError
 from quantpatch.fake_quant import check_operand, fake_quantize
-from quantpatch.formats import NumberFormat
+from quantpatch.formats import Integer, NumberFormat
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.kept_weight import KeptWeight, Snapshot
 from quantpatch.places import place_in_running_model
@@ -32,7 +34,14 @@ from quantpatch.registry import registry
 from quantpatch.rounding.modes import is_traced
 from quantpatch.sharded import beside, gathers_weights, local_part
 
-__all__ = ["PARALLELIZE_FIRST", "RANGE_KEY", "TensorQuantizer", "named_quantizers", "outside_of"]
+__all__ = [
+    "PARALLELIZE_FIRST",
+    "RANGE_KEY",
+    "ZERO_POINT_KEY",
+    "TensorQuantizer",
+    "named_quantizers",
+    "outside_of",
+]
 
 T = TypeVar("T")
 
@@ -45,6 +54,8 @@ PARALLELIZE_FIRST = (
 _DEFAULT = QuantDescriptor()
 #: Name of the range in a quantizer's state.
 RANGE_KEY = "_amax"
+#: Name of the zero point beside it, where there is one.
+ZERO_POINT_KEY = "_zero_point"
 
 
 def _look_here(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -126,6 +137,7 @@ class TensorQuantizer(nn.Module):
         if value is None:
             self._buffers.pop(RANGE_KEY, None)
             self._parameters.pop(RANGE_KEY, None)
+            self._show_zero_point()
             return
         # A copy: whoever hands in a tensor may go on changing it.
         # A number is put on the CPU, whatever the default device is: on "meta" it would be lost.
@@ -201,6 +213,61 @@ class TensorQuantizer(nn.Module):
                 self._parameters[RANGE_KEY] = nn.Parameter(amax)
         else:
             self._buffers[RANGE_KEY] = amax
+        self._show_zero_point()
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether it is of signed integers with one range found beforehand, which another could replace.
+
+        That is one of unsigned integers, with a zero point if there are negative values.
+        """
+        format, descriptor = self.format, self.descriptor
+        signed = isinstance(format, Integer) and not format.unsigned
+        return signed and descriptor.kept_axes is None and not descriptor.dynamic
+
+    def use_zero_point(self, zero_point: int, amax: Tensor | float | None = None) -> None:
+        """Makes the integers unsigned ones, one of which stands for 0.
+
+        Args:
+            zero_point: Which; 0 is right where nothing is negative.
+            amax: The range, by its upper end; default: the one known so far stays.
+
+        Raises:
+            DescriptorError: The format is not one of integers with a scale from outside, or has no such
+                zero point.
+            RangeError: As when ``amax`` is set.
+        """
+        format, descriptor = self.format, self.descriptor
+        if not isinstance(format, Integer):
+            raise DescriptorError(
+                f"{self}: of the formats only integers have zero points, and {format.name} is none; "
+                f"use QuantDescriptor(unsigned=True)",
+                field="zero_point",
+                value=zero_point,
+            )
+        given = descriptor.amax if descriptor.amax is None or amax is None else float(amax)
+        descriptor = attrs.evolve(
+            descriptor,
+            format=None,
+            num_bits=format.bits,
+            unsigned=True,
+            narrow_range=False,
+            zero_point=zero_point,
+            amax=given,
+        )
+        self.__dict__.update(descriptor=descriptor, format=registry.format(descriptor), _kept=None)
+        if amax is not None:
+            self.amax = amax
+        self._show_zero_point()
+
+    def _show_zero_point(self) -> None:
+        """Puts the zero point into the state beside the range. Nothing computes with what is there."""
+        amax, z = self.amax, getattr(self.format, "zero_point", 0)
+        if amax is None or z == 0:
+            self._buffers.pop(ZERO_POINT_KEY, None)
+            return
+        with torch.inference_mode(False):
+            self._buffers[ZERO_POINT_KEY] = torch.tensor(z, dtype=torch.uint8, device=amax.device)
 
     # --- the stages ----------------------------------------------------------------------------
 
@@ -430,6 +497,7 @@ class TensorQuantizer(nn.Module):
             amax.data = exact
         else:
             self._buffers[RANGE_KEY] = exact
+        self._show_zero_point()
         return self
 
     def _load_from_state_dict(
@@ -449,6 +517,10 @@ class TensorQuantizer(nn.Module):
             self._check_range(saved.abs() if self.descriptor.learn_amax else saved)
         except RangeError as error:
             error_msgs.append(f"{prefix + RANGE_KEY}: {error}")
+            return
+        problem = self._take_zero_point(state_dict.get(prefix + ZERO_POINT_KEY))
+        if problem:
+            error_msgs.append(f"{prefix + ZERO_POINT_KEY}: {problem}")
             return
         shaped = self.shaped(saved)
         if shaped is not saved:  # it was learned where it was saved, and is not here, or the other way round
@@ -471,6 +543,22 @@ class TensorQuantizer(nn.Module):
             if name == "weight":  # which torch's RowwiseParallel asks every module inside of a layer for
                 raise AttributeError(f"{error}. {PARALLELIZE_FIRST}") from None
             raise
+
+    def _take_zero_point(self, saved: Tensor | None) -> str | None:
+        """Makes the zero point that which a checkpoint's range was found for; says why if it cannot be."""
+        own = getattr(self.format, "zero_point", 0)
+        if saved is None and own:
+            return (
+                f"{self} has the zero point {own}, and the checkpoint's range is of integers without one; "
+                f"load it into a model whose quantizers have none"
+            )
+        if saved is None or saved.is_meta or int(saved) == own:
+            return None
+        try:
+            self.use_zero_point(int(saved))
+        except DescriptorError as error:
+            return f"the checkpoint has {int(saved)}; {error}"
+        return None
 
     def __prepare_scriptable__(self) -> Any:
         # torch.jit.script asks each module for what to compile in its place, and would otherwise complain

@@ -41,7 +41,7 @@ FLOORS = [
     {"configure"},
     {"builtin", "scope", "report", "new_plugin"},
     {"calibration", "models", "audit", "export"},
-    {"analysis", "explain"},
+    {"analysis", "explain", "zero_points"},
     {"demo", "testing", "run", "__init__"},
     {"cli"},
     {"__main__"},

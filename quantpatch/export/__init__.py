@@ -7,7 +7,6 @@ from quantpatch.export.expected import expect_ranges
 from quantpatch.export.fold import FoldedWeights, fold_weights
 from quantpatch.export.onnx import export_onnx
 from quantpatch.export.placement import Preparation, prepare
-from quantpatch.export.unsigned import use_unsigned
 
 __all__ = [
     "Comparison",
@@ -24,5 +23,4 @@ __all__ = [
     "load",
     "prepare",
     "save",
-    "use_unsigned",
 ]

@@ -247,10 +247,10 @@ def _feed(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _codes_of(operand: Operand, x: Tensor) -> Tensor:
-    """The integers that a quantizer makes; 0 where its range is 0 and any integer means 0."""
+    """The integers that a quantizer makes; that of 0 where its range is 0 and any integer means it."""
     amax = None if operand.amax is None else operand.amax.to(x.device)
     integers, scale = quantize(x, amax, operand.format, axis=operand.quantizer.descriptor.kept_axes)
-    return integers.masked_fill(scale == 0, 0).cpu().int()
+    return integers.masked_fill(scale == 0, getattr(operand.element, "zero_point", 0)).cpu().int()
 
 
 def _torch_results(

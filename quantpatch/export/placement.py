@@ -21,7 +21,7 @@ from quantpatch.errors import UnknownNameError
 from quantpatch.export.batchnorm import FoldedBatchNorm, fold_batchnorm
 from quantpatch.export.dataflow import BATCHNORM, MOVING, Dataflow, Operator, Value, dataflow
 from quantpatch.export.targets import TARGETS, Target
-from quantpatch.export.unsigned import is_never_negative, make_unsigned, may_be_unsigned, replace_quantizer
+from quantpatch.export.unsigned import is_never_negative
 from quantpatch.formats import Integer
 from quantpatch.layers.base import quantizer_name
 from quantpatch.layers.placed import can_hold, quantize_output_of
@@ -112,8 +112,9 @@ def prepare(
         rules.quantize_skips()
     placed, shared = rules.carry_out(allow_unsigned=target == "onnxruntime")
     unsigned = tuple(name for name in unsigned if name not in shared)
-    make_unsigned(model, unsigned)
     every = named_quantizers(model, every_name=True)
+    for name in unsigned:
+        every[name].use_zero_point(0)
     unsigned += tuple(name for name in placed if getattr(every[name].format, "unsigned", False))
     return Preparation(target, folded, placed, shared, unsigned, rules.left)
 
@@ -126,7 +127,7 @@ def _never_negative(model: nn.Module, flow: Dataflow) -> Iterator[str]:
             taken.setdefault(operator.quantizer, []).append(operator.inputs[0])
     for name, quantizer in named_quantizers(model).items():
         values = taken.get(quantizer, [])
-        if values and may_be_unsigned(quantizer) and all(map(is_never_negative, values)):
+        if values and quantizer.is_symmetric and all(map(is_never_negative, values)):
             yield name
 
 
@@ -211,7 +212,7 @@ class _Rules:
             return None
         if other is None or not isinstance(other.format, Integer):
             return None
-        return attrs.evolve(source.descriptor, amax=None, unsigned=False, narrow_range=False)
+        return attrs.evolve(source.descriptor, amax=None, unsigned=False, narrow_range=False, zero_point=0)
 
     def _from_convolution(self, value: Value) -> QuantDescriptor | None:
         operator = value.maker
@@ -280,7 +281,7 @@ class _Rules:
             placed.append(f"{place}.{quantizer_name('output')}")
             for old in _takers(value):
                 if uses[old] == 1 and _may_share(old, new):
-                    for name in replace_quantizer(self.model, old, new):
+                    for name in _replace(self.model, old, new):
                         shared[name] = placed[-1]
         return tuple(placed), shared
 
@@ -301,8 +302,19 @@ def _takers(value: Value) -> Iterator[TensorQuantizer]:
                 yield from _takers(output)
 
 
+def _replace(model: nn.Module, old: TensorQuantizer, new: TensorQuantizer) -> list[str]:
+    """Puts a quantizer in every place of another; gives the names of those places."""
+    names = [name for name, m in named_quantizers(model, every_name=True).items() if m is old]
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        model.get_submodule(parent)._modules[own] = new
+    return names
+
+
 def _may_share(old: TensorQuantizer, new: TensorQuantizer) -> bool:
     """Whether one quantizer can stand for another that is not calibrated yet; its sign may differ."""
     if old.amax is not None or old.disabled or not old.quantizing or old.calibrating:
+        return False
+    if old.descriptor.zero_point:
         return False
     return bool(attrs.evolve(old.descriptor, unsigned=new.descriptor.unsigned) == new.descriptor)

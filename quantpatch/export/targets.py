@@ -213,6 +213,11 @@ def _common(operand: Operand, opset: int) -> str | None:
     if any(t.is_meta for t in tensors):
         return "it is on the meta device and has no values; load the model first"
     element = operand.element
+    if is_weight and isinstance(element, Integer) and element.zero_point:
+        return (
+            f"its format {element.name} has a zero point, which is exported for activations only; use "
+            f"QuantDescriptor(axis='channel', narrow_range=True) for weights"
+        )
     if isinstance(format, Blocked):
         if not is_weight:
             return (
@@ -249,6 +254,11 @@ def _common(operand: Operand, opset: int) -> str | None:
 def _tensorrt(operand: Operand) -> str | None:
     element, is_weight = operand.element, operand.weight is not None
     blocked = isinstance(operand.format, Blocked)
+    if isinstance(element, Integer) and element.zero_point:
+        return (
+            f"{element.name} has a zero point, and TensorRT's integers are symmetric; leave out "
+            f"fit_zero_points, or give it QuantDescriptor() and calibrate again"
+        )
     if isinstance(element, Integer) and element.unsigned:
         return (
             f"{element.name} is unsigned, and TensorRT has signed INT8 only; use "

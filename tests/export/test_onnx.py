@@ -32,6 +32,8 @@ ACTIVATIONS: dict[str, Any] = {
     "int8": {},
     "int8 narrow": {"narrow_range": True},
     "uint8": {"unsigned": True},
+    "uint8_z37": {"unsigned": True, "zero_point": 37},
+    "uint4_z9": {"num_bits": 4, "unsigned": True, "zero_point": 9},
     "int4": {"num_bits": 4},
     "uint3": {"num_bits": 3, "unsigned": True},
     "fp8_e4m3": {"num_bits": (4, 3)},
@@ -73,7 +75,7 @@ def test_every_pair_is_exact_bit_for_bit(target: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Quantizers()
     if target == "tensorrt":  # what that target takes
-        model.all = nn.ModuleList([model.all[0], model.all[1], model.all[3], model.all[5]])
+        model.all = nn.ModuleList([model.all[0], model.all[1], model.all[5], model.all[7]])
     tops = (127.0, 255.0, 7.0, 448.0)
     x = torch.stack([torch.cat([adversarial(2.7182817, top, 4000) for top in tops])] * 3)
     report = export_onnx(model, x, tmp_path / "q.onnx", target=target)

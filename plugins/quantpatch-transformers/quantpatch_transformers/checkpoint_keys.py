@@ -17,11 +17,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from quantpatch.errors import CheckpointError
-from quantpatch.quantizer import RANGE_KEY
+from quantpatch.quantizer import RANGE_KEY, ZERO_POINT_KEY
 
 __all__ = ["Checkpoint", "aliased", "names_in"]
 
 _SUFFIX = f"_quantizer.{RANGE_KEY}"
+_ZERO_POINT_SUFFIX = f"_quantizer.{ZERO_POINT_KEY}"
 
 
 class Checkpoint:
@@ -32,6 +33,7 @@ class Checkpoint:
 
     Attributes:
         path: The first file, for messages.
+        zero_points: The keys of zero points, once ``find_ranges`` has looked.
     """
 
     def __init__(self, files: Iterable[str]) -> None:
@@ -39,6 +41,7 @@ class Checkpoint:
         self.path = files[0] if files else "a state_dict"
         self._files = [file for file in files if file.endswith(".safetensors")]
         self._where: dict[str, tuple[str, str]] = {}  # by name in the model: the file, and the key in it
+        self.zero_points: tuple[str, ...] = ()
         self._renamed: dict[str, str] = {}  # by name in the model: what transformers makes of the key
 
     def find_ranges(self, model: PreTrainedModel, aliases: Mapping[str, str] | None = None) -> None:
@@ -54,6 +57,7 @@ class Checkpoint:
         """
         keys = {key: file for file in self._files for key in self._read(file, lambda f: list(f.keys()))}
         renamed = _renaming(model)
+        self.zero_points = tuple(key for key in keys if key.endswith(_ZERO_POINT_SUFFIX))
         names = {key: name for name, key in (aliases or {}).items() if key in keys}
         names.update(
             {key: renamed(key).removesuffix(f".{RANGE_KEY}") for key in keys if key.endswith(_SUFFIX)}
@@ -81,8 +85,9 @@ class Checkpoint:
         return self._read(self._files[0], lambda f: f.metadata() or {}) if self._files else {}
 
     def patterns_of(self, quantizers: Collection[str]) -> set[str]:
-        """Regular expressions for the keys that are ranges of these quantizers, and of nothing else."""
-        return {rf"^{re.escape(new)}$" for name, new in self._renamed.items() if name in quantizers}
+        """Regular expressions for the keys of ranges of these quantizers and of zero points, and no more."""
+        ranges = [new for name, new in self._renamed.items() if name in quantizers]
+        return {rf"^{re.escape(key)}$" for key in (*ranges, *self.zero_points)}
 
     def _read(self, file: str, what: Any) -> Any:
         try:

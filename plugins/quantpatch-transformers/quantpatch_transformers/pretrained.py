@@ -174,6 +174,13 @@ class QuantPatchQuantizer(HfQuantizer):
             if not self.built_in_block:
                 self._convert(model)
             checkpoint.find_ranges(model)
+            if checkpoint.zero_points:
+                raise CheckpointError(
+                    f"{checkpoint.path}: it has zero points ({checkpoint.zero_points[0]}, …), and does not "
+                    f"say how its model was quantized. Write make_savable(model) before "
+                    f"model.save_pretrained(...)",
+                    path=checkpoint.path,
+                )
             description = _describe(model, known=checkpoint.range_names)
         plan = StructurePlan(model, description, checkpoint.ranges())
         if plan.problems:

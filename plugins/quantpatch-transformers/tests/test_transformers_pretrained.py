@@ -89,6 +89,27 @@ def test_saved_as_it_is_its_ranges_come_back_inside_a_block(name, tmp_path):
     assert_same(loaded(type(model), tmp_path / "again"), model, name)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_zero_points_come_back(name, tmp_path):
+    model = calibrated(name)
+    assert any(qp.fit_zero_points(model, [MODELS[name].inputs], least_gain=1.01).values())
+    again = loaded(type(model), saved(model, tmp_path) and tmp_path)
+    assert_same(again, model, name)
+    formats = [{n: q.format.name for n, q in quantizers(m).items()} for m in (model, again)]
+    assert formats[0] == formats[1]
+
+
+def test_zero_points_without_a_description_are_not_taken_for_symmetric_ranges(tmp_path):
+    model = calibrated()
+    qp.fit_zero_points(model, [MODELS["gpt2"].inputs], least_gain=1.01)
+    model.save_pretrained(tmp_path)
+    with (
+        qp.quantize_modules(),
+        pytest.raises(CheckpointError, match=r"zero points .*Write make_savable\(model\) before"),
+    ):
+        type(model).from_pretrained(tmp_path)
+
+
 def test_inside_a_block_of_another_recipe_what_was_saved_comes_back(tmp_path):
     model = saved(calibrated(), tmp_path)
     with qp.quantize_modules(recipe="int4", include=["Embedding"]):

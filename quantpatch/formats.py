@@ -402,8 +402,10 @@ BUILTIN_FORMATS: Mapping[str, NumberFormat] = MappingProxyType(_builtin())
 
 def _power_below(y: Tensor) -> Tensor:
     """The largest power of two that is not above ``|y|``: 0 of subnormals, infinity of what is not finite."""
-    plain = not (torch._C._is_tracing() or torch._C._are_functorch_transforms_active())
-    if torch.compiler.is_compiling() or plain:
+    # In this order: the compiler cannot follow what comes after the first.
+    if torch.compiler.is_compiling() or not (
+        torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+    ):
         return y.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
     # torch.jit.trace cannot write down a view as another dtype, and torch.vmap of torch 2.6 not batch one. y
     # is its mantissa, from 1/2 to 1, times a power of two, so the quotient is a power of two, exactly.

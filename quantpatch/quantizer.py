@@ -169,16 +169,19 @@ class TensorQuantizer(nn.Module):
             self.amax = None
         self.amax = amax
 
-    def expect_range(self, shape: tuple[int, ...], device: torch.device) -> None:
+    def expect_range(self, shape: tuple[int, ...], device: torch.device, *, zero_point: bool = False) -> None:
         """Makes room for a range that something else fills in; until then it is NaN, as is what it quantizes.
 
         Args:
             shape: That of the range.
             device: Where it is to be.
+            zero_point: Whether a zero point comes with it.
         """
-        if self.amax is None:
-            with torch.inference_mode(False):
+        with torch.inference_mode(False):
+            if self.amax is None:
                 self._hold(torch.full(shape, torch.nan, device=device))
+            if zero_point and ZERO_POINT_KEY not in self._buffers:
+                self._buffers[ZERO_POINT_KEY] = torch.zeros((), dtype=torch.uint8, device=device)
 
     @property
     def own_range(self) -> Tensor | None:
@@ -497,7 +500,8 @@ class TensorQuantizer(nn.Module):
             amax.data = exact
         else:
             self._buffers[RANGE_KEY] = exact
-        self._show_zero_point()
+        if getattr(self.format, "zero_point", 0):  # else there may be room for one that is to be loaded
+            self._show_zero_point()
         return self
 
     def _load_from_state_dict(

@@ -363,6 +363,23 @@ def test_without_room_for_them_no_range_is_loaded_and_with_it_all_are(saved):
     assert torch.equal(model(DATA[0]), quantized()(DATA[0]))
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_zero_points_are_expected_with_their_ranges(saved, whole):
+    original = quantized()
+    skewed = DATA[0].clamp_min(-0.3)
+    assert qp.fit_zero_points(original, [skewed])["0.input_quantizer"] > 0
+    folder, model = saved(model=original), quantized(calibrated=False)
+    qp.expect_ranges(model, folder)
+    model.half().float()  # room stays room
+    state = {"model": model if whole else model.state_dict()}
+    with one_process():
+        dcp.load(state, checkpoint_id=folder)
+    if not whole:
+        model.load_state_dict(state["model"])
+    assert model[0].input_quantizer.descriptor == original[0].input_quantizer.descriptor
+    assert torch.equal(model[0](skewed), original[0](skewed))
+
+
 def test_expected_ranges_that_do_not_fit_are_an_error_and_nothing_changes(saved, tmp_path):
     folder = saved(model=quantized(), ema=quantized())
     fresh = quantized(calibrated=False)

@@ -12,7 +12,7 @@ from torch import nn
 
 from quantpatch.errors import CheckpointError, QuantPatchWarning
 from quantpatch.export.structure import device_near
-from quantpatch.quantizer import RANGE_KEY, named_quantizers
+from quantpatch.quantizer import RANGE_KEY, ZERO_POINT_KEY, named_quantizers
 from quantpatch.sharded import sharding_of
 
 __all__ = ["expect_ranges"]
@@ -83,7 +83,9 @@ def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = Non
         )
     modules = dict(model.named_modules())
     for name, shape in shapes.items():
-        quantizers[name].expect_range(shape, device_near(modules[name.rpartition(".")[0]]))
+        key = f"{prefix}{name}.{ZERO_POINT_KEY}" if name else f"{prefix}{ZERO_POINT_KEY}"
+        device = device_near(modules[name.rpartition(".")[0]])
+        quantizers[name].expect_range(shape, device, zero_point=key in entries)
     left = [
         name
         for name, q in quantizers.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -21,24 +22,39 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     When the block ends every file in there is moved beside ``path``, ``path`` itself last: whoever finds it
     finds it complete. If the block raises, nothing is moved. The folder is a neighbour of the file, since a
-    file can be renamed in one step only within a file system.
+    file can be renamed in one step only within a file system. A file has the permissions of the one that it
+    replaces, or of any new file, whatever the writer gave it.
 
     Raises:
-        PathError: There is no folder for the file.
+        PathError: There is no folder for the file, or the path is one.
     """
+    if path.is_dir():
+        raise PathError(f"{path} is a folder: give the name of a file in it", path=str(path))
     if not path.parent.is_dir():  # said of the folder, not of a temporary one in it
         raise PathError(f"{path} cannot be written: there is no folder {path.parent}", path=str(path))
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield folder
         names = sorted((file.name for file in folder.iterdir()), key=lambda name: name == path.name)
+        usual = _mode_of_new_files(folder)
         for name in names:
+            old = path.parent / name
             with open(folder / name, "rb+") as file:
+                os.chmod(file.name, stat.S_IMODE(old.stat().st_mode) if old.exists() else usual)
                 os.fsync(file.fileno())
         for name in names:
             os.replace(folder / name, path.parent / name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """The permissions that files get here; the umask alone can only be asked by changing it."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
 
 
 @contextlib.contextmanager

@@ -124,6 +124,8 @@ def compare_with_torch(
     """
     if any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in pytree.tree_leaves((args, kwargs))):
         return Comparison(not_run="ONNX Runtime's Python interface takes no bfloat16")
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        return Comparison(not_run="ONNX Runtime's CPU provider has no kernels of bfloat16")
     by_name = {operand.name: operand for operand in found if operand.weight is None}
     totals: list[tuple[Any, ...]] = []
     runs: list[tuple[dict[str, Any], list[Tensor]]] = []

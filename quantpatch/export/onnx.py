@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ from quantpatch.running import demand_model, evaluating, uncompiled
 __all__ = ["export_onnx"]
 
 _OPSET = 21
+_EXPORTING = threading.RLock()  # torch traces for one thread at a time, and fails in the others
 _LARGE = 2**31 - 2**27  # a protobuf file ends at 2 GiB
 
 
@@ -82,7 +84,7 @@ def export_onnx(
     args = args if isinstance(args, tuple) else (args,)
     kwargs = dict(kwargs or {})
     found = _checked_operands(model, target, opset)
-    with evaluating(model):
+    with _EXPORTING, evaluating(model):
         program = _traced(
             model, args, kwargs, found, target, opset, dynamic_shapes, input_names, output_names
         )
@@ -110,11 +112,22 @@ def _demand_extra(check: bool) -> None:
             raise MissingExtraError.of("onnx", package, "qp.export_onnx") from None
 
 
+def _newest_opset() -> int:
+    import onnx
+
+    newest: int = onnx.defs.onnx_opset_version()
+    return newest
+
+
 def _checked_operands(model: nn.Module, target: str, opset: int) -> list[Operand]:
     if target not in TARGETS:
         raise UnknownNameError.of("target", target, TARGETS)
-    if opset < 19:
-        raise ExportError(f"opset is 19 or later, got {opset}; leave it out for {_OPSET}", target=target)
+    newest = _newest_opset()
+    if isinstance(opset, bool) or not isinstance(opset, int) or not 19 <= opset <= newest:
+        raise ExportError(
+            f"opset is a number from 19 to {newest} here, got {opset!r}; leave it out for {_OPSET}",
+            target=target,
+        )
     if isinstance(model, (nn.DataParallel, torch.jit.ScriptModule)):
         raise ExportError(
             f"a {type(model).__name__} cannot be traced; export the module inside it", target=target

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import ExportError, MissingExtraError, QuantPatchWarning, UnknownNameError
+from quantpatch.errors import ExportError, MissingExtraError, PathError, QuantPatchWarning, UnknownNameError
 from quantpatch.export.check import session_options
 from quantpatch.export.onnx import export_onnx
 
@@ -349,6 +351,71 @@ def test_a_failed_export_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    """No file may be longer than 500 bytes here, as the system says to whoever writes."""
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            export_onnx(linear(), torch.randn(3, 4), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_threads_export_at_once(tmp_path: Path) -> None:
+    models = [linear(), linear()]
+    x = torch.randn(3, 4)
+    jobs = [(models[0], "onnxruntime"), (models[0], "tensorrt"), (models[1], "onnxruntime")]
+
+    def job(index: int) -> int:
+        model, target = jobs[index]
+        report = export_onnx(model, x, tmp_path / f"{index}.onnx", target=target)
+        assert report.comparison is not None
+        return report.comparison.mismatching + report.comparison.differing
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(job, range(3))) == [0, 0, 0]
+    zeros = {t.data_type for t in initializers(tmp_path / "1.onnx").values() if not t.dims}
+    assert onnx.TensorProto.INT8 in zeros  # each its own target's
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(30, 8)
+        self.head = nn.Linear(8, 30, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(ids))
+
+
+def test_tied_weights_and_names_beyond_ascii(tmp_path: Path) -> None:
+    ids = torch.arange(10)[None]
+    model = calibrated(Tied, ids)
+    path = tmp_path / "modèle ☃.onnx"
+    report = export_onnx(model, ids, path, dynamic_shapes=({1: "länge"},))
+    assert report.comparison is not None
+    assert (report.comparison.differing, report.comparison.mismatching) == (0, 0)
+    more = torch.arange(25)[None]
+    assert torch.allclose(run(path, more)[0], model(more), atol=1e-5)
+    assert model.head.weight is model.table.weight
+
+
+def test_a_model_in_bfloat16_is_written_and_said_to_be_unchecked(tmp_path: Path) -> None:
+    ids = torch.arange(10)[None]
+    comparison = export_onnx(calibrated(Tied, ids).bfloat16(), ids, tmp_path / "m.onnx").comparison
+    assert comparison is not None
+    assert "no kernels of bfloat16" in str(comparison)
+    kinds = {t.data_type for t in initializers(tmp_path / "m.onnx").values()}
+    assert onnx.TensorProto.INT8 in kinds  # and the scale is in float32
+    assert onnx.TensorProto.FLOAT in kinds
+
+
 def test_outputs_that_kernels_compute_otherwise_are_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,7 +441,10 @@ def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     model = linear()
     with pytest.raises(UnknownNameError, match="tensorrt"):
         export_onnx(model, X, tmp_path / "m.onnx", target="tensortr")  # type: ignore[arg-type]
-    assert "opset" in str(refused(model, tmp_path / "m.onnx", opset=17))
+    for opset in (17, 99, "21", True):
+        assert "opset is a number from 19 to" in str(refused(model, tmp_path / "m.onnx", opset=opset))
+    with pytest.raises(PathError, match="is a folder"):
+        export_onnx(model, torch.randn(3, 4), tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         export_onnx(model, torch.randn(3, 4), tmp_path / "missing" / "m.onnx")
     assert "export the module inside" in str(refused(nn.DataParallel(model), tmp_path / "m.onnx"))

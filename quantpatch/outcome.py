@@ -84,7 +84,7 @@ class Outcome:
                 count,
             )
             for (offer, because, target, replacement), count in self._items()
-            if not because
+            if not because and offer.entry.told
         )
 
     @property

@@ -174,6 +174,40 @@ def test_nothing_is_set_and_everything_is_restored_when_the_data_source_raises(w
     assert_untouched(model, before, modes)
 
 
+@pytest.mark.parametrize("stage", ["iter", "function", "block"])
+def test_whatever_fails_while_data_is_given_sets_nothing_and_restores_everything(stage, batches):
+    model = build()
+    before, modes = states(model), [m.training for m in model.modules()]
+
+    class Source:
+        def __iter__(self):
+            raise KeyError("disk")
+
+    def run(given):
+        given(batches[0])
+        raise KeyError("disk")
+
+    def in_block():
+        with qp.calibrating(model):
+            run(model)
+
+    with pytest.raises(KeyError, match="disk"):
+        in_block() if stage == "block" else qp.calibrate(model, Source() if stage == "iter" else run)
+    assert_untouched(model, before, modes)
+
+
+TERMINALS = [(1, True, True), (1, False, False), (0, True, False)]
+
+
+@pytest.mark.parametrize(("terminal", "progress", "shown"), TERMINALS)
+def test_progress_is_shown_on_a_terminal(terminal, progress, shown, batches, capsys, monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TTY_COMPATIBLE", str(terminal))
+    qp.calibrate(build(), batches, progress=progress)
+    assert ("Calibrating" in capsys.readouterr().err) == shown
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_are_an_error_that_names_the_quantizer(bad, batches):
     model = build()

@@ -23,9 +23,12 @@ __all__ = [
 ]
 
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # came with torch 2.7
+
+
 def is_compiled_for_cpu(x: Tensor) -> bool:
     """Whether ``torch.compile`` makes C++ code of what is done with ``x``; ``torch.export`` does not."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu"
+    return torch.compiler.is_compiling() and not _is_exporting() and x.device.type == "cpu"
 
 
 # --- What lies outside a range ----------------------------------------------------------------------------

@@ -653,7 +653,7 @@ def test_weights_that_changed_since_their_ranges_were_found_are_named(recipe, me
     report = qp.audit(model, x)
     assert [name for name, _ in report.outgrown] == ["0.weight_quantizer"]
     assert report.outgrown[0][1] > 4
-    assert "0.weight_quantizer (" in str(report)
+    assert "0.weight_quantizer (" in " ".join(str(report).split())  # wherever the line breaks
     assert "qp.calibrate(model, data, overwrite=True)" in " ".join(str(report).split())
     qp.calibrate(model, [x], method, weight_method=method, overwrite=True)
     assert qp.audit(model, x).outgrown == ()

@@ -36,6 +36,7 @@ FLOORS = [
     {"calibrators", "recipes"},
     {"plugins"},
     {"registry"},
+    {"held_range"},
     {"table", "quantizer", "outcome"},
     {"layers", "settings", "roots"},
     {"configure"},

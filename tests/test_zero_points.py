@@ -248,6 +248,24 @@ def test_the_state_has_the_zero_point_and_gives_it_to_whoever_loads_it() -> None
     )
 
 
+def test_integers_from_0_on_are_loaded_as_such() -> None:
+    model = calibrated()
+    qp.fit_zero_points(model, [X])
+    state = model.state_dict()
+    assert state["0.input_quantizer._zero_point"] == 0
+    signed = calibrated(-X)
+    signed.load_state_dict(state, strict=True)
+    assert signed[0].input_quantizer.format.name == "uint8"
+    assert torch.equal(signed(X), model(X))
+    # A range without a word on the zero point, as other toolkits save it.
+    del state["0.input_quantizer._zero_point"]
+    model.load_state_dict(state, strict=True)
+    with qp.quantize_modules(recipe="fp8"):
+        floats = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU(), nn.Conv2d(4, 2, 1))
+    with pytest.raises(RuntimeError, match="_zero_point: the checkpoint has 0; .*fp8_e4m3 is none"):
+        floats.load_state_dict(model.state_dict())
+
+
 def test_copies_casts_and_files_keep_it(tmp_path: Path) -> None:
     model = fitted()
     expected = model(SKEWED)

@@ -12,7 +12,8 @@ from torch import nn
 
 from quantpatch.errors import CheckpointError, QuantPatchWarning
 from quantpatch.export.structure import device_near
-from quantpatch.quantizer import RANGE_KEY, ZERO_POINT_KEY, named_quantizers
+from quantpatch.held_range import RANGE_KEY, ZERO_POINT_KEY
+from quantpatch.quantizer import named_quantizers
 from quantpatch.sharded import sharding_of
 
 __all__ = ["expect_ranges"]

@@ -24,8 +24,9 @@ from quantpatch.errors import CheckpointError, ConversionError
 from quantpatch.export.description import active_plugins, describe_layers, describe_quantizers
 from quantpatch.export.structure import StructurePlan
 from quantpatch.files import own_version
+from quantpatch.held_range import RANGE_KEY
 from quantpatch.layers import QuantizedLayer
-from quantpatch.quantizer import RANGE_KEY, named_quantizers
+from quantpatch.quantizer import named_quantizers
 from quantpatch.recipes import active_recipe
 from quantpatch.registry import registry
 from quantpatch_transformers.attention import attention_is_quantized, quantize_attention

@@ -48,7 +48,7 @@ class Plan(StructurePlan):
             if source in tensors:
                 tensors[alias] = tensors[source]
         wanted = outside_of(named_quantizers(self.model, every_name=True), self.model.state_dict())
-        given = outside_of(self._quantizers, tensors)
+        given = outside_of({*self._quantizers, *self._aliases}, tensors)
         missing = [key for key in wanted if key not in given]
         unexpected = [key for key in given if key not in wanted]
         if missing:

@@ -5,17 +5,15 @@ A check is a function that raises ``Broken`` with what it saw; what to change is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import attrs
-import torch
 from torch import nn
 
 from quantpatch.testing.subject import Broken, NotApplicable, Subject, differ, floats
 
-__all__ = ["CHECKS", "Check", "check", "demand_close", "demand_equal", "in_the_open", "or_float_neither"]
+__all__ = ["CHECKS", "Check", "check", "demand_close", "demand_equal", "or_float_neither"]
 
 Function = Callable[[Subject], None]
 
@@ -49,17 +47,6 @@ def check(advice: str, *, traces: bool = False) -> Callable[[Function], Function
         return function
 
     return add
-
-
-@contextmanager
-def in_the_open() -> Iterator[None]:
-    """A block without torch's C++ kernels for whole transformer layers, which round in their own way."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def demand_equal(ours: Any, theirs: Any, what: str) -> None:

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.testing.checks import check, demand_close, demand_equal, in_the_open
+from quantpatch.running import without_fast_paths
+from quantpatch.testing.checks import check, demand_close, demand_equal
 from quantpatch.testing.subject import (
     Broken,
     NotApplicable,
@@ -77,7 +78,7 @@ def disabled(subject: Subject) -> None:
         where = "in training mode" if training else "in eval mode"
         layer, quantized = (module.train(training) for module in subject.pair())
         disable(quantized)
-        with in_the_open():
+        with without_fast_paths():
             with torch.no_grad():
                 ours, theirs = subject.run(quantized), subject.run(layer)
             demand_equal(ours, theirs, f"disabled, its output {where} is not the float layer's")
@@ -130,7 +131,7 @@ def operands(subject: Subject) -> None:
 def gradients(subject: Subject) -> None:
     """Gradients reach every input and parameter that the float layer's reach, and are finite."""
     layer, quantized = subject.calibrated()
-    with in_the_open():
+    with without_fast_paths():
         _, ours = subject.with_gradients(quantized)
         _, theirs = subject.with_gradients(layer)
     for name, expected in theirs.items():

@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_map
 from quantpatch.errors import ConversionError
 from quantpatch.models import convert, revert
 from quantpatch.quantizer import named_quantizers
+from quantpatch.running import without_fast_paths
 from quantpatch.scope import quantize_modules
-from quantpatch.testing.checks import check, demand_close, demand_equal, in_the_open, or_float_neither
+from quantpatch.testing.checks import check, demand_close, demand_equal, or_float_neither
 from quantpatch.testing.subject import (
     Broken,
     NotApplicable,
@@ -115,7 +116,7 @@ def _demand_dtype(subject: Subject, dtype: torch.dtype) -> None:
     data = tree_map(cast, subject.data())
     keywords = tree_map(cast, dict(subject.example.keywords))
     cast_subject = attrs.evolve(subject, example=attrs.evolve(subject.example, keywords=keywords))
-    with in_the_open(), torch.no_grad():
+    with without_fast_paths(), torch.no_grad():
         exact = subject.run(copy.deepcopy(quantized))
         quantized.to(dtype)
         for name, before in known.items():

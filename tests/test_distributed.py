@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import datetime
-import os
 import sys
 import warnings
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from gloo import join
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -105,15 +104,7 @@ class FailsAtTheRange(MaxCalibrator):
 
 def run_rank(rank, folder):
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join(rank, folder, RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))
     found = {}
     sharding(found, rank, mesh, folder)

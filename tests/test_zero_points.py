@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo import join
 from torch import nn
 
 import quantpatch as qp
@@ -159,22 +159,19 @@ def test_batches_of_each_kind() -> None:
 
 
 def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    join(rank, folder, 2)
     model = calibrated(SKEWED)
     found = dict(qp.fit_zero_points(model, [SKEWED.clamp_min(0) if rank else SKEWED]))
     try:
         qp.fit_zero_points(calibrated(SKEWED), [SKEWED] if rank else [])
     except CalibrationError as error:
         found["error"] = str(error)
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_every_rank_has_the_zero_point_of_the_data_of_all(tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+def test_every_rank_has_the_zero_point_of_the_data_of_all(by_ranks: Callable[..., list[Any]]) -> None:
+    first, second = by_ranks(run_rank, 2)
     assert "no batch" in first.pop("error")
     assert "rank 0 failed" in second.pop("error")
     alone = calibrated(SKEWED)

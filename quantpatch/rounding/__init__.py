@@ -3,6 +3,7 @@
 ================  ====================================================================================
 round_trip.py     the trip and its gradients: which way it goes, and the way in plain operations
 in_memory.py      the way of tensors in main memory: in place, and only what has to be done
+compiled.py       what helps torch.compile to make good code of plain operations on a CPU
 outside.py        which elements lie outside a range, in at most a byte an element
 scales.py         scales, and the blocks of elements that share them
 pieces.py         tensors cut into what a CPU's cache holds

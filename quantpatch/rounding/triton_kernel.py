@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantpatch.formats import Blocked, Float, Integer, NumberFormat
+from quantpatch.formats import Float, Integer, NumberFormat
+from quantpatch.rounding.scales import element_of
 
 __all__ = ["fake_quantize_fused", "fused_round_trip", "run_of"]
 
@@ -173,7 +174,7 @@ def fake_quantize_fused(
     It does integers and floats, with one scale, with one for each index of an axis, and with one for each
     block of the last axis; not float64, learned ranges, several kept axes, or blocks with a shorter tail.
     """
-    element = format.element if isinstance(format, Blocked) else format
+    element = element_of(format)
     if x.dtype not in _DTYPES or not isinstance(element, (Integer, Float)):
         return None
     if amax is not None and (amax.requires_grad or amax.numel() not in (1, scale.numel())):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
+from gloo import join
 
 from quantpatch.calibrators import (
     BUILTIN_CALIBRATORS,
@@ -63,15 +61,7 @@ def collected(kind: str, axis: int | None, batches: list[torch.Tensor]) -> Calib
 
 
 def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join(rank, folder, RANKS)
     results: dict[object, object] = {}
     for kind in KINDS:
         for axis in AXES:

@@ -18,6 +18,7 @@ from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import DescriptorError, RangeError
 from quantpatch.formats import Integer, NumberFormat
 from quantpatch.registry import registry
+from quantpatch.rounding.compiled import ZeroPointAsData
 from quantpatch.sharded import beside, local_part
 
 __all__ = ["RANGE_KEY", "ZERO_POINT_KEY", "HeldRange"]
@@ -193,8 +194,16 @@ class HeldRange(nn.Module):
         format = self.format
         return format.zero_point if isinstance(format, Integer) and format.unsigned else None
 
+    @property
+    def _format_as_compiled(self) -> NumberFormat:
+        """The format for ``torch.compile``, to which a zero point is no constant but that of the state."""
+        zero_point = self._buffers.get(ZERO_POINT_KEY)
+        if zero_point is None or type(self.format) is not Integer or self.descriptor.learn_amax:
+            return self.format
+        return ZeroPointAsData(self.format.bits, zero_point)
+
     def _show_zero_point(self) -> None:
-        """Puts the zero point into the state beside the range. Nothing computes with what is there."""
+        """Puts the zero point into the state beside the range; computed with only where it is compiled."""
         amax, z = self.amax, self._zero_point_of_format
         if amax is None or z is None:
             self._buffers.pop(ZERO_POINT_KEY, None)

@@ -28,6 +28,7 @@ from quantpatch.held_range import HeldRange
 from quantpatch.kept_weight import KeptWeight, Snapshot
 from quantpatch.places import place_in_running_model
 from quantpatch.registry import registry
+from quantpatch.rounding.compiled import is_compiled
 from quantpatch.rounding.modes import is_traced
 from quantpatch.sharded import gathers_weights
 
@@ -246,7 +247,8 @@ class TensorQuantizer(HeldRange):
             amax = amax.to(x.device) if x.is_meta else self._follow(x.device)
         if is_weight and not self.training and self._may_keep(x, amax):
             return self._from_kept(x, amax)
-        return fake_quantize(x, self._magnitude(amax), self.format, axis=descriptor.kept_axes)
+        format = self._format_as_compiled if amax is not None and is_compiled() else self.format
+        return fake_quantize(x, self._magnitude(amax), format, axis=descriptor.kept_axes)
 
     def _may_keep(self, weight: Tensor, amax: Tensor | None) -> bool:
         """Whether the result for a weight depends on nothing that cannot be watched."""

@@ -109,6 +109,47 @@ def test_a_model_compiled_inside_the_block_is_quantized():
     assert qp.audit(compiled, x).share == 1.0
 
 
+class Block(nn.Module):
+    """One of a stack."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, of blocks
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_that_differ_in_ranges_and_zero_points_share_a_graph(training):
+    torch.manual_seed(0)
+    with qp.quantize_modules():
+        stack = nn.Sequential(*[Block() for _ in range(4)]).train(training)
+    qp.calibrate(stack, [torch.randn(4, 6)], progress=False)
+    for zero_point, block in zip((0, 40, 141, 141), stack, strict=True):
+        block.up.input_quantizer.use_zero_point(zero_point)
+        block.down.input_quantizer.use_zero_point(0)
+    eager, x, graphs = copy.deepcopy(stack), torch.randn(5, 6, requires_grad=training), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for block in stack:
+        block.compile(backend=backend, fullgraph=True)
+    with torch.set_grad_enabled(training):
+        stack(x)
+        for model in (stack, eager):  # a change is seen as well
+            model[3].up.input_quantizer.use_zero_point(7)
+        ours, wanted = stack(x), eager(x)
+    assert torch.equal(ours, wanted)
+    assert len(graphs) == 1
+    if training:
+        grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, wanted)]
+        assert torch.equal(*grads)
+
+
 # --- Whatever changes after compilation is seen -----------------------------------------------------------
 
 

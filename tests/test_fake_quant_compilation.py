@@ -148,6 +148,8 @@ def test_on_a_cpu_quantization_fuses_into_its_neighbours():
     forward, backward = counts(model, x)
     qp.convert(model)
     qp.calibrate(model, [x * 0.8], progress=False)
+    model.second.input_quantizer.use_zero_point(0)  # after a ReLU
+    model.third.input_quantizer.use_zero_point(100)
     model.zero_grad()
     ours_forward, ours_backward = counts(model, x)
     grads = [parameter.grad.clone() for parameter in model.parameters()]

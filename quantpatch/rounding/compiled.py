@@ -1,21 +1,30 @@
-"""What helps ``torch.compile`` to make good C++ code of the arithmetic; no value depends on it.
+"""What helps ``torch.compile`` to make few graphs and good C++ code; no value depends on it.
 
-Plain operations fuse by themselves. Two things have to be asked for. Bools are not vectorised: what lies
-outside a range is kept for the backward pass as int8. And convolutions are computed channels last, so weights
-and their gradients are reordered: that can be done in the same pass over memory as the arithmetic.
+Plain operations fuse by themselves. Three things have to be asked for. A number of a layer's is a constant of
+its graph: zero points are tensors here, or each block of a model would be compiled anew. Bools are not
+vectorised: what lies outside a range is kept for the backward pass as int8. And convolutions are computed
+channels last, so weights and their gradients are reordered: that can be done in the same pass over memory as
+the arithmetic.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from quantpatch.division import quotient
+from quantpatch.formats import Integer, NumberFormat
 from quantpatch.rounding.outside import is_outside
 
 __all__ = [
+    "ZeroPointAsData",
     "apart",
     "as_it_lies",
+    "beyond",
     "in_own_order",
+    "is_compiled",
     "is_compiled_for_cpu",
     "is_of_convolution",
     "outside_mask",
@@ -26,22 +35,69 @@ __all__ = [
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # came with torch 2.7
 
 
+def is_compiled() -> bool:
+    """Whether it is ``torch.compile`` that records the operations, and not ``torch.export``."""
+    return torch.compiler.is_compiling() and not _is_exporting()
+
+
 def is_compiled_for_cpu(x: Tensor) -> bool:
-    """Whether ``torch.compile`` makes C++ code of what is done with ``x``; ``torch.export`` does not."""
-    return torch.compiler.is_compiling() and not _is_exporting() and x.device.type == "cpu"
+    """Whether ``torch.compile`` makes C++ code of what is done with ``x``."""
+    return is_compiled() and x.device.type == "cpu"
+
+
+# --- Zero points ------------------------------------------------------------------------------------------
+
+
+class ZeroPointAsData(Integer):
+    """Unsigned integers whose zero point is in a tensor, so that one graph serves layers that differ in it.
+
+    The ends of the grid are then tensors too.
+
+    Args:
+        bits: 2 to 8.
+        zero_point: 0-dim, of any dtype.
+    """
+
+    def __init__(self, bits: int, zero_point: Tensor) -> None:
+        for name, value in (("bits", bits), ("unsigned", True), ("narrow_range", False)):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "zero_point", zero_point.float())
+
+    @property
+    def max(self) -> Any:
+        """float32, 0-dim."""
+        return 2.0**self.bits - 1.0 - self.zero_point
+
+    @property
+    def min(self) -> Any:
+        """float32, 0-dim."""
+        return -self.zero_point
+
+    @property
+    def lower_end(self) -> Any:
+        """float32, 0-dim."""
+        return quotient(self.min, self.max)
 
 
 # --- What lies outside a range ----------------------------------------------------------------------------
 
 
-def outside_mask(x: Tensor, amax: Tensor | None, *, lower_end: float) -> Tensor | None:
-    """What lies outside of ``amax * lower_end .. amax``: int8 of ``x``'s shape, 1 there; None if nothing can.
+def beyond(x: Tensor, amax: Tensor | None, format: NumberFormat) -> Tensor:
+    """Which elements lie outside a range of a format: bool of ``x``'s shape."""
+    if amax is None or not isinstance(format, ZeroPointAsData):
+        return is_outside(x, amax, lower_end=format.lower_end)
+    values, bottom = x.float(), torch.mul(amax, format.lower_end)
+    return (values > amax) | (values < bottom)
+
+
+def outside_mask(x: Tensor, amax: Tensor | None, format: NumberFormat) -> Tensor | None:
+    """What lies outside a range of a format: int8 of ``x``'s shape, 1 there; None if nothing can.
 
     A bool takes twenty times as long to write as an int8 that is made of a float.
     """
-    if amax is None and lower_end < 0:
+    if amax is None and format.lower_end < 0:
         return None
-    outside = is_outside(x, amax, lower_end=lower_end)
+    outside = beyond(x, amax, format)
     zeros = torch.zeros_like(x, dtype=torch.float32)
     return zeros.masked_fill(outside, 1.0).to(torch.int8)
 

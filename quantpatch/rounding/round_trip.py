@@ -21,6 +21,7 @@ from quantpatch.formats import NumberFormat
 from quantpatch.rounding.compiled import (
     apart,
     as_it_lies,
+    beyond,
     in_own_order,
     is_compiled_for_cpu,
     is_of_convolution,
@@ -30,7 +31,6 @@ from quantpatch.rounding.compiled import (
 from quantpatch.rounding.cuda import fused_kernel
 from quantpatch.rounding.in_memory import forward_in_memory, round_trip_in_memory
 from quantpatch.rounding.modes import is_in_memory, is_jit_traced
-from quantpatch.rounding.outside import is_outside
 from quantpatch.rounding.scales import block_views, divisor, element_of, rescale_, spread
 
 __all__ = ["round_trip"]
@@ -124,7 +124,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], *, learned: bool) -> None:
     ctx.learned = learned
     ctx.of_convolution = ctx.dim is None and is_of_convolution(x, scale)
     if is_compiled_for_cpu(x) and not learned and not scale.dim():
-        ctx.save_for_backward(None, None, None, outside_mask(x, amax, lower_end=ctx.format.lower_end))
+        ctx.save_for_backward(None, None, None, outside_mask(x, amax, ctx.format))
         return
     # Not a mask: who records the operations decides what is kept, and a learned range needs the values.
     kept = x if amax is not None or ctx.format.min >= 0 else None
@@ -142,7 +142,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_amax = _lsq_gradients(grad, x, amax, scale, ctx.format, ctx.dim)
     elif x is not None:
         wide = amax if amax is None else spread(amax, x, ctx.format, ctx.dim)
-        grad_x = grad.masked_fill(is_outside(x, wide, lower_end=ctx.format.lower_end), 0.0)
+        grad_x = grad.masked_fill(beyond(x, wide, ctx.format), 0.0)
     if ctx.of_convolution and grad_x is not None:
         grad_x = in_own_order(grad_x)
     wanted = ctx.needs_input_grad
@@ -167,7 +167,7 @@ def _tangent(ctx: Any, x_tangent: Tensor | None, amax_tangent: Tensor | None) ->
     if amax is None and format.min < 0:
         return x_tangent.clone()  # an input may not be handed out as a result
     wide = amax if amax is None else spread(amax, x, format, dim)
-    return x_tangent.masked_fill(is_outside(x, wide, lower_end=format.lower_end), 0.0)
+    return x_tangent.masked_fill(beyond(x, wide, format), 0.0)
 
 
 class _RoundTrip(Function):

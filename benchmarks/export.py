@@ -129,8 +129,7 @@ def _quantized(model: nn.Module, batches: list[Tensor]) -> nn.Module:
     quantized = copy.deepcopy(model)
     qp.convert(quantized)
     qp.prepare(quantized, batches[0], target="onnxruntime")
-    qp.calibrate(quantized, batches, method="mse", progress=False, strict=False)
-    qp.fit_zero_points(quantized, batches)
+    qp.calibrate(quantized, batches, method="mse", zero_points=True, progress=False, strict=False)
     return quantized
 
 

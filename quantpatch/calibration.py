@@ -8,33 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
+from quantpatch.affine import longer_side
 from quantpatch.calibrators import Calibrator
 from quantpatch.errors import CalibrationError, QuantPatchWarning
-from quantpatch.layers.base import QuantizedLayer
-from quantpatch.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.formats import Integer
+from quantpatch.layers.base import weight_quantizers
+from quantpatch.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.ranks import Ranks
-from quantpatch.running import as_batches, demand_model, evaluating, run_batch, uncompiled
+from quantpatch.running import demand_model, evaluating, run_over
 from quantpatch.sharded import sharding_of
+from quantpatch.zero_points import ends_on_all, fitted, to_fit, watching_ends
 
-__all__ = ["calibrate", "calibrating", "collecting", "run_over", "weight_quantizers"]
+__all__ = ["calibrate", "calibrating", "collecting"]
 
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
-
-
-def weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:
-    """The quantizers of a model's weights."""
-    layers = (m for m in model.modules() if isinstance(m, QuantizedLayer))
-    found = (layer.quantizer(name) for layer in layers for name in layer.weight_axes())
-    return {quantizer for quantizer in found if quantizer is not None}
 
 
 def _listing(names: Iterable[str], limit: int = 10) -> str:
@@ -49,6 +43,7 @@ def calibrating(
     method: str | None = None,
     *,
     weight_method: str | None = None,
+    zero_points: bool = False,
     overwrite: bool = False,
     strict: bool = True,
     group: dist.ProcessGroup | None = None,
@@ -71,6 +66,9 @@ def calibrating(
         method: Name of the calibrator for activations, such as ``"max"``, ``"entropy"``, ``"mse"``,
             ``"percentile"``; default: what each quantizer's descriptor says.
         weight_method: The same for weights.
+        zero_points: Whether symmetric ranges of activations get a zero point where data needs less on one
+            side of 0; ``fit_zero_points`` says how. A method that looks for a threshold does so for the
+            integers that the longer side has then.
         overwrite: Replace ranges that are known already; otherwise they are an error.
         strict: Quantizers that saw no data, or only zeros, are an error; otherwise a warning names
             them, and they go on taking the range of each tensor.
@@ -100,7 +98,16 @@ def calibrating(
         warnings.warn(message, QuantPatchWarning, stacklevel=7)
 
     with (
-        collecting(model, choose, tell, method, weight_method=weight_method, group=group, **options),
+        collecting(
+            model,
+            choose,
+            tell,
+            method,
+            weight_method=weight_method,
+            zero_points=zero_points,
+            group=group,
+            **options,
+        ),
         evaluating(model),
         torch.no_grad(),
     ):
@@ -115,6 +122,7 @@ def collecting(
     method: str | None = None,
     *,
     weight_method: str | None = None,
+    zero_points: bool = False,
     group: dist.ProcessGroup | None = None,
     **options: Any,
 ) -> Iterator[None]:
@@ -127,6 +135,7 @@ def collecting(
             any, before a range is set; if it raises, none is.
         method: As in ``calibrating``, like the rest.
         weight_method: See there.
+        zero_points: See there.
         group: See there.
         **options: See there.
 
@@ -136,7 +145,7 @@ def collecting(
     """
     quantizers: dict[str, TensorQuantizer] = {}
     calibrators: dict[str, Calibrator] = {}
-    with _restored(named_quantizers(model).values()):
+    with in_float(model):
         with Ranks(group) as ranks, _naming(quantizers):
             quantizers.update(choose())
             of_weights = weight_quantizers(model)
@@ -148,15 +157,20 @@ def collecting(
                 )
             for name, quantizer in quantizers.items():
                 quantizer.enable_calib(calibrators[name])
-                quantizer.disable_quant()
-            yield
-            _demand_same(ranks, tuple(calibrators))
+            watched = to_fit(model) if zero_points else {}
+            with watching_ends(watched) as seen:
+                yield
+            _demand_same(ranks, tuple(calibrators), "calibrates")
+            _demand_same(ranks, tuple(watched), "looks for the zero points of")
         for calibrator in calibrators.values():  # the same order on every rank
             calibrator.synchronize(group)
-        with Ranks(group):
+        with Ranks(group) as ranks, _naming(quantizers):
             ranges = _ranges(calibrators, quantizers, of_weights, tell)
+            fits = _fits(watched, ends_on_all(ranks, seen), ranges, calibrators)
     for name, amax in ranges.items():
         quantizers[name].replace_range(amax)
+    for name, fit in fits.items():
+        watched[name].use_zero_point(*fit)
 
 
 def _to_calibrate(model: nn.Module, overwrite: bool) -> dict[str, TensorQuantizer]:
@@ -209,18 +223,6 @@ def _to_calibrate(model: nn.Module, overwrite: bool) -> dict[str, TensorQuantize
 
 
 @contextlib.contextmanager
-def _restored(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
-    """The stages of quantizers are put back, whatever happens."""
-    stages = [(q, q.calibrating, q.quantizing, q.calibrator) for q in quantizers]
-    try:
-        yield
-    finally:
-        for quantizer, calibrating_, quantizing, calibrator in stages:
-            quantizer.calibrating, quantizer.quantizing = calibrating_, quantizing
-            quantizer.calibrator = calibrator
-
-
-@contextlib.contextmanager
 def _naming(quantizers: Mapping[str, TensorQuantizer]) -> Iterator[None]:
     """A block whose errors tell the qualified name of the quantizer that they come from."""
     try:
@@ -232,7 +234,7 @@ def _naming(quantizers: Mapping[str, TensorQuantizer]) -> Iterator[None]:
         raise CalibrationError(f"{names[0]}: {error}", quantizers=names) from error
 
 
-def _demand_same(ranks: Ranks, names: tuple[str, ...]) -> None:
+def _demand_same(ranks: Ranks, names: tuple[str, ...], doing: str) -> None:
     """Checks that all ranks are about to put together the statistics of the same quantizers.
 
     Raises:
@@ -244,7 +246,7 @@ def _demand_same(ranks: Ranks, names: tuple[str, ...]) -> None:
             other = ranks.number(index)
             raise ranks.all_raise(
                 CalibrationError(
-                    f"rank {other} calibrates other quantizers than rank {dist.get_rank()}; only one of "
+                    f"rank {other} {doing} other quantizers than rank {dist.get_rank()}; only one of "
                     f"them has {_listing(differing)}. Every rank must hold the same model in the same state; "
                     f"where they hold parts of one, such as stages of a pipeline, pass "
                     f"group=dist.new_group(...) of the ranks that hold the same part",
@@ -288,12 +290,37 @@ def _ranges(
     return ranges
 
 
+def _fits(
+    watched: Mapping[str, TensorQuantizer],
+    ends: Mapping[str, tuple[float, float]],
+    ranges: dict[str, Tensor],
+    calibrators: Mapping[str, Calibrator],
+) -> dict[str, tuple[int, float | None]]:
+    """What ``use_zero_point`` is to be given, by quantizer; their ranges are looked for once more."""
+    fits: dict[str, tuple[int, float | None]] = {}
+    for name, quantizer in watched.items():
+        amax, bits = ranges.get(name, quantizer.own_range), quantizer.format.bits
+        if amax is None or name not in ends:
+            continue
+        fit = fitted(float(amax), ends[name], bits)
+        if fit is not None and name in ranges:
+            # The longer side has more steps now, so that another threshold may be best.
+            calibrator = calibrators[name]
+            calibrator.format = longer_side(Integer(bits, unsigned=True, zero_point=fit[0]))
+            ranges[name] = quantizer.range_from(calibrator)
+            fit = fitted(float(ranges[name]), ends[name], bits, least_gain=1.0)
+        if fit is not None:
+            fits[name] = fit
+    return fits
+
+
 def calibrate(
     model: nn.Module,
     data: Batches | Callable[[nn.Module], Any],
     method: str | None = None,
     *,
     weight_method: str | None = None,
+    zero_points: bool = False,
     overwrite: bool = False,
     strict: bool = True,
     group: dist.ProcessGroup | None = None,
@@ -313,6 +340,7 @@ def calibrate(
             function that gets the model and runs it.
         method: As in ``calibrating``, like the rest.
         weight_method: See there.
+        zero_points: See there.
         overwrite: See there.
         strict: See there.
         group: See there.
@@ -328,40 +356,10 @@ def calibrate(
         model,
         method,
         weight_method=weight_method,
+        zero_points=zero_points,
         overwrite=overwrite,
         strict=strict,
         group=group,
         **options,
     ):
         run_over(model, data, progress=progress)
-
-
-def run_over(model: nn.Module, data: Batches | Callable[[nn.Module], Any], *, progress: bool) -> None:
-    """Runs a model over data; of what wraps it the module inside.
-
-    Args:
-        model: The model.
-        data: As ``calibrate`` takes it.
-        progress: Whether to show a progress bar (on a terminal only).
-
-    Raises:
-        CalibrationError: There is no batch.
-        InputError: The data is neither batches nor a function, or on a device where the model is not.
-    """
-    # A compiled model would be compiled anew for a run that is over after a few batches.
-    runner = uncompiled(model)
-    if isinstance(runner, nn.parallel.DistributedDataParallel):
-        runner = runner.module  # whose ranks would wait for each other in every batch
-    if callable(data) and not isinstance(data, Iterable):
-        data(runner)
-        return
-    data = as_batches(data)
-    total = len(data) if isinstance(data, Sized) else None
-    console = Console(stderr=True)
-    count = 0
-    with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
-        for batch in bar.track(data, total=total, description="Calibrating"):
-            run_batch(runner, batch)
-            count += 1
-    if not count:
-        raise CalibrationError("the data holds no batch, so there is nothing to calibrate from")

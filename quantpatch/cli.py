@@ -148,12 +148,19 @@ def run_command(
     calibrate: Annotated[
         int, typer.Option(help="Calls of each model that run in float and set its ranges.", min=0)
     ] = 0,
+    zero_points: Annotated[
+        bool, typer.Option("--zero-points", help="Look for zero points of activations in these calls.")
+    ] = False,
     audit: Annotated[
         bool, typer.Option("--audit", help="Tell what share of each model ran quantized.")
     ] = False,
 ) -> None:
     """Run an unmodified script with a block around it: every layer that it builds comes out quantized."""
-    settings = RunSettings(recipe, skip or (), include or (), plugin, subclasses or None, calibrate, audit)
+    if zero_points and not calibrate:
+        raise typer.BadParameter("calibration finds them: add --calibrate N", param_hint="--zero-points")
+    settings = RunSettings(
+        recipe, skip or (), include or (), plugin, subclasses or None, calibrate, zero_points, audit
+    )
     launch(settings, command, module=module)
 
 

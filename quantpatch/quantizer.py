@@ -11,8 +11,9 @@ loop that evaluates after each epoch sees every change.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -35,6 +36,7 @@ from quantpatch.sharded import gathers_weights
 __all__ = [
     "PARALLELIZE_FIRST",
     "TensorQuantizer",
+    "in_float",
     "named_quantizers",
     "outside_of",
 ]
@@ -180,10 +182,21 @@ class TensorQuantizer(HeldRange):
         self.amax = self.range_from(self.calibrator)
 
     def range_from(self, calibrator: Calibrator) -> Tensor:
-        """The range that a calibrator's statistics give this quantizer; nothing is changed."""
+        """The range that a calibrator's statistics give this quantizer; nothing is changed.
+
+        Raises:
+            CalibrationError: It saw no data, or what it gives is no range.
+        """
         amax = upper_end(calibrator.compute_amax(), self.format)
-        scale = self.descriptor.scale_amax
-        return amax if scale is None else amax * scale
+        if self.descriptor.scale_amax is not None:
+            amax = amax * self.descriptor.scale_amax
+        try:
+            self._check_range(amax)
+        except RangeError as error:
+            raise CalibrationError(
+                f"{type(calibrator).__name__} gives a range that is none: {error}", quantizer=self
+            ) from error
+        return amax
 
     # --- passing tensors -----------------------------------------------------------------------
 
@@ -359,6 +372,20 @@ def named_quantizers(model: nn.Module, *, every_name: bool = False) -> dict[str,
     """
     modules = model.named_modules(remove_duplicate=not every_name)
     return {name: module for name, module in modules if isinstance(module, TensorQuantizer)}
+
+
+@contextlib.contextmanager
+def in_float(model: nn.Module) -> Iterator[None]:
+    """A block in which no quantizer of a model quantizes; afterwards each is at the stage it was at."""
+    stages = [(q, q.calibrating, q.quantizing, q.calibrator) for q in named_quantizers(model).values()]
+    try:
+        for quantizer, *_ in stages:
+            quantizer.disable_quant()
+        yield
+    finally:
+        for quantizer, calibrating, quantizing, calibrator in stages:
+            quantizer.calibrating, quantizer.quantizing = calibrating, quantizing
+            quantizer.calibrator = calibrator
 
 
 def outside_of(owners: Container[str], tensors: Mapping[str, T]) -> dict[str, T]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from quantpatch.errors import InputError
+from quantpatch.errors import CalibrationError, InputError
 
 __all__ = [
     "as_batches",
@@ -18,6 +20,7 @@ __all__ = [
     "evaluating",
     "explaining_devices",
     "run_batch",
+    "run_over",
     "uncompiled",
     "without_fast_paths",
 ]
@@ -143,3 +146,34 @@ def _run_batch(model: nn.Module, batch: Any) -> None:
             raise
     else:
         model(batch)
+
+
+def run_over(model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], Any], *, progress: bool) -> None:
+    """Runs a model over data; of what wraps it the module inside.
+
+    Args:
+        model: The model.
+        data: As ``calibrate`` takes it.
+        progress: Whether to show a progress bar (on a terminal only).
+
+    Raises:
+        CalibrationError: There is no batch.
+        InputError: The data is neither batches nor a function, or on a device where the model is not.
+    """
+    # A compiled model would be compiled anew for a run that is over after a few batches.
+    runner = uncompiled(model)
+    if isinstance(runner, nn.parallel.DistributedDataParallel):
+        runner = runner.module  # whose ranks would wait for each other in every batch
+    if callable(data) and not isinstance(data, Iterable):
+        data(runner)
+        return
+    data = as_batches(data)
+    total = len(data) if isinstance(data, Sized) else None
+    console = Console(stderr=True)
+    count = 0
+    with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
+        for batch in bar.track(data, total=total, description="Calibrating"):
+            run_batch(runner, batch)
+            count += 1
+    if not count:
+        raise CalibrationError("the data holds no batch, so there is nothing to calibrate from")

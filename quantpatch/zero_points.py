@@ -6,8 +6,9 @@ one side needs less, a zero point moves integers to the other.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,32 +16,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantpatch.affine import fitted_zero_point
-from quantpatch.calibration import run_over, weight_quantizers
 from quantpatch.errors import CalibrationError
-from quantpatch.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.layers.base import weight_quantizers
+from quantpatch.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.ranks import Ranks
-from quantpatch.running import demand_model, evaluating
+from quantpatch.running import demand_model, evaluating, run_over
+from quantpatch.sharded import whole
 
-__all__ = ["fit_zero_points"]
+__all__ = ["ends_on_all", "fit_zero_points", "fitted", "to_fit", "watching_ends"]
 
-# Of a range that is symmetric but for the noise of a few batches nothing is to be had.
-_LEAST_GAIN = 1.1
+#: Of a range that is symmetric but for the noise of a few batches nothing is to be had.
+LEAST_GAIN = 1.1
 
 
 def fit_zero_points(
     model: nn.Module,
     data: Iterable[Any] | Callable[[nn.Module], Any],
     *,
-    least_gain: float = _LEAST_GAIN,
+    least_gain: float = LEAST_GAIN,
     group: dist.ProcessGroup | None = None,
     progress: bool = False,
 ) -> Mapping[str, int]:
     """Gives zero points to signed ranges of activations, where data needs less on one side of 0.
 
-    ::
-
-        calibrate(model, batches)
-        fit_zero_points(model, batches)
+    For a model that is calibrated already: ``calibrate(model, batches, zero_points=True)`` does both in one
+    pass over the data.
 
     The longer side of a range stays what calibration found. The shorter one becomes as long as the data
     needs, so that as many integers lie closer together; where nothing is negative the zero point is 0, as
@@ -49,7 +49,7 @@ def fit_zero_points(
     same data changes nothing. With ``torch.distributed`` initialised every rank must call it.
 
     Args:
-        model: A calibrated model; changed in place. It runs quantized, as it is, in eval mode.
+        model: A calibrated model; changed in place. It runs in float and in eval mode.
         data: Batches, each a tensor, a tuple of arguments or a dict of keywords; or a function that gets
             the model and runs it.
         least_gain: How many times as fine a range has to become to be changed; 1 changes all that gain.
@@ -65,80 +65,106 @@ def fit_zero_points(
         InputError: The first argument is no model, or the data no batches or on another device.
     """
     demand_model(model, "fit_zero_points")
-    found = _to_fit(model)
+    found = {name: q for name, q in to_fit(model).items() if q.amax is not None}
     with Ranks(group) as ranks:
-        own = _ends(model, found, lambda: run_over(model, data, progress=progress))
-        seen: dict[str, tuple[float, float]] = {}
-        for others in ranks.gather(own):
-            seen |= {name: _union(ends, seen.get(name)) for name, ends in others.items()}
-    if found and not seen:
+        with watching_ends(found) as seen, in_float(model), evaluating(model), torch.no_grad():
+            run_over(model, data, progress=progress)
+        ends = ends_on_all(ranks, seen)
+    if found and not ends:
         raise CalibrationError("the data reached none of the quantizers", quantizers=tuple(found))
-    bad = tuple(name for name, ends in seen.items() if not all(map(math.isfinite, ends)))
-    if bad:
-        raise CalibrationError(
-            f"{', '.join(bad[:10])} saw NaN or infinity: nothing was changed", quantizers=bad
-        )
-    fitted = {}
+    zero_points: dict[str, int] = {}
     for name, quantizer in found.items():
-        new = _fitted(quantizer, *seen[name], least_gain) if name in seen else None
-        if new is not None:
-            fitted[name], amax = new
-            quantizer.use_zero_point(fitted[name], amax)
-    return fitted
+        own = quantizer.own_range
+        assert own is not None
+        fit = fitted(own.item(), ends[name], quantizer.format.bits, least_gain) if name in ends else None
+        if fit is not None:
+            quantizer.use_zero_point(*fit)
+            zero_points[name] = fit[0]
+    return zero_points
 
 
-def _to_fit(model: nn.Module) -> dict[str, TensorQuantizer]:
+def to_fit(model: nn.Module) -> dict[str, TensorQuantizer]:
+    """The quantizers of a model that may get a zero point: of activations, symmetric, by name."""
     of_weights = weight_quantizers(model)
     return {
         name: quantizer
         for name, quantizer in named_quantizers(model).items()
-        if quantizer.is_symmetric
-        and quantizer.amax is not None
-        and quantizer not in of_weights
-        and not quantizer.disabled
-        and quantizer.quantizing
+        if quantizer.is_symmetric and quantizer not in of_weights and not quantizer.disabled
     }
 
 
-def _fitted(
-    quantizer: TensorQuantizer, low: float, high: float, least_gain: float
-) -> tuple[int, float | None] | None:
-    """The zero point and range for what lies between two ends; None if the symmetric one is as good."""
-    own = quantizer.own_range
-    assert own is not None
-    longer = own.item()
-    if low >= 0:
-        return 0, None
-    shorter = min(longer, max(0.0, high) if -low > high else -low)
-    if 2 * longer < least_gain * (longer + shorter):
-        return None
-    ends = (-longer, shorter) if -low > high else (-shorter, longer)
-    return fitted_zero_point(*ends, quantizer.format.bits)
+@contextlib.contextmanager
+def watching_ends(quantizers: Mapping[str, TensorQuantizer]) -> Iterator[dict[str, Tensor]]:
+    """A block that finds how far to either side of 0 goes what each quantizer sees in it.
 
+    Args:
+        quantizers: By name.
 
-def _ends(
-    model: nn.Module, found: Mapping[str, TensorQuantizer], run: Callable[[], None]
-) -> dict[str, tuple[float, float]]:
-    """The smallest and the largest value that each quantizer sees."""
-    seen: dict[str, tuple[float, float]] = {}
+    Yields:
+        For those that saw data so far, the smallest value, negated, and the largest; ``(2,)``, float32.
+    """
+    seen: dict[str, Tensor] = {}
 
     def watching(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor) and args[0].numel():
-                low, high = (float(end) for end in torch.aminmax(args[0].detach()))
-                seen[name] = _union((low, high), seen.get(name))
+            if not (args and isinstance(args[0], Tensor) and args[0].numel()):
+                return
+            low, high = torch.aminmax(whole(args[0].detach()))
+            reach = torch.stack((-low, high)).float()
+            known = seen.get(name)
+            seen[name] = reach if known is None else torch.maximum(known, reach.to(known.device))
 
         return watch
 
-    handles = [quantizer.register_forward_pre_hook(watching(name)) for name, quantizer in found.items()]
+    handles = [q.register_forward_pre_hook(watching(name)) for name, q in quantizers.items()]
     try:
-        with evaluating(model), torch.no_grad():
-            run()
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    return seen
 
 
-def _union(ends: tuple[float, float], others: tuple[float, float] | None) -> tuple[float, float]:
-    return ends if others is None else (min(ends[0], others[0]), max(ends[1], others[1]))
+def ends_on_all(ranks: Ranks, seen: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """The smallest and the largest value that quantizers saw on any rank, by name.
+
+    Args:
+        ranks: They all call this.
+        seen: By ``watching_ends`` on this one.
+
+    Raises:
+        CalibrationError: Some are NaN or infinity, or another rank failed.
+    """
+    bad = tuple(name for name, reach in seen.items() if not reach.isfinite().all())
+    if bad:
+        raise CalibrationError(
+            f"{', '.join(bad[:10])} saw NaN or infinity: nothing was changed", quantizers=bad
+        )
+    ends: dict[str, tuple[float, float]] = {}
+    for others in ranks.gather({name: reach.tolist() for name, reach in seen.items()}):
+        for name, (below, above) in others.items():
+            low, high = ends.get(name, (math.inf, -math.inf))
+            ends[name] = min(low, -below), max(high, above)
+    return ends
+
+
+def fitted(
+    amax: float, ends: tuple[float, float], bits: int, least_gain: float = LEAST_GAIN
+) -> tuple[int, float | None] | None:
+    """The zero point and range for what lies between two ends; None if the symmetric one is as good.
+
+    Args:
+        amax: The symmetric range, whose longer side stays.
+        ends: The smallest and the largest value.
+        bits: Of the integers.
+        least_gain: How many times as fine the range has to become.
+
+    Returns:
+        The zero point, and the upper end of the range if that is no longer ``amax``.
+    """
+    low, high = ends
+    if low >= 0:
+        return (0, None) if high > 0 else None
+    shorter = min(amax, max(0.0, high) if -low > high else -low)
+    if 2 * amax < least_gain * (amax + shorter):
+        return None
+    return fitted_zero_point(*((-amax, shorter) if -low > high else (-shorter, amax)), bits)

@@ -83,6 +83,17 @@ def test_later_layers_see_the_float_activations_of_the_layers_before(batches):
     assert model[5].input_quantizer.amax == hidden.abs().max()
 
 
+def test_quantizers_with_ranges_of_their_own_let_the_data_pass_in_float_too(batches):
+    model = build()
+    model[0].input_quantizer = qp.TensorQuantizer(qp.QuantDescriptor(num_bits=2, amax=0.1))
+    model[0].weight_quantizer = qp.TensorQuantizer(qp.QuantDescriptor(num_bits=2, dynamic=True))
+    float_twin = build()
+    qp.calibrate(model, batches)
+    qp.calibrate(float_twin, batches)
+    assert model[5].input_quantizer.amax == float_twin[5].input_quantizer.amax
+    assert [model[0].input_quantizer.state, model[0].weight_quantizer.state] == ["calibrated", "dynamic"]
+
+
 def test_batch_norm_statistics_do_not_move_and_training_modes_come_back_module_by_module(batches):
     model = build().train()
     model[1].eval()
@@ -525,6 +536,26 @@ def test_a_calibrator_under_a_name_that_is_taken_names_both_plugins(plugin):
         PluginError, match="plugin 'mylib' returned 'max' .* 'quantpatch.builtin' has already"
     ):
         qp.registry.calibrator("max")
+
+
+class LastIsNone(MaxCalibrator):
+    """The range of the weight that has three channels is none."""
+
+    def _range(self):
+        return -self._amax if self._amax.shape == (3, 1) else self._amax
+
+
+def test_a_calibrator_that_gives_no_range_sets_none_on_any_quantizer(plugin):
+    plugin("mylib", calibrators={"last_is_none": LastIsNone})
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    before, modes = states(model), [m.training for m in model.modules()]
+    with pytest.raises(
+        CalibrationError, match=r"1\.weight_quantizer: LastIsNone gives .*not negative"
+    ) as caught:
+        qp.calibrate(model, torch.randn(8, 4), weight_method="last_is_none")
+    assert caught.value.quantizers == ("1.weight_quantizer",)
+    assert_untouched(model, before, modes)
 
 
 @pytest.mark.parametrize("returned", [{"mine": 3}, {"mine": nn.Linear}, [HalfOfMax]])

@@ -129,6 +129,7 @@ def test_audit_leaves_float_what_is_skipped(model_module):
         (["audit", "os:getcwd", "--input", "2,5"], "expected a model"),
         (["layers", "--skip", "Linaer"], "Did you mean 'Linear'"),
         (["layers", "--plugin", "nobody"], "unknown plugin 'nobody'"),
+        (["run", "--zero-points", "cli_model.py"], "calibration finds them: add --calibrate N"),
         (["audit", "cli_model:build", "--input", "2,4", "--recipe", "int9"], "unknown recipe 'int9'"),
     ],
 )

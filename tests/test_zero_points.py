@@ -15,7 +15,9 @@ from gloo import join
 from torch import nn
 
 import quantpatch as qp
+from quantpatch.affine import longer_side
 from quantpatch.errors import CalibrationError, DescriptorError, ExportError, InputError
+from quantpatch.formats import Integer
 
 X = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 SKEWED = 3 * X - 0.5  # from -0.5 to 2.5
@@ -133,6 +135,118 @@ def test_a_shared_quantizer_is_fitted_to_all_that_it_sees_and_stays_shared() -> 
     assert model.b.input_quantizer is model.a.input_quantizer
 
 
+# --- While calibrating ------------------------------------------------------------------------------------
+
+
+def uncalibrated(descriptor: qp.QuantDescriptor = qp.QuantDescriptor()) -> nn.Module:  # noqa: B008
+    torch.manual_seed(0)
+    with qp.quantize_modules(recipe=qp.Recipe(name="r", input=descriptor)):
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU(), nn.Conv2d(4, 2, 1)).eval()
+
+
+def assert_same(model: nn.Module, other: nn.Module) -> None:
+    quantizers, others = qp.quantizer.named_quantizers(model), qp.quantizer.named_quantizers(other)
+    assert {n: q.descriptor for n, q in quantizers.items()} == {n: q.descriptor for n, q in others.items()}
+    state, expected = model.state_dict(), other.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize(
+    ("method", "options"), [("max", {}), ("moving_average", {}), ("percentile", {"percentile": 99.0})]
+)
+def test_one_pass_over_the_data_gives_what_two_give(method: str, options: Any, learn: bool) -> None:
+    descriptor, data = qp.QuantDescriptor(learn_amax=learn), [SKEWED, 0.5 * SKEWED]
+    two, one, block = (uncalibrated(descriptor) for _ in range(3))
+    qp.calibrate(two, data, method, progress=False, **options)
+    found = qp.fit_zero_points(two, data)
+    assert len(set(found.values())) == 2
+    qp.calibrate(one, iter(data), method, zero_points=True, progress=False, **options)
+    assert_same(one, two)
+    with qp.calibrating(block, method, zero_points=True, **options):
+        for x in data:
+            block(x)
+    assert_same(block, two)
+
+
+@pytest.mark.parametrize("method", ["mse", "entropy", "sqnr"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_threshold_is_that_for_the_integers_that_the_longer_side_gets(sign: int, method: str) -> None:
+    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    relu = uncalibrated()
+    qp.calibrate(relu, x.relu(), method, zero_points=True, progress=False)
+    known = uncalibrated(qp.QuantDescriptor(unsigned=True))
+    qp.calibrate(known, x.relu(), method, progress=False)
+    assert relu[0].input_quantizer.format.name == "uint8"
+    assert relu[0].input_quantizer.amax == known[0].input_quantizer.amax
+
+    x = sign * nn.functional.gelu(3 * x)
+    one, two = uncalibrated(), uncalibrated()
+    qp.calibrate(one, x, method, zero_points=True, progress=False)
+    qp.calibrate(two, x, method, progress=False)
+    qp.fit_zero_points(two, x)
+    format, before = one[0].input_quantizer.format, two[0].input_quantizer.format
+    calibrator = qp.registry.calibrator(method)(longer_side(before))
+    calibrator.collect(x)
+    longer = one[0].input_quantizer.amax * max(1.0, -format.lower_end)
+    assert longer == pytest.approx(calibrator.compute_amax().item(), rel=0.005)
+    assert 2 < min(format.zero_point, 255 - format.zero_point) < 20
+    if method == "mse":
+        error, of_two = ((m[0].input_quantizer(x) - x).square().mean() for m in (one, two))
+        assert error < 0.8 * of_two
+
+
+def test_the_descriptors_own_range_gets_a_zero_point_and_what_saw_no_data_none() -> None:
+    given, model = uncalibrated(qp.QuantDescriptor(amax=2.5)), uncalibrated()
+    qp.calibrate(given, SKEWED, zero_points=True, progress=False)
+    assert given[0].input_quantizer.format.zero_point > 0
+    with pytest.warns(qp.QuantPatchWarning, match=r"saw no data.*2\.input_quantizer"):
+        qp.calibrate(model, lambda m: m[0](SKEWED), zero_points=True, strict=False, progress=False)
+    assert model[0].input_quantizer.format.zero_point > 0
+    assert (model[2].input_quantizer.format.name, model[2].input_quantizer.amax) == ("int8", None)
+
+
+class NoRangeForUnsigned(qp.calibrators.MaxCalibrator):
+    """It fails where the range for the zero point is looked for, which is the last step."""
+
+    def _range(self) -> torch.Tensor:
+        integers = self.format
+        assert isinstance(integers, Integer)
+        return self._amax * (float("nan") if integers.unsigned else 1.0)
+
+
+@pytest.mark.parametrize("fails", ["data", "range"])
+def test_nothing_is_set_and_nothing_watches_any_more_when_it_fails(
+    fails: str, plugin: Callable[..., Any]
+) -> None:
+    plugin("mylib", calibrators={"bad": NoRangeForUnsigned})
+    model = uncalibrated()
+
+    def data() -> Any:
+        yield SKEWED
+        if fails == "data":
+            raise KeyboardInterrupt
+
+    before = {name: vars(q).copy() for name, q in qp.quantizer.named_quantizers(model).items()}
+    hooks = {name: dict(q._forward_pre_hooks) for name, q in qp.quantizer.named_quantizers(model).items()}
+    with pytest.raises(KeyboardInterrupt if fails == "data" else CalibrationError) as caught:
+        qp.calibrate(model, data(), "bad", zero_points=True, progress=False)
+    if fails == "range":
+        assert "0.input_quantizer: NoRangeForUnsigned gives a range that is none" in str(caught.value)
+    for name, quantizer in qp.quantizer.named_quantizers(model).items():
+        assert vars(quantizer) == before[name]
+        assert dict(quantizer._forward_pre_hooks) == hooks[name]
+
+
+def test_zero_points_that_were_found_stay_when_calibrating_again() -> None:
+    model = uncalibrated()
+    qp.calibrate(model, SKEWED, zero_points=True, progress=False)
+    format = model[0].input_quantizer.format
+    qp.calibrate(model, 2 * SKEWED, zero_points=True, overwrite=True, progress=False)
+    assert model[0].input_quantizer.format == format
+
+
 # --- Data -------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +259,7 @@ def test_data_that_reaches_nothing_or_is_not_finite() -> None:
         qp.fit_zero_points(calibrated(), 3)  # type: ignore[arg-type]
     model = calibrated()
     with pytest.raises(CalibrationError, match=r"0\.input_quantizer.* saw NaN or infinity") as caught:
-        qp.fit_zero_points(model, [X, torch.full_like(X, torch.nan)])
+        qp.fit_zero_points(model, [X, torch.full_like(X, torch.nan), X])
     assert "0.input_quantizer" in caught.value.quantizers
     assert model[0].input_quantizer.format.name == "int8"
     with pytest.raises(InputError, match="takes a model"):
@@ -166,6 +280,13 @@ def run_rank(rank: int, folder: str) -> None:
         qp.fit_zero_points(calibrated(SKEWED), [SKEWED] if rank else [])
     except CalibrationError as error:
         found["error"] = str(error)
+    model = uncalibrated()
+    qp.calibrate(model, [SKEWED.clamp_min(0) if rank else SKEWED], "mse", zero_points=True, progress=False)
+    found["calibrated"] = model.state_dict()
+    try:
+        qp.calibrate(uncalibrated(), [SKEWED], zero_points=bool(rank), progress=False)
+    except CalibrationError as error:
+        found["only one looks for them"] = str(error)
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -176,6 +297,13 @@ def test_every_rank_has_the_zero_point_of_the_data_of_all(by_ranks: Callable[...
     assert "rank 0 failed" in second.pop("error")
     alone = calibrated(SKEWED)
     expected = qp.fit_zero_points(alone, [SKEWED, SKEWED.clamp_min(0)])
+    for found in (first, second):
+        assert "looks for the zero points of other quantizers" in found.pop("only one looks for them")
+    alone = uncalibrated()
+    qp.calibrate(alone, [SKEWED, SKEWED.clamp_min(0)], "mse", zero_points=True, progress=False)
+    for state in (first.pop("calibrated"), second.pop("calibrated")):
+        assert state.keys() == alone.state_dict().keys()
+        assert all(torch.equal(value, state[key]) for key, value in alone.state_dict().items())
     assert first == second
     assert first["0.input_quantizer"] == expected["0.input_quantizer"] > 0
 
@@ -338,9 +466,10 @@ def test_a_model_of_zero_points_computes_the_same_integers_in_onnxruntime(bits: 
         model = Joined().eval()
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) + 0.5
     qp.prepare(model, x)
-    qp.calibrate(model, [x], method="mse", progress=False)
-    found = qp.fit_zero_points(model, [x])
-    assert len(set(found.values()) - {0}) >= 3
+    qp.calibrate(model, [x], method="mse", zero_points=True, progress=False)
+    formats = {name: q.format for name, q in qp.quantizer.named_quantizers(model).items()}
+    found = {n: f.zero_point for n, f in formats.items() if isinstance(f, Integer) and f.unsigned}
+    assert len(set(found.values()) - {0}) >= 2
     report = qp.export_onnx(model, x, tmp_path / "m.onnx")
     assert report.comparison is not None
     assert report.comparison.mismatching == 0

@@ -47,7 +47,8 @@ class Calibrator(abc.ABC):
             range for the whole tensor.
 
     Attributes:
-        format: The number format.
+        format: The number format. Another one may be set before :meth:`compute_amax`, when the statistics
+            show that the range needs it.
         axis: The kept axes, as given.
         batches: Number of batches given to :meth:`collect` since the last :meth:`reset`.
     """

@@ -257,7 +257,7 @@ def _tensorrt(operand: Operand) -> str | None:
     if isinstance(element, Integer) and element.zero_point:
         return (
             f"{element.name} has a zero point, and TensorRT's integers are symmetric; leave out "
-            f"fit_zero_points, or give it QuantDescriptor() and calibrate again"
+            f"zero_points=True and fit_zero_points, or give it QuantDescriptor() and calibrate again"
         )
     if isinstance(element, Integer) and element.unsigned:
         return (

@@ -23,7 +23,14 @@ from quantpatch.layers.call_sites import Operations, rewrite
 from quantpatch.quantizer import PARALLELIZE_FIRST, TensorQuantizer
 from quantpatch.recipes import active_recipe
 
-__all__ = ["ChannelsFirst1d", "ChannelsFirst2d", "ChannelsFirst3d", "QuantizedLayer", "quantizer_name"]
+__all__ = [
+    "ChannelsFirst1d",
+    "ChannelsFirst2d",
+    "ChannelsFirst3d",
+    "QuantizedLayer",
+    "quantizer_name",
+    "weight_quantizers",
+]
 
 
 def quantizer_name(operand: str) -> str:
@@ -221,6 +228,13 @@ class QuantizedLayer:
 
 
 # Activations of (batch, channels, ...): counted from the end, as torch lets the batch axis be left out.
+def weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:
+    """The quantizers of a model's weights."""
+    layers = (m for m in model.modules() if isinstance(m, QuantizedLayer))
+    found = (layer.quantizer(name) for layer in layers for name in layer.weight_axes())
+    return {quantizer for quantizer in found if quantizer is not None}
+
+
 class ChannelsFirst1d(QuantizedLayer):
     """Mixin for layers over one spatial axis: features are channels, ``(..., channels, length)``."""
 

@@ -11,7 +11,7 @@ import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from quantpatch.audit.trace import recording
 from quantpatch.calibration import collecting
 from quantpatch.configure import Rules, configure
 from quantpatch.errors import RuleError
-from quantpatch.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.running import uncompiled
 
 __all__ = ["WatchedModels"]
@@ -37,13 +37,15 @@ class WatchedModels:
 
     Args:
         calibrate: How many calls of each model calibrate it; 0: none.
+        zero_points: Whether calibration looks for zero points as well.
         audit: Whether to audit the call after these.
         rules: What is to be configured by name before the first call.
     """
 
-    def __init__(self, calibrate: int, *, audit: bool, rules: Rules = ()) -> None:
+    def __init__(self, calibrate: int, *, zero_points: bool = False, audit: bool, rules: Rules = ()) -> None:
         self._rules = rules
         self._calibrate = calibrate
+        self._zero_points = zero_points
         self._audit = audit
         self._local = threading.local()
         self._watched: weakref.WeakKeyDictionary[nn.Module, _Model | None] = weakref.WeakKeyDictionary()
@@ -107,7 +109,13 @@ class WatchedModels:
             return None
         same = sum(type(runner).__name__ == model.kind for model in self._all)
         name = type(runner).__name__ + (f" ({same + 1})" if same else "")
-        model = _Model(runner, name, self._calibrate, audit=self._audit and len(self._all) < MOST_AUDITS)
+        model = _Model(
+            runner,
+            name,
+            self._calibrate,
+            zero_points=self._zero_points,
+            audit=self._audit and len(self._all) < MOST_AUDITS,
+        )
         self._all.append(model)
         if self._rules:
             try:
@@ -137,12 +145,15 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 class _Model:
     """One model: in its first calls it calibrates, in the next it is audited, then it is left alone."""
 
-    def __init__(self, model: nn.Module, name: str, calibrate: int, *, audit: bool) -> None:
+    def __init__(
+        self, model: nn.Module, name: str, calibrate: int, *, zero_points: bool, audit: bool
+    ) -> None:
         self.name = name
         self.kind = type(model).__name__
         self.audit = ""
         self._notes: list[str] = []
         self._wanted = calibrate
+        self._zero_points = zero_points
         self._audited = audit
         self._calls = 0
         self._lock = threading.Lock()
@@ -157,7 +168,9 @@ class _Model:
             if not quantizers:
                 self.note("nothing to calibrate: its quantizers are dynamic, off, or have ranges")
             with (
-                collecting(model, lambda: quantizers, self._tell) if quantizers else contextlib.nullcontext()
+                collecting(model, lambda: quantizers, self._tell, zero_points=self._zero_points)
+                if quantizers
+                else contextlib.nullcontext()
             ):
                 while self._calls < self._wanted:
                     with _Eager():
@@ -168,7 +181,7 @@ class _Model:
             known, all_ = sum(q.amax is not None for q in quantizers.values()), len(quantizers)
             if quantizers:
                 self.note(f"{known} of {all_} quantizers calibrated in {self._calls} calls")
-            with _float(quantizers.values()):
+            with in_float(model):  # what backward computes again has to be what it was
                 yield
         if audit:
             with _Eager(), recording(model) as trace:
@@ -239,19 +252,6 @@ def _without_range(model: nn.Module) -> dict[str, TensorQuantizer]:
         and q.descriptor.amax is None
         and q.amax is None
     }
-
-
-@contextlib.contextmanager
-def _float(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
-    """A block in which they do not quantize: what backward computes again has to be what it was."""
-    on = [quantizer for quantizer in quantizers if quantizer.quantizing]
-    for quantizer in on:
-        quantizer.disable_quant()
-    try:
-        yield
-    finally:
-        for quantizer in on:
-            quantizer.enable_quant()
 
 
 class _Eager:

@@ -33,7 +33,9 @@ class Session:
         settings, rules = self._settings, self._settings.rules()
         if not (settings.audit or settings.calibrate or rules):
             return None
-        return WatchedModels(settings.calibrate, audit=settings.audit, rules=rules)
+        return WatchedModels(
+            settings.calibrate, zero_points=settings.zero_points, audit=settings.audit, rules=rules
+        )
 
     def part(self) -> Part:
         """What this process has to tell."""

@@ -32,6 +32,7 @@ class RunSettings:
         plugins: See there.
         subclasses: See there.
         calibrate: How many calls of each model calibrate it; 0: none.
+        zero_points: Whether calibration looks for zero points as well.
         audit: Whether to audit the models that run.
         directory: Where the processes leave what they have to tell.
     """
@@ -42,6 +43,7 @@ class RunSettings:
     plugins: tuple[str, ...] | None = attrs.field(default=None, converter=attrs.converters.optional(_tuple))
     subclasses: bool | None = None
     calibrate: int = 0
+    zero_points: bool = False
     audit: bool = False
     directory: str = ""
 

@@ -52,6 +52,15 @@ def ranges(model):
     return {name: q.amax for name, q in named_quantizers(model).items()}
 
 
+def test_zero_points_are_found_in_the_first_calls():
+    watches = WatchedModels(1, zero_points=True, audit=False)
+    model, x = build(), torch.rand(16, 4) - 0.2
+    model(x)
+    watches.close()
+    assert 40 < model.first.input_quantizer.format.zero_point < 60
+    assert model.second.input_quantizer.format.name == "uint8"  # after the ReLU
+
+
 def test_the_first_calls_calibrate_in_float_with_gradients_and_the_scripts_own_mode(watch):
     watched = watch(calibrate=2)
     model, modes = build(), []

@@ -6,6 +6,7 @@ above. Its range is known by its upper end, as every other is; where it begins f
 
 from __future__ import annotations
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def longer_side(format: NumberFormat) -> NumberFormat:
     """
     if not isinstance(format, Integer) or -format.min <= format.max or not format.unsigned:
         return format
-    return Integer(format.bits, unsigned=True, zero_point=2**format.bits - 1 - format.zero_point)
+    return attrs.evolve(format, zero_point=2**format.bits - 1 - format.zero_point)
 
 
 def magnitudes(x: Tensor, format: NumberFormat) -> Tensor:

@@ -150,7 +150,7 @@ class HeldRange(nn.Module):
         That is one of unsigned integers, with a zero point if there are negative values.
         """
         format, descriptor = self.format, self.descriptor
-        signed = isinstance(format, Integer) and not format.unsigned
+        signed = type(format) is Integer and not format.unsigned
         return signed and descriptor.kept_axes is None and not descriptor.dynamic
 
     def use_zero_point(self, zero_point: int, amax: Tensor | float | None = None) -> None:
@@ -166,10 +166,10 @@ class HeldRange(nn.Module):
             RangeError: As when ``amax`` is set.
         """
         format, descriptor = self.format, self.descriptor
-        if not isinstance(format, Integer):
+        if type(format) is not Integer:
             raise DescriptorError(
-                f"{self}: of the formats only integers have zero points, and {format.name} is none; "
-                f"use QuantDescriptor(unsigned=True)",
+                f"{self}: of the formats only integers have zero points, and {format.name} is none but a "
+                f"{type(format).__name__}; use QuantDescriptor(unsigned=True)",
                 field="zero_point",
                 value=zero_point,
             )

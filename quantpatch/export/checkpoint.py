@@ -199,7 +199,8 @@ def _pack_into(
     weight = tensors[key]
     element = packing.integer_element(quantizer.format)
     if element is None:
-        return f"its format is {quantizer.format.name}, and only integers are packed"
+        format = quantizer.format
+        return f"its format is {format.name}, a {type(format).__name__}, and only integers are packed"
     twin = TensorQuantizer(quantizer.descriptor)
     twin.amax = None if quantizer.own_range is None else quantizer.own_range.detach().cpu()
     codes, own = packing.packed_weight(weight, twin)

@@ -93,7 +93,11 @@ def _format_of(described: Any) -> NumberFormat | str | None:
     fields = dict(described)
     cls = _FORMATS[fields.pop("kind")]
     if "element" in fields:
-        fields["element"] = _format_of(fields["element"])
+        element = _format_of(fields["element"])
+        # A plugin's is known by its name.
+        fields["element"] = (
+            registry.format(QuantDescriptor(format=element)) if isinstance(element, str) else element
+        )
     return cls(**fields)  # type: ignore[no-any-return]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from quantpatch.errors import ExportError, MissingExtraError, QuantPatchWarning, UnknownNameError
 from quantpatch.export.check import ExportReport, compare_with_torch
@@ -27,6 +28,7 @@ from quantpatch.export.graph import tidy
 from quantpatch.export.targets import TARGETS, Operand, Target, codes_name, operands, problems
 from quantpatch.files import own_version, written_whole
 from quantpatch.formats import Float, Integer
+from quantpatch.layers.recurrent import QuantLSTM
 from quantpatch.running import demand_model, evaluating, uncompiled
 
 __all__ = ["export_onnx"]
@@ -81,8 +83,7 @@ def export_onnx(
     _demand_extra(check)
     path = Path(path)
     model = uncompiled(model)
-    args = args if isinstance(args, tuple) else (args,)
-    kwargs = dict(kwargs or {})
+    args, kwargs = _each_on_its_own(args if isinstance(args, tuple) else (args,), kwargs or {})
     found = _checked_operands(model, target, opset)
     with _EXPORTING, evaluating(model):
         program = _traced(
@@ -102,6 +103,26 @@ def export_onnx(
                 )
             size = sum(file.stat().st_size for file in folder.iterdir())
     return ExportReport(path, target, opset, dict(nodes), size, tuple(names), compared)
+
+
+def _each_on_its_own(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments, with a copy of what is given again.
+
+    Models ask whether two arguments are one tensor, as attention does, and the file would be of that case
+    alone.
+    """
+    seen: set[int] = set()
+
+    def own(x: Any) -> Any:
+        if isinstance(x, Tensor) and id(x) in seen:
+            return x.clone()
+        seen.add(id(x))
+        return x
+
+    made: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(own, (args, dict(kwargs)))
+    return made
 
 
 def _demand_extra(check: bool) -> None:
@@ -132,6 +153,7 @@ def _checked_operands(model: nn.Module, target: str, opset: int) -> list[Operand
         raise ExportError(
             f"a {type(model).__name__} cannot be traced; export the module inside it", target=target
         )
+    _demand_operators(model, target)
     found = operands(model)
     if not found:
         warnings.warn(
@@ -152,6 +174,39 @@ def _checked_operands(model: nn.Module, target: str, opset: int) -> list[Operand
     return found
 
 
+# --- Recurrent layers with a projection, which ONNX's LSTM has not ------------------------------------------
+
+
+def _projecting(model: nn.Module) -> dict[str, nn.LSTM]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.LSTM) and m.proj_size}
+
+
+def _demand_operators(model: nn.Module, target: str) -> None:
+    """Refuses layers that torch writes as an operator that computes something else."""
+    plain = {n: m for n, m in _projecting(model).items() if not isinstance(m, QuantLSTM)}
+    if plain:
+        named = ", ".join(f"{name or 'the model'} (proj_size={m.proj_size})" for name, m in plain.items())
+        raise ExportError(
+            f"ONNX's LSTM has no projection: {named}. A quantized one is written out step by step: write "
+            f"qp.convert(model), and to keep it exact disable its quantizers",
+            quantizers=tuple(plain),
+            target=target,
+        )
+
+
+@contextlib.contextmanager
+def _writing_out_steps(model: nn.Module) -> Iterator[None]:
+    """A block in which quantized layers with a projection run step by step, in operators that ONNX has."""
+    layers = _projecting(model).values()
+    try:
+        for layer in layers:
+            layer.__dict__["in_steps"] = True
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("in_steps", None)
+
+
 # --- Tracing ----------------------------------------------------------------------------------------------
 
 
@@ -168,7 +223,12 @@ def _traced(
 ) -> Any:
     from quantpatch.export.operators import translations
 
-    with _standing_in(found, target, opset), warnings.catch_warnings(), torch.no_grad():
+    with (
+        _standing_in(found, target, opset),
+        _writing_out_steps(model),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+    ):
         warnings.simplefilter("ignore")  # torch's own, about what it calls itself
         try:
             return torch.onnx.export(
@@ -195,7 +255,10 @@ def _innermost(error: BaseException) -> str:
     """What went wrong in the first place, in a line: what torch raises from it is mostly about itself."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    first, _, rest = str(error).strip().partition("\n")
+    if first.endswith(":"):  # what follows is what it says
+        first = f"{first} {rest.strip().partition(chr(10))[0]}"
+    return f"{type(error).__name__}: {first}"
 
 
 @contextlib.contextmanager

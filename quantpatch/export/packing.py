@@ -27,13 +27,16 @@ __all__ = [
 
 
 def integer_element(format: NumberFormat) -> Integer | None:
-    """The integers that a format's elements are; None if they are none, or their scales cannot be stored."""
+    """The integers that a format's elements are; None if they are none, or their scales cannot be stored.
+
+    A plugin's subclass of ``Integer`` may round to anything.
+    """
     element = format
     if isinstance(format, Blocked):
         if format.scale == "e4m3":  # two levels of scales
             return None
         element = format.element
-    return element if isinstance(element, Integer) else None
+    return element if type(element) is Integer else None
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable, Mapping
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -75,6 +75,7 @@ class QuantizedLayer:
         if cls.operations:
             cls._rewrite()
         cls._check_inputs()
+        cls._show_parameters()
         if "__init__" not in vars(cls):
             # The mixin takes whatever the float class takes; tools that ask shall see its parameters.
             cls.__signature__ = inspect.signature(cls.float_class)  # type: ignore[attr-defined]
@@ -97,8 +98,8 @@ class QuantizedLayer:
     @classmethod
     def _check_inputs(cls) -> None:
         """A misspelled input would pass by its quantizer, and nobody would notice."""
-        own = (QuantizedLayer.forward, QuantizedLayer.quantize_inputs)
-        if (cls.forward, cls.quantize_inputs) != own:
+        own = (inspect.unwrap(QuantizedLayer.forward), QuantizedLayer.quantize_inputs)
+        if (inspect.unwrap(cls.forward), cls.quantize_inputs) != own:
             return  # it hands its inputs on as it likes
         names = [name for name in inspect.signature(cls.float_class.forward).parameters if name != "self"]
         if list(cls.inputs) != names[: len(cls.inputs)]:
@@ -108,6 +109,30 @@ class QuantizedLayer:
                 f"{tuple(names[: max(1, len(cls.inputs))])!r}",
                 layer=cls,
             )
+
+    @classmethod
+    def _show_parameters(cls) -> None:
+        """Shows the float class's parameters on a ``forward`` that takes whatever that takes.
+
+        ``torch.export`` asks for them: names of inputs and ``dynamic_shapes`` follow them.
+        """
+        forward: Any = cls.forward
+        kinds = [p.kind for p in inspect.signature(inspect.unwrap(forward)).parameters.values()]
+        takes_anything = kinds[1:] == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
+        parameters = inspect.signature(cls.float_class.forward)
+        if (
+            not takes_anything
+            or not isinstance(forward, FunctionType)
+            or inspect.signature(forward) == parameters
+        ):
+            return
+        shown = FunctionType(
+            forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+        )
+        functools.update_wrapper(shown, forward)
+        shown.__wrapped__ = inspect.unwrap(forward)  # type: ignore[attr-defined]
+        shown.__signature__ = parameters  # type: ignore[attr-defined]
+        cls.forward = shown  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -53,6 +53,9 @@ class _QuantizedRecurrent(QuantizedLayer):
     dropout: float
     training: bool
 
+    #: Whether every layer runs in Python, step by step; exporters set it where their target has no operator.
+    in_steps: bool = False
+
     def weight_axes(self) -> Mapping[str, Axis]:
         return {name: 0 for name in self._flat_weights_names if name.startswith("weight")}
 
@@ -96,7 +99,7 @@ class _QuantizedRecurrent(QuantizedLayer):
         apart = [f"input_l{layer}" for layer in range(1, self.num_layers)]
         apart += [name for layer in range(self.num_layers) for name in self._inside(layer)]
         weights = self.quantize_weights()
-        if self._any_active(*apart):
+        if self.in_steps or self._any_active(*apart):
             output = self._run_by_layer(weights, input, hx)
         else:
             stand_ins = {**weights, **self._flattened(weights, self._flat_weights_names)} if weights else {}
@@ -129,7 +132,8 @@ class _QuantizedRecurrent(QuantizedLayer):
             own = slice(layer * directions, (layer + 1) * directions)
             state = None if hx is None else hx[own] if isinstance(hx, Tensor) else tuple(s[own] for s in hx)
             sequence = self._quantize_sequence(f"input_l{layer}" if layer else "input", sequence)
-            run = self._run_by_steps if self._any_active(*self._inside(layer)) else self._run_kernel
+            in_steps = self.in_steps or self._any_active(*self._inside(layer))
+            run = self._run_by_steps if in_steps else self._run_kernel
             sequence, state = run(layer, weights, sequence, state)
             states.append(state)
             if self.dropout and self.training and layer < self.num_layers - 1:

@@ -195,54 +195,6 @@ def test_weights_of_four_bits_before_there_was_such_a_type(tmp_path: Path) -> No
     assert stored == {onnx.TensorProto.INT8}
 
 
-def test_several_inputs_outputs_and_keywords(tmp_path: Path) -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(11, 6)
-            self.a = nn.Linear(6, 4)
-            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-
-        def forward(
-            self, tokens: torch.Tensor, *, scale: torch.Tensor, extra: Any
-        ) -> dict[str, torch.Tensor]:
-            y = self.table(tokens) * scale + extra["shift"]
-            y = self.attention(y, y, y, need_weights=False)[0]
-            return {"first": self.a(y), "second": y}
-
-    with qp.quantize_modules():
-        model = Two().eval()
-    tokens = torch.arange(10).reshape(2, 5)
-    kwargs = {"scale": torch.tensor([2.0]), "extra": {"shift": torch.ones(6)}}
-    qp.calibrate(model, lambda m: m(tokens, **kwargs), progress=False)
-    report = export_onnx(model, (tokens,), tmp_path / "m.onnx", kwargs=kwargs)
-    assert report.comparison is not None
-    assert report.comparison.relative_difference < 1e-5
-    assert report.nodes["QuantizeLinear"] == 7  # one for the three inputs of attention, which are one tensor
-    expected = model(tokens, **kwargs)
-    first, second = run(tmp_path / "m.onnx", tokens, *[kwargs["scale"], kwargs["extra"]["shift"]])
-    assert torch.allclose(first, expected["first"], atol=1e-5)
-    assert torch.allclose(second, expected["second"], atol=1e-5)
-
-
-def test_recurrent_layers_keep_their_operator(tmp_path: Path) -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn = nn.LSTM(8, 16, 2, batch_first=True)
-            self.head = nn.Linear(16, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.rnn(x)[0])
-
-    x = torch.randn(2, 7, 8)
-    report = export_onnx(calibrated(Recurrent, x), x, tmp_path / "m.onnx")
-    assert report.nodes["LSTM"] == 2  # not a loop over time steps
-    assert report.comparison is not None
-    assert report.comparison.differing == 0
-    assert report.comparison.relative_difference < 1e-5
-
-
 def test_half_precision_keeps_scales_in_float32(tmp_path: Path) -> None:
     model = calibrated(lambda: nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)).half()
     x = torch.randn(3, 8).half()
@@ -456,27 +408,3 @@ def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_float_model_is_told_of(tmp_path: Path) -> None:
     with pytest.warns(QuantPatchWarning, match="the file will be float"):
         export_onnx(nn.Linear(4, 4), torch.randn(3, 4), tmp_path / "m.onnx")
-
-
-class Bag(nn.Module):
-    """Takes offsets, which have to rise from 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bag = nn.EmbeddingBag(30, 8)
-        self.fc = nn.Linear(8, 3)
-
-    def forward(self, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.bag(ids, offsets))
-
-
-def test_a_model_that_takes_no_random_inputs_is_checked_on_the_given_ones(tmp_path: Path) -> None:
-    with qp.quantize_modules():
-        model = Bag()
-    batch = (torch.arange(12), torch.tensor([0, 4, 8]))
-    qp.calibrate(model, [batch], progress=False)
-    comparison = export_onnx(model, batch, tmp_path / "bag.onnx").comparison
-    assert comparison is not None
-    assert (comparison.mismatching, comparison.integers) == (0, 24)
-    assert "offsets[0] has to be 0" in comparison.not_random
-    assert "on the given inputs alone" in str(comparison)

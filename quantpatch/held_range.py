@@ -19,7 +19,7 @@ from quantpatch.errors import DescriptorError, RangeError
 from quantpatch.formats import Integer, NumberFormat
 from quantpatch.registry import registry
 from quantpatch.rounding.compiled import ZeroPointAsData
-from quantpatch.sharded import beside, local_part
+from quantpatch.sharded import beside, is_passed_over, local_part
 
 __all__ = ["RANGE_KEY", "ZERO_POINT_KEY", "HeldRange"]
 
@@ -247,8 +247,14 @@ class HeldRange(nn.Module):
         error_msgs: list[str],
     ) -> None:
         saved = state_dict.get(prefix + RANGE_KEY)
-        if saved is None:
-            return  # a float checkpoint: strict loading asks for nothing that it cannot have
+        if saved is None:  # a float checkpoint: strict loading asks for nothing that it cannot have
+            if self.amax is None and is_passed_over(prefix + RANGE_KEY):
+                error_msgs.append(
+                    f"{prefix + RANGE_KEY}: the checkpoint has it, and torch.distributed.checkpoint passed "
+                    f"it over, as the model had no room for it. Call qp.expect_ranges(model, checkpoint) "
+                    f"before loading"
+                )
+            return
         try:
             self._check_range(saved.abs() if self.descriptor.learn_amax else saved)
         except RangeError as error:

@@ -1,18 +1,28 @@
-"""Tensors that ``torch.distributed`` holds in pieces: a DTensor's, and those that FSDP2 puts together.
+"""What ``torch.distributed`` holds in pieces: a DTensor's, those that FSDP2 puts together, its checkpoints.
 
-Nothing here imports ``torch.distributed.tensor``: where there is such a tensor, somebody has.
+Nothing here imports its modules: where there is such a tensor or such a checkpoint, somebody has.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["beside", "gathers_weights", "is_sharded", "local_part", "sharding_of", "whole"]
+__all__ = [
+    "beside",
+    "gathers_weights",
+    "is_passed_over",
+    "is_sharded",
+    "local_part",
+    "sharding_of",
+    "whole",
+]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -82,3 +92,30 @@ def gathers_weights() -> bool:
     if known is None:  # another release of torch: any weight may be one
         return True
     return any(isinstance(module, fsdp.FSDPModule) for module in known)
+
+
+def is_passed_over(key: str) -> bool:
+    """Whether ``torch.distributed.checkpoint.load`` is running, and does not load what its checkpoint has.
+
+    It fills what it finds in a model's ``state_dict`` and tells nobody of the rest, so its own variables are
+    looked at. It cannot be found out where it got a dictionary and no model.
+
+    Args:
+        key: Of the model's ``state_dict``, in which it was missing.
+    """
+    loader = sys.modules.get("torch.distributed.checkpoint.state_dict_loader")
+    frame: FrameType | None = None if loader is None else sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals is vars(loader) and frame.f_code.co_name == "load":
+            model, reader = (frame.f_locals.get(name) for name in ("key", "storage_reader"))
+            if hasattr(reader, "read_metadata"):
+                keys = _keys_in(reader, id(frame))
+                return any(k.startswith(f"{model}.") and k.endswith(f".{key}") for k in keys)
+        frame = frame.f_back
+    return False
+
+
+@functools.lru_cache(maxsize=1)
+def _keys_in(reader: Any, call: int) -> tuple[str, ...]:
+    """The keys in a distributed checkpoint; read once in each call of ``load``."""
+    return tuple(reader.read_metadata().state_dict_metadata)

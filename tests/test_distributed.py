@@ -16,7 +16,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from gloo import join
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -342,9 +346,12 @@ def saved(tmp_path):
 
 def test_without_room_for_them_no_range_is_loaded_and_with_it_all_are(saved):
     folder, model = saved(model=quantized()), quantized(calibrated=False)
-    with one_process():
+    with one_process(), pytest.raises(RuntimeError) as caught:
         dcp.load({"model": model}, checkpoint_id=folder)
-    assert set(ranges(model).values()) == {None}  # which is why there is expect_ranges
+    for name in ranges(model):
+        assert f"{name}._amax: the checkpoint has it" in str(caught.value)
+    assert "Call qp.expect_ranges(model, checkpoint) before" in str(caught.value)
+    assert set(ranges(model).values()) == {None}
     assert qp.expect_ranges(model, folder) == tuple(ranges(model))
     assert model(DATA[0]).isnan().all()
     state = {"model": model.state_dict()}  # the other way that torch's guides show
@@ -352,6 +359,30 @@ def test_without_room_for_them_no_range_is_loaded_and_with_it_all_are(saved):
         dcp.load(state, checkpoint_id=folder)
     model.load_state_dict(state["model"])
     assert torch.equal(model(DATA[0]), quantized()(DATA[0]))
+
+
+class State:
+    """What torch's guides hand to the functions of its checkpoints: more than a model."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def state_dict(self):
+        return {"weights": get_model_state_dict(self.model), "step": 3}
+
+    def load_state_dict(self, state):
+        set_model_state_dict(self.model, state["weights"])
+
+
+def test_ranges_are_passed_over_in_silence_only_where_the_checkpoint_has_none_of_this_model(saved):
+    folder = saved(model=State(build()), ema=State(quantized()), other=State(quantized()))
+    model = quantized(calibrated=False)
+    with one_process():
+        dcp.load({"model": State(model)}, checkpoint_id=folder)  # a float one
+        assert set(ranges(model).values()) == {None}
+        with pytest.raises(RuntimeError, match=r"2\.weight_quantizer\._amax: the checkpoint has it"):
+            dcp.load({"ema": State(model)}, checkpoint_id=folder)
+        dcp.load({"other": State(quantized())}, checkpoint_id=folder)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -28,8 +28,10 @@ def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = Non
         torch.distributed.checkpoint.load({"model": model}, checkpoint_id="checkpoint")
 
     That module loads what it finds in the model's ``state_dict``, in which a range appears only once it is
-    known: without this call it would load the weights, say nothing, and every tensor would go on being
-    quantized by its own range. Until it is loaded a range is NaN, and so is what is quantized by it.
+    known: without this call it would load the weights alone, and every tensor would go on being quantized by
+    its own range. If it was given the model, or an object that holds it, that is an error, which names the
+    ranges; if it was given what ``model.state_dict()`` returned, nobody can tell. Until it is loaded a range
+    is NaN, and so is what is quantized by it.
 
     Args:
         model: Holds the quantizers.

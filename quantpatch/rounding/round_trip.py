@@ -268,8 +268,9 @@ def _lsq_slopes(
 
     With ``v = x / scale``, both are decided by the paper's one rule, ``format.min < v < format.max``: there
     ``x`` gets the gradient (equation 5) and the scale ``round(v) - v`` (equation 3); elsewhere ``x`` gets
-    none and the scale the end of the grid. Times the paper's gradient scale (section 2.2), through
-    ``scale = amax / format.max``.
+    none and the scale the end of the grid. The paper's gradient scale (section 2.2) balances the steps of the
+    scale with those of weights, each to its own size. For the range, which is ``format.max`` times the scale,
+    to take steps of that size its gradient is as many times the scale's.
 
     Returns:
         Where ``x`` gets the gradient, the scale's slope, and what divides it to be the range's.
@@ -278,4 +279,7 @@ def _lsq_slopes(
     q = element_of(format).round_(v.clone())
     inside = (v > format.min) & (v < format.max)
     sharing = max(1, x.numel()) / max(1, amax.numel())
-    return inside, q - v.masked_fill(~inside, 0.0), format.max * math.sqrt(sharing * format.max)
+    # The longer side's: next to a zero point the upper end may be a single step. The lowest integer of a
+    # signed format counts as little as it does in the paper.
+    steps = max(format.max, -format.min - 1)
+    return inside, q - v.masked_fill(~inside, 0.0), math.sqrt(sharing * steps) / format.max

@@ -147,13 +147,13 @@ def test_a_range_of_its_own_with_a_zero_point_clips_nothing_and_is_the_smallest(
 
 @given(
     width=st.integers(2, 8),
-    unsigned=st.booleans(),
+    kind=st.sampled_from([{}, {"unsigned": True}, {"narrow_range": True}]),
     amax=st.floats(2.0**-100, 2.0**100, width=32),
     values=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=50),
 )
 @settings(deadline=None, max_examples=100)
-def test_every_integer_format_follows_the_formula(width, unsigned, amax, values):
-    number_format = Integer(width, unsigned=unsigned)
+def test_every_integer_format_follows_the_formula(width, kind, amax, values):
+    number_format = Integer(width, **kind)
     x, scale = np.array(values, np.float32), np.float32(amax) / np.float32(number_format.max)
     with np.errstate(over="ignore"):
         expected = np.clip(np.rint(x / scale), number_format.min, number_format.max) * scale
@@ -261,12 +261,17 @@ def test_nvfp4_follows_its_two_level_rule(share):
     np.testing.assert_array_equal(ours.numpy(), nvfp4_reference(x, amax))
 
 
-@given(rows=st.integers(1, 3), columns=st.integers(0, 150), axis=st.sampled_from([-1, 0, 1]))
-@settings(deadline=None, max_examples=50)
-def test_groups_equal_each_group_quantized_alone_tails_included(rows, columns, axis):
+@given(
+    rows=st.integers(1, 3),
+    columns=st.integers(0, 300),
+    axis=st.sampled_from([-1, 0, 1]),
+    size=st.sampled_from([32, 128]),
+)
+@settings(deadline=None, max_examples=60)
+def test_groups_equal_each_group_quantized_alone_tails_included(rows, columns, axis, size):
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
-    ours = fake_quantize(x, None, Blocked(Integer(4), 32), axis=axis)
-    groups = [fake_quantize(g, None, Integer(4), axis=1 - axis % 2) for g in x.split(32, axis)]
+    ours = fake_quantize(x, None, Blocked(Integer(4), size), axis=axis)
+    groups = [fake_quantize(g, None, Integer(4), axis=1 - axis % 2) for g in x.split(size, axis)]
     assert torch.equal(ours, torch.cat(groups, axis))
 
 
@@ -402,6 +407,22 @@ def test_channels_last_stays_channels_last(name, axis, size):
     y = fake_quantize(last, None, BUILTIN_FORMATS[name], axis=axis)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(y, fake_quantize(x, None, BUILTIN_FORMATS[name], axis=axis))
+
+
+@pytest.mark.parametrize("axis", [None, 1, -4])
+@pytest.mark.parametrize("name", ["int8", "fp8_e4m3", "mxfp4", "nvfp4"])
+def test_so_do_channels_last_in_three_dimensions_and_transposed_tensors(name, axis):
+    x = torch.randn(2, 8, 3, 4, 5)
+    expected = fake_quantize(x, None, BUILTIN_FORMATS[name], axis=axis)
+    y = fake_quantize(
+        x.contiguous(memory_format=torch.channels_last_3d), None, BUILTIN_FORMATS[name], axis=axis
+    )
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    assert torch.equal(y, expected)
+    transposed = x.transpose(1, 4).contiguous().transpose(1, 4)
+    y = fake_quantize(transposed, None, BUILTIN_FORMATS[name], axis=axis)
+    assert y.stride() == transposed.stride()
+    assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,8 +59,12 @@ def plugin() -> Iterator[Callable[..., str]]:
 def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """Runs ``function(rank, folder)`` in processes, and returns what each saved in ``rank{rank}.pt``.
 
-    One set of processes serves all tests of a module, also those of other test workers.
+    One set of processes serves all tests of a module, also those of other test workers. They are forked by
+    one that has imported torch and has no threads.
     """
+    get_context("forkserver").set_forkserver_preload(
+        ["torch.distributed.checkpoint", "torch.distributed.fsdp", "pytest", "quantpatch"]
+    )
 
     def run(function: Callable[[int, str], None], count: int) -> list[Any]:
         run_id = os.environ.get("PYTEST_XDIST_TESTRUNUID")
@@ -78,7 +83,7 @@ def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any
                 assert time.monotonic() < deadline, "the worker that runs the ranks did not finish"
                 time.sleep(0.1)
         else:
-            mp.spawn(function, args=(str(folder),), nprocs=count)
+            mp.start_processes(function, args=(str(folder),), nprocs=count, start_method="forkserver")
             (folder / "done").touch()
         return [torch.load(folder / f"rank{rank}.pt") for rank in range(count)]
 

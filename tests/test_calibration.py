@@ -11,6 +11,7 @@ import textwrap
 import pytest
 import torch
 import torch.distributed as dist
+from gloo import join
 from torch import nn
 
 import quantpatch as qp
@@ -421,93 +422,73 @@ def test_a_compiled_model_is_calibrated_without_compiling(batches):
     assert model[0].input_quantizer.amax is not None
 
 
-RANK = """
-    import sys, torch, torch.distributed as dist, quantpatch as qp
-    from torch import nn
-    from quantpatch.quantizer import named_quantizers
-
-    rank, world, rendezvous, method, *faults = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
-    if world > 1:
-        dist.init_process_group("gloo", init_method="file://" + rendezvous, rank=rank, world_size=world)
-    for fault in (*faults, None):
-        torch.manual_seed(0)
-        with qp.quantize_modules():
-            model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-        data = torch.randn(8, 16, 6, generator=torch.Generator().manual_seed(2))
-        batches, name = list(data[rank::world]), method
-        if rank == 1 and fault == "data":
-            batches[2] = torch.full((16, 6), torch.nan)
-        if rank == 1 and fault == "source":
-            batches = (1 / 0 for _ in range(3))
-        if rank == 1 and fault == "model":
-            model[2].input_quantizer.disable()
-        if rank == 1 and fault == "start":
-            name = "entropi"
-        if rank == 1 and fault == "gone":
-            sys.exit()
-        try:
-            qp.calibrate(model, batches, name)
-        except Exception as error:
-            assert {q.amax for q in named_quantizers(model).values()} == {None}
-            assert model.training and model[0].input_quantizer.state == "dynamic (not calibrated)"
-            print(f"{type(error).__name__}: {error}")
-        else:
-            print([q.amax.flatten().tolist() for q in (model[0].input_quantizer, model[2].input_quantizer,
-                                                       model[2].weight_quantizer)])
-    if world > 1:
-        dist.destroy_process_group()
-"""
+FAULTS = {  # what the other rank raises, and rank 1 itself, of whose data, model or call something is wrong
+    "data": ("rank 1 failed: CalibrationError: 0.input_quantizer: 96", "Error: 0.input_quantizer: 96 of"),
+    "source": ("rank 1 failed: ZeroDivisionError: division by zero. No range", "ZeroDivisionError: "),
+    "start": ("rank 1 failed: UnknownNameError: unknown cal", "UnknownNameError: unknown calibrator"),
+    "model": ("only one of them has 2.input_quantizer.", "only one of them has 2.input_quantizer."),
+}
 
 
-@pytest.fixture
-def printed_by_ranks(tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(textwrap.dedent(RANK))
+def calibrated_by(rank, world, method="max", fault=""):
+    """The ranges of a model that a rank of several calibrates, or what is raised."""
+    torch.manual_seed(0)
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    data = torch.randn(8, 16, 6, generator=torch.Generator().manual_seed(2))
+    batches = list(data[rank::world])
+    if rank == 1 and fault == "data":
+        batches[2] = torch.full((16, 6), torch.nan)
+    if rank == 1 and fault == "source":
+        batches = (1 / 0 for _ in range(3))
+    if rank == 1 and fault == "model":
+        model[2].input_quantizer.disable()
+    if rank == 1 and fault == "start":
+        method = "entropi"
+    try:
+        qp.calibrate(model, batches, method)
+    except Exception as error:
+        assert {q.amax for q in named_quantizers(model).values()} == {None}
+        assert model.training
+        assert model[0].input_quantizer.state == "dynamic (not calibrated)"
+        return f"{type(error).__name__}: {error}"
+    return [q.amax.flatten() for q in named_quantizers(model).values()]
 
-    def run(world, method="max", *faults):
-        arguments = [sys.executable, str(script)], [str(world), str(tmp_path / "meet"), method, *faults]
-        ranks = [
-            subprocess.Popen(
-                [*arguments[0], str(rank), *arguments[1]],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        ends = [process.communicate(timeout=120) for process in ranks]
-        assert all(process.returncode == 0 for process in ranks), ends
-        return [out.strip().splitlines() for out, _ in ends]
 
-    return run
+def run_rank(rank, folder):
+    join(rank, folder, 2)
+    found = {method: calibrated_by(rank, 2, method) for method in ("max", "percentile")}
+    found |= {fault: calibrated_by(rank, 2, fault=fault) for fault in FAULTS}
+    found["afterwards"] = calibrated_by(rank, 2)
+    if rank == 0:
+        found["gone"] = calibrated_by(rank, 2)
+    torch.save(found, f"{folder}/rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(by_ranks):
+    return by_ranks(run_rank, 2)
 
 
 @pytest.mark.parametrize("method", ["max", "percentile"])
-def test_two_processes_get_the_ranges_of_one_that_saw_everything(method, printed_by_ranks):
-    ((alone,),) = printed_by_ranks(1, method)
-    (first,), (second,) = printed_by_ranks(2, method)
-    assert first == second == alone
+def test_two_processes_get_the_ranges_of_one_that_saw_everything(method, ranks):
+    alone, first, second = calibrated_by(0, 1, method), *(found[method] for found in ranks)
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, alone, first))
 
 
-def test_if_one_rank_fails_all_raise_and_name_it_and_the_next_calibration_works(printed_by_ranks):
-    expected = {
-        "data": ("rank 1 failed: CalibrationError: 0.input_quantizer: 96", "Error: 0.input_quantizer: 96 of"),
-        "source": ("rank 1 failed: ZeroDivisionError: division by zero. No range", "ZeroDivisionError: "),
-        "start": ("rank 1 failed: UnknownNameError: unknown cal", "UnknownNameError: unknown calibrator"),
-        "model": ("only one of them has 2.input_quantizer.", "only one of them has 2.input_quantizer."),
-    }
-    zero, one = printed_by_ranks(2, "max", *expected)
-    for (on_the_others, on_itself), line, own in zip(expected.values(), zero, one, strict=False):
-        assert line.startswith("CalibrationError: rank 1 ")
-        assert on_the_others in line
-        assert on_itself in own
-    assert zero[-1] == one[-1]
-    assert zero[-1].startswith("[[")
+def test_if_one_rank_fails_all_raise_and_name_it_and_the_next_calibration_works(ranks):
+    zero, one = ranks
+    for fault, (on_the_others, on_itself) in FAULTS.items():
+        assert zero[fault].startswith("CalibrationError: rank 1 ")
+        assert on_the_others in zero[fault]
+        assert on_itself in one[fault]
+    for found in ranks:
+        assert all(map(torch.equal, found["afterwards"], found["max"]))
 
 
-def test_a_rank_that_is_gone_leaves_nobody_waiting(printed_by_ranks):
-    zero, _ = printed_by_ranks(2, "max", "gone")
-    assert "another rank is gone" in zero[0]
+def test_a_rank_that_is_gone_leaves_nobody_waiting(ranks):
+    assert "another rank is gone" in ranks[0]["gone"]
 
 
 # --- Calibrators of plugins -----------------------------------------------------------------------

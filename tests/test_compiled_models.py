@@ -87,8 +87,7 @@ def test_one_graph_serves_every_batch_size_and_equals_eager(name, training):
             assert all(g.stride() == p.stride() for g, p in zip(grads[1:], twin.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("name", "strict"), [("residual", True), ("encoder", False)])
 def test_a_model_exports_with_dynamic_shapes(name, strict):
     model, shape = quantized(name)
     batch = torch.export.Dim("batch", min=2, max=64)

@@ -105,7 +105,7 @@ def test_every_module_imports_alone() -> None:
     """Each in an interpreter that has torch but nothing of ours: which comes first must not matter."""
     code = f"""
 import importlib, importlib.util, os, sys, types
-import attrs, pluggy, rich.console, rich.progress, rich.table, torch
+import attrs, pluggy, rich.console, rich.progress, rich.table, torch, torch._dynamo, torch.onnx, typer
 package = types.ModuleType("quantpatch")  # its own __init__ would import everything in one order
 package.__path__ = [{str(ROOT)!r}]
 package.__version__ = "0"

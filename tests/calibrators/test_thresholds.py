@@ -229,8 +229,13 @@ def test_sqnr_equals_the_reference_loop(counts, width, start_bin, name, clip_wei
     assert actual.item() == reference_sqnr(counts, width, format, start_bin, clip_weight)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["int8", "uint8", "int4", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((kind, name) for kind in KINDS for name in ("int8", "fp4_e2m1")),
+        *(("laplace", name) for name in ("uint8", "int4", "fp8_e4m3", "fp8_e5m2")),
+    ],
+)
 def test_mse_equals_the_reference_loop_on_2048_bins(kind, name):
     counts, format = sampled_histogram(kind), BUILTIN_FORMATS[name]
     expected = reference_sqnr(counts.tolist(), 2.0**-8, format, 1, 1.0)

@@ -113,11 +113,17 @@ class QuantBlock(qp.QuantizedLayer, blocks.Block):
     operations = {torch.add: ("branch", "skip")}
 
 
-def test_a_residual_block_passes_every_check_of_the_kit():
+def test_a_residual_block_passes_the_checks_of_the_kit():
+    # Of those that trace one: the others go the same way, and files are tested with quantpatch-residual.
+    checks = tuple(name for name, check in CHECKS.items() if not check.traces or name == "compiled")
     passed = assert_layer_conforms(
-        (blocks, "Block", QuantBlock), lambda: blocks.Block(4), lambda: (torch.randn(2, 4, 5, 5),), plugins=[]
+        (blocks, "Block", QuantBlock),
+        lambda: blocks.Block(4),
+        lambda: (torch.randn(2, 4, 5, 5),),
+        checks=checks,
+        plugins=[],
     )
-    assert passed == tuple(CHECKS)
+    assert passed == checks
 
 
 def test_a_traceback_names_the_line_of_the_float_class():

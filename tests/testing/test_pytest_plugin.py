@@ -66,11 +66,14 @@ def project(tmp_path, monkeypatch):
     folder = tmp_path / "project"
     folder.mkdir()
 
+    # Hypothesis takes a second to import.
+    settings = ("-p", "pytest_quantpatch", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
+
     def run(*options, **files):
         for name, text in files.items():
             (folder / f"{name}.py").write_text(text)
         return subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "pytest_quantpatch", "-p", "no:cacheprovider", *options],
+            [sys.executable, "-m", "pytest", *settings, *options],
             cwd=folder,
             capture_output=True,
             text=True,

@@ -1,0 +1,27 @@
+"""What all tests share: what does not depend on the test is made once."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch.onnx._internal.exporter import _registration
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _the_exporters_own_functions_are_read_once() -> Iterator[None]:
+    """torch.onnx parses the source of its 500 functions in each call, which is half of a small export."""
+    registry = _registration.ONNXRegistry
+    read = functools.cache(registry.from_torchlib)
+
+    def from_torchlib(*args: Any, **kwargs: Any) -> Any:
+        made = copy.copy(read(*args, **kwargs))
+        made.functions = {name: [*functions] for name, functions in made.functions.items()}
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "from_torchlib", staticmethod(from_torchlib))
+        yield

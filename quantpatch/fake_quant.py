@@ -23,6 +23,7 @@ from quantpatch.affine import magnitudes, upper_end
 from quantpatch.division import float32, quotient
 from quantpatch.errors import DescriptorError, OperandError, RangeError
 from quantpatch.formats import Blocked, Integer, NumberFormat
+from quantpatch.kernels import operations as kernels
 from quantpatch.rounding.in_memory import round_trip_in_memory
 from quantpatch.rounding.modes import is_in_memory, is_jit_traced
 from quantpatch.rounding.round_trip import round_trip
@@ -167,13 +168,15 @@ def reduce_amax(x: Tensor, axis: Axis = None) -> Tensor:
     kept = _axes(x, axis)
     reduced = [d for d in range(x.dim()) if d not in kept]
     x = x.detach()
+    shape = [] if axis is None else [n if d in kept else 1 for d, n in enumerate(x.shape)]
     if any(x.shape[d] == 0 for d in reduced):
-        shape = [] if axis is None else [n if d in kept else 1 for d, n in enumerate(x.shape)]
         return torch.zeros(shape, dtype=torch.float32, device=x.device)
     if not reduced:
         return x.abs().float()
     if torch.compiler.is_compiling() or is_sharded(x):
         return x.abs().amax(reduced, keepdim=axis is not None).float()
+    if x.numel() and is_in_memory(x) and (found := kernels.amax(x, shape)) is not None:
+        return found
     # Two reductions rather than one of |x|, which would allocate as much as x again.
     if axis is None:
         low, high = torch.aminmax(x)
@@ -235,6 +238,10 @@ def _ranges_and_scales_of_blocks(
 
 def _block_amax(x: Tensor, size: int, dim: int) -> Tensor:
     """The ranges of blocks: float32 of the shape of ``x`` with the number of blocks on ``dim``."""
+    if x.numel() and is_in_memory(x):
+        shape = [-(-n // size) if d == dim else n for d, n in enumerate(x.shape)]
+        if (found := kernels.amax(x, shape, dim, size)) is not None:
+            return found
     ranges = [_amax_along(b, dim + 1) for b in block_views(x, dim, size)]
     return (ranges[0] if len(ranges) == 1 else torch.cat(ranges, dim)).float()
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from quantpatch.division import quotient
 from quantpatch.errors import DescriptorError
 
-__all__ = ["BUILTIN_FORMATS", "Blocked", "Float", "Integer", "NumberFormat", "affine_format"]
+__all__ = ["BUILTIN_FORMATS", "Blocked", "Float", "Integer", "NumberFormat", "affine_format", "element_of"]
 
 ScaleKind = Literal["float32", "e8m0", "e4m3"]
 
@@ -355,6 +355,11 @@ class Blocked(NumberFormat):
             divisor = tensor_scale.masked_fill(tensor_scale == 0, 1.0)
             scale = _E4M3.round_(quotient(scale, divisor)) * tensor_scale
         return scale
+
+
+def element_of(format: NumberFormat) -> NumberFormat:
+    """The format of the elements of blocks; others as they are."""
+    return format.element if isinstance(format, Blocked) else format
 
 
 _E4M3, _E5M2, _E2M3, _E3M2, _E2M1 = Float(4, 3), Float(5, 2), Float(2, 3), Float(3, 2), Float(2, 1)

@@ -17,6 +17,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+# Tensors are too small for them here, and loading takes a while; tests that want kernels say so.
+os.environ.setdefault("QUANTPATCH_KERNELS", "0")
+
+from quantpatch.kernels import operations
 from quantpatch.registry import registry
 
 # Tensors are tiny here: threads would only wait for each other, the more so in several processes.
@@ -26,6 +30,17 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _torch_is_what_it_was(torch_untouched: None) -> None:
     """In every test of this folder."""
+
+
+@pytest.fixture(autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool | None:
+    """Turns CPU kernels on, for tensors of any size, or off, where a test is parametrized with it."""
+    wanted = getattr(request, "param", None)
+    if wanted is not None:
+        pytest.importorskip("numba")
+        monkeypatch.setattr(operations, "_WANTED", wanted)
+        monkeypatch.setattr(operations, "_SMALLEST", 1)
+    return wanted
 
 
 @pytest.fixture

@@ -17,6 +17,9 @@ from quantpatch.errors import DescriptorError, OperandError, RangeError
 from quantpatch.fake_quant import dequantize, fake_quantize, quantize, reduce_amax
 from quantpatch.formats import BUILTIN_FORMATS, Blocked, Float, Integer
 
+# Both in torch's operations and in kernels of our own.
+pytestmark = pytest.mark.parametrize("kernels", [False, True], ids=["operations", "kernels"], indirect=True)
+
 INT8, UINT8 = Integer(8), Integer(8, unsigned=True)
 
 

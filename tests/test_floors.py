@@ -18,7 +18,8 @@ ROOT = Path(quantpatch.__file__).parent
 FLOORS = [
     {"errors", "division"},
     {"formats", "entries", "example", "sharded", "ranks"},
-    {"affine", "rounding"},
+    {"affine", "kernels"},
+    {"rounding"},
     {
         "fake_quant",
         "interception",

@@ -24,6 +24,7 @@ from quantpatch.calibrators.thresholds import (
 )
 from quantpatch.errors import OptionError
 from quantpatch.formats import NumberFormat
+from quantpatch.kernels import operations as kernels
 
 __all__ = [
     "EntropyCalibrator",
@@ -295,6 +296,8 @@ def _count(x: Tensor, exponent: Tensor, counts: Tensor) -> None:
     """
     channels, bins = counts.shape
     below = (((127 - exponent) << 23) - 1).to(torch.int32).view(torch.float32)[:, None]
+    if kernels.count(x, below.view(-1), counts):
+        return
     chunk = _CHUNK if x.device.type == "cpu" else 1 << 26
     length = min(chunk, x.shape[1])
     rows = max(1, min(chunk // length, (1 << 20) // bins, channels))

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from quantpatch.formats import Blocked, Integer, NumberFormat
+from quantpatch.formats import Blocked, Integer, NumberFormat, element_of
+from quantpatch.kernels import operations as kernels
+from quantpatch.kernels.runs import memory_order
 from quantpatch.rounding.outside import Outside, find, zero_outside
-from quantpatch.rounding.pieces import memory_order, pieces
-from quantpatch.rounding.scales import block_views, divisor, element_of, rescale_, spread
+from quantpatch.rounding.pieces import pieces
+from quantpatch.rounding.scales import block_views, divisor, rescale_, spread
 
 __all__ = ["forward_in_memory", "round_trip_in_memory"]
 
@@ -54,12 +56,18 @@ class _StraightThrough(Function):
     def forward(
         ctx: Any, x: Tensor, amax: Range | None, scale: Range, format: NumberFormat, dim: int | None
     ) -> Tensor:
-        order = None if x.is_contiguous() else memory_order(x)
-        outside = _outside(x, amax, format, dim, order)
-        ctx.order, ctx.all_inside = order, outside.is_nothing
+        ctx.order = order = None if x.is_contiguous() else memory_order(x)
+        rounded = kernels.round_trip(x, amax, scale, format, dim)
+        if rounded is not None:
+            outside = Outside(marks=kernels.mark(x, amax, format, dim)) if rounded.is_hit else Outside()
+            result = rounded.values
+        else:
+            outside = _outside(x, amax, format, dim, order)
+            result = forward_in_memory(x, amax, scale, format, dim, all_inside=outside.is_nothing)
+        ctx.all_inside = outside.is_nothing
         if not ctx.all_inside:
             ctx.save_for_backward(*outside)
-        return forward_in_memory(x, amax, scale, format, dim, all_inside=ctx.all_inside)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,9 +107,12 @@ def forward_in_memory(
     all_inside: bool | None = None,
 ) -> Tensor:
     """``x`` to the grid and back. ``all_inside`` says whether nothing lies outside, if that is known."""
-    out = torch.empty_like(x)
     if not x.numel():
-        return out
+        return torch.empty_like(x)
+    rounded = kernels.round_trip(x, amax, scale, format, dim) if all_inside is None else None
+    if rounded is not None:
+        return rounded.values
+    out = torch.empty_like(x)
     element = element_of(format)
     if all_inside is None:
         all_inside = amax is None and element.min < 0

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quantpatch.division import float32
+from quantpatch.kernels import operations as kernels
 from quantpatch.rounding.modes import is_in_memory
 from quantpatch.rounding.pieces import pieces
 
@@ -36,20 +37,22 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Outside(NamedTuple):
-    """What lies outside, by its place in a contiguous tensor; nothing where both are None.
+    """What lies outside, by its place in a contiguous tensor; nothing where all are None.
 
     Attributes:
         positions: ``(elements outside,)``, int32, or int64 in tensors of 2**31 elements and more.
         mask: int8 of the tensor's shape; 0 outside, else -1: all bits are set.
+        marks: int32, ``(elements / 32,)`` rounded up; a bit each, from the lowest on, 0 outside.
     """
 
     positions: Tensor | None = None
     mask: Tensor | None = None
+    marks: Tensor | None = None
 
     @property
     def is_nothing(self) -> bool:
         """Whether nothing lies outside."""
-        return self.positions is None and self.mask is None
+        return self.positions is None and self.mask is None and self.marks is None
 
 
 _NOTHING = Outside()
@@ -107,15 +110,19 @@ def zero_outside(grad: Tensor, outside: Outside) -> Tensor:
         grad: Of the shape in which :func:`find` saw the tensor, any strides.
         outside: What it found.
     """
-    positions, mask = outside
+    positions, mask, marks = outside
     if positions is not None:
         # One copy, of which a few elements are overwritten.
         return grad.reshape(-1).index_fill(0, positions.long(), 0.0).view(grad.shape)
-    if mask is None:
+    if mask is None and marks is None:
         return grad
     # The legacy kind is that of ``torch.autograd.grad(..., is_grads_batched=True)``.
     batched = torch._C._functorch.is_legacy_batchedtensor(grad)
-    if torch.is_grad_enabled() or batched or not is_in_memory(grad):
+    recorded = torch.is_grad_enabled() or batched or not is_in_memory(grad)
+    if marks is not None:
+        return kernels.keep(grad, marks) if not recorded else grad.masked_fill(~_unpacked(marks, grad), 0.0)
+    assert mask is not None
+    if recorded:
         return grad.masked_fill(mask == 0, 0.0)  # whoever records the operations wants plain ones
     # torch's operations with masks are not vectorised, those with bits are, which infinities are to them too.
     bits = _BITS[grad.element_size()]
@@ -123,6 +130,12 @@ def zero_outside(grad: Tensor, outside: Outside) -> Tensor:
     for target, part, upstream in pieces(_CHUNK, out, mask, grad.view(bits)):
         target.copy_(part).bitwise_and_(upstream)
     return out.view(grad.dtype)
+
+
+def _unpacked(marks: Tensor, like: Tensor) -> Tensor:
+    """A bool for each mark."""
+    bits = torch.arange(32, dtype=torch.int32, device="cpu")
+    return (marks[:, None] >> bits & 1).view(-1)[: like.numel()].view(like.shape).bool()
 
 
 def is_outside(x: Tensor, amax: Tensor | float | None, *, lower_end: float) -> Tensor:

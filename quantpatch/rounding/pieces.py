@@ -7,12 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["memory_order", "pieces"]
+from quantpatch.kernels.runs import memory_order
 
-
-def memory_order(x: Tensor) -> list[int]:
-    """The axes of ``x``, the one with the largest steps in memory first."""
-    return sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
+__all__ = ["pieces"]
 
 
 def pieces(size: int, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from quantpatch.division import quotient
-from quantpatch.formats import NumberFormat
+from quantpatch.formats import NumberFormat, element_of
 from quantpatch.rounding.compiled import (
     apart,
     as_it_lies,
@@ -31,7 +31,7 @@ from quantpatch.rounding.compiled import (
 from quantpatch.rounding.cuda import fused_kernel
 from quantpatch.rounding.in_memory import forward_in_memory, round_trip_in_memory
 from quantpatch.rounding.modes import is_in_memory, is_jit_traced
-from quantpatch.rounding.scales import block_views, divisor, element_of, rescale_, spread
+from quantpatch.rounding.scales import block_views, divisor, rescale_, spread
 
 __all__ = ["round_trip"]
 

@@ -5,16 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantpatch.formats import Blocked, Integer, NumberFormat
+from quantpatch.formats import Integer, NumberFormat
 
-__all__ = ["block_views", "divisor", "element_of", "rescale_", "spread"]
+__all__ = ["block_views", "divisor", "rescale_", "spread"]
 
 _ZERO = torch.zeros((), device="cpu")
-
-
-def element_of(format: NumberFormat) -> NumberFormat:
-    """The format of the elements of blocks; others as they are."""
-    return format.element if isinstance(format, Blocked) else format
 
 
 def divisor(scale: Tensor | float) -> Tensor | float:

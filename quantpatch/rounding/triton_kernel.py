@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantpatch.formats import Float, Integer, NumberFormat
-from quantpatch.rounding.scales import element_of
+from quantpatch.formats import Float, Integer, NumberFormat, element_of
 
 __all__ = ["fake_quantize_fused", "fused_round_trip", "run_of"]
 

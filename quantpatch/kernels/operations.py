@@ -1,0 +1,284 @@
+"""What the kernels do, as functions on tensors that return None where they do not serve.
+
+They serve tensors of float32 and bfloat16 in main memory, without gaps and not too small, and the integers
+and floats of :mod:`quantpatch.formats` themselves: of a subclass nobody knows how it rounds. The environment
+variable ``QUANTPATCH_KERNELS=0`` turns them off.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from quantpatch.division import float32
+from quantpatch.formats import Float, Integer, NumberFormat, element_of
+from quantpatch.kernels.runs import Runs, memory_order, runs_of
+from quantpatch.kernels.threads import for_parts
+
+__all__ = ["Rounded", "amax", "count", "keep", "mark", "round_trip"]
+
+Range: TypeAlias = Tensor | float
+Kernels: TypeAlias = dict[str, Callable[..., Any]]
+
+# Below it torch's operations are fast enough: loading takes half a second and, the first time, compiling some
+# more. By size and not by what a process has done so far: a checkpointed part is computed twice, in one way.
+_SMALLEST = 2**12
+_WANTED = os.environ.get("QUANTPATCH_KERNELS") != "0"
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+@functools.cache
+def _load(dtype: torch.dtype) -> Kernels | None:
+    """The kernels by name; None without numba, or if they do not work here, which is told once."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        from quantpatch.kernels import source
+
+        return {name: source.kernel(name, _NAMES[dtype]) for name in source.NAMES}
+    except Exception as error:
+        warnings.warn(
+            f"quantpatch's CPU kernels do not work here, so slower operations stand in for them: {error!r}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return None
+
+
+def _kernels(x: Tensor) -> Kernels | None:
+    """The kernels, if there are any and they serve ``x``."""
+    if (
+        not _WANTED
+        or x.numel() < _SMALLEST
+        or x.dtype not in _NAMES
+        or not (x.is_contiguous() or x.permute(memory_order(x)).is_contiguous())
+    ):
+        return None
+    return _load(x.dtype)
+
+
+def _loaded(x: Tensor) -> Kernels:
+    """Those that served before."""
+    kernels = _load(x.dtype)
+    assert kernels is not None
+    return kernels
+
+
+class Rounded(NamedTuple):
+    """What :func:`round_trip` returns.
+
+    Attributes:
+        values: The result.
+        is_hit: Whether anything lies outside the range.
+    """
+
+    values: Tensor
+    is_hit: bool
+
+
+def round_trip(
+    x: Tensor, amax: Range | None, scale: Range, format: NumberFormat, dim: int | None
+) -> Rounded | None:
+    """As :func:`quantpatch.rounding.round_trip.round_trip`, without its gradient."""
+    element = element_of(format)
+    grid = _grid(element)
+    if grid is None or (kernels := _kernels(x)) is None:
+        return None
+    number, end = _number(scale), _number(amax)
+    if number is not None and isinstance(amax, Tensor) and end is None:
+        return None
+    out = torch.empty_like(x)
+    at_x, at_out, size = x.data_ptr(), out.data_ptr(), x.element_size()
+    if number is not None:
+        high = math.inf if end is None else end
+        low = _low(end, element.lower_end)
+
+        def flat(start: int, n: int) -> Any:
+            return kernels["round_flat"](
+                at_x + start * size, at_out + start * size, n, number, low, high, *grid
+            )
+
+        return Rounded(out, any(for_parts(x.numel(), flat)))
+    assert isinstance(scale, Tensor)
+    if isinstance(amax, Tensor) and end is None:
+        shape = [max(sizes) for sizes in zip(amax.shape, scale.shape, strict=True)]
+        amax, scale = amax.expand(shape), scale.expand(shape)
+    runs, scales = _lay(x, scale, format, dim)
+    ranges, step, lower_end = _ranges(x, amax, element, format, dim)
+
+    def several(start: int, n: int) -> Any:
+        return kernels["round_runs"](
+            at_x + start * size, at_out + start * size, start, n, scales.data_ptr(), ranges.data_ptr(), step,
+            *runs, lower_end, *grid,
+        )  # fmt: skip
+
+    return Rounded(out, any(for_parts(x.numel(), several)))
+
+
+def mark(x: Tensor, amax: Range | None, format: NumberFormat, dim: int | None) -> Tensor:
+    """Which elements lie inside the range, as bits, where :func:`round_trip` served.
+
+    Returns:
+        int32, ``(elements / 32,)`` rounded up: the elements as they lie in memory, from the lowest bit on.
+    """
+    words = torch.empty(-(-x.numel() // 32), dtype=torch.int32, device="cpu")
+    ranges, step, lower_end = _ranges(x, amax, element_of(format), format, dim)
+    runs = _lay(x, amax if step and isinstance(amax, Tensor) else ranges, format, dim)[0]
+    kernel, at_x, at_words, size = _loaded(x)["mark"], x.data_ptr(), words.data_ptr(), x.element_size()
+
+    def part(start: int, n: int) -> None:
+        kernel(at_x + start * size, at_words + start // 8, start, n, ranges.data_ptr(), *runs, lower_end)
+
+    for_parts(x.numel(), part)
+    return words
+
+
+def keep(grad: Tensor, marks: Tensor) -> Tensor:
+    """``grad`` where :func:`mark` found elements inside, else 0.
+
+    Args:
+        grad: float32 or bfloat16, any strides, its axes in the order in which the marks are.
+        marks: The marks.
+    """
+    grad = grad.contiguous()
+    out = torch.empty_like(grad)
+    kernel, size = _loaded(grad)["keep"], grad.element_size()
+    at_grad, at_out, at_marks = grad.data_ptr(), out.data_ptr(), marks.data_ptr()
+
+    def part(start: int, n: int) -> None:
+        kernel(at_grad + start * size, at_out + start * size, at_marks + start // 8, n)
+
+    for_parts(grad.numel(), part)
+    return out
+
+
+def amax(x: Tensor, kept: Sequence[int], dim: int | None = None, block_size: int = 0) -> Tensor | None:
+    """The largest magnitudes; NaN where there is one.
+
+    Args:
+        x: Any shape.
+        kept: The shape of the result: 1 on axes that are reduced, the number of blocks on ``dim``; or empty.
+        dim: The axis that blocks run along.
+        block_size: Elements in a block.
+
+    Returns:
+        float32, of the shape ``kept``.
+    """
+    if (kernels := _kernels(x)) is None:
+        return None
+    order = memory_order(x) if not x.is_contiguous() else list(range(x.dim()))
+    wanted = tuple(kept[d] for d in order) if len(kept) else (1,) * x.dim()
+    along = None if dim is None else order.index(dim)
+    runs, laid, repeat = runs_of(tuple(x.shape[d] for d in order), wanted, along, block_size)
+    at_x, size = x.data_ptr(), x.element_size()
+
+    def part(start: int, n: int) -> Tensor:
+        peaks = torch.zeros(runs.scales, dtype=torch.int32, device="cpu")
+        kernels["amax"](at_x + start * size, start, n, peaks.data_ptr(), *runs)
+        return peaks
+
+    found = functools.reduce(torch.maximum, for_parts(x.numel(), part)).view(torch.float32)
+    if repeat > 1:
+        found = found.view(-1, repeat).amax(1)
+    found = found.view(laid)
+    if shared := [d for d, n in enumerate(wanted) if n < laid[d]]:
+        found = found.amax(shared, keepdim=True)
+    return found.permute([order.index(d) for d in range(x.dim())]).reshape(tuple(kept))
+
+
+def count(x: Tensor, factors: Tensor, counts: Tensor) -> bool:
+    """Adds to the histograms of rows; returns whether it did.
+
+    Args:
+        x: ``(rows, values)``; the bin of a value is the integer part of its magnitude times the factor.
+        factors: ``(rows,)``, float32.
+        counts: ``(rows, bins)``, int64, contiguous.
+    """
+    if not x.is_cpu or (kernels := _kernels(x)) is None:
+        return False
+    x, factors = x.contiguous(), factors.contiguous()
+    (rows, length), bins = x.shape, counts.shape[1]
+    at_x, size, at_factors = x.data_ptr(), x.element_size(), factors.data_ptr()
+    if rows > 1:
+        kernels["count"](at_x, rows, length, at_factors, counts.data_ptr(), bins)
+        return True
+
+    def part(start: int, n: int) -> Tensor:
+        own = torch.zeros(bins, dtype=torch.int64, device="cpu")
+        kernels["count"](at_x + start * size, 1, n, at_factors, own.data_ptr(), bins)
+        return own
+
+    counts[0].add_(sum(for_parts(length, part)))
+    return True
+
+
+# --- Arguments of kernels ---------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def _grid(element: NumberFormat) -> tuple[float, float, int, int] | None:
+    """Ends of the grid, bits of the mantissa (-1: integers), and the bits of the smallest normal number."""
+    if type(element) is Integer:
+        return element.min, element.max, -1, 0
+    if type(element) is Float:
+        return element.min, element.max, element.mantissa_bits, element.min_exponent + 127 << 23
+    return None
+
+
+def _number(t: Range | None) -> float | None:
+    """The number of one element; None for more, and for None."""
+    if isinstance(t, Tensor):
+        return t.item() if t.numel() == 1 else None
+    return t
+
+
+def _low(end: float | None, lower_end: float) -> float:
+    """Where a range begins."""
+    if lower_end == 0.0:
+        return 0.0
+    if end is None or lower_end == -1.0:
+        return -math.inf if end is None else -end
+    return float32(end * float32(lower_end))
+
+
+def _lay(x: Tensor, t: Tensor, format: NumberFormat, dim: int | None) -> tuple[Runs, Tensor]:
+    """How scales or ranges lie over a tensor, and they themselves in that order."""
+    shape, one = tuple(x.shape), t.numel() == 1
+    if not x.is_contiguous():
+        order = memory_order(x)
+        shape = tuple(x.shape[d] for d in order)
+        t = t if one else t.permute(order)
+        dim = None if dim is None else order.index(dim)
+    runs, laid, repeat = runs_of(
+        shape, (1,) * len(shape) if one else tuple(t.shape), dim, format.block_size or 0
+    )
+    t = t.detach()
+    t = t.reshape(1) if one else t.expand(laid).reshape(-1)
+    return runs, (t.repeat_interleave(repeat) if repeat > 1 else t).contiguous()
+
+
+def _ranges(
+    x: Tensor, amax: Range | None, element: NumberFormat, format: NumberFormat, dim: int | None
+) -> tuple[Tensor, int, float]:
+    """The ranges as they lie over a tensor, how far they are apart (0: one for all), and where one begins."""
+    below = float32(element.lower_end)
+    if isinstance(amax, Tensor) and amax.numel() > 1:
+        return _lay(x, amax, format, dim)[1], 1, below
+    end = _number(amax)
+    if end is None:  # nothing lies outside but, of unsigned integers, what is negative
+        return _of_one(math.inf), 0, 0.0 if below == 0.0 else -1.0
+    return _of_one(end), 0, below
+
+
+@functools.lru_cache(maxsize=256)
+def _of_one(number: float) -> Tensor:
+    return torch.tensor([number], dtype=torch.float32, device="cpu")

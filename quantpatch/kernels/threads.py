@@ -1,0 +1,48 @@
+"""Kernels in as many threads as torch uses for its own operations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+__all__ = ["for_parts"]
+
+T = TypeVar("T")
+
+_SMALLEST = 2**17  # elements that are worth a thread
+_ALIGNED = 2**12
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def for_parts(size: int, work: Callable[[int, int], T]) -> list[T]:
+    """Calls ``work(start, length)`` for the parts of ``range(size)``, side by side; returns what it does."""
+    threads = 1 if size < 2 * _SMALLEST else min(torch.get_num_threads(), size // _SMALLEST)
+    if threads <= 1:
+        return [work(0, size)]
+    step = -(-size // threads // _ALIGNED) * _ALIGNED
+    starts = range(0, size, step)
+    first, *others = [(start, min(step, size - start)) for start in starts]
+    waiting = [_threads().submit(work, *part) for part in others]
+    return [work(*first), *(future.result() for future in waiting)]
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="quantpatch")
+    return _pool
+
+
+def _forget() -> None:
+    """A forked process has none of the threads of its parent."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

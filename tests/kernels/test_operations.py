@@ -1,0 +1,286 @@
+"""The kernels give the bits that torch's operations give, whatever lies where."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import sys
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import quantpatch as qp
+from quantpatch.calibrators import EntropyCalibrator
+from quantpatch.fake_quant import fake_quantize, reduce_amax
+from quantpatch.formats import BUILTIN_FORMATS, Blocked, Integer
+from quantpatch.kernels import operations, threads
+
+pytest.importorskip("numba")
+
+PLAIN = "int8", "uint8", "int4", "int8_narrow", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"
+BLOCKS = "mxfp8_e4m3", "mxfp6_e3m2", "mxfp4", "mxint8", "nvfp4", "int4_g32", "int4_g128"
+FORMATS = [
+    *(BUILTIN_FORMATS[name] for name in PLAIN + BLOCKS),
+    Integer(8, unsigned=True, zero_point=37),
+    Blocked(Integer(4), 5),
+]
+SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-45, 3e38, 0.5, 1.5, 2.5, -2.5]
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+
+
+pytestmark = pytest.mark.parametrize("kernels", [True], ids=["kernels"], indirect=True)
+
+
+def both_ways(function):
+    """What the kernels give, and what torch's operations give."""
+    with_kernels = function()
+    operations._WANTED = False
+    try:
+        return with_kernels, function()
+    finally:
+        operations._WANTED = True
+
+
+def strides(x):
+    return [step for step, n in zip(x.stride(), x.shape, strict=True) if n > 1]
+
+
+def assert_same_bits(a, b):
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    nan = a.isnan()
+    assert torch.equal(nan, b.isnan())
+    bits = BITS[a.dtype]
+    same = a.view(bits) == b.view(bits)
+    assert bool((same | nan).all()), (a[~(same | nan)][:5], b[~(same | nan)][:5])
+
+
+@st.composite
+def tensors(draw):
+    shape = draw(
+        st.lists(st.sampled_from([1, 2, 3, 5, 16, 33, 48]), min_size=1, max_size=4).filter(
+            lambda s: math.prod(s) <= 40_000
+        )
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(shape, generator=generator) * draw(st.sampled_from([1.0, 1e-3, 1e4, 1e-38]))
+    if draw(st.booleans()):
+        where = torch.randint(x.numel(), (min(9, x.numel()),), generator=generator)
+        x.view(-1)[where] = torch.tensor(SPECIAL)[
+            torch.randint(len(SPECIAL), where.shape, generator=generator)
+        ]
+    x = x.to(draw(st.sampled_from([torch.float32, torch.bfloat16])))
+    return x.permute(draw(st.permutations(range(x.dim()))))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_results_ranges_and_gradients_have_the_bits_of_torchs_operations(data):
+    x = data.draw(tensors())
+    number_format = data.draw(st.sampled_from(FORMATS))
+    axes = list(range(x.dim()))
+    blocked = isinstance(number_format, Blocked)
+    kept = st.sampled_from(axes)
+    axis = data.draw(kept if blocked else st.one_of(st.none(), kept, st.just(tuple(axes[:2]))))
+    amax = None
+    if data.draw(st.booleans()):
+        finite = torch.nan_to_num(x.float(), 1.0, 4.0, -4.0)
+        if blocked and number_format.scale != "e4m3":
+            count = -(-x.shape[axis] // number_format.block_size)
+            shape = [count if d == axis else n for d, n in enumerate(x.shape)]
+            amax = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * finite.abs().max()
+        else:
+            share = data.draw(st.sampled_from([0.0, 0.3, 1.0, 2.0]))
+            amax = reduce_amax(finite, None if blocked else axis) * share
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x.dtype)
+
+    def result_and_gradient():
+        leaf = x.detach().requires_grad_()
+        y = fake_quantize(leaf, amax, number_format, axis=axis)
+        (gradient,) = torch.autograd.grad(y, leaf, grad)
+        return y.detach(), gradient, fake_quantize(x, amax, number_format, axis=axis)
+
+    ours, torchs = both_ways(result_and_gradient)
+    for a, b in zip(ours, torchs, strict=True):
+        assert_same_bits(a, b)
+    assert strides(ours[0]) == strides(ours[2]) == strides(torchs[0])
+    if not blocked:
+        assert_same_bits(*both_ways(lambda: reduce_amax(x, axis)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    channels=st.sampled_from([1, 3]),
+    length=st.sampled_from([1, 7, 2047, 2048, 2049, 9000]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    scale=st.sampled_from([0.0, 1e-40, 1.0, 1e30]),
+    bins=st.sampled_from([8, 2048]),
+)
+def test_histograms_have_the_counts_of_torchs_operations(channels, length, dtype, scale, bins):
+    x = (torch.randn(channels, length, generator=torch.Generator().manual_seed(length)) * scale).to(dtype)
+
+    def counts():
+        calibrator = EntropyCalibrator(Integer(8), None if channels == 1 else 0, num_bins=bins)
+        calibrator.collect(x)
+        calibrator.collect(x * 0.1)
+        return calibrator.histogram()
+
+    ours, torchs = both_ways(counts)
+    assert torch.equal(ours[0], torchs[0])
+    assert torch.equal(ours[1], torchs[1])
+    assert int(ours[0].sum()) == 2 * x.numel()
+
+
+@pytest.mark.parametrize("layout", ["tensor", "channel", "last axis", "blocks"])
+def test_threads_give_the_bits_of_one(monkeypatch, layout):
+    x = torch.randn(24, 16, 160)
+    number_format = BUILTIN_FORMATS["int4_g32" if layout == "blocks" else "int8"]
+    axis = {"tensor": None, "channel": 0, "last axis": -1, "blocks": -1}[layout]
+    kept = {"tensor": None, "channel": 0, "last axis": 2, "blocks": (0, 1)}[layout]
+    amax = 0.5 * reduce_amax(x, kept)
+    if layout == "blocks":
+        amax = amax.expand(-1, -1, 5)
+    used = []
+
+    def everything():
+        leaf = x.clone().requires_grad_()
+        y = fake_quantize(leaf, amax, number_format, axis=axis)
+        dynamic = fake_quantize(x, None, number_format, axis=axis)
+        calibrator = EntropyCalibrator(number_format)
+        calibrator.collect(x)
+        return [y.detach(), torch.autograd.grad(y.sum(), leaf)[0], dynamic, calibrator.histogram()[0]]
+
+    one = everything()
+    monkeypatch.setattr(threads, "_SMALLEST", 4096)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    submit = threads._threads().submit
+    monkeypatch.setattr(threads._threads(), "submit", lambda *a: used.append(a) or submit(*a))
+    assert all(map(torch.equal, one, everything()))
+    assert len(used) >= 8
+
+
+def _quantize_in_child(queue):
+    torch.set_num_threads(1)
+    y = operations.for_parts(10, lambda start, n: n)
+    threads._SMALLEST = 4096
+    x = torch.ones(64, 1024)
+    torch.get_num_threads = lambda: 2
+    queue.put((y, float(fake_quantize(x, torch.tensor(1.0), Integer(8)).sum())))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_starts_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(threads, "_SMALLEST", 4096)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    fake_quantize(torch.ones(64, 1024), torch.tensor(1.0), Integer(8))
+    assert threads._pool is not None
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_quantize_in_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == ([10], 64 * 1024)
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def test_what_lies_outside_is_kept_in_an_eighth_of_a_byte_an_element():
+    x = torch.randn(64, 1000, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+        fake_quantize(x, torch.tensor(2.0), Integer(8))
+        assert saved == [8000]
+        fake_quantize(x, torch.tensor(9.0), Integer(8))
+    assert saved == [8000]
+
+
+def test_gradients_of_gradients_and_batched_ones_pass_the_bits():
+    x = torch.randn(9, 11).requires_grad_()
+    y = fake_quantize(x, torch.tensor(1.0), Integer(8))
+    inside = (x.detach().abs() <= 1).float()
+    upstream = torch.randn(9, 11, requires_grad=True)
+    (grad,) = torch.autograd.grad(y, x, upstream, create_graph=True)
+    assert torch.equal(grad, upstream * inside)
+    assert torch.equal(torch.autograd.grad(grad.sum(), upstream)[0], inside)
+    y = fake_quantize(x, torch.tensor(1.0), Integer(8))
+    several = torch.randn(4, 9, 11)
+    (grads,) = torch.autograd.grad(y, x, several, is_grads_batched=True)
+    assert torch.equal(grads, several * inside)
+
+
+def test_a_model_trains_to_the_same_weights_and_calibrates_to_the_same_ranges():
+    def trained():
+        torch.manual_seed(0)
+        with qp.quantize_modules():
+            model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+        data = torch.randn(4, 16, 3, 8, 8)
+        qp.calibrate(model, list(data), method="entropy", progress=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for x in data:
+            optimizer.zero_grad()
+            torch.utils.checkpoint.checkpoint(model, 3 * x, use_reentrant=False).square().mean().backward()
+            optimizer.step()
+        return list(model.state_dict().values())
+
+    assert all(map(torch.equal, *both_ways(trained)))
+
+
+def test_a_subclass_of_a_format_rounds_as_it_says():
+    class Down(Integer):
+        def round_(self, y):
+            return y.floor_().clamp_(self.min, self.max)
+
+    x = torch.tensor([0.9, -0.1, 5.5])
+    assert fake_quantize(x, torch.tensor(127.0), Down()).tolist() == [0.0, -1.0, 5.0]
+
+
+def test_small_tensors_do_not_load_the_kernels(monkeypatch):
+    monkeypatch.setattr(operations, "_SMALLEST", 2**12)
+    monkeypatch.setattr(operations, "_load", lambda dtype: pytest.fail("loaded"))
+    fake_quantize(torch.randn(4095), None, Integer(8))
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        fake_quantize(torch.randn(4096), None, Integer(8))
+
+
+def test_without_numba_operations_stand_in_silently(monkeypatch):
+    operations._load.cache_clear()
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(operations.importlib.util, "find_spec", lambda name: None)
+    try:
+        assert float(fake_quantize(torch.ones(8), torch.tensor(1.0), Integer(8)).sum()) == 8.0
+        assert operations._load(torch.float32) is None
+    finally:
+        operations._load.cache_clear()
+
+
+def test_kernels_that_do_not_work_are_told_of_once(monkeypatch):
+    from quantpatch.kernels import source
+
+    def broken(name, dtype):
+        raise RuntimeError("no LLVM here")
+
+    operations._load.cache_clear()
+    monkeypatch.setattr(source, "kernel", broken)
+    try:
+        with pytest.warns(RuntimeWarning, match="CPU kernels do not work here.*no LLVM here"):
+            y = fake_quantize(torch.ones(8), torch.tensor(1.0), Integer(8))
+        assert float(y.sum()) == 8.0
+        fake_quantize(torch.ones(8), torch.tensor(1.0), Integer(8))  # warnings are errors here
+    finally:
+        operations._load.cache_clear()
+
+
+def test_kernels_that_can_be_kept_nowhere_work_all_the_same(monkeypatch):
+    from numba.core.caching import CacheImpl
+
+    from quantpatch.kernels import source
+
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    kernel = source.kernel.__wrapped__("amax", "float32")
+    x, peaks = torch.tensor([1.0, -3.0]), torch.zeros(1, dtype=torch.int32)
+    kernel(x.data_ptr(), 0, 2, peaks.data_ptr(), 1, 2, 2, 1)
+    assert peaks.view(torch.float32).item() == 3.0

@@ -181,6 +181,7 @@ def table_of(measured: list[Row]) -> Table:
     table.add_column("nodes", overflow="fold", ratio=1)
     for heading in (
         "mismatching / differing of integers", "largest difference", "optimized: within a step",
+        "... kernels alone",
         "KB: float, int8, qs", "ms: float, int8, qs", "to float: int8, qs", "error: int8, qs",
         "accuracy: float, int8, qs",
     ):  # fmt: skip
@@ -195,6 +196,7 @@ def table_of(measured: list[Row]) -> Table:
             f"{compared.mismatching} / {compared.differing} of {compared.integers:,}",
             f"{compared.largest_difference:.2g}",
             f"{compared.within_step:.2%}",
+            f"{compared.kernels_within_step:.2%} of {compared.kernels}",
             ", ".join(f"{row.size[kind] / 1024:.0f}" for kind in _FILES),
             ", ".join(f"{row.ms[kind]:.3f}" for kind in _FILES),
             f"{row.ratio('ours'):.2f}, {row.ratio('static'):.2f}",

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quantpatch.errors import ExportError
+from quantpatch.export.kernel_check import KernelCheck, check_kernels
+from quantpatch.export.sessions import session, session_options
 from quantpatch.export.targets import Operand, codes_name
 from quantpatch.fake_quant import fake_quantize, quantize
 from quantpatch.formats import Integer
@@ -39,6 +41,10 @@ class Comparison:
         within_step: The share of output values that are within a quantization step, 1/127 of the largest
             one, of the model's when ONNX Runtime runs the file with its optimizations on, on integer kernels;
             None if the file is for another target.
+        kernels: How many integer kernels ONNX Runtime's optimized graph has that could be compared alone.
+        kernels_within_step: The share of the values of these that are within a step of what the file says of
+            the very inputs that the kernel got; None if there are none. An integer on the edge that changes
+            all behind it, which ``within_step`` counts, has no part in it.
         not_run: Why nothing was compared; empty if it was.
         not_random: Why the given inputs alone were compared; empty if random ones were as well.
     """
@@ -49,6 +55,8 @@ class Comparison:
     differing: int = 0
     mismatching: int = 0
     within_step: float | None = None
+    kernels: int = 0
+    kernels_within_step: float | None = None
     not_run: str = ""
     not_random: str = ""
 
@@ -66,6 +74,7 @@ class Comparison:
             f"{self.differing} of {self.integers} integers differ, "
             f"{self.mismatching} where the same floats were quantized"
             + ("" if self.within_step is None else f"; optimized, {self.within_step:.2%} within a step")
+            + ("" if not self.kernels else f", of each kernel alone {self.kernels_within_step:.2%}")
             + (f"; on the given inputs alone: {self.not_random}" if self.not_random else "")
         )
 
@@ -130,7 +139,7 @@ def compare_with_torch(
     totals: list[tuple[Any, ...]] = []
     runs: list[tuple[dict[str, Any], list[Tensor]]] = []
     not_random = ""
-    with _with_codes_as_outputs(path) as (session, input_names, output_names, sources):
+    with _with_codes_as_outputs(path) as (opened, input_names, output_names, sources):
         for given_args, given_kwargs in ((args, kwargs), _random_like(args, kwargs)):
             try:
                 outputs, codes = _torch_results(model, given_args, given_kwargs, by_name)
@@ -142,7 +151,7 @@ def compare_with_torch(
                 break
             feed = _feed(input_names, given_args, given_kwargs)
             try:
-                results = session.run(None, feed)
+                results = opened.run(None, feed)
             except Exception as error:
                 raise ExportError(f"ONNX Runtime cannot run the exported file: {error}") from error
             named = {**feed, **dict(zip(output_names, results, strict=True))}
@@ -150,13 +159,16 @@ def compare_with_torch(
             totals.append((*differences, *_differing(codes, named), _mismatching(codes, named, sources)))
             runs.append((feed, outputs))
     largest, relative, integers, differing, mismatching = zip(*totals, strict=True)
+    within, kernels = _optimized(path, runs) if optimized else (None, None)
     return Comparison(
         max(largest),
         max(relative),
         sum(integers),
         sum(differing),
         sum(mismatching),
-        within_step=_within_step(path, runs) if optimized else None,
+        within_step=within,
+        kernels=len(kernels.compared) if kernels else 0,
+        kernels_within_step=kernels.share if kernels else None,
         not_random=not_random,
     )
 
@@ -165,22 +177,10 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def session_options(*, optimized: bool) -> Any:
-    """ONNX Runtime's options, with graph optimizations on or off; quiet."""
-    import onnxruntime  # type: ignore[import-untyped]
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
-    return options
-
-
 @contextlib.contextmanager
 def _with_codes_as_outputs(path: Path) -> Iterator[tuple[Any, list[str], list[str], dict[str, str]]]:
     """A session of the file whose integers, and the floats that they are made of, are outputs as well."""
     import onnx
-    import onnxruntime
 
     proto = onnx.load(str(path), load_external_data=False)
     own = [output.name for output in proto.graph.output]
@@ -200,12 +200,10 @@ def _with_codes_as_outputs(path: Path) -> Iterator[tuple[Any, list[str], list[st
     try:
         probe.write_bytes(proto.SerializeToString())
         try:
-            session = onnxruntime.InferenceSession(
-                str(probe), session_options(optimized=False), providers=["CPUExecutionProvider"]
-            )
+            opened = session(probe, session_options(optimized=False))
         except Exception as error:
             raise ExportError(f"ONNX Runtime cannot load the exported file: {error}") from error
-        yield session, inputs, [output.name for output in proto.graph.output], sources
+        yield opened, inputs, [output.name for output in proto.graph.output], sources
     finally:
         probe.unlink(missing_ok=True)
 
@@ -311,19 +309,34 @@ def _largest(x: Tensor) -> float:
     return finite.abs().max().item() if finite.numel() else 0.0
 
 
-def _within_step(path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]]) -> float:
-    """The share of outputs that are within a step of the model's when ONNX Runtime optimizes the file."""
-    import onnxruntime
+def _optimized(
+    path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]]
+) -> tuple[float, KernelCheck | None]:
+    """The share of outputs within a step of the model's, and the kernels, when ONNX Runtime optimizes.
 
+    Of a file whose weights are beside it ONNX Runtime cannot show what it made.
+    """
+    graph = path.with_name(f"{path.name}.optimized")
+    whole = len(list(path.parent.iterdir())) == 1
+    try:
+        within = _within_step(path, runs, graph if whole else None)
+        return within, check_kernels(path, graph, [feed for feed, _ in runs]) if whole else None
+    finally:
+        graph.unlink(missing_ok=True)
+
+
+def _within_step(path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], graph: Path | None) -> float:
+
+    options = session_options(optimized=True)
+    if graph is not None:
+        options.optimized_model_filepath = str(graph)
     count = within = 0
     expected = [[output.detach().cpu().double() for output in outputs] for _, outputs in runs]
     steps = [max(map(_largest, values)) / 127 * 1.001 for values in zip(*expected, strict=True)]
     try:
-        session = onnxruntime.InferenceSession(
-            str(path), session_options(optimized=True), providers=["CPUExecutionProvider"]
-        )
+        opened = session(path, options)
         for (feed, _), outputs in zip(runs, expected, strict=True):
-            for ours, theirs, step in zip(outputs, session.run(None, feed), steps, strict=True):
+            for ours, theirs, step in zip(outputs, opened.run(None, feed), steps, strict=True):
                 theirs = torch.as_tensor(theirs).double()
                 same = (ours == theirs) | (ours.isnan() & theirs.isnan())
                 within += int((same | ((ours - theirs).abs() <= step)).sum())

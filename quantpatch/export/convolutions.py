@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from quantpatch.export.graph import attributes_of, constant, constant_of, maker, replaced
@@ -11,6 +12,8 @@ __all__ = ["convolutions_for_onnxruntime"]
 # Channels that integer kernels of convolutions take at once, of inputs and of outputs.
 _FOUR = 4
 _SIXTEEN = 16
+# As an integer; half of what an int32 holds is left to the products.
+_LARGEST_BIAS = 2**30
 
 
 def convolutions_for_onnxruntime(graph: Any) -> None:
@@ -19,11 +22,42 @@ def convolutions_for_onnxruntime(graph: Any) -> None:
     Args:
         graph: An ``onnx_ir.Graph``; changed in place.
     """
+    _keep_large_biases_float(graph)
     _name_global_pools(graph)
     _pools_as_convolutions(graph)
     _keep_hanging_pools_float(graph)
     _widen_outputs(graph)
     _pad_channels(graph)
+
+
+def _keep_large_biases_float(graph: Any) -> None:
+    """A bias that is too large for an integer is subtracted, negated, behind its convolution.
+
+    ONNX Runtime's integer kernel takes it as an int32, in units of the input's scale times the weight's, and
+    cuts it off at the ends of that type without a word. That happens where all that comes in is next to 0, or
+    the weights of a channel are, as batch norm leaves them. Such a convolution runs on floats.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    for node in list(graph):
+        if node.op_type != "Conv" or len(node.inputs) < 3 or node.inputs[2] is None:
+            continue
+        x, weight = (maker(value, "DequantizeLinear") for value in node.inputs[:2])
+        bias = constant_of(graph, node.inputs[2])
+        if x is None or weight is None or bias is None:
+            continue
+        scales = [constant_of(graph, made.inputs[1]) for made in (x, weight)]
+        if None in scales:
+            continue
+        unit = math.prod(scale.numpy().astype(np.float64) for scale in scales)
+        if (np.abs(bias.numpy()) < unit * _LARGEST_BIAS).all():
+            continue
+        shape = [1, -1, *[1] * (len(node.inputs[1].shape) - 2)]
+        negated = constant(graph, f"{node.inputs[2].name}.negated", -bias.numpy().reshape(shape), bias.dtype)
+        convolution = ir.node("Conv", node.inputs[:2], attributes_of(node))
+        convolution.outputs[0].shape = node.outputs[0].shape
+        replaced(graph, node, [convolution, ir.node("Sub", [convolution.outputs[0], negated])])
 
 
 def _name_global_pools(graph: Any) -> None:

@@ -13,8 +13,8 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.errors import ExportError
-from quantpatch.export.check import session_options
 from quantpatch.export.onnx import export_onnx
+from quantpatch.export.sessions import session_options
 
 __all__ = ["assert_same", "calibrated", "fingerprint", "initializers", "linear", "refused", "run"]
 

@@ -12,7 +12,8 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.export import ExportReport, export_onnx, prepare
-from quantpatch.export.check import session_options
+from quantpatch.export.kernel_check import _is_kernel
+from quantpatch.export.sessions import session_options
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -49,6 +50,10 @@ class Exported:
         assert compared.relative_difference < 1e-5
         assert compared.within_step is not None
         assert compared.within_step >= 0.999
+        if compared.kernels:
+            assert compared.kernels_within_step is not None
+            assert compared.kernels_within_step >= 0.999
+        assert compared.kernels == sum(map(_is_kernel, self.optimized.graph.node))  # and none is left out
         assert (self.difference <= self.step * 1.001).float().mean() >= 0.999
 
     def weights(self) -> list[Any]:
@@ -140,6 +145,30 @@ def test_a_global_pool_runs_on_integers(tmp_path: Path) -> None:
     exported.assert_same()
     assert exported.kernels["QLinearGlobalAveragePool"] == 1
     assert "ReduceMean" not in exported.kernels
+
+
+@pytest.mark.parametrize("tiny", ["a channel's weights", "what comes in"])
+def test_a_bias_that_no_int32_holds_is_added_to_floats(tiny: str, tmp_path: Path) -> None:
+    """ONNX Runtime's kernel would take the largest that it can have, and say nothing."""
+    model = built(
+        nn.Conv2d(4, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 4, 1),
+    )
+    norm, x = model[1], images(2, 4, 8, 8)
+    assert norm.running_var is not None
+    with torch.no_grad():
+        norm.bias.uniform_(0.5, 1.0)
+        if tiny == "what comes in":
+            x *= 1e-9
+        else:
+            norm.weight[5] = 1e-9
+    exported = Exported(model, x, tmp_path)
+    exported.assert_same()
+    assert exported.kernels["QLinearConv"] == 1  # the second one
 
 
 class Residual(nn.Module):

@@ -15,8 +15,8 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.errors import ExportError, MissingExtraError, PathError, QuantPatchWarning, UnknownNameError
-from quantpatch.export.check import session_options
 from quantpatch.export.onnx import export_onnx
+from quantpatch.export.sessions import session_options
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -12,7 +12,7 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.export import export_onnx
-from quantpatch.export.check import session_options
+from quantpatch.export.sessions import session_options
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -1,0 +1,158 @@
+"""Integer kernels, each by itself: what one gives of its inputs, beside what the file says of these inputs.
+
+Whole outputs say little of kernels: one value on the edge between two integers, which another order of float
+sums puts on its other side, changes what all layers behind it get. Here ONNX Runtime's optimized graph runs
+once; then the file runs with optimizations off, cut open wherever a kernel ends, so that each piece of it
+gets the very values that the kernels got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from quantpatch.export.sessions import session, session_options
+
+__all__ = ["KernelCheck", "check_kernels"]
+
+
+# What ONNX Runtime adds to the name of a value in front of which it moves a QuantizeLinear.
+_MOVED_UP = "_q_to_dq"
+# What integer kernels do besides, on their way to the QuantizeLinear.
+_FUSED = ("Relu", "Clip", "QuantizeLinear")
+
+
+@attrs.frozen
+class KernelCheck:
+    """How the integer kernels of an optimized graph compare, each by itself.
+
+    Attributes:
+        compared: Names of the outputs of those that were compared.
+        left: The same of those that no value of the file was found for.
+        values: How many values they gave.
+        within: How many of these are within a step: of integers 1, of floats 1/127 of the largest.
+    """
+
+    compared: tuple[str, ...]
+    left: tuple[str, ...]
+    values: int
+    within: int
+
+    @property
+    def share(self) -> float | None:
+        """The share that is within a step; None if there was nothing to compare."""
+        return self.within / self.values if self.values else None
+
+
+def check_kernels(path: Path, optimized: Path, feeds: Iterable[Mapping[str, Any]]) -> KernelCheck:
+    """Compares the integer kernels of an optimized graph with the file that it was made of.
+
+    Args:
+        path: The file, its weights inside.
+        optimized: The graph that ONNX Runtime made of it.
+        feeds: Inputs to run it on.
+    """
+    import numpy as np
+    import onnx
+
+    graph, file = onnx.load(str(optimized)), onnx.load(str(path))
+    kernels = [output for node in graph.graph.node if _is_kernel(node) for output in node.output if output]
+    twins = _Twins(graph.graph, file.graph)
+    found = {output: twins.of(output) for output in kernels}
+    pairs = dict(pair for pair in found.values() if pair is not None)
+    compared, left = ([o for o in kernels if (found[o] is None) is missing] for missing in (False, True))
+    if not pairs:
+        return KernelCheck((), tuple(left), 0, 0)
+    own = {output.name for output in graph.graph.output}
+    graph.graph.output.extend(onnx.ValueInfoProto(name=output) for output in pairs if output not in own)
+    _cut(file, set(pairs.values()))
+    off = session_options(optimized=False)
+    runs, pieces = (session(model.SerializeToString(), off) for model in (graph, file))
+    values = within = 0
+    for feed in feeds:
+        given = dict(zip([o.name for o in runs.get_outputs()], runs.run(None, dict(feed)), strict=True))
+        given = {o: np.moveaxis(given[o], -1, 1) if o in twins.named else given[o] for o in pairs}
+        wanted = [f"{name}.own" for name in pairs.values()]
+        inside = {name: given[o] for o, name in pairs.items()}
+        for expected, name in zip(pieces.run(wanted, {**feed, **inside}), pairs.values(), strict=True):
+            difference = np.abs(inside[name].astype(np.float64) - expected.astype(np.float64))
+            is_integer = np.issubdtype(expected.dtype, np.integer)
+            step = 1.0 if is_integer or not expected.size else np.abs(expected).max() / 127 * 1.001
+            values += difference.size
+            within += int((difference <= step).sum())
+    return KernelCheck(tuple(compared), tuple(left), values, within)
+
+
+def _is_kernel(node: Any) -> bool:
+    """Whether a node of an optimized graph multiplies, adds, averages or puts together integers."""
+    kind = node.op_type
+    return kind.startswith(("QLinear", "QGemm", "QAttention", "DynamicQuantize")) or "Integer" in kind
+
+
+class _Twins:
+    """What values of an optimized graph are in the file it was made of."""
+
+    def __init__(self, graph: Any, file: Any) -> None:
+        self._typed = {value.name for value in (*file.value_info, *file.output)}
+        self._made = {name: node for node in file.node for name in node.output}
+        self.named = {node.name: node for node in file.node}
+        self._users, self._users_in_file = _users(graph), _users(file)
+
+    def of(self, output: str) -> tuple[str, str] | None:
+        """The first value from a kernel's output on that the file has too, and its name there.
+
+        In between are operators that only move values, which the file may have on the other side of a
+        QuantizeLinear.
+        """
+        waiting, seen = [output], set()
+        while waiting:
+            value = waiting.pop(0)
+            name = self._name(value)
+            if name is not None:
+                return value, name
+            seen.add(value)
+            users = [user for user in self._users.get(value, ()) if not _is_kernel(user)]
+            waiting += [name for user in users for name in user.output if name not in seen]
+        return None
+
+    def _name(self, value: str) -> str | None:
+        """What a value is called in the file; None if it is not there.
+
+        Where ONNX Runtime put channels last, it has the name of the node that computed it; where a
+        QuantizeLinear was moved up to a float, that of the float with something added.
+        """
+        if value in self._made:
+            return value if value in self._typed else None
+        node = self._made.get(value.removesuffix(_MOVED_UP)) or self.named.get(value)
+        while node is not None and node.op_type != "QuantizeLinear":
+            users = self._users_in_file.get(node.output[0], [])
+            fused = len(users) == 1 and users[0].op_type in _FUSED
+            node = users[0] if fused else None
+        return None if node is None or node.output[0] not in self._typed else str(node.output[0])
+
+
+def _users(graph: Any) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def _cut(model: Any, names: set[str]) -> None:
+    """Makes values of a graph its inputs, and what it computes of them its outputs, called ``<name>.own``."""
+    import onnx
+
+    graph = model.graph
+    types = {value.name: value for value in (*graph.value_info, *graph.output)}
+    for node in graph.node:
+        for position, name in enumerate(node.output):
+            if name in names:
+                node.output[position] = f"{name}.own"
+    del graph.output[:]
+    for name in sorted(names):
+        graph.input.append(types[name])
+        graph.output.append(onnx.ValueInfoProto(name=f"{name}.own"))

@@ -476,6 +476,21 @@ def test_every_change_is_seen(change):
     assert_fresh(layer)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_the_version_of_a_weight_is_that_of_the_same_parameter(same):
+    """Where no sample of its elements shows a change: of 2400 the second is not in it."""
+    layer = layer_in_use(QuantLinear, 6, 400)
+    before, version = forward(layer), layer.weight._version
+    if not same:  # another one on the same memory, which comes to the same version by another way
+        layer.weight = nn.Parameter(layer.weight.data)
+        assert layer.weight._version < version
+    with torch.no_grad():
+        while layer.weight._version < version + same:
+            layer.weight[0, 1].add_(0.1)
+    assert not torch.equal(forward(layer), before)
+    assert_fresh(layer)
+
+
 @pytest.mark.parametrize(
     "device",
     [
@@ -519,7 +534,7 @@ def test_switching_modes_forgets_and_frees(switch):
 
 def test_nothing_is_kept_while_training_or_with_gradients(monkeypatch):
     layer = layer_in_use().train()
-    assert quantizations(layer, monkeypatch) == 1
+    assert [quantizations(layer, monkeypatch) for _ in range(2)] == [1, 1]
     layer.eval()
     output = layer(torch.ones(1, 6))
     assert layer.weight_quantizer._kept is None

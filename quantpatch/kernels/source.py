@@ -268,6 +268,12 @@ def _rows(
 
 
 @_jit
+def _is_short(start, size, block, width):
+    """Whether a block is short enough to be worked on as one run."""
+    return width < 128 and block > 1 and block * width <= _TILE and start % width == 0 and size % width == 0
+
+
+@_jit
 def _columns(
     x,
     out,
@@ -286,6 +292,26 @@ def _columns(
 ):
     outside = False
     i, stop = start, start + x.size
+    short = _is_short(start, x.size, block, width)
+    many = np.empty((2, _TILE if short else 0), np.float32)
+    while short and i < stop:
+        # Scales of a block, repeated for each of its rows: so that it is one run.
+        row = i // width
+        rows = min(_next_run(row, stop // width, length, block) - row, block)
+        to = _first_run(row, length, block) * width % scales.size
+        n = rows * width
+        for j in range(width):
+            many[0, j], many[1, j] = scales[to + j], amax[(to + j) * step]
+        k = width
+        while k < n:  # twice as many each time
+            for j in range(min(k, n - k)):
+                many[0, k + j], many[1, k + j] = many[0, j], many[1, j]
+            k *= 2
+        outside |= _row(
+            x[i - start : i - start + n], out[i - start : i - start + n], many[0], many[1], 1, lower_end,
+            lowest, highest, mantissa_bits, smallest,
+        )  # fmt: skip
+        i += n
     while i < stop:
         row = i // width
         end = min((row + 1) * width, stop)
@@ -448,6 +474,24 @@ def _peaks_of_rows(x, peaks, start, length, block):
 @_jit
 def _peaks_of_columns(x, peaks, start, length, block, width):
     i, size = 0, x.size
+    short = _is_short(start, size, block, width)
+    folded = np.empty(_TILE if short else 0, np.int32)
+    while short and i < size:
+        row = (start + i) // width
+        rows = min(_next_run(row, (start + size) // width, length, block) - row, block)
+        to = _first_run(row, length, block) * width % peaks.size
+        some = x[i : i + rows * width]
+        for j in range(some.size):
+            folded[j] = _bits(_load(some, j)) & np.int32(0x7FFFFFFF)
+        i += rows * width
+        while rows > 1:
+            half = rows // 2
+            second = folded[(rows - half) * width : rows * width]
+            for j in range(second.size):
+                folded[j] = max(folded[j], second[j])
+            rows -= half
+        for j in range(width):
+            peaks[to + j] = max(peaks[to + j], folded[j])
     while i < size:
         row = (start + i) // width
         end = min((row + 1) * width - start, size)

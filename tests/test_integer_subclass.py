@@ -49,6 +49,19 @@ def _offered(plugin: Any) -> None:
     plugin("integers-of-its-own", formats=FORMATS)
 
 
+@pytest.mark.parametrize("kernels", [False, True], ids=["operations", "kernels"], indirect=True)
+@pytest.mark.parametrize("number_format", [Down(8), Halves(8), Blocked(Down(8), 4)], ids=str)
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_it_rounds_as_it_says_whether_the_range_is_given_or_its_own(
+    kernels: bool, number_format: NumberFormat, needs_grad: bool
+) -> None:
+    x = X.clone().requires_grad_(needs_grad)
+    own = fake_quantize(x, None, number_format)
+    codes, scale = quantize(X, None, number_format)
+    assert torch.equal(own, dequantize(codes, scale, number_format))
+    assert not torch.equal(own, fake_quantize(X, None, Integer(8)))
+
+
 def build() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).eval()

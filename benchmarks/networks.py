@@ -112,7 +112,7 @@ def mobilenet() -> nn.Module:
         (96, 576, 96, 5, 1, True, True),
         (96, 576, 96, 5, 1, True, True),
     )
-    return nn.Sequential(
+    model = nn.Sequential(
         nn.Conv2d(3, 16, 3, 2, 1, bias=False),
         nn.BatchNorm2d(16),
         nn.Hardswish(),
@@ -126,6 +126,12 @@ def mobilenet() -> nn.Module:
         nn.Hardswish(),
         nn.Linear(1024, 100),
     )
+    # As trained networks have it, and torchvision's before training: activations of about one size. By torch's
+    # own initialization they shrink from layer to layer, down to where biases count in billions of steps.
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+    return model
 
 
 def _double(inside: int, outside: int) -> nn.Sequential:

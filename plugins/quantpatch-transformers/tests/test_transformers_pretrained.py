@@ -160,7 +160,7 @@ def test_learned_ranges_come_back_as_parameters_that_go_on_learning(tmp_path):
         name="learned", input=learned, weight=qp.QuantDescriptor(axis="channel", learn_amax=True)
     )
     model = calibrated(recipe=recipe).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
     model(input_ids=IDS, labels=IDS).loss.backward()
     optimizer.step()
     saved(model.eval(), tmp_path)

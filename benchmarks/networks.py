@@ -126,8 +126,8 @@ def mobilenet() -> nn.Module:
         nn.Hardswish(),
         nn.Linear(1024, 100),
     )
-    # As trained networks have it, and torchvision's before training: activations of about one size. By torch's
-    # own initialization they shrink from layer to layer, down to where biases count in billions of steps.
+    # As torchvision's: by torch's own initialization activations shrink from layer to layer, down to where a
+    # bias has billions of steps.
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out")

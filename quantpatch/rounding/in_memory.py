@@ -122,8 +122,8 @@ def forward_in_memory(
     smallest = factors if not isinstance(factors, Tensor) else factors.min().item()
     divisors = factors if smallest >= _SMALLEST_NORMAL else divisor(factors)
     # What is inside the range stays on the grid without a clamp: quotients of normal numbers are too near the
-    # ends of the grid to round past them. Scales of blocks that are rounded themselves are another matter, and
-    # a subclass rounds as it says.
+    # ends of the grid to round past them. Scales of blocks that are rounded themselves are another matter,
+    # and a subclass rounds as it says.
     exact = not isinstance(format, Blocked) or format.scale == "float32"
     clamps = not (all_inside and exact and type(element) is Integer and divisors is factors)
     if dim is None or format.block_size is None or not isinstance(factors, Tensor):

@@ -11,4 +11,6 @@ modes.py          whether somebody records the operations
 cuda.py           whether a tensor can go through the kernel
 triton_kernel.py  one kernel for CUDA
 ================  ====================================================================================
+
+Where numba is installed, :mod:`quantpatch.kernels` does in one pass what in_memory.py takes several for.
 """

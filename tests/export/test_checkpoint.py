@@ -483,8 +483,12 @@ def test_a_plugins_format_is_written_by_name_and_asked_for_again(plugin: Any, tm
     assert torch.equal(load(tmp_path / "m.safetensors", build=small)(x), model(x))
     registry.unregister(name)
     try:
+        untouched = small()
+        weights = {name: value.clone() for name, value in untouched.state_dict().items()}
         with pytest.raises(CheckpointError, match="the plugin 'thirds-plugin' is not installed") as caught:
-            load(tmp_path / "m.safetensors", build=small)
+            load(tmp_path / "m.safetensors", untouched)
+        assert [type(layer) for layer in untouched] == [type(layer) for layer in small()]
+        assert all(torch.equal(value, weights[name]) for name, value in untouched.state_dict().items())
         assert "unknown format 'thirds'" in str(caught.value)
     finally:
         plugin("thirds-plugin-again")

@@ -289,7 +289,7 @@ def test_a_model_that_cannot_be_traced(tmp_path: Path) -> None:
     assert "Could not guard on data-dependent expression" in message
 
 
-def test_a_failed_export_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_keeps_the_old_file_and_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(b"old")
 
@@ -297,8 +297,11 @@ def test_a_failed_export_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise ExportError("does not run")
 
     monkeypatch.setattr("quantpatch.export.onnx.compare_with_torch", broken)
+    model = linear()
+    before = fingerprint(model)
     with pytest.raises(ExportError, match="does not run"):
-        export_onnx(linear(), torch.randn(3, 4), path)
+        export_onnx(model, torch.randn(3, 4), path)
+    assert_same(before, fingerprint(model))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

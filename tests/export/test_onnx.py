@@ -289,7 +289,9 @@ def test_a_model_that_cannot_be_traced(tmp_path: Path) -> None:
     assert "Could not guard on data-dependent expression" in message
 
 
-def test_a_failed_export_keeps_the_old_file_and_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_keeps_the_old_file_and_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(b"old")
 

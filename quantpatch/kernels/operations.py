@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quantpatch.division import float32
 from quantpatch.formats import Float, Integer, NumberFormat, element_of
+from quantpatch.kernels import buffers
 from quantpatch.kernels.runs import Runs, memory_order, runs_of
 from quantpatch.kernels.threads import for_parts
 
@@ -86,9 +87,18 @@ class Rounded(NamedTuple):
 
 
 def round_trip(
-    x: Tensor, amax: Range | None, scale: Range, format: NumberFormat, dim: int | None
+    x: Tensor,
+    amax: Range | None,
+    scale: Range,
+    format: NumberFormat,
+    dim: int | None,
+    *,
+    trains: bool = False,
 ) -> Rounded | None:
-    """As :func:`quantpatch.rounding.round_trip.round_trip`, without its gradient."""
+    """As :func:`quantpatch.rounding.round_trip.round_trip`, without its gradient.
+
+    ``trains`` says that there will be one.
+    """
     element = element_of(format)
     grid = _grid(element)
     if grid is None or (kernels := _kernels(x)) is None:
@@ -96,7 +106,9 @@ def round_trip(
     number, end = _number(scale), _number(amax)
     if number is not None and isinstance(amax, Tensor) and end is None:
         return None
-    out = torch.empty_like(x)
+    if not trains:
+        buffers.forget(x)
+    out = buffers.like(x) if trains else torch.empty_like(x)
     at_x, at_out, size = x.data_ptr(), out.data_ptr(), x.element_size()
     if number is not None:
         high = math.inf if end is None else end

@@ -57,7 +57,7 @@ class _StraightThrough(Function):
         ctx: Any, x: Tensor, amax: Range | None, scale: Range, format: NumberFormat, dim: int | None
     ) -> Tensor:
         ctx.order = order = None if x.is_contiguous() else memory_order(x)
-        rounded = kernels.round_trip(x, amax, scale, format, dim)
+        rounded = kernels.round_trip(x, amax, scale, format, dim, trains=True)
         if rounded is not None:
             outside = Outside(marks=kernels.mark(x, amax, format, dim)) if rounded.is_hit else Outside()
             result = rounded.values

@@ -17,7 +17,7 @@ import quantpatch as qp
 from quantpatch.calibrators import EntropyCalibrator
 from quantpatch.fake_quant import fake_quantize, reduce_amax
 from quantpatch.formats import BUILTIN_FORMATS, Blocked, Integer
-from quantpatch.kernels import operations, threads
+from quantpatch.kernels import buffers, operations, threads
 
 pytest.importorskip("numba")
 
@@ -227,6 +227,49 @@ def test_a_model_trains_to_the_same_weights_and_calibrates_to_the_same_ranges():
         return list(model.state_dict().values())
 
     assert all(map(torch.equal, *both_ways(trained)))
+
+
+def test_a_weights_result_has_the_memory_of_the_step_before_unless_somebody_has_it_still():
+    weight = nn.Parameter(torch.randn(512, 1024))
+    amax = torch.tensor(2.0)
+
+    def step():
+        return fake_quantize(weight, amax, Integer(8))
+
+    first = step()
+    address = first.data_ptr()
+    second = step()
+    assert second.data_ptr() != address  # the first is there still
+    kept = second.detach()[3:]
+    address, values = second.data_ptr(), kept.clone()
+    del first, second
+    with torch.no_grad():
+        weight.mul_(0.5)
+    third = step()
+    assert third.data_ptr() != address
+    assert torch.equal(kept, values)
+    address = third.data_ptr()
+    loss = (third * 3.0).sum()
+    del third
+    loss.backward()
+    del loss
+    again = step()
+    assert again.data_ptr() == address
+    assert_same_bits(again.detach(), fake_quantize(weight.detach(), amax, Integer(8)))
+    again.sum().backward()
+
+
+def test_the_memory_kept_for_a_weight_goes_with_it_and_with_evaluation():
+    weight = nn.Parameter(torch.randn(512, 1024))
+    fake_quantize(weight, torch.tensor(2.0), Integer(8))
+    assert weight in buffers._of_parameter
+    with torch.no_grad():
+        fake_quantize(weight, torch.tensor(2.0), Integer(8))
+    assert weight not in buffers._of_parameter
+    fake_quantize(weight, torch.tensor(2.0), Integer(8))
+    before = len(buffers._of_parameter)
+    del weight
+    assert len(buffers._of_parameter) == before - 1
 
 
 def test_a_subclass_of_a_format_rounds_as_it_says():

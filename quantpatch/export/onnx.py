@@ -84,8 +84,9 @@ def export_onnx(
     path = Path(path)
     model = uncompiled(model)
     args, kwargs = _each_on_its_own(args if isinstance(args, tuple) else (args,), kwargs or {})
-    found = _checked_operands(model, target, opset)
     with _EXPORTING, evaluating(model):
+        # While another thread traces, its tensors stand in for the parameters of a model that both export.
+        found = _checked_operands(model, target, opset)
         program = _traced(
             model, args, kwargs, found, target, opset, dynamic_shapes, input_names, output_names
         )

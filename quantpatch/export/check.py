@@ -326,7 +326,7 @@ def _optimized(
 
 
 def _within_step(path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], graph: Path | None) -> float:
-
+    """The share of outputs within a step; ``graph`` is where ONNX Runtime leaves what it made of the file."""
     options = session_options(optimized=True)
     if graph is not None:
         options.optimized_model_filepath = str(graph)

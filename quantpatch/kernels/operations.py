@@ -21,7 +21,7 @@ from torch import Tensor
 from quantpatch.division import float32
 from quantpatch.formats import Float, Integer, NumberFormat, element_of
 from quantpatch.kernels import buffers
-from quantpatch.kernels.runs import Runs, memory_order, runs_of
+from quantpatch.kernels.runs import Runs, flat, memory_order, runs_of
 from quantpatch.kernels.threads import for_parts
 
 __all__ = ["Rounded", "amax", "count", "keep", "mark", "round_trip"]
@@ -114,18 +114,18 @@ def round_trip(
         high = math.inf if end is None else end
         low = _low(end, element.lower_end)
 
-        def flat(start: int, n: int) -> Any:
+        def whole(start: int, n: int) -> Any:
             return kernels["round_flat"](
                 at_x + start * size, at_out + start * size, n, number, low, high, *grid
             )
 
-        return Rounded(out, any(for_parts(x.numel(), flat)))
+        return Rounded(out, any(for_parts(x.numel(), whole)))
     assert isinstance(scale, Tensor)
     if isinstance(amax, Tensor) and end is None:
         shape = [max(sizes) for sizes in zip(amax.shape, scale.shape, strict=True)]
         amax, scale = amax.expand(shape), scale.expand(shape)
     runs, scales = _lay(x, scale, format, dim)
-    ranges, step, lower_end = _ranges(x, amax, element, format, dim)
+    _, ranges, step, lower_end = _ranges(x, amax, format, dim)
 
     def several(start: int, n: int) -> Any:
         return kernels["round_runs"](
@@ -143,8 +143,7 @@ def mark(x: Tensor, amax: Range | None, format: NumberFormat, dim: int | None) -
         int32, ``(elements / 32,)`` rounded up: the elements as they lie in memory, from the lowest bit on.
     """
     words = torch.empty(-(-x.numel() // 32), dtype=torch.int32, device="cpu")
-    ranges, step, lower_end = _ranges(x, amax, element_of(format), format, dim)
-    runs = _lay(x, amax if step and isinstance(amax, Tensor) else ranges, format, dim)[0]
+    runs, ranges, _, lower_end = _ranges(x, amax, format, dim)
     kernel, at_x, at_words, size = _loaded(x)["mark"], x.data_ptr(), words.data_ptr(), x.element_size()
 
     def part(start: int, n: int) -> None:
@@ -279,16 +278,16 @@ def _lay(x: Tensor, t: Tensor, format: NumberFormat, dim: int | None) -> tuple[R
 
 
 def _ranges(
-    x: Tensor, amax: Range | None, element: NumberFormat, format: NumberFormat, dim: int | None
-) -> tuple[Tensor, int, float]:
-    """The ranges as they lie over a tensor, how far they are apart (0: one for all), and where one begins."""
-    below = float32(element.lower_end)
+    x: Tensor, amax: Range | None, format: NumberFormat, dim: int | None
+) -> tuple[Runs, Tensor, int, float]:
+    """How ranges lie over a tensor, they, how far they are apart (0: one for all), and where one begins."""
+    below = float32(format.lower_end)
     if isinstance(amax, Tensor) and amax.numel() > 1:
-        return _lay(x, amax, format, dim)[1], 1, below
+        return *_lay(x, amax, format, dim), 1, below
     end = _number(amax)
     if end is None:  # nothing lies outside but, of unsigned integers, what is negative
-        return _of_one(math.inf), 0, 0.0 if below == 0.0 else -1.0
-    return _of_one(end), 0, below
+        end, below = math.inf, 0.0 if below == 0.0 else -1.0
+    return flat(x.numel()), _of_one(end), 0, below
 
 
 @functools.lru_cache(maxsize=256)

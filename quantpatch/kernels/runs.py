@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Runs", "memory_order", "runs_of"]
+__all__ = ["Runs", "flat", "memory_order", "runs_of"]
 
 
 class Runs(NamedTuple):

@@ -22,9 +22,8 @@ __all__ = ["NAMES", "kernel"]
 
 _TINY = np.float32(1.1754943508222875e-38)  # stands in for a scale of 0, see rounding.scales.divisor
 _ZERO = np.float32(0.0)
-_TILE = (
-    2048  # elements at a time, noted in a core's own cache before eight marks become a byte, or bins a count
-)
+# Elements at a time, noted in a core's own cache before eight marks become a byte, or bins a count.
+_TILE = 2048
 
 _jit = njit(error_model="numpy", nogil=True)
 _inlined = njit(error_model="numpy", nogil=True, forceinline=True)  # where a call costs as much as the work
@@ -116,6 +115,12 @@ def _store_any(memory, i, value):
         memory[i] = np.uint16(np.int32(rounded >> np.int32(16)) if value == value else np.int32(0x7FC0))
 
     return store_bfloat16
+
+
+@_jit
+def _magnitude(memory, i):
+    """A magnitude as its bits, which are ordered as the magnitudes are, NaN highest."""
+    return np.int32(_bits(_load(memory, i)) & np.int32(0x7FFFFFFF))
 
 
 @_jit
@@ -224,6 +229,12 @@ def _first_run(i, length, block):
 
 
 @_jit
+def _after(which, count):
+    """The scale that follows; they begin anew when all have been used."""
+    return which + 1 if which + 1 < count else 0
+
+
+@_jit
 def _halves(start, length, block):
     """Of how many sixteens a block consists, and how many of the first lie before ``start``; 0: too many."""
     if block % 16 or block >= 128 or length % block or start % 16:
@@ -245,7 +256,7 @@ def _rows(
         half += 1
         if half == halves:
             half = 0
-            which = which + 1 if which + 1 < count else 0
+            which = _after(which, count)
         outside |= _pair(
             x[i : i + 32], out[i : i + 32], scales[first], scales[which], amax[first * step],
             amax[which * step], lower_end, lowest, highest, mantissa_bits, smallest,
@@ -253,7 +264,7 @@ def _rows(
         half += 1
         if half == halves:
             half = 0
-            which = which + 1 if which + 1 < count else 0
+            which = _after(which, count)
         i += 32
     while i < size:
         end = _next_run(start + i, start + size, length, block) - start
@@ -262,7 +273,7 @@ def _rows(
             x[i:end], out[i:end], scales[which], _low(high, lower_end), high, lowest, highest, mantissa_bits,
             smallest,
         )  # fmt: skip
-        which = which + 1 if which + 1 < count else 0
+        which = _after(which, count)
         i = end
     return outside
 
@@ -275,21 +286,9 @@ def _is_short(start, size, block, width):
 
 @_jit
 def _columns(
-    x,
-    out,
-    scales,
-    amax,
-    step,
-    lower_end,
-    start,
-    length,
-    block,
-    width,
-    lowest,
-    highest,
-    mantissa_bits,
+    x, out, scales, amax, step, lower_end, start, length, block, width, lowest, highest, mantissa_bits,
     smallest,
-):
+):  # fmt: skip
     outside = False
     i, stop = start, start + x.size
     short = _is_short(start, x.size, block, width)
@@ -297,7 +296,7 @@ def _columns(
     while short and i < stop:
         # Scales of a block, repeated for each of its rows: so that it is one run.
         row = i // width
-        rows = min(_next_run(row, stop // width, length, block) - row, block)
+        rows = _next_run(row, stop // width, length, block) - row
         to = _first_run(row, length, block) * width % scales.size
         n = rows * width
         for j in range(width):
@@ -345,20 +344,9 @@ def round_runs(
     mantissa_bits, smallest = np.int32(mantissa_bits), np.int32(smallest)
     if width == 1:
         return _rows(
-            x,
-            out,
-            scales,
-            amax,
-            step,
-            lower_end,
-            start,
-            length,
-            block,
-            lowest,
-            highest,
-            mantissa_bits,
+            x, out, scales, amax, step, lower_end, start, length, block, lowest, highest, mantissa_bits,
             smallest,
-        )
+        )  # fmt: skip
     return _columns(
         x, out, scales, amax, step, lower_end, start, length, block, width, lowest, highest, mantissa_bits,
         smallest,
@@ -432,10 +420,10 @@ def keep(grad_, out_, words_, size):
 
 @_jit
 def _peak(x):
-    """The largest magnitude as its bits, which are ordered as the magnitudes are, NaN highest."""
+    """The largest magnitude, as its bits."""
     largest = np.int32(0)
     for i in range(x.size):
-        magnitude = np.int32(_bits(_load(x, i)) & np.int32(0x7FFFFFFF))
+        magnitude = _magnitude(x, i)
         largest = magnitude if magnitude > largest else largest
     return largest
 
@@ -444,7 +432,7 @@ def _peak(x):
 def _peak_of_16(x):
     largest = np.int32(0)
     for i in range(16):
-        magnitude = np.int32(_bits(_load(x, i)) & np.int32(0x7FFFFFFF))
+        magnitude = _magnitude(x, i)
         largest = magnitude if magnitude > largest else largest
     return largest
 
@@ -461,13 +449,13 @@ def _peaks_of_rows(x, peaks, start, length, block):
         half += 1
         if half == halves:
             half = 0
-            which = which + 1 if which + 1 < count else 0
+            which = _after(which, count)
         i += 16
     while i < size:
         end = _next_run(start + i, start + size, length, block) - start
         peak = _peak(x[i:end])
         peaks[which] = peak if peak > peaks[which] else peaks[which]
-        which = which + 1 if which + 1 < count else 0
+        which = _after(which, count)
         i = end
 
 
@@ -478,11 +466,11 @@ def _peaks_of_columns(x, peaks, start, length, block, width):
     folded = np.empty(_TILE if short else 0, np.int32)
     while short and i < size:
         row = (start + i) // width
-        rows = min(_next_run(row, (start + size) // width, length, block) - row, block)
+        rows = _next_run(row, (start + size) // width, length, block) - row
         to = _first_run(row, length, block) * width % peaks.size
         some = x[i : i + rows * width]
         for j in range(some.size):
-            folded[j] = _bits(_load(some, j)) & np.int32(0x7FFFFFFF)
+            folded[j] = _magnitude(some, j)
         i += rows * width
         while rows > 1:
             half = rows // 2
@@ -498,7 +486,7 @@ def _peaks_of_columns(x, peaks, start, length, block, width):
         to = _first_run(row, length, block) * width % peaks.size + start + i - row * width
         some, target = x[i:end], peaks[to : to + end - i]
         for j in range(some.size):
-            magnitude = np.int32(_bits(_load(some, j)) & np.int32(0x7FFFFFFF))
+            magnitude = _magnitude(some, j)
             target[j] = magnitude if magnitude > target[j] else target[j]
         i = end
 
@@ -522,9 +510,8 @@ def _count(x, factor, counts):
     for tile in range(0, x.size, _TILE):
         some = x[tile : tile + _TILE]
         for i in range(some.size):
-            indices[i] = min(
-                np.uint32(np.int32(abs(_load(some, i) * factor))), last
-            )  # of infinity and NaN, too
+            index = np.uint32(np.int32(abs(_load(some, i) * factor)))
+            indices[i] = min(index, last)  # of infinity and NaN, too
         for i in range(some.size // 2):
             halves[np.uint64(indices[np.uint64(2 * i)])] += one
             halves[np.uint64(indices[np.uint64(2 * i + 1)]) + second] += one

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,10 @@ def graph_breaks(model: nn.Module, x: Tensor) -> int | str:
     return found.graph_break_count if found.graph_count else "not compiled"
 
 
+def _compiled(model: nn.Module, whole: bool) -> nn.Module:
+    return cast(nn.Module, torch.compile(model, fullgraph=whole))
+
+
 def times() -> list[dict[str, Any]]:
     """Times of compiled models, to the float model compiled."""
     torch.set_num_threads(1)
@@ -63,8 +67,8 @@ def times() -> list[dict[str, Any]]:
         for kind, make in (("training step", step), ("eval", evaluation)):
             torch._dynamo.reset()
             runs = {
-                "float": make(torch.compile(float_model, fullgraph=whole), x),
-                "ours": make(torch.compile(quantized, fullgraph=whole), x),
+                "float": make(_compiled(float_model, whole), x),
+                "ours": make(_compiled(quantized, whole), x),
             }
             measured = medians(runs, repeats=15)
             ratios = {}

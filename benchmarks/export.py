@@ -16,6 +16,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,7 @@ def measure(name: str) -> Row:
             _static(paths["float"], paths["static"], seen)
         sessions = {kind: _session(path) for kind, path in paths.items()}
         x = seen[0].numpy()
-        ms = medians(
-            {k: lambda s=s: s.run(None, {"x": x}) for k, s in sessions.items()}, repeats=151, warmup=5
-        )
+        ms = medians({k: partial(s.run, None, {"x": x}) for k, s in sessions.items()}, repeats=151, warmup=5)
         outputs = {kind: [s.run(None, {"x": t.numpy()})[0] for t in unseen] for kind, s in sessions.items()}
         results = {kind: torch.stack([torch.from_numpy(y) for y in found]) for kind, found in outputs.items()}
         size = {kind: path.stat().st_size for kind, path in paths.items()}

@@ -124,9 +124,9 @@ def torch_ao(model: nn.Module, x: Tensor) -> nn.Module:
 
     prepared = copy.deepcopy(model).train()
     prepared.qconfig = ao.get_default_qat_qconfig("x86")
-    prepared = ao.prepare_qat(prepared)
-    prepared(x)
-    return prepared
+    with_observers: nn.Module = ao.prepare_qat(prepared)
+    with_observers(x)
+    return with_observers
 
 
 def torchao(model: nn.Module, x: Tensor) -> nn.Module:

@@ -197,7 +197,7 @@ class Transformer(nn.Module):
                 vocab_size=1000, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
                 intermediate_size=1024, max_position_embeddings=128,
             )  # fmt: skip
-            self.model = BertModel(bert, add_pooling_layer=False)
+            self.model: nn.Module = BertModel(bert, add_pooling_layer=False)
         else:
             gpt2 = GPT2Config(
                 vocab_size=1000, n_embd=256, n_layer=4, n_head=4, n_positions=128, use_cache=False,

@@ -218,7 +218,7 @@ def _accuracy_of_file(model: nn.Module, data: Data) -> float:
         path = Path(folder) / "digits.onnx"
         export_onnx(model, images[:2], path, dynamic_shapes=({0: "batch"},), check=False)
         try:
-            import onnxruntime  # type: ignore[import-untyped]
+            import onnxruntime
         except ImportError:
             raise MissingExtraError.of("onnx", "onnxruntime", "running the file") from None
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -10,7 +10,7 @@ __all__ = ["session", "session_options"]
 
 def session_options(*, optimized: bool) -> Any:
     """ONNX Runtime's options, with graph optimizations on or off; quiet."""
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

@@ -250,12 +250,18 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         scaled = q * math.sqrt(1.0 / q.shape[-1])
         keys = k.transpose(-2, -1)
         scores = torch.bmm(scaled, keys) if mask is None else torch.baddbmm(mask, scaled, keys)
-        probabilities = scores.softmax(dim=-1)
-        if mask is not None:
-            hidden = scores.amax(dim=-1, keepdim=True) == -math.inf
-            probabilities = probabilities.masked_fill(hidden, 0.0)
+        probabilities = scores.softmax(dim=-1) if mask is None else softmax_of_visible(scores)
         probabilities = self._quantized("probabilities", probabilities)
         return F.dropout(probabilities, dropout) if dropout > 0.0 else probabilities
+
+
+def softmax_of_visible(scores: Tensor) -> Tensor:
+    """Softmax over the last axis, as in torch's attention: 0 where a mask hides every key by ``-inf``.
+
+    Nor is the gradient NaN there: such rows go through softmax as zeros.
+    """
+    hidden = scores.detach().amax(dim=-1, keepdim=True) == -math.inf
+    return scores.masked_fill(hidden, 0.0).softmax(dim=-1).masked_fill(hidden, 0.0)
 
 
 def _agree(first: TensorQuantizer | None, second: TensorQuantizer | None) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantpatch.descriptor import QuantDescriptor, Recipe
+from quantpatch.layers.attention import softmax_of_visible
 from quantpatch.layers.base import QuantizedLayer
 
 __all__ = [
@@ -128,9 +129,11 @@ class QuantCat(_QuantizedOperation, Cat):
         """
         tensors = list(args[0] if args else kwargs["tensors"])
         quantizer = self.quantizer("tensors")
-        if quantizer is not None and quantizer.is_active and tensors:
-            sizes = [tensor.shape[self.dim] for tensor in tensors]
-            tensors = list(quantizer(torch.cat(tensors, self.dim)).split(sizes, self.dim))
+        # torch.cat passes over tensors of shape (0,), whatever the shapes of the others.
+        filled = [tensor for tensor in tensors if tensor.shape != (0,)]
+        if quantizer is not None and quantizer.is_active and filled:
+            sizes = [tensor.shape[self.dim] for tensor in filled]
+            tensors = list(quantizer(torch.cat(filled, self.dim)).split(sizes, self.dim))
         return (tensors,), {}
 
 
@@ -170,5 +173,6 @@ class QuantScaledDotProductAttention(_QuantizedOperation, ScaledDotProductAttent
             scores = scores.masked_fill(~attn_mask, -torch.inf) if masks else scores + attn_mask
         quantizer = self.quantizer("probabilities")
         assert quantizer is not None
-        probabilities = quantizer(torch.softmax(scores, -1))
+        is_masked = self.is_causal or attn_mask is not None
+        probabilities = quantizer(softmax_of_visible(scores) if is_masked else scores.softmax(-1))
         return F.dropout(probabilities, self.dropout, self.training) @ value

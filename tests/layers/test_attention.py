@@ -124,17 +124,21 @@ def test_our_path_is_torchs_slow_path(need_weights, grad, batch_first):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_where_every_key_is_hidden():
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_where_every_key_is_hidden_output_and_gradients_are_those_of_torch(dtype):
     layer = made()
     twin = nn.MultiheadAttention(8, 2)
     twin.load_state_dict(layer.state_dict())
-    x = torch.randn(5, 3, 8)
-    hidden = torch.zeros(3, 5, dtype=torch.bool)
-    hidden[1] = True
+    x = torch.randn(5, 3, 8, requires_grad=True)
+    hidden = torch.zeros(3, 5, dtype=dtype)
+    hidden[1] = True if dtype == torch.bool else -torch.inf
     theirs = twin(x, x, x, key_padding_mask=hidden, need_weights=False)[0]
+    (wanted,) = torch.autograd.grad(theirs.sum(), x)
     for need_weights in (True, False):
         ours = layer(x, x, x, key_padding_mask=hidden, need_weights=need_weights)[0]
         torch.testing.assert_close(ours, theirs, atol=0.1, rtol=0.1)
+        (got,) = torch.autograd.grad(ours.sum(), x)
+        torch.testing.assert_close(got, wanted, atol=0.1, rtol=0.1)
 
 
 def test_dropout_does_not_move_the_range_of_probabilities():

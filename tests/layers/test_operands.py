@@ -15,6 +15,7 @@ from quantpatch.layers import operands
 
 X, Y = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[True, False, False, True]] * 4)
+NOTHING = MASK & torch.tensor([[False], [True], [True], [True]])  # the first position sees no key
 
 # How to build it, its arguments, and what it computes.
 CASES = {
@@ -37,6 +38,11 @@ CASES = {
         operands.ScaledDotProductAttention,
         (X, Y, X, MASK),
         lambda: F.scaled_dot_product_attention(X, Y, X, MASK),
+    ),
+    "attention to nothing": (
+        operands.ScaledDotProductAttention,
+        (X, Y, X, torch.zeros(4, 4).masked_fill(~NOTHING, -torch.inf)),
+        lambda: F.scaled_dot_product_attention(X, Y, X, NOTHING),
     ),
 }
 
@@ -90,6 +96,13 @@ def test_it_copies_pickles_reverts_and_converts(name):
     assert torch.equal(model[0](*args), expected())
     qp.convert(model)
     assert torch.equal(model[0](*args), result)
+
+
+def test_a_list_may_begin_with_a_tensor_of_nothing():
+    """``torch.cat`` passes over it, and code that collects tensors begins so."""
+    nothing = torch.tensor([])
+    assert torch.equal(quantized("cat")([nothing, X, Y]), quantized("cat")([X, Y]))
+    assert torch.equal(quantized("cat")([nothing]), nothing)
 
 
 def test_what_is_put_together_has_one_scale():

@@ -2,6 +2,7 @@
 
 ================  ====================================================================================
 round_trip.py     the trip and its gradients: which way it goes, and the way in plain operations
+lsq.py            the gradients of learned ranges
 in_memory.py      the way of tensors in main memory: in place, and only what has to be done
 compiled.py       what helps torch.compile to make good code of plain operations on a CPU
 outside.py        which elements lie outside a range, in at most a byte an element

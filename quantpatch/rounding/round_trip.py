@@ -9,7 +9,6 @@ back; on CUDA one kernel of our own (:mod:`quantpatch.rounding.triton_kernel`) d
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from quantpatch.rounding.compiled import (
 )
 from quantpatch.rounding.cuda import fused_kernel
 from quantpatch.rounding.in_memory import forward_in_memory, round_trip_in_memory
+from quantpatch.rounding.lsq import divided_by, lsq_gradients, lsq_slopes
 from quantpatch.rounding.modes import is_in_memory, is_jit_traced
 from quantpatch.rounding.scales import block_views, divisor, rescale_, spread
 
@@ -139,7 +139,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if mask is not None:
         grad_x = zero_masked(grad, mask)
     elif x is not None and amax is not None and scale is not None:
-        grad_x, grad_amax = _lsq_gradients(grad, x, amax, scale, ctx.format, ctx.dim)
+        grad_x, grad_amax = lsq_gradients(grad, x, amax, scale, ctx.format, ctx.dim)
     elif x is not None:
         wide = amax if amax is None else spread(amax, x, ctx.format, ctx.dim)
         grad_x = grad.masked_fill(beyond(x, wide, ctx.format), 0.0)
@@ -158,10 +158,10 @@ def _tangent(ctx: Any, x_tangent: Tensor | None, amax_tangent: Tensor | None) ->
     if x_tangent is None:
         x_tangent = torch.zeros_like(x)
     if amax is not None and (ctx.learned or amax_tangent is not None):
-        inside, slope, divided_by = _lsq_slopes(x, amax, scale, format, dim)
-        tangent = x_tangent.masked_fill(~inside, 0.0)
+        outside, slope = lsq_slopes(x, scale, format, dim)
+        tangent = x_tangent.masked_fill(outside, 0.0)
         if amax_tangent is not None:
-            along_range = slope * (spread(amax_tangent, x, format, dim) / divided_by)
+            along_range = slope * (spread(amax_tangent, x, format, dim) / divided_by(x, amax, format))
             tangent = tangent + along_range.to(tangent.dtype)
         return tangent
     if amax is None and format.min < 0:
@@ -247,39 +247,3 @@ def _batch_first(t: Tensor, batch: int | None, x: Tensor) -> Tensor:
         return t.unsqueeze(0) if t.dim() else t
     t = t.movedim(batch, 0)
     return t.reshape(-1, *[1] * (x.dim() - 1)) if t.dim() == 1 else t
-
-
-def _lsq_gradients(
-    grad: Tensor, x: Tensor, amax: Tensor, scale: Tensor, format: NumberFormat, dim: int | None
-) -> tuple[Tensor, Tensor]:
-    """The gradients of LSQ to ``x`` and to the range."""
-    inside, slope, divided_by = _lsq_slopes(x, amax, scale, format, dim)
-    slope = slope * grad
-    if dim is not None and format.block_size is not None and amax.dim() and amax.shape[dim] > 1:
-        sums = [b.sum(dim + 1) for b in block_views(slope, dim, format.block_size)]
-        slope = torch.cat(sums, dim)
-    return grad.masked_fill(~inside, 0.0), slope.sum_to_size(amax.shape) / divided_by
-
-
-def _lsq_slopes(
-    x: Tensor, amax: Tensor, scale: Tensor, format: NumberFormat, dim: int | None
-) -> tuple[Tensor, Tensor, float]:
-    """How the result depends on ``x`` and on the range, after LSQ (Esser et al. 2020, arXiv 1902.08153).
-
-    With ``v = x / scale``, both are decided by the paper's one rule, ``format.min < v < format.max``: there
-    ``x`` gets the gradient (equation 5) and the scale ``round(v) - v`` (equation 3); elsewhere ``x`` gets
-    none and the scale the end of the grid. The paper's gradient scale (section 2.2) balances the steps of the
-    scale with those of weights, each to its own size. For the range, which is ``format.max`` times the scale,
-    to take steps of that size its gradient is as many times the scale's.
-
-    Returns:
-        Where ``x`` gets the gradient, the scale's slope, and what divides it to be the range's.
-    """
-    v = quotient(x.float(), divisor(spread(scale, x, format, dim)))
-    q = element_of(format).round_(v.clone())
-    inside = (v > format.min) & (v < format.max)
-    sharing = max(1, x.numel()) / max(1, amax.numel())
-    # The longer side's: next to a zero point the upper end may be a single step. The lowest integer of a
-    # signed format counts as little as it does in the paper.
-    steps = max(format.max, -format.min - 1)
-    return inside, q - v.masked_fill(~inside, 0.0), math.sqrt(sharing * steps) / format.max

@@ -1,0 +1,58 @@
+"""The gradients of learned ranges, after LSQ (Esser et al. 2020, arXiv 1902.08153)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from quantpatch.division import quotient
+from quantpatch.formats import NumberFormat, element_of
+from quantpatch.rounding.scales import block_views, divisor, spread
+
+__all__ = ["divided_by", "lsq_gradients", "lsq_slopes"]
+
+
+def lsq_gradients(
+    grad: Tensor, x: Tensor, amax: Tensor, scale: Tensor, format: NumberFormat, dim: int | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients to ``x`` and to the range, from that to the result."""
+    outside, slope = lsq_slopes(x, scale, format, dim)
+    slope = slope * grad
+    if dim is not None and format.block_size is not None and amax.dim() and amax.shape[dim] > 1:
+        sums = [b.sum(dim + 1) for b in block_views(slope, dim, format.block_size)]
+        slope = torch.cat(sums, dim)
+    grad_amax = slope.sum_to_size(amax.shape) / divided_by(x, amax, format)
+    del slope  # before the next is allocated
+    return grad.masked_fill(outside, 0.0), grad_amax
+
+
+def lsq_slopes(x: Tensor, scale: Tensor, format: NumberFormat, dim: int | None) -> tuple[Tensor, Tensor]:
+    """How the result depends on ``x`` and on the scale.
+
+    With ``v = x / scale``, both are decided by the paper's one rule, ``format.min < v < format.max``: there
+    ``x`` gets the gradient (equation 5) and the scale ``round(v) - v`` (equation 3); elsewhere ``x`` gets
+    none and the scale the end of the grid.
+
+    Returns:
+        Where ``x`` gets no gradient, and the scale's slope in float32.
+    """
+    v = quotient(x.float(), divisor(spread(scale, x, format, dim)))
+    outside = ((v > format.min) & (v < format.max)).logical_not_()
+    q = element_of(format).round_(v.clone())
+    return outside, q.sub_(v.masked_fill_(outside, 0.0))
+
+
+def divided_by(x: Tensor, amax: Tensor, format: NumberFormat) -> float:
+    """What divides the gradient of a scale to be that of its range.
+
+    The paper's gradient scale (section 2.2) balances the steps of the scale with those of weights, each to
+    its own size. For the range, which is ``format.max`` times the scale, to take steps of that size its
+    gradient is as many times the scale's.
+    """
+    sharing = max(1, x.numel()) / max(1, amax.numel())
+    # The longer side's: next to a zero point the upper end may be a single step. The lowest integer of a
+    # signed format counts as little as it does in the paper.
+    steps = max(format.max, -format.min - 1)
+    return math.sqrt(sharing * steps) / format.max

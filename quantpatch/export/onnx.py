@@ -28,7 +28,6 @@ from quantpatch.export.graph import tidy
 from quantpatch.export.targets import TARGETS, Operand, Target, codes_name, operands, problems
 from quantpatch.files import own_version, written_whole
 from quantpatch.formats import Float, Integer
-from quantpatch.layers.recurrent import QuantLSTM
 from quantpatch.running import demand_model, evaluating, uncompiled
 
 __all__ = ["export_onnx"]
@@ -142,6 +141,8 @@ def _newest_opset() -> int:
 
 
 def _checked_operands(model: nn.Module, target: str, opset: int) -> list[Operand]:
+    from quantpatch.export.recurrent import demand_operators
+
     if target not in TARGETS:
         raise UnknownNameError.of("target", target, TARGETS)
     newest = _newest_opset()
@@ -154,7 +155,7 @@ def _checked_operands(model: nn.Module, target: str, opset: int) -> list[Operand
         raise ExportError(
             f"a {type(model).__name__} cannot be traced; export the module inside it", target=target
         )
-    _demand_operators(model, target)
+    demand_operators(model, target)
     found = operands(model)
     if not found:
         warnings.warn(
@@ -175,39 +176,6 @@ def _checked_operands(model: nn.Module, target: str, opset: int) -> list[Operand
     return found
 
 
-# --- Recurrent layers with a projection, which ONNX's LSTM has not ------------------------------------------
-
-
-def _projecting(model: nn.Module) -> dict[str, nn.LSTM]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.LSTM) and m.proj_size}
-
-
-def _demand_operators(model: nn.Module, target: str) -> None:
-    """Refuses layers that torch writes as an operator that computes something else."""
-    plain = {n: m for n, m in _projecting(model).items() if not isinstance(m, QuantLSTM)}
-    if plain:
-        named = ", ".join(f"{name or 'the model'} (proj_size={m.proj_size})" for name, m in plain.items())
-        raise ExportError(
-            f"ONNX's LSTM has no projection: {named}. A quantized one is written out step by step: write "
-            f"qp.convert(model), and to keep it exact disable its quantizers",
-            quantizers=tuple(plain),
-            target=target,
-        )
-
-
-@contextlib.contextmanager
-def _writing_out_steps(model: nn.Module) -> Iterator[None]:
-    """A block in which quantized layers with a projection run step by step, in operators that ONNX has."""
-    layers = _projecting(model).values()
-    try:
-        for layer in layers:
-            layer.__dict__["in_steps"] = True
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("in_steps", None)
-
-
 # --- Tracing ----------------------------------------------------------------------------------------------
 
 
@@ -223,10 +191,11 @@ def _traced(
     output_names: list[str] | None,
 ) -> Any:
     from quantpatch.export.operators import translations
+    from quantpatch.export.recurrent import recurrent_layers_traced
 
     with (
         _standing_in(found, target, opset),
-        _writing_out_steps(model),
+        recurrent_layers_traced(model),
         warnings.catch_warnings(),
         torch.no_grad(),
     ):
@@ -246,7 +215,8 @@ def _traced(
             )
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(
-                f"{type(model).__name__} cannot be traced for ONNX: {_innermost(error)}\nTry "
+                f"{type(model).__name__} cannot be traced for ONNX: {_innermost(error)}\n"
+                f"{_of_steps(model, dynamic_shapes)}Try "
                 f"torch.onnx.export(model, ..., dynamo=True) on the float model first, which says more",
                 target=target,
             ) from error
@@ -260,6 +230,19 @@ def _innermost(error: BaseException) -> str:
     if first.endswith(":"):  # what follows is what it says
         first = f"{first} {rest.strip().partition(chr(10))[0]}"
     return f"{type(error).__name__}: {first}"
+
+
+def _of_steps(model: nn.Module, dynamic_shapes: Any) -> str:
+    """A line on recurrent layers that take no other number of steps, if shapes are to be dynamic."""
+    from quantpatch.export.recurrent import written_out
+
+    names = written_out(model) if dynamic_shapes is not None else []
+    if not names:
+        return ""
+    return (
+        f"{', '.join(names)}: written out step by step, for as many steps as the arguments have; "
+        f"dynamic_shapes may have the batch, but not the steps\n"
+    )
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantpatch.export.recurrent import recurrent_to_onnx
+
 __all__ = ["dequantize", "quantize_dequantize", "translations"]
 
 
@@ -77,4 +79,5 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         torch.ops.quantpatch.quantize_dequantize.default: quantize_dequantize_to_onnx,
         torch.ops.quantpatch.dequantize.default: dequantize_to_onnx,
+        torch.ops.quantpatch.recurrent.default: recurrent_to_onnx(op),
     }

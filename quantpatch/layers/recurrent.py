@@ -40,7 +40,7 @@ from quantpatch.layers.base import QuantizedLayer
 __all__ = ["QuantGRU", "QuantGRUCell", "QuantLSTM", "QuantLSTMCell", "QuantRNN", "QuantRNNCell"]
 
 
-class _QuantizedRecurrent(QuantizedLayer):
+class QuantizedRecurrent(QuantizedLayer):
     """Quantizers for the input of each layer and for each weight: ``weight_ih_l0_quantizer`` and so on."""
 
     _flat_weights_names: list[str]
@@ -78,6 +78,11 @@ class _QuantizedRecurrent(QuantizedLayer):
         """The activations that a layer multiplies within its steps."""
         operands = ("hidden", "projection_input") if self.proj_size else ("hidden",)
         return tuple(f"{operand}_{suffix}" for suffix in self._suffixes(layer) for operand in operands)
+
+    @property
+    def quantizes_between_steps(self) -> bool:
+        """Whether what one step hands to the next is quantized, so that a layer runs step by step."""
+        return any(self._any_active(*self._inside(layer)) for layer in range(self.num_layers))
 
     def _any_active(self, *operands: str) -> bool:
         quantizers = map(self.quantizer, operands)
@@ -299,14 +304,14 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-class QuantRNN(_QuantizedRecurrent, nn.RNN):
+class QuantRNN(QuantizedRecurrent, nn.RNN):
     """``nn.RNN`` with quantized inputs and weights; the hidden state if the recipe says so."""
 
     def _advance(self, x: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return ((x + h).tanh() if self.nonlinearity == "tanh" else (x + h).relu(),)
 
 
-class QuantLSTM(_QuantizedRecurrent, nn.LSTM):
+class QuantLSTM(QuantizedRecurrent, nn.LSTM):
     """``nn.LSTM`` with quantized inputs and weights; the hidden state if the recipe says so.
 
     The cell state is multiplied elementwise only, and stays float.
@@ -321,7 +326,7 @@ class QuantLSTM(_QuantizedRecurrent, nn.LSTM):
         return o.sigmoid() * cell.tanh(), cell
 
 
-class QuantGRU(_QuantizedRecurrent, nn.GRU):
+class QuantGRU(QuantizedRecurrent, nn.GRU):
     """``nn.GRU`` with quantized inputs and weights; the hidden state if the recipe says so.
 
     The hidden state that a step adds to its output, elementwise, is then the quantized one, as in

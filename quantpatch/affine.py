@@ -6,13 +6,17 @@ above. Its range is known by its upper end, as every other is; where it begins f
 
 from __future__ import annotations
 
+import math
+from typing import overload
+
 import attrs
 import torch
 from torch import Tensor
 
+from quantpatch.division import float32
 from quantpatch.formats import Integer, NumberFormat
 
-__all__ = ["fitted_zero_point", "has_zero_point", "longer_side", "magnitudes", "upper_end"]
+__all__ = ["bottom", "fitted_zero_point", "has_zero_point", "longer_side", "magnitudes", "upper_end"]
 
 
 def has_zero_point(format: NumberFormat) -> bool:
@@ -28,6 +32,26 @@ def longer_side(format: NumberFormat) -> NumberFormat:
     if not isinstance(format, Integer) or -format.min <= format.max or not format.unsigned:
         return format
     return attrs.evolve(format, zero_point=2**format.bits - 1 - format.zero_point)
+
+
+@overload
+def bottom(amax: float | None, lower_end: float) -> float: ...
+@overload
+def bottom(amax: Tensor | float | None, lower_end: float) -> Tensor | float: ...
+def bottom(amax: Tensor | float | None, lower_end: float) -> Tensor | float:
+    """Where a range begins that ends at ``amax``: float32, as the product of the two.
+
+    Args:
+        amax: The upper end; None: there is none, nor a lower one but 0 if that is the format's.
+        lower_end: Of the format.
+    """
+    if lower_end == 0.0:
+        return 0.0
+    if amax is None:
+        return -math.inf
+    if lower_end == -1.0:
+        return -amax
+    return amax * lower_end if isinstance(amax, Tensor) else float32(amax * float32(lower_end))
 
 
 def magnitudes(x: Tensor, format: NumberFormat) -> Tensor:

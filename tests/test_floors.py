@@ -18,7 +18,8 @@ ROOT = Path(quantpatch.__file__).parent
 FLOORS = [
     {"errors", "division"},
     {"formats", "entries", "example", "sharded", "ranks"},
-    {"affine", "kernels"},
+    {"affine"},
+    {"kernels"},
     {"rounding"},
     {
         "fake_quant",

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from quantpatch.affine import bottom
 from quantpatch.division import float32
 from quantpatch.formats import Float, Integer, NumberFormat, element_of
 from quantpatch.kernels import buffers
@@ -112,7 +113,7 @@ def round_trip(
     at_x, at_out, size = x.data_ptr(), out.data_ptr(), x.element_size()
     if number is not None:
         high = math.inf if end is None else end
-        low = _low(end, element.lower_end)
+        low = bottom(end, element.lower_end)
 
         def whole(start: int, n: int) -> Any:
             return kernels["round_flat"](
@@ -250,15 +251,6 @@ def _number(t: Range | None) -> float | None:
     if isinstance(t, Tensor):
         return t.item() if t.numel() == 1 else None
     return t
-
-
-def _low(end: float | None, lower_end: float) -> float:
-    """Where a range begins."""
-    if lower_end == 0.0:
-        return 0.0
-    if end is None or lower_end == -1.0:
-        return -math.inf if end is None else -end
-    return float32(end * float32(lower_end))
 
 
 def _lay(x: Tensor, t: Tensor, format: NumberFormat, dim: int | None) -> tuple[Runs, Tensor]:

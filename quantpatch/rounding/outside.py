@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantpatch.division import float32
+from quantpatch.affine import bottom
 from quantpatch.kernels import operations as kernels
 from quantpatch.rounding.modes import is_in_memory
 from quantpatch.rounding.pieces import pieces
@@ -73,7 +73,7 @@ def find(x: Tensor, amax: Tensor | float | None, *, lower_end: float) -> Outside
         amax = amax.item()
     if x.numel() <= _SMALL and not isinstance(amax, Tensor):
         low, high = (extreme.float().item() for extreme in torch.aminmax(x))
-        if _bottom(amax, lower_end) <= low and high <= (math.inf if amax is None else amax):
+        if bottom(amax, lower_end) <= low and high <= (math.inf if amax is None else amax):
             return _NOTHING
         if low == low:  # not NaN, which would hide whether anything is outside
             return Outside(mask=_mask(x, amax, lower_end))
@@ -145,16 +145,7 @@ def is_outside(x: Tensor, amax: Tensor | float | None, *, lower_end: float) -> T
         return values < 0
     if lower_end == -1.0:
         return values.abs() > amax
-    return (values > amax) | (values < _bottom(amax, lower_end))
-
-
-def _bottom(amax: Tensor | float | None, lower_end: float) -> Tensor | float:
-    """The lower end of a range: float32, as the product of the upper one."""
-    if amax is None or lower_end == 0.0:
-        return 0.0
-    if lower_end == -1.0:
-        return -amax
-    return amax * lower_end if isinstance(amax, Tensor) else float32(amax * float32(lower_end))
+    return (values > amax) | (values < bottom(amax, lower_end))
 
 
 def _rows(x: Tensor, amax: Tensor | float | None) -> tuple[Tensor | None, Tensor | float | None]:
@@ -190,7 +181,7 @@ def _inside(rows: Tensor, end: Tensor | float | None, lower_end: float) -> Tenso
     high = rows.amax(1, keepdim=True).float()
     if lower_end == -1.0:
         return torch.maximum(low.neg_(), high) <= end
-    return (low >= _bottom(end, lower_end)).logical_and_(high <= end)
+    return (low >= bottom(end, lower_end)).logical_and_(high <= end)
 
 
 def _sample_is_hit(rows: Tensor, ends: Tensor | float | None, lower_end: float) -> bool:
@@ -221,7 +212,7 @@ def _mask(x: Tensor, ends: Tensor | float | None, lower_end: float) -> Tensor:
             continue
         y.copy_(part)
         if end is not None:
-            above_bottom = y - _bottom(end, lower_end) if lower_end else y
+            above_bottom = y - bottom(end, lower_end) if lower_end else y
             torch.minimum(end - y, above_bottom, out=y)
         target.copy_(y.lt_(0.0))
     return mask.sub_(_ONE)

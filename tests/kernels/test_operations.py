@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -315,6 +317,21 @@ def test_kernels_that_do_not_work_are_told_of_once(monkeypatch):
         fake_quantize(torch.ones(8), torch.tensor(1.0), Integer(8))  # warnings are errors here
     finally:
         operations._load.cache_clear()
+
+
+def test_kernels_are_kept_by_a_version_that_changes_with_any_of_their_files(tmp_path, monkeypatch):
+    from quantpatch.kernels.source import compilation
+
+    copy = tmp_path / "source"
+    shutil.copytree(Path(compilation.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(compilation.resources, "files", lambda package: copy)
+    assert compilation._version() == compilation._VERSION
+    for function, *_ in compilation.KERNELS.values():
+        assert function.__qualname__.endswith(compilation._VERSION)
+    for file in copy.glob("*.py"):
+        before = compilation._version()
+        file.write_text(file.read_text() + "\n")
+        assert compilation._version() != before
 
 
 def test_kernels_that_can_be_kept_nowhere_work_all_the_same(monkeypatch):

@@ -60,6 +60,11 @@ def quantized(recipe="int8", *, calibrated=True):
     return model
 
 
+def tripled():
+    """A float checkpoint."""
+    return {key: 3 * tensor for key, tensor in build().state_dict().items()}
+
+
 def optimizer(model):
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -150,6 +155,14 @@ def sharding(found, rank, mesh, folder):
     dcp.load({"model": empty}, checkpoint_id=f"{folder}/learned")
     found["loaded"], found["saved"] = gathered(empty), gathered(model)
 
+    whole = StateDictOptions(full_state_dict=True, strict=True)
+    set_model_state_dict(model, tripled(), options=whole)
+    found["float, sharded"] = {k: t.full_tensor() for k, t in qp.float_state_dict(model).items()}
+    found["float, sharded, model"] = gathered(model)
+    replicated = nn.parallel.DistributedDataParallel(quantized(LEARNED))
+    replicated.load_state_dict({f"module.{key}": t for key, t in tripled().items()}, strict=True)
+    found["float, replicated"] = qp.float_state_dict(replicated)
+
 
 def tensor_parallel(found, mesh):
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
@@ -227,6 +240,17 @@ def test_learned_ranges_train_under_fsdp2_as_in_one_process(ranks, trained_alone
     for key, value in expected.items():
         torch.testing.assert_close(state[key], value, msg=lambda m, key=key: f"{key}: {m}")
         assert not torch.equal(value, before[key]), key
+
+
+def test_a_float_checkpoint_loads_strictly_into_a_sharded_and_a_replicated_model_and_comes_out(ranks):
+    for found in ranks:
+        for how in ("sharded", "replicated"):
+            prefix = "module." if how == "replicated" else ""
+            state = {key.removeprefix(prefix): t for key, t in found[f"float, {how}"].items()}
+            assert state.keys() == tripled().keys()
+            assert all(torch.equal(state[key], tensor) for key, tensor in tripled().items())
+    expected, state = ranks[0]["recalibrated"], ranks[0]["float, sharded, model"]
+    torch.testing.assert_close(state["0.input_quantizer._amax"], expected)  # ranges stay
 
 
 def test_a_sharded_model_can_be_summed_up_by_one_rank(ranks):

@@ -64,7 +64,8 @@ def fold_batchnorm(
 
     The batch norm becomes an ``nn.Identity``. The model computes the same to the rounding of floats; a
     quantized layer then quantizes the weights that will run. Ranges of weights that are known already are
-    scaled with them, so fold before or after calibration, and before quantization-aware training.
+    scaled with them, so fold before or after calibration, and before quantization-aware training. A
+    ``state_dict`` from before is folded as it is loaded.
 
     Args:
         model: Float or quantized, in eval mode.
@@ -111,6 +112,7 @@ def fold_batchnorm(
             left[name] = why
             continue
         _fold(layer, norm)
+        _fold_in_checkpoints(model, before, name, norm.eps)
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, nn.Identity())
         folded[name] = before
@@ -215,33 +217,100 @@ def _is_per_channel(amax: Tensor, layer: Any, axis: int) -> bool:
     )
 
 
-@torch.no_grad()
 def _fold(layer: Any, norm: Any) -> None:
-    """Weights times the factor, (bias - mean) * factor + shift; in float64 and back."""
-    axis = _axis(layer)
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    bias = (
-        -norm.running_mean.double()
-        if layer.bias is None
-        else layer.bias.double() - norm.running_mean.double()
+    """Folds it in; scales the weight's range if that is known."""
+    weight, bias, factor = _folded(
+        layer, norm.eps, layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias
     )
-    bias = bias * factor
-    if norm.bias is not None:
-        bias = bias + norm.bias.double()
-    weight = layer.weight
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if layer.bias is None:
+            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+        else:
+            layer.bias.copy_(bias)
+        quantizer = layer.quantizer("weight") if isinstance(layer, QuantizedLayer) else None
+        if quantizer is not None and quantizer.amax is not None:
+            amax = quantizer.amax
+            amax.copy_((amax.double() * factor.abs().reshape(amax.shape)).float())
+
+
+@torch.no_grad()
+def _folded(
+    layer: Any,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights times the factor, (bias - mean) * factor + shift, and the factor; in float64 and back."""
+    axis = _axis(layer)
+    factor = (var.double() + eps).rsqrt()
+    if scale is not None:
+        factor = factor * scale.double()
+    moved = (-mean.double() if bias is None else bias.double() - mean.double()) * factor
+    if shift is not None:
+        moved = moved + shift.double()
     per_weight = factor
     shape = [-1 if d == axis else 1 for d in range(weight.dim())]
     if axis == 1 and layer.groups > 1:  # (in, out / groups, ...): the inputs of a group have its outputs
         groups = factor.reshape(layer.groups, -1)
         per_weight = groups.repeat_interleave(weight.shape[0] // layer.groups, 0)
         shape = [*per_weight.shape, *[1] * (weight.dim() - 2)]
-    weight.copy_((weight.double() * per_weight.reshape(shape)).to(weight.dtype))
-    if layer.bias is None:
-        layer.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=weight.requires_grad)
-    else:
-        layer.bias.copy_(bias.to(weight.dtype))
-    quantizer = layer.quantizer("weight") if isinstance(layer, QuantizedLayer) else None
-    if quantizer is not None and quantizer.amax is not None:
-        quantizer.amax.copy_((quantizer.amax.double() * factor.abs().reshape(quantizer.amax.shape)).float())
+    kind = weight.dtype
+    return (weight.double() * per_weight.reshape(shape)).to(kind), moved.to(kind), factor
+
+
+# --- Checkpoints from before --------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class _FoldsCheckpoints:
+    """Before a module takes a ``state_dict`` that still has the batch norm: folds it in there as well.
+
+    So a float checkpoint loads strictly into a model whether or not batch norm was folded meanwhile.
+
+    Attributes:
+        layer: Name of the layer in the module.
+        norm: Name of the batch norm that it had.
+        eps: The batch norm's.
+    """
+
+    layer: str
+    norm: str
+    eps: float
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        layer, norm = f"{prefix}{self.layer}.", f"{prefix}{self.norm}."
+        if f"{layer}weight" not in state or not {f"{norm}running_mean", f"{norm}running_var"} <= state.keys():
+            return
+        own = {key: state.pop(f"{norm}{key}", None) for key in _KEYS}
+        weight, bias, _ = _folded(
+            module.get_submodule(self.layer),
+            self.eps,
+            state[f"{layer}weight"],
+            state.get(f"{layer}bias"),
+            own["running_mean"],
+            own["running_var"],
+            own["weight"],
+            own["bias"],
+        )
+        state.update({f"{layer}weight": weight, f"{layer}bias": bias})
+
+
+_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def _fold_in_checkpoints(model: nn.Module, layer: str, name: str, eps: float) -> None:
+    """Registers that with the innermost module that holds both."""
+    within: list[str] = []
+    for one, other in zip(layer.split(".")[:-1], name.split(".")[:-1], strict=False):
+        if one != other:
+            break
+        within.append(one)
+    outside = len(".".join([*within, ""]))
+    hook = _FoldsCheckpoints(layer[outside:], name[outside:], eps)
+    module = model.get_submodule(".".join(within))
+    module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,26 @@ def _safetensors(purpose: str) -> Any:
 
 
 def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The ``state_dict`` without the quantizers' ranges: loads strictly into the float model."""
+    """The ``state_dict`` without the quantizers' ranges: loads strictly into the float model.
+
+    The float model of one whose batch norm was folded is the float model with its batch norm folded, and
+    within ``fold_weights`` the weights are the quantized ones.
+
+    Args:
+        model: A quantized model, in whatever state.
+
+    Returns:
+        What ``model.state_dict()`` returns, in its order and with its versions, but for what quantizers hold.
+    """
     demand_model(model, "float_state_dict")
-    return outside_of(named_quantizers(model, every_name=True), model.state_dict())
+    state = model.state_dict()
+    quantizers = named_quantizers(model, every_name=True)
+    found = OrderedDict(outside_of(quantizers, state))
+    versions = {
+        name: kept for name, kept in getattr(state, "_metadata", {}).items() if name not in quantizers
+    }
+    found._metadata = OrderedDict(versions)  # type: ignore[attr-defined]  # where torch has them
+    return found
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, packed: bool = False) -> SaveReport:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -59,6 +61,41 @@ def test_same_outputs(case: str, quantized: bool, seen_in: str) -> None:
     assert str(report) == "1 -> 0"
     assert type(model[1]) is nn.Identity
     assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_from_before_is_folded_as_it_is_loaded(case: str) -> None:
+    build, _ = CASES[case]
+    before, model = lively(build()), lively(build())
+    qp.convert(model)
+    fold_batchnorm(model)
+    assert "1.running_var" in before.state_dict()
+    model.load_state_dict(before.state_dict())
+    fold_batchnorm(before)
+    assert torch.equal(model[0].weight, before[0].weight)
+    assert torch.equal(model[0].bias, before[0].bias)
+    model.load_state_dict(before.state_dict())  # one from afterwards stays as it is
+    assert torch.equal(model[0].weight, before[0].weight)
+
+
+def test_a_checkpoint_is_folded_also_by_a_copy_within_another_model_and_of_a_part() -> None:
+    before, model = lively(Branching()), lively(Branching())
+    fold_batchnorm(model)
+    with torch.no_grad():
+        before.block.conv1.weight.mul_(2)
+    state = before.state_dict()
+    expected = copy.deepcopy(before)
+    fold_batchnorm(expected)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        outer = nn.ModuleDict({"module": twin})
+        outer.load_state_dict({f"module.{key}": value for key, value in state.items()})
+        assert all(torch.equal(v, twin.state_dict()[k]) for k, v in expected.state_dict().items())
+    model.block.load_state_dict(before.block.state_dict(), assign=True)
+    assert torch.equal(model.block.conv1.weight, expected.block.conv1.weight)
+    assert list(state) == list(before.state_dict())  # what was given is not changed
+    del state["block.norm1.running_var"]
+    with pytest.raises(RuntimeError, match="block.norm1"):
+        model.load_state_dict(state)
 
 
 def test_known_ranges_are_scaled_with_the_weights() -> None:

@@ -256,6 +256,23 @@ with torch.no_grad():
     assert done.stderr.count("UNEXPECTED") > 0
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_float_weights_load_strictly_into_every_architecture_and_come_out(name):
+    model = calibrated(name, attention=name != "mamba")
+    before = states(model)
+    torch.manual_seed(1)
+    reference = MODELS[name].build().eval()
+    model.load_state_dict(reference.state_dict(), strict=True)
+    assert states(model) == before
+    found = qp.float_state_dict(model)
+    assert list(found) == list(reference.state_dict())
+    assert all(torch.equal(found[key], value) for key, value in reference.state_dict().items())
+    torch.manual_seed(2)
+    other = MODELS[name].build().eval()
+    other.load_state_dict(found, strict=True)
+    assert torch.equal(output(other, name), output(reference, name))
+
+
 # --- a float checkpoint, quantized as it is loaded ---------------------------------------------------
 
 

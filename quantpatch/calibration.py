@@ -7,7 +7,6 @@ or, if anything is wrong, none is and the model is as it was.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from quantpatch.affine import longer_side
 from quantpatch.calibrators import Calibrator
-from quantpatch.errors import CalibrationError, QuantPatchWarning
+from quantpatch.errors import CalibrationError, warn_caller
 from quantpatch.formats import Integer
 from quantpatch.layers.base import weight_quantizers
 from quantpatch.quantizer import TensorQuantizer, in_float, named_quantizers
@@ -94,8 +93,7 @@ def calibrating(
                 f"tensor",
                 quantizers=names,
             )
-        message += ". They go on taking the range of each tensor"
-        warnings.warn(message, QuantPatchWarning, stacklevel=7)
+        warn_caller(f"{message}. They go on taking the range of each tensor")
 
     with (
         collecting(

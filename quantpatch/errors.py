@@ -8,7 +8,10 @@ given, what was expected, whose it is, and what to write instead.
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 __all__ = [
@@ -37,7 +40,10 @@ __all__ = [
     "ScriptError",
     "UnknownNameError",
     "near_misses",
+    "warn_caller",
 ]
+
+_PASSED_OVER = ("quantpatch", "contextlib")  # in which blocks end
 
 
 class QuantPatchWarning(UserWarning):
@@ -329,3 +335,12 @@ def near_misses(name: str, known: Iterable[str], limit: int = 3) -> str:
     if len(names) <= 12:
         return f"There are: {', '.join(repr(n) for n in names)}. "
     return ""
+
+
+def warn_caller(message: str) -> None:
+    """Warns of something at the line that called quantpatch, however deep inside this is found out."""
+    level = 1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, QuantPatchWarning, stacklevel=level)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from quantpatch.affine import longer_side, magnitudes, upper_end
 from quantpatch.calibrators import Calibrator
 from quantpatch.descriptor import QuantDescriptor
-from quantpatch.errors import CalibrationError, ExportError, OperandError, RangeError
+from quantpatch.errors import CalibrationError, DescriptorError, ExportError, OperandError, RangeError
 from quantpatch.fake_quant import check_operand, fake_quantize
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.held_range import HeldRange
@@ -66,6 +66,10 @@ class TensorQuantizer(HeldRange):
     Args:
         descriptor: How to quantize; default: 8-bit signed integers, one range for the tensor.
 
+    Raises:
+        DescriptorError: It is no descriptor.
+        UnknownNameError: There is no format of the name in it.
+
     Attributes:
         descriptor: The same.
         format: The number format that the descriptor means.
@@ -88,6 +92,12 @@ class TensorQuantizer(HeldRange):
     def __init__(self, descriptor: QuantDescriptor | None = None) -> None:
         super().__init__()
         descriptor = _DEFAULT if descriptor is None else descriptor
+        if not isinstance(descriptor, QuantDescriptor):
+            raise DescriptorError(
+                f"a TensorQuantizer takes a QuantDescriptor, such as QuantDescriptor(format='int8'), not "
+                f"{descriptor!r}",
+                value=descriptor,
+            )
         # Straight into the dictionary: nn.Module's own __setattr__ looks for tensors and modules first,
         # and a model has hundreds of these objects.
         self.__dict__.update(

@@ -16,7 +16,7 @@ from quantpatch.classes import change_class, dotted
 from quantpatch.configure import apply_rules, checked_rules
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import EntryLike
-from quantpatch.errors import EntryError, QuantPatchWarning, RuleError, ScopeError
+from quantpatch.errors import EntryError, QuantPatchWarning, RuleError, ScopeError, warn_caller
 from quantpatch.interception import Activation, Policy, Slot
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.subclass import combine, why_float
@@ -230,11 +230,9 @@ class Scope:
         if failed:  # nothing gets in the way of an exception of the body
             return
         if displaced:
-            warnings.warn(
+            warn_caller(
                 f"while {self!r} was open, other code replaced the __init__ of {', '.join(displaced)} for "
-                f"good: what was built afterwards may be float; audit the model",
-                QuantPatchWarning,
-                stacklevel=3,
+                f"good: what was built afterwards may be float; audit the model"
             )
         if opening.applies_rules:
             _apply_rules(opening)
@@ -334,11 +332,9 @@ def _apply_rules(opening: _Opening) -> None:
     recipe, roots = opening.recipe, opening.built.roots()
     if not any(isinstance(module, QuantizedLayer) for root in roots for module in root.modules()):
         if opening.built.count:
-            warnings.warn(
+            warn_caller(
                 f"the rules of recipe {recipe.name!r} were applied to nothing: no quantized layer that was "
-                f"built in the block is left at its end. For copies of layers write configure(model, rules)",
-                QuantPatchWarning,
-                stacklevel=4,
+                f"built in the block is left at its end. For copies of layers write configure(model, rules)"
             )
         return
     try:

@@ -270,6 +270,20 @@ def test_not_strict_sets_the_others_and_warns_of_those_without_data():
     assert model.unused.input_quantizer.state == "dynamic (not calibrated)"
 
 
+@pytest.mark.parametrize("as_block", [False, True])
+def test_the_warning_points_at_the_line_that_calibrates(as_block):
+    model = two_branches()
+
+
+    def in_block():
+        with qp.calibrating(model, strict=False):
+            model(torch.randn(2, 4))
+
+    with pytest.warns(QuantPatchWarning) as caught:
+        in_block() if as_block else qp.calibrate(model, [torch.randn(2, 4)], strict=False)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_formats_without_ranges_are_told_apart_from_models_without_quantizers():
     with qp.quantize_modules(recipe="mxfp8"):
         model = nn.Sequential(nn.Linear(32, 2))

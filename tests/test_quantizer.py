@@ -14,7 +14,7 @@ from torch import nn
 import quantpatch as qp
 from quantpatch.calibrators import MaxCalibrator
 from quantpatch.descriptor import QuantDescriptor
-from quantpatch.errors import CalibrationError, OperandError, RangeError, UnknownNameError
+from quantpatch.errors import CalibrationError, DescriptorError, OperandError, RangeError, UnknownNameError
 from quantpatch.fake_quant import fake_quantize
 from quantpatch.formats import Integer
 from quantpatch.layers import QuantConv2d, QuantLinear
@@ -250,6 +250,12 @@ def test_a_range_that_does_not_fit_is_told_by_the_quantizers_place_in_the_model(
     alone = TensorQuantizer()
     with pytest.raises(OperandError, match="^only tensors"):  # it has no place
         alone(3)
+
+
+@pytest.mark.parametrize("given", ["int8", 8, qp.Recipe(name="r")])
+def test_what_is_no_descriptor_is_an_error_that_shows_one(given):
+    with pytest.raises(DescriptorError, match=r"takes a QuantDescriptor, such as .*, not"):
+        TensorQuantizer(given)
 
 
 def test_a_calibrator_of_ones_own():

@@ -31,7 +31,7 @@ class ComparisonRow:
         layer: Qualified name.
         kind: Class of the quantized layer.
         sqnr: Signal-to-quantization-noise ratio in dB, ``10 log10(sum(f^2) / sum((f - q)^2))`` over all
-            batches; infinite if there is no difference.
+            batches; infinite if there is no difference, NaN if an output holds NaN or infinity.
         cosine: Cosine of the angle between the two outputs, 1 if they point the same way.
     """
 
@@ -48,10 +48,8 @@ class ComparisonReport:
     rows: tuple[ComparisonRow, ...]
 
     def to_json(self) -> str:
-        """The same as JSON; an infinite ratio is null."""
-        rows = [
-            {**attrs.asdict(row), "sqnr": row.sqnr if math.isfinite(row.sqnr) else None} for row in self.rows
-        ]
+        """The same as JSON; what is no finite number is null."""
+        rows = [{key: _finite(value) for key, value in attrs.asdict(row).items()} for row in self.rows]
         return json.dumps({"rows": rows}, indent=2)
 
     def __rich__(self) -> Table:
@@ -66,6 +64,10 @@ class ComparisonReport:
 
     def __str__(self) -> str:
         return as_text(self)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @attrs.define
@@ -110,11 +112,17 @@ def compare(float_model: nn.Module, quantized_model: nn.Module, data: Iterable[A
         A row for each quantized layer that ran, worst first.
 
     Raises:
-        ComparisonError: The models have no layer in common, there is no batch, or a layer's outputs
-            have different shapes.
+        ComparisonError: The models are one or have no layer in common, there is no batch, or a layer's
+            outputs have different shapes.
+        InputError: One is no model, or the data no batches or on another device.
     """
     for model in (float_model, quantized_model):
         demand_model(model, "compare")
+    if float_model is quantized_model:
+        raise ComparisonError(
+            "both are the same model, which differs from itself in nothing. convert() changes a model in "
+            "place: keep a float one, float_model = copy.deepcopy(model), before it"
+        )
     references = dict(float_model.named_modules())
     layers = {
         name: module
@@ -158,7 +166,8 @@ def compare(float_model: nn.Module, quantized_model: nn.Module, data: Iterable[A
         for name in layers
         if name in ran
     ]
-    return ComparisonReport(tuple(sorted(rows, key=lambda row: (row.sqnr, row.layer))))
+    # NaN, which compares with nothing, is worse than any noise.
+    return ComparisonReport(tuple(sorted(rows, key=lambda row: (row.sqnr == row.sqnr, row.sqnr, row.layer))))
 
 
 def _is_quantized(module: nn.Module) -> bool:

@@ -136,10 +136,10 @@ def sensitivity(
     if not groups:
         raise ComparisonError(f"{type(model).__name__} has no quantized layer whose quantizers are on")
     results = _Results(resume, mode, "" if resume is None else _fingerprint(model))
-    everything = [quantizer for quantizers in groups.values() for quantizer in quantizers]
+    everything = {quantizer for quantizers in groups.values() for quantizer in quantizers}
     quantizing_one = mode == "quantize_one"
 
-    def measure(key: str, quantized: list[TensorQuantizer]) -> float:
+    def measure(key: str, quantized: set[TensorQuantizer]) -> float:
         if key not in results:
             with _only(everything, quantized):
                 metric = _as_number(evaluate(model))
@@ -148,14 +148,13 @@ def sensitivity(
             results.put(key, metric)
         return results.get(key)
 
-    float_metric, all_metric = measure("float", []), measure("quantized", everything)
+    float_metric, all_metric = measure("float", set()), measure("quantized", everything)
     rows = []
     console = Console(stderr=True)
     hidden = not (progress and console.is_terminal)
     for name in track(groups, description="Sensitivity", console=console, transient=True, disable=hidden):
-        chosen = groups[name]
-        on = chosen if quantizing_one else [q for q in everything if q not in chosen]
-        metric = measure(f"layer:{name}", on)
+        chosen = set(groups[name])
+        metric = measure(f"layer:{name}", chosen if quantizing_one else everything - chosen)
         rows.append(
             SensitivityRow(name, metric, float_metric - metric if quantizing_one else metric - all_metric)
         )
@@ -176,7 +175,7 @@ def _as_number(metric: Any) -> float:
 
 
 @contextlib.contextmanager
-def _only(everything: list[TensorQuantizer], quantized: list[TensorQuantizer]) -> Iterator[None]:
+def _only(everything: set[TensorQuantizer], quantized: set[TensorQuantizer]) -> Iterator[None]:
     try:
         for quantizer in everything:
             quantizer.disabled = quantizer not in quantized

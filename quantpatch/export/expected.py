@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantpatch.errors import CheckpointError, QuantPatchWarning
+from quantpatch.errors import CheckpointError, warn_caller
 from quantpatch.export.structure import device_near
 from quantpatch.held_range import RANGE_KEY, ZERO_POINT_KEY
 from quantpatch.quantizer import named_quantizers
@@ -95,10 +94,8 @@ def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = Non
         if q.amax is None and not q.disabled and not q.descriptor.dynamic
     ]
     if left:
-        warnings.warn(
-            f"{where} holds no range for {', '.join(left)}: they go on taking the range of each tensor",
-            QuantPatchWarning,
-            stacklevel=2,
+        warn_caller(
+            f"{where} holds no range for {', '.join(left)}: they go on taking the range of each tensor"
         )
     return tuple(shapes)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from quantpatch.errors import ExportError, MissingExtraError, QuantPatchWarning, UnknownNameError
+from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError, warn_caller
 from quantpatch.export.check import ExportReport, compare_with_torch
 from quantpatch.export.description import active_plugins, describe_quantizers
 from quantpatch.export.graph import tidy
@@ -158,11 +158,9 @@ def _checked_operands(model: nn.Module, target: str, opset: int) -> list[Operand
     demand_operators(model, target)
     found = operands(model)
     if not found:
-        warnings.warn(
+        warn_caller(
             f"{type(model).__name__} holds no quantizer that is on, so the file will be float. Build the "
-            f"model inside `with quantize_modules():`, or write qp.convert(model), and calibrate it",
-            QuantPatchWarning,
-            stacklevel=3,
+            f"model inside `with quantize_modules():`, or write qp.convert(model), and calibrate it"
         )
     refused = problems(found, target, opset)
     if refused:

@@ -252,7 +252,6 @@ class QuantizedLayer:
         return quantizer(output)
 
 
-# Activations of (batch, channels, ...): counted from the end, as torch lets the batch axis be left out.
 def weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:
     """The quantizers of a model's weights."""
     layers = (m for m in model.modules() if isinstance(m, QuantizedLayer))
@@ -260,6 +259,7 @@ def weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:
     return {quantizer for quantizer in found if quantizer is not None}
 
 
+# Activations of (batch, channels, ...): counted from the end, as torch lets the batch axis be left out.
 class ChannelsFirst1d(QuantizedLayer):
     """Mixin for layers over one spatial axis: features are channels, ``(..., channels, length)``."""
 

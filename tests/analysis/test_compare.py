@@ -79,12 +79,27 @@ def test_modes_and_hooks_are_as_before():
     assert not any(m._forward_hooks for m in (*model.modules(), *twin.modules()))
 
 
-def test_json_has_no_infinity():
+def test_a_layer_that_gives_nan_is_the_worst_of_all():
     model, twin = pair()
-    twin[0].input_quantizer.disable()
-    twin[0].weight_quantizer.disable()
-    rows = json.loads(qp.compare(model, twin, DATA).to_json())["rows"]
-    assert {row["layer"]: row["sqnr"] for row in rows}["0"] is None
+    with torch.no_grad():
+        twin[2].bias[0] = math.nan
+    first, second = qp.compare(model, twin, DATA).rows
+    assert (first.layer, second.layer) == ("2", "0")
+    assert math.isnan(first.sqnr)
+
+
+@pytest.mark.parametrize("value", ["infinite", "nan"])
+def test_json_has_finite_numbers_alone(value):
+    model, twin = pair()
+    if value == "infinite":
+        twin[0].input_quantizer.disable()
+        twin[0].weight_quantizer.disable()
+    else:
+        nn.init.constant_(twin[0].bias, math.nan)
+    text = qp.compare(model, twin, DATA).to_json()
+    assert "NaN" not in text
+    rows = {row["layer"]: row for row in json.loads(text)["rows"]}
+    assert rows["0"]["sqnr"] is None
 
 
 def test_it_prints_every_layer():
@@ -103,6 +118,12 @@ def test_nothing_to_compare_is_an_error(other, data, message):
     model, twin = pair()
     with pytest.raises(ComparisonError, match=message):
         qp.compare(other or model, twin, data)
+
+
+def test_a_model_beside_itself_is_an_error():
+    _, twin = pair()
+    with pytest.raises(ComparisonError, match=r"the same model.*float_model = copy\.deepcopy"):
+        qp.compare(twin, twin, DATA)
 
 
 def test_models_of_different_shape_are_an_error_that_names_the_layer():

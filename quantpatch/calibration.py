@@ -23,7 +23,7 @@ from quantpatch.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.ranks import Ranks
 from quantpatch.running import demand_model, evaluating, run_over
 from quantpatch.sharded import sharding_of
-from quantpatch.zero_points import ends_on_all, fitted, to_fit, watching_ends
+from quantpatch.zero_points import ends_on_all, fitted, to_fit, watching_ends, without_those_found
 
 __all__ = ["calibrate", "calibrating", "collecting"]
 
@@ -67,7 +67,8 @@ def calibrating(
         weight_method: The same for weights.
         zero_points: Whether symmetric ranges of activations get a zero point where data needs less on one
             side of 0; ``fit_zero_points`` says how. A method that looks for a threshold does so for the
-            integers that the longer side has then.
+            integers that the longer side has then. Zero points that were found so before are looked for anew
+            with their ranges; those that a descriptor asks for stay.
         overwrite: Replace ranges that are known already; otherwise they are an error.
         strict: Quantizers that saw no data, or only zeros, are an error; otherwise a warning names
             them, and they go on taking the range of each tensor.
@@ -143,9 +144,11 @@ def collecting(
     """
     quantizers: dict[str, TensorQuantizer] = {}
     calibrators: dict[str, Calibrator] = {}
-    with in_float(model):
+    with in_float(model), contextlib.ExitStack() as stack:
         with Ranks(group) as ranks, _naming(quantizers):
             quantizers.update(choose())
+            anew = quantizers if zero_points else {}
+            coming_back = stack.enter_context(without_those_found(anew))
             of_weights = weight_quantizers(model)
             for name, quantizer in quantizers.items():
                 calibrators[name] = (
@@ -165,10 +168,11 @@ def collecting(
         with Ranks(group) as ranks, _naming(quantizers):
             ranges = _ranges(calibrators, quantizers, of_weights, tell)
             fits = _fits(watched, ends_on_all(ranks, seen), ranges, calibrators)
+        coming_back.difference_update(ranges)
     for name, amax in ranges.items():
         quantizers[name].replace_range(amax)
     for name, fit in fits.items():
-        watched[name].use_zero_point(*fit)
+        watched[name].use_zero_point(*fit, found=True)
 
 
 def _to_calibrate(model: nn.Module, overwrite: bool) -> dict[str, TensorQuantizer]:

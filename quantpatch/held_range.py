@@ -35,10 +35,13 @@ class HeldRange(nn.Module):
     Attributes:
         descriptor: How to quantize.
         format: The number format that the descriptor means.
+        zero_point_is_found: Whether the zero point is what data was found to need, so that other data may
+            need another; one that was asked for stays.
     """
 
     descriptor: QuantDescriptor
     format: NumberFormat
+    zero_point_is_found: bool = False
 
     @property
     def amax(self) -> Tensor | None:
@@ -153,12 +156,15 @@ class HeldRange(nn.Module):
         signed = type(format) is Integer and not format.unsigned
         return signed and descriptor.kept_axes is None and not descriptor.dynamic
 
-    def use_zero_point(self, zero_point: int, amax: Tensor | float | None = None) -> None:
+    def use_zero_point(
+        self, zero_point: int, amax: Tensor | float | None = None, *, found: bool = False
+    ) -> None:
         """Makes the integers unsigned ones, one of which stands for 0.
 
         Args:
             zero_point: Which; 0 is right where nothing is negative.
             amax: The range, by its upper end; default: the one known so far stays.
+            found: What becomes of ``zero_point_is_found``.
 
         Raises:
             DescriptorError: The format is not one of integers with a scale from outside, or has no such
@@ -173,6 +179,8 @@ class HeldRange(nn.Module):
                 field="zero_point",
                 value=zero_point,
             )
+        if amax is not None:
+            self._check_range(torch.as_tensor(amax))
         given = descriptor.amax if descriptor.amax is None or amax is None else float(amax)
         descriptor = attrs.evolve(
             descriptor,
@@ -183,9 +191,17 @@ class HeldRange(nn.Module):
             zero_point=zero_point,
             amax=given,
         )
-        self.__dict__.update(descriptor=descriptor, format=registry.format(descriptor))
+        self._become(descriptor, found)
         if amax is not None:
             self.amax = amax
+
+    def forget_zero_point(self) -> None:
+        """Makes unsigned integers the signed ones of as many bits; the range is to be found anew."""
+        self._become(attrs.evolve(self.descriptor, unsigned=False, zero_point=0), found=False)
+
+    def _become(self, descriptor: QuantDescriptor, found: bool) -> None:
+        format = registry.format(descriptor)
+        self.__dict__.update(descriptor=descriptor, format=format, zero_point_is_found=found)
         self._show_zero_point()
 
     @property
@@ -292,7 +308,7 @@ class HeldRange(nn.Module):
         if saved is None or saved.is_meta or int(saved) == own:
             return None
         try:
-            self.use_zero_point(int(saved))
+            self.use_zero_point(int(saved), found=True)
         except DescriptorError as error:
             return f"the checkpoint has {int(saved)}; {error}"
         return None

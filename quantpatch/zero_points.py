@@ -17,13 +17,21 @@ from torch import Tensor, nn
 
 from quantpatch.affine import fitted_zero_point
 from quantpatch.errors import CalibrationError
+from quantpatch.formats import Integer
 from quantpatch.layers.base import weight_quantizers
 from quantpatch.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.ranks import Ranks
 from quantpatch.running import demand_model, evaluating, run_over
 from quantpatch.sharded import whole
 
-__all__ = ["ends_on_all", "fit_zero_points", "fitted", "to_fit", "watching_ends"]
+__all__ = [
+    "ends_on_all",
+    "fit_zero_points",
+    "fitted",
+    "to_fit",
+    "watching_ends",
+    "without_those_found",
+]
 
 #: Of a range that is symmetric but for the noise of a few batches nothing is to be had.
 LEAST_GAIN = 1.1
@@ -78,7 +86,7 @@ def fit_zero_points(
         assert own is not None
         fit = fitted(own.item(), ends[name], quantizer.format.bits, least_gain) if name in ends else None
         if fit is not None:
-            quantizer.use_zero_point(*fit)
+            quantizer.use_zero_point(*fit, found=True)
             zero_points[name] = fit[0]
     return zero_points
 
@@ -91,6 +99,32 @@ def to_fit(model: nn.Module) -> dict[str, TensorQuantizer]:
         for name, quantizer in named_quantizers(model).items()
         if quantizer.is_symmetric and quantizer not in of_weights and not quantizer.disabled
     }
+
+
+@contextlib.contextmanager
+def without_those_found(quantizers: Mapping[str, TensorQuantizer]) -> Iterator[set[str]]:
+    """A block in which zero points that were found in data are gone, so that others can be found.
+
+    Args:
+        quantizers: By name.
+
+    Yields:
+        The names of those whose zero points are to come back when it ends: all of those that lost one, if
+        it raises; whoever gives one a new range takes its name away.
+    """
+    before = {name: q.format for name, q in quantizers.items() if q.zero_point_is_found}
+    back = set(before)
+    try:
+        for name in before:
+            quantizers[name].forget_zero_point()
+        yield back
+    except BaseException:
+        back = set(before)
+        raise
+    finally:
+        for name, format in before.items():
+            if name in back and isinstance(format, Integer):
+                quantizers[name].use_zero_point(format.zero_point, found=True)
 
 
 @contextlib.contextmanager

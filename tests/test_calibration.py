@@ -274,7 +274,6 @@ def test_not_strict_sets_the_others_and_warns_of_those_without_data():
 def test_the_warning_points_at_the_line_that_calibrates(as_block):
     model = two_branches()
 
-
     def in_block():
         with qp.calibrating(model, strict=False):
             model(torch.randn(2, 4))

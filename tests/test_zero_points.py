@@ -239,12 +239,76 @@ def test_nothing_is_set_and_nothing_watches_any_more_when_it_fails(
         assert dict(quantizer._forward_pre_hooks) == hooks[name]
 
 
-def test_zero_points_that_were_found_stay_when_calibrating_again() -> None:
+BOTH_SIDES = 2 * X - 1.2
+
+
+@pytest.mark.parametrize("way", ["at once", "state_dict", "file", "pickle", "fit_zero_points"])
+def test_zero_points_that_were_found_are_found_anew_in_other_data(way: str, tmp_path: Path) -> None:
+    model = uncalibrated()
+    if way == "fit_zero_points":
+        qp.calibrate(model, SKEWED, progress=False)
+        qp.fit_zero_points(model, SKEWED)
+    else:
+        qp.calibrate(model, SKEWED, zero_points=True, progress=False)
+    first = model[0].input_quantizer.format
+    if way == "state_dict":
+        model, before = uncalibrated(), model
+        model.load_state_dict(before.state_dict())
+    elif way == "file":
+        qp.save(model, tmp_path / "m.safetensors")
+        model = qp.load(tmp_path / "m.safetensors", uncalibrated())
+    elif way == "pickle":
+        model = pickle.loads(pickle.dumps(model))
+    for data in (BOTH_SIDES, X - 0.5, SKEWED):  # the second needs none
+        fresh = uncalibrated()
+        qp.calibrate(fresh, data, zero_points=True, progress=False)
+        qp.calibrate(model, data, zero_points=True, overwrite=True, progress=False)
+        assert_same(model, fresh)
+    assert model[0].input_quantizer.format == first
+
+
+def test_without_being_asked_for_they_stay_with_new_ranges() -> None:
     model = uncalibrated()
     qp.calibrate(model, SKEWED, zero_points=True, progress=False)
     format = model[0].input_quantizer.format
-    qp.calibrate(model, 2 * SKEWED, zero_points=True, overwrite=True, progress=False)
+    qp.calibrate(model, BOTH_SIDES, overwrite=True, progress=False)
     assert model[0].input_quantizer.format == format
+
+
+def test_a_zero_point_that_a_descriptor_asks_for_stays() -> None:
+    model = uncalibrated(qp.QuantDescriptor(unsigned=True, zero_point=37))
+    for overwrite in (False, True):
+        qp.calibrate(model, SKEWED, zero_points=True, overwrite=overwrite, progress=False)
+        assert model[0].input_quantizer.format.zero_point == 37
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_found_ones_are_back_with_their_ranges_where_no_others_are_found(learn: bool) -> None:
+    model = uncalibrated(qp.QuantDescriptor(learn_amax=learn))
+    qp.calibrate(model, SKEWED, zero_points=True, progress=False)
+    before = copy.deepcopy(model)
+    with pytest.raises(CalibrationError):
+        qp.calibrate(model, X * torch.nan, zero_points=True, overwrite=True, progress=False)
+    assert_same(model, before)
+    with pytest.warns(qp.QuantPatchWarning, match=r"saw no data.*2\.input_quantizer"):
+        qp.calibrate(
+            model,
+            lambda m: m[0](BOTH_SIDES),
+            zero_points=True,
+            overwrite=True,
+            strict=False,
+            progress=False,
+        )
+    assert model[0].input_quantizer.format != before[0].input_quantizer.format
+    assert_same(model[2], before[2])
+
+
+def test_a_zero_point_with_a_range_that_is_none_changes_nothing() -> None:
+    quantizer = qp.TensorQuantizer(qp.QuantDescriptor())
+    quantizer.amax = 1.0
+    with pytest.raises(qp.errors.RangeError):
+        quantizer.use_zero_point(3, -1.0)
+    assert (quantizer.format.name, quantizer.amax) == ("int8", 1.0)
 
 
 # --- Data -------------------------------------------------------------------------------------------------

@@ -130,6 +130,8 @@ def descriptor_of(described: Mapping[str, Any]) -> QuantDescriptor:
 def describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Each quantizer by name: its descriptor, what is switched off, and whether its range is known.
 
+    Also whether its zero point was found, if it was.
+
     Raises:
         CheckpointError: One has a format that no file can name.
     """
@@ -141,6 +143,8 @@ def describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
             "quantizing": quantizer.quantizing,
             "known": quantizer.amax is not None,
         }
+        if quantizer.zero_point_is_found:
+            described[name]["zero_point_is_found"] = True
     return described
 
 

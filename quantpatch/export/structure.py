@@ -41,6 +41,7 @@ class _Quantizer:
     format: NumberFormat
     disabled: bool
     quantizing: bool
+    zero_point_is_found: bool
     amax: Tensor | None
 
 
@@ -152,7 +153,12 @@ class StructurePlan:
                     continue
             format = registry.format(descriptor)
             self._quantizers[name] = _Quantizer(
-                descriptor, format, bool(saved["disabled"]), bool(saved["quantizing"]), amax
+                descriptor,
+                format,
+                bool(saved["disabled"]),
+                bool(saved["quantizing"]),
+                bool(saved.get("zero_point_is_found")),
+                amax,
             )
 
     def _plan_aliases(self) -> None:
@@ -254,6 +260,7 @@ class StructurePlan:
                 self._place(place, quantizer)
             quantizer.train(self._modules[parent].training)
         quantizer.disabled, quantizer.quantizing = saved.disabled, saved.quantizing
+        quantizer.zero_point_is_found = saved.zero_point_is_found
         quantizer.calibrating, quantizer.calibrator = False, None
 
     def _place(self, name: str, quantizer: Any) -> None:

@@ -7,6 +7,7 @@ Layers and quantizers are restored before, on the meta device, and ranges after:
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -207,7 +208,11 @@ class QuantPatchQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, qp.TensorQuantizer):
                 module.train(model.training)
-        model.config.quantization_config = self.quantization_config
+        self._show_in(model.config)
+
+    def _show_in(self, config: Any) -> None:
+        """As ``config.json`` has it, which ``from_pretrained`` also takes if it is given the config."""
+        config.quantization_config = self.quantization_config.to_dict()
 
     def _convert(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
@@ -228,10 +233,10 @@ class QuantPatchQuantizer(HfQuantizer):
         text = checkpoint.metadata().get(_METADATA)
         if text is None:
             raise CheckpointError(
-                f"{checkpoint.path}: its config.json says that quantpatch quantized it, and its files do not "
-                f"say how; another program wrote them anew, or they are no safetensors files. Delete "
-                f"quantization_config from config.json and load it in a block: "
-                f"with quantize_modules(recipe=...): ...",
+                f"{checkpoint.path}: its config says that quantpatch quantized it, and its files do not say "
+                f"how; another program wrote them anew, they are no safetensors files, or those of a float "
+                f"model. Delete quantization_config from config.json, or from the config that was given, and "
+                f"load it in a block if it was quantized: with quantize_modules(recipe=...): ...",
                 path=checkpoint.path,
             )
         try:
@@ -261,7 +266,7 @@ class QuantPatchQuantizer(HfQuantizer):
         if not quantizers:
             vars(model.config).pop("quantization_config", None)
             return None, {}
-        model.config.quantization_config = self.quantization_config
+        self._show_in(model.config)
         description = _describe(model)
         aliases = aliased(
             model, [name for name, described in description["quantizers"].items() if described["known"]]
@@ -314,8 +319,19 @@ def make_savable(model: PreTrainedModel) -> None:
         raise ConversionError(
             f"{type(model).__name__} is quantized by {getattr(method, 'value', method)!r} and saved its way"
         )
+    _give_own_config(model)
     model.hf_quantizer = QuantPatchQuantizer(QuantPatchConfig(recipe=None))  # type: ignore[assignment]
     model.quantization_method = METHOD  # type: ignore[assignment]
+
+
+def _give_own_config(model: PreTrainedModel) -> None:
+    """Gives a model a config that is no other model's, which would be saved as a quantized one by it."""
+    shared = model.config
+    own = copy.copy(shared)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if value is shared:
+                vars(module)[name] = own
 
 
 def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:

@@ -146,6 +146,28 @@ def test_with_a_device_map(device_map, tmp_path):
     assert_same(loaded(type(model), tmp_path, device_map=device_map), model, "llama")
 
 
+def test_the_config_that_a_float_model_was_built_from_as_well_says_nothing_of_quantization(tmp_path):
+    reference = MODELS["gpt2"].build().eval()
+    twin = type(reference)(reference.config).eval()
+    qp.convert(twin)
+    saved(twin, tmp_path / "quantized")
+    assert all(getattr(module, "config", twin.config) is twin.config for module in twin.modules())
+    reference.save_pretrained(tmp_path / "float")
+    again = loaded(type(reference), tmp_path / "float")
+    assert quantizers(again) == {}
+    assert torch.equal(output(again), output(reference))
+
+
+@pytest.mark.parametrize("first", ["built", "loaded"])
+def test_the_config_of_a_quantized_model_can_be_given_to_load_it_again(first, tmp_path):
+    model = saved(calibrated(), tmp_path)
+    config = (model if first == "built" else loaded(type(model), tmp_path)).config
+    assert_same(loaded(type(model), tmp_path, config=config), model)
+    MODELS["gpt2"].build().save_pretrained(tmp_path / "float")
+    with pytest.raises(CheckpointError, match=r"those of a float model. Delete quantization_config from"):
+        type(model).from_pretrained(tmp_path / "float", config=config)
+
+
 def test_in_several_files(tmp_path):
     model = calibrated("mixtral")
     make_savable(model)

@@ -28,17 +28,31 @@ Rules = Mapping[str, Value] | Mapping[Matcher, Value] | Iterable[tuple[Matcher, 
 
 
 @attrs.frozen
-class _Operand:
-    """A place where a layer has, or could have, a quantizer; the same by whatever name the layer is found."""
+class _Place:
+    """Where a module has, or a layer could have, a quantizer; one place by whatever name it is found."""
 
-    layer_name: str = attrs.field(eq=False)
-    layer: QuantizedLayer = attrs.field(eq=id)
-    name: str
-    edges: tuple[str, ...] = attrs.field(eq=False)  # which of EDGES its layer is
+    holder_name: str = attrs.field(eq=False)
+    holder: nn.Module = attrs.field(eq=id)
+    own_name: str  # that of the quantizer within its holder
+    edges: tuple[str, ...] = attrs.field(eq=False)  # which of EDGES its holder is
 
     @property
-    def quantizer_name(self) -> str:
-        return ".".join(filter(None, (self.layer_name, quantizer_name(self.name))))
+    def name(self) -> str:
+        return ".".join(filter(None, (self.holder_name, self.own_name)))
+
+    @property
+    def quantizer(self) -> TensorQuantizer | None:
+        found = self.holder._modules.get(self.own_name)
+        return found if isinstance(found, TensorQuantizer) else None
+
+    def descriptor(self, recipe: Recipe) -> QuantDescriptor | None:
+        """What a recipe wants here; None for float."""
+        if isinstance(self.holder, QuantizedLayer):
+            known = _operands(self.holder, recipe)
+            if self.own_name in known or self.own_name in _operands(self.holder, _EVERYTHING):
+                return known.get(self.own_name)
+        # Somebody's own, such as one that prepare() placed behind a ReLU, for the layers that take it.
+        return None if recipe.input is None else recipe.input.for_axes(None, -1)
 
 
 def configure(model: nn.Module, rules: Rules) -> None:
@@ -60,10 +74,12 @@ def configure(model: nn.Module, rules: Rules) -> None:
             (and then of all quantizers in it) or of a quantizer, a regular expression for either
             (``"re:..."``, matched whole), a class of layers, a function of a layer's name and the
             layer, or ``":first"`` or ``":last"``: of the quantized layers with weights, in the order in
-            which the model holds them. A value is None (float: the quantizer is disabled), a descriptor, a
-            recipe or a recipe's name. A quantizer whose descriptor changes loses its range. One descriptor
-            changes the quantizers that are there; it makes a new one only where the pattern tells its name
-            from others (``"head.output_quantizer"``, ``"*.hidden_*"``).
+            which the model holds them. Other modules that hold quantizers, such as those that ``prepare``
+            placed, count as layers, whose quantizers are those of inputs. A value is None (float: the
+            quantizer is disabled, also for others that share it), a descriptor, a recipe or a recipe's name.
+            A quantizer whose descriptor changes loses its range. One descriptor changes the quantizers that
+            are there; it makes a new one only where the pattern tells its name from others
+            (``"head.output_quantizer"``, ``"*.hidden_*"``).
 
     Raises:
         RuleError: A pattern matches nothing (or, unless the value is None, only what is float), stands twice
@@ -76,16 +92,16 @@ def configure(model: nn.Module, rules: Rules) -> None:
 
 def apply_rules(models: Sequence[nn.Module], rules: Rules) -> None:
     """``configure`` for several models, where a pattern has to match something in one of them."""
-    operands = [operand for model in models for operand in _operands(model)]
-    if not operands:
+    places = [place for model in models for place in _places(model)]
+    if not places:
         shown = " and ".join(type(model).__name__ for model in models)
         raise RuleError(
             f"{shown} holds no quantized layer; build it inside `with quantize_modules():` or convert(model) "
             f"first"
         )
-    decided: dict[_Operand, Value] = {}
+    decided: dict[_Place, Value] = {}
     for matcher, value in checked_rules(rules):
-        matched = [o for o in operands if _matches(matcher, o) and _is_meant(o, matcher, value)]
+        matched = [p for p in places if _matches(matcher, p) and _is_meant(p, matcher, value)]
         if not matched:
             floats = [
                 name
@@ -94,7 +110,7 @@ def apply_rules(models: Sequence[nn.Module], rules: Rules) -> None:
                 if _named(matcher, name, module)
             ]
             if not floats:
-                raise _unmatched(matcher, operands)
+                raise _unmatched(matcher, places)
             if value is not None:
                 raise RuleError(
                     f"the pattern {_shown(matcher)!r} matches only what is float, such as {floats[0]!r}; a "
@@ -102,24 +118,36 @@ def apply_rules(models: Sequence[nn.Module], rules: Rules) -> None:
                     rule=matcher,
                 )
         decided.update(dict.fromkeys(matched, value))
-    new = [(operand, _quantizer_for(operand, value)) for operand, value in decided.items()]
-    for operand, quantizer in new:
-        _put(operand, quantizer)
+    made: dict[Any, TensorQuantizer] = {}
+    new = [(place, _quantizer_for(place, value, made)) for place, value in decided.items()]
+    for place, quantizer in new:
+        _put(place, quantizer)
 
 
 _EVERYTHING = Recipe(name="everything", output=QuantDescriptor(), hidden=QuantDescriptor())
 
 
-def _operands(model: nn.Module) -> Iterable[_Operand]:
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
-    with_weights = [layer for layer in layers.values() if layer.weight_axes()]
+def _places(model: nn.Module) -> Iterable[_Place]:
+    modules = dict(model.named_modules())
+    layers = [module for module in modules.values() if isinstance(module, QuantizedLayer)]
+    with_weights = [layer for layer in layers if layer.weight_axes()]
     ends = dict(zip(EDGES, (with_weights[0], with_weights[-1]), strict=True)) if with_weights else {}
-    for name, layer in layers.items():
-        yield from _of_layer(name, layer, tuple(edge for edge, end in ends.items() if end is layer))
+    for name, module in modules.items():
+        edges = tuple(edge for edge, end in ends.items() if end is module)
+        for own_name in _own_names(module):
+            yield _Place(name, module, own_name, edges)
 
 
-def _of_layer(name: str, layer: QuantizedLayer, edges: tuple[str, ...] = ()) -> list[_Operand]:
-    return [_Operand(name, layer, operand, edges) for operand, _ in layer.descriptors(_EVERYTHING)]
+def _own_names(holder: nn.Module) -> Iterable[str]:
+    """Names of the quantizers that a module has, or could have if it is a quantized layer."""
+    could_have = _operands(holder, _EVERYTHING) if isinstance(holder, QuantizedLayer) else {}
+    has = [name for name, module in holder._modules.items() if isinstance(module, TensorQuantizer)]
+    return dict.fromkeys([*could_have, *has])
+
+
+def _operands(layer: QuantizedLayer, recipe: Recipe) -> dict[str, QuantDescriptor]:
+    """The operands of a layer that a recipe quantizes, by the names of their quantizers."""
+    return {quantizer_name(name): descriptor for name, descriptor in layer.descriptors(recipe)}
 
 
 def checked_rules(rules: Rules) -> list[tuple[Matcher, Value]]:
@@ -166,17 +194,16 @@ def checked_rules(rules: Rules) -> list[tuple[Matcher, Value]]:
     return checked
 
 
-def _matches(matcher: Matcher, operand: _Operand) -> bool:
-    layer: Any = operand.layer
+def _matches(matcher: Matcher, place: _Place) -> bool:
     if isinstance(matcher, type):
-        return isinstance(layer, matcher)
+        return isinstance(place.holder, matcher) or isinstance(place.quantizer, matcher)
     if not isinstance(matcher, str):
-        return bool(matcher(operand.layer_name, layer))
+        return bool(matcher(place.holder_name, place.holder))
     if matcher in EDGES:
-        return matcher in operand.edges
+        return matcher in place.edges
     # The quantizer, its layer, and every module around them; '' is the model itself.
-    parts = operand.layer_name.split(".") if operand.layer_name else []
-    names = [operand.quantizer_name, *(".".join(parts[:n]) for n in range(len(parts) + 1))]
+    parts = place.holder_name.split(".") if place.holder_name else []
+    names = [place.name, *(".".join(parts[:n]) for n in range(len(parts) + 1))]
     return any(_fits(matcher, name) for name in names if name)
 
 
@@ -189,19 +216,18 @@ def _fits(pattern: str, name: str) -> bool:
         raise RuleError(f"{pattern!r} is no regular expression: {error}", rule=pattern) from error
 
 
-def _is_meant(operand: _Operand, matcher: Matcher, value: Value) -> bool:
-    """Whether a rule for a whole layer speaks of this operand.
+def _is_meant(place: _Place, matcher: Matcher, value: Value) -> bool:
+    """Whether a rule for a whole layer speaks of this place in it.
 
     One descriptor for a layer changes the quantizers that are there. A new one is made only where a recipe
     has a descriptor for it, or the rule tells its name from others (``"head.output_quantizer"``).
     """
-    if operand.layer.quantizer(operand.name) is not None or not isinstance(value, QuantDescriptor):
+    if place.quantizer is not None or not isinstance(value, QuantDescriptor):
         return True
-    if not isinstance(matcher, str) or not _fits(matcher, operand.quantizer_name):
+    if not isinstance(matcher, str) or not _fits(matcher, place.name):
         return False
-    return not all(
-        _fits(matcher, other.quantizer_name) for other in _of_layer(operand.layer_name, operand.layer)
-    )
+    others = (attrs.evolve(place, own_name=name) for name in _own_names(place.holder))
+    return not all(_fits(matcher, other.name) for other in others)
 
 
 def _named(matcher: Matcher, name: str, module: nn.Module) -> bool:
@@ -215,40 +241,44 @@ def _shown(matcher: Matcher) -> str:
     return matcher if isinstance(matcher, str) else str(getattr(matcher, "__qualname__", repr(matcher)))
 
 
-def _unmatched(matcher: Matcher, operands: list[_Operand]) -> RuleError:
+def _unmatched(matcher: Matcher, places: list[_Place]) -> RuleError:
     given = _shown(matcher)
-    names = [o.layer_name for o in operands if o.layer_name] + [o.quantizer_name for o in operands]
+    names = [place.holder_name for place in places if place.holder_name] + [place.name for place in places]
     hint = near_misses(given, dict.fromkeys(names))
     if not hint:
-        layers = list(dict.fromkeys(operand.layer_name or "'' (the model)" for operand in operands))
+        layers = list(dict.fromkeys(place.holder_name or "'' (the model)" for place in places))
         hint = f"The quantized layers are {', '.join(layers[:6])}{' …' * (len(layers) > 6)}"
     return RuleError(f"the pattern {given!r} matches no layer or quantizer. {hint}".rstrip(), rule=matcher)
 
 
-def _quantizer_for(operand: _Operand, value: Value) -> TensorQuantizer | None:
-    """The quantizer that a rule asks for; None for float."""
+def _quantizer_for(place: _Place, value: Value, made: dict[Any, TensorQuantizer]) -> TensorQuantizer | None:
+    """The quantizer that a rule asks for; None for float.
+
+    Args:
+        place: Where it is to be.
+        value: The rule's.
+        made: New ones. Places that share a quantizer go on sharing one where they get the same.
+    """
     if value is None:
         return None
     assert not isinstance(value, str)
     if isinstance(value, QuantDescriptor):
         value = Recipe(name="rule", input=value, weight=value, output=value, hidden=value)
-    descriptor = dict(operand.layer.descriptors(value)).get(operand.name)
+    descriptor, known = place.descriptor(value), place.quantizer
     if descriptor is None:
         return None
-    known = operand.layer.quantizer(operand.name)
     if known is not None and known.descriptor == descriptor:
         return known
-    return TensorQuantizer(descriptor)
+    return made.setdefault((known or place, descriptor), TensorQuantizer(descriptor))
 
 
-def _put(operand: _Operand, quantizer: TensorQuantizer | None) -> None:
-    layer: Any = operand.layer
-    known = operand.layer.quantizer(operand.name)
+def _put(place: _Place, quantizer: TensorQuantizer | None) -> None:
+    known = place.quantizer
     if quantizer is None:
         if known is not None:
             known.disable()
         return
     quantizer.enable()
     if quantizer is not known:
-        quantizer.train(layer.training)
-        layer._modules[quantizer_name(operand.name)] = quantizer
+        quantizer.train(place.holder.training)
+        place.holder._modules[place.own_name] = quantizer

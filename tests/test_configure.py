@@ -8,6 +8,7 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.errors import RuleError, UnknownNameError
+from quantpatch.layers.placed import quantize_output_of
 
 INT4 = qp.QuantDescriptor(num_bits=4)
 
@@ -115,6 +116,48 @@ def test_a_quantizer_that_is_missing_is_added(model):
         layer = nn.Linear(2, 2)
     qp.configure(layer, {"input_quantizer": INT4})
     assert formats(layer)["input_quantizer"] == "int4"
+
+
+class Own(nn.Module):
+    """A module with a quantizer that no quantized layer has."""
+
+    def __init__(self):
+        super().__init__()
+        self.mine = qp.TensorQuantizer()
+
+
+@pytest.mark.parametrize("pattern", ["own", "own.mine", "*.mine", Own, lambda name, layer: name == "own"])
+def test_quantizers_that_no_layer_has_are_set_as_well(model, pattern):
+    model.own = Own()
+    qp.configure(model, {pattern: None})
+    assert disabled(model) == {"own.mine"}
+    qp.configure(model, {pattern: INT4})
+    assert (formats(model)["own.mine"], formats(model)["head.input_quantizer"]) == ("int4", "int8")
+    qp.configure(model, {pattern: "fp8"})
+    assert formats(model)["own.mine"] == "fp8_e4m3"
+    qp.configure(model, {pattern: "int8-weight-only"})
+    assert disabled(model) == {"own.mine"}
+
+
+def test_the_class_of_quantizers_takes_all_of_them(model):
+    model.own = Own()
+    qp.configure(model, {qp.TensorQuantizer: None})
+    assert disabled(model) == set(states(model))
+
+
+def test_a_quantizer_that_is_placed_and_shared_stays_shared_and_on_where_a_rule_is_for_all():
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.ReLU()).eval()
+    shared = model[2].input_quantizer
+    quantize_output_of(model[1], shared)
+    qp.configure(model, {"1": None})
+    assert shared.disabled
+    qp.configure(model, {"*": "int4"})
+    assert model[1].output_quantizer is model[2].input_quantizer is not shared
+    assert formats(model)["1.output_quantizer"] == "int4"
+    qp.configure(model, {"1.output_quantizer": "int8"})
+    assert model[2].input_quantizer.format.name == "int4"
+    assert model[1].output_quantizer.format.name == "int8"
 
 
 def test_an_output_quantizer_can_be_added(model):

@@ -63,7 +63,7 @@ class ComparisonReport:
         return table
 
     def __str__(self) -> str:
-        return as_text(self)
+        return as_text(self, of_names=True)
 
 
 def _finite(value: Any) -> Any:

@@ -92,7 +92,7 @@ class SensitivityReport:
         return table
 
     def __str__(self) -> str:
-        return as_text(self)
+        return as_text(self, of_names=True)
 
 
 def sensitivity(

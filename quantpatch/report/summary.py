@@ -88,7 +88,7 @@ class Summary:
         return "; ".join(parts)
 
     def __str__(self) -> str:
-        return as_text(self)
+        return as_text(self, of_names=True)
 
 
 def _range(row: QuantizerRow) -> str:

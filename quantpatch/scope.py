@@ -313,7 +313,11 @@ class Scope:
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
-        """What was built in this scope so far and left float, why, and how often."""
+        """What was built in this scope so far and left float, why, and how often.
+
+        Subclasses of a target that never call its ``__init__`` go by unseen, and stay float. ``qp.audit``
+        names them; an entry for such a class, or ``qp.convert(model, subclasses=True)``, takes them.
+        """
         return self._outcome.skipped
 
 

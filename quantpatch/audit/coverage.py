@@ -18,7 +18,7 @@ from quantpatch.audit.reasons import known_targets, reason_for, skeleton
 from quantpatch.audit.trace import Trace, trace
 from quantpatch.classes import own_class
 from quantpatch.errors import CoverageError, InputError
-from quantpatch.fake_quant import fake_quantize
+from quantpatch.fake_quant import fake_quantize, reduce_amax
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.registry import registry
@@ -248,6 +248,11 @@ def _outgrown(model: nn.Module) -> Iterator[tuple[str, float]]:
                 (fake_quantize(x, range_, quantizer.format, axis=kept) - x).square().sum().item()
                 for range_ in (amax.detach().to(x.device), None)
             )
+            if quantizer.format.block_size is None:
+                # A channel of one element, or of two alike, has no error of its own, and yet need not be
+                # better known than to a step.
+                steps = reduce_amax(x, kept) / quantizer.format.max
+                best = max(best, steps.square().expand_as(x).sum().item() / 12)
             if now > _OUTGROWN * best and now > 0:
                 yield f"{name}.{quantizer_name(operand)}".lstrip("."), now / best if best else math.inf
 

@@ -129,7 +129,10 @@ class StructurePlan:
         for name, saved in self._description["quantizers"].items():
             parent = name.rpartition(".")[0]
             if parent not in layers and not self._has_place(name):
-                self.problems.append(f"{name}: the model has no such quantizer, nor a layer to give it to")
+                self.problems.append(
+                    f"{name}: the model has no such quantizer, nor a layer to give it to; do to it first "
+                    f"what gave one to the saved model"
+                )
                 continue
             try:
                 descriptor = descriptor_of(saved["descriptor"])

@@ -657,3 +657,14 @@ def test_weights_that_changed_since_their_ranges_were_found_are_named(recipe, me
     assert "qp.calibrate(model, data, overwrite=True)" in " ".join(str(report).split())
     qp.calibrate(model, [x], method, weight_method=method, overwrite=True)
     assert qp.audit(model, x).outgrown == ()
+
+
+@pytest.mark.parametrize(("drift", "outgrown"), [(0.2, ()), (2.0, ("weight_quantizer",))])
+def test_a_weight_that_its_range_holds_exactly_may_drift_within_a_step(drift, outgrown):
+    with qp.quantize_modules():
+        layer = nn.Conv1d(1, 8, 1)  # one element a channel
+    x = torch.randn(2, 1, 5)
+    qp.calibrate(layer, x)
+    with torch.no_grad():
+        layer.weight.mul_(1 + drift / 127)
+    assert tuple(name for name, _ in qp.audit(layer, x).outgrown) == outgrown

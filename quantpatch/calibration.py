@@ -282,8 +282,8 @@ def _ranges(
     problems = []
     if unseen:
         problems.append(
-            f"{len(unseen)} of {len(calibrators)} quantizers saw no data, because their layers did not run: "
-            f"{_listing(unseen)}"
+            f"{len(unseen)} of {len(calibrators)} quantizers saw no data, because their layers did not run, or "
+            f"on empty tensors: {_listing(unseen)}"
         )
     if zero:
         problems.append(f"{len(zero)} of {len(calibrators)} quantizers saw only zeros: {_listing(zero)}")

@@ -229,7 +229,7 @@ class PercentileCalibrator(HistogramCalibrator):
         format: The number format that the range is for.
         axis: The axes kept; None for one range.
         num_bins: Number of bins.
-        percentile: The percentage, from 0 to 100; 100 is the largest magnitude.
+        percentile: The percentage, above 1 and up to 100, which is the largest magnitude.
 
     Raises:
         OptionError: An option is out of range.
@@ -243,8 +243,10 @@ class PercentileCalibrator(HistogramCalibrator):
         num_bins: int = 2048,
         percentile: float = 99.99,
     ) -> None:
-        if not 0.0 <= percentile <= 100.0:
-            raise OptionError(f"percentile must be from 0 to 100, got {percentile!r}")
+        if not 1.0 < percentile <= 100.0:  # a share of 1 would leave next to nothing of a range
+            raise OptionError(
+                f"percentile is a percentage, such as 99.9, above 1 and up to 100; got {percentile!r}"
+            )
         super().__init__(format, axis, num_bins=num_bins)
         self.percentile = percentile
 

@@ -255,6 +255,8 @@ def test_there_is_no_histogram_without_data():
         (MSECalibrator, "num_bins", 7),
         (MSECalibrator, "num_bins", 2**24 + 1),
         (PercentileCalibrator, "percentile", -1.0),
+        (PercentileCalibrator, "percentile", 0.999),  # meant as a share
+        (PercentileCalibrator, "percentile", 1.0),
         (PercentileCalibrator, "percentile", 100.5),
         (PercentileCalibrator, "percentile", math.nan),
         (EntropyCalibrator, "start_bin", 0),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quantpatch.affine import longer_side
 from quantpatch.calibrators import Calibrator
-from quantpatch.errors import CalibrationError, warn_caller
+from quantpatch.errors import CalibrationError, OptionError, warn_caller
 from quantpatch.formats import Integer
 from quantpatch.layers.base import weight_quantizers
 from quantpatch.quantizer import TensorQuantizer, in_float, named_quantizers
@@ -44,6 +44,7 @@ def calibrating(
     weight_method: str | None = None,
     zero_points: bool = False,
     overwrite: bool = False,
+    only_missing: bool = False,
     strict: bool = True,
     group: dist.ProcessGroup | None = None,
     **options: Any,
@@ -70,31 +71,37 @@ def calibrating(
             integers that the longer side has then. Zero points that were found so before are looked for anew
             with their ranges; those that a descriptor asks for stay.
         overwrite: Replace ranges that are known already; otherwise they are an error.
+        only_missing: Leave known ranges as they are, and find those of the other quantizers.
         strict: Quantizers that saw no data, or only zeros, are an error; otherwise a warning names
-            them, and they go on taking the range of each tensor.
+            them, and they stay as they are: without a range they take that of each tensor.
         group: The ranks that hold this model; None for all. Of a pipeline's stages each is its own model.
         **options: Handed to the calibrators of activations, such as ``percentile=99.9``.
 
     Raises:
         CalibrationError: There is nothing to calibrate, ranges are known already, the data holds NaN
             or infinity, (``strict``) a quantizer saw no data or only zeros, or another rank failed.
+        OptionError: ``overwrite`` and ``only_missing`` contradict each other, or an option of the calibrator
+            is out of range.
         UnknownNameError: There is no calibrator of that name.
     """
+    if overwrite and only_missing:
+        raise OptionError(
+            "overwrite=True finds all ranges anew and only_missing=True leaves those known: give one"
+        )
 
     def choose() -> dict[str, TensorQuantizer]:
-        return _to_calibrate(model, overwrite)
+        return _to_calibrate(model, overwrite, only_missing)
 
     def tell(message: str, names: tuple[str, ...]) -> None:
         if strict:
-            layers = dict.fromkeys(name.rpartition(".")[0] or "*" for name in names)
-            rules = _listing((f"{layer!r}: None" for layer in layers), limit=4)
+            rules = _listing((f"{pattern!r}: None" for pattern in _patterns(model, names)), limit=4)
             raise CalibrationError(
                 f"{message}. No range was set. Give batches that reach them, leave them float with "
                 f"qp.configure(model, {{{rules}}}), or pass strict=False to let them take the range of each "
                 f"tensor",
                 quantizers=names,
             )
-        warn_caller(f"{message}. They go on taking the range of each tensor")
+        warn_caller(f"{message}. They stay as they are: without a range they take that of each tensor")
 
     with (
         collecting(
@@ -158,7 +165,7 @@ def collecting(
                 )
             for name, quantizer in quantizers.items():
                 quantizer.enable_calib(calibrators[name])
-            watched = to_fit(model) if zero_points else {}
+            watched = _to_watch(model, quantizers) if zero_points else {}
             with watching_ends(watched) as seen:
                 yield
             _demand_same(ranks, tuple(calibrators), "calibrates")
@@ -175,7 +182,23 @@ def collecting(
         watched[name].use_zero_point(*fit, found=True)
 
 
-def _to_calibrate(model: nn.Module, overwrite: bool) -> dict[str, TensorQuantizer]:
+def _to_watch(model: nn.Module, quantizers: Mapping[str, TensorQuantizer]) -> dict[str, TensorQuantizer]:
+    """Those that may get a zero point, whose ranges are being found or are their descriptors'."""
+    fitting = to_fit(model).items()
+    return {name: q for name, q in fitting if name in quantizers or q.descriptor.amax is not None}
+
+
+def _patterns(model: nn.Module, names: Iterable[str]) -> Iterable[str]:
+    """What to tell ``configure`` to leave quantizers float: a layer's name, if they are all that it has."""
+    names = dict.fromkeys(names)
+    others = {name.rpartition(".")[0] for name in named_quantizers(model) if name not in names}
+    layers = (name.rpartition(".")[0] for name in names)
+    return dict.fromkeys(
+        name if layer in others else layer or "*" for name, layer in zip(names, layers, strict=True)
+    )
+
+
+def _to_calibrate(model: nn.Module, overwrite: bool, only_missing: bool) -> dict[str, TensorQuantizer]:
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         raise CalibrationError(
             "nn.DataParallel runs copies of the quantizers, whose statistics are lost: calibrate model.module"
@@ -215,13 +238,15 @@ def _to_calibrate(model: nn.Module, overwrite: bool) -> dict[str, TensorQuantize
             quantizers=tuple(learned),
         )
     known = [name for name, q in wanted.items() if q.amax is not None]
-    if known and not overwrite:
+    missing = {name: q for name, q in wanted.items() if q.amax is None}
+    if known and not (overwrite or (only_missing and missing)):
+        rest = f"only_missing=True to find the ranges of the {len(missing)} others, or " if missing else ""
         raise CalibrationError(
-            f"{len(known)} quantizers have a range already: {_listing(known)}. Pass overwrite=True to "
+            f"{len(known)} quantizers have a range already: {_listing(known)}. Pass {rest}overwrite=True to "
             f"calibrate again from nothing",
             quantizers=tuple(known),
         )
-    return wanted
+    return missing if only_missing else wanted
 
 
 @contextlib.contextmanager
@@ -282,8 +307,8 @@ def _ranges(
     problems = []
     if unseen:
         problems.append(
-            f"{len(unseen)} of {len(calibrators)} quantizers saw no data, because their layers did not run, or "
-            f"on empty tensors: {_listing(unseen)}"
+            f"{len(unseen)} of {len(calibrators)} quantizers saw no data, because their layers did not run, "
+            f"or without that input: {_listing(unseen)}"
         )
     if zero:
         problems.append(f"{len(zero)} of {len(calibrators)} quantizers saw only zeros: {_listing(zero)}")
@@ -324,6 +349,7 @@ def calibrate(
     weight_method: str | None = None,
     zero_points: bool = False,
     overwrite: bool = False,
+    only_missing: bool = False,
     strict: bool = True,
     group: dist.ProcessGroup | None = None,
     progress: bool = True,
@@ -344,6 +370,7 @@ def calibrate(
         weight_method: See there.
         zero_points: See there.
         overwrite: See there.
+        only_missing: See there.
         strict: See there.
         group: See there.
         progress: Whether to show a progress bar (on a terminal only).
@@ -351,6 +378,8 @@ def calibrate(
 
     Raises:
         CalibrationError: See ``calibrating``; also if there is no batch.
+        OptionError: See ``calibrating``.
+        UnknownNameError: See ``calibrating``.
         InputError: ``model`` is no model, or ``data`` no batches.
     """
     demand_model(model, "calibrate")
@@ -360,6 +389,7 @@ def calibrate(
         weight_method=weight_method,
         zero_points=zero_points,
         overwrite=overwrite,
+        only_missing=only_missing,
         strict=strict,
         group=group,
         **options,

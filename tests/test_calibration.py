@@ -16,7 +16,13 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.calibrators import MaxCalibrator
-from quantpatch.errors import CalibrationError, PluginError, QuantPatchWarning, UnknownNameError
+from quantpatch.errors import (
+    CalibrationError,
+    OptionError,
+    PluginError,
+    QuantPatchWarning,
+    UnknownNameError,
+)
 from quantpatch.quantizer import named_quantizers
 
 
@@ -342,6 +348,50 @@ def test_a_second_calibration_is_an_error_that_says_how_to_ask_for_it(batches):
     assert model[0].input_quantizer.amax == first
     qp.calibrate(model, [10 * batches[0]], overwrite=True)
     assert model[0].input_quantizer.amax == 10 * first
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_only_missing_ranges_are_found_and_the_others_stay(batches, zero_points):
+    model = build()
+    qp.calibrate(model, batches)
+    qp.configure(model, {"5": "int4"})
+    with pytest.raises(
+        CalibrationError, match="only_missing=True to find the ranges of the 2 others, or over"
+    ):
+        qp.calibrate(model, batches)
+    before = copy.deepcopy(model[0])
+    fresh = copy.deepcopy(model)
+    qp.calibrate(fresh, [10 * x for x in batches], zero_points=zero_points, overwrite=True)
+    qp.calibrate(model, [10 * x for x in batches], zero_points=zero_points, only_missing=True)
+    assert model[0].input_quantizer.descriptor == before.input_quantizer.descriptor
+    assert all(map(torch.equal, model[0].state_dict().values(), before.state_dict().values()))
+    assert model[5].input_quantizer.descriptor == fresh[5].input_quantizer.descriptor
+    assert all(map(torch.equal, model[5].state_dict().values(), fresh[5].state_dict().values()))
+    with pytest.raises(CalibrationError, match=r"5 quantizers have a range already.*Pass overwrite=True"):
+        qp.calibrate(model, batches, only_missing=True)
+
+
+def test_all_ranges_and_only_missing_ones_contradict_each_other(batches):
+    with pytest.raises(OptionError, match="give one"):
+        qp.calibrate(build(), batches, overwrite=True, only_missing=True)
+
+
+def test_ranges_of_layers_that_do_not_run_stay_when_the_others_are_overwritten():
+    model = two_branches()
+    qp.calibrate(model, lambda m: (m.used(torch.ones(1, 4)), m.unused(torch.ones(1, 4))))
+    with pytest.warns(QuantPatchWarning, match="They stay as they are"):
+        qp.calibrate(model, [3 * torch.ones(1, 4)], overwrite=True, strict=False)
+    assert (model.used.input_quantizer.amax, model.unused.input_quantizer.amax) == (3.0, 1.0)
+
+
+def test_where_a_layer_ran_without_one_of_its_inputs_the_rule_to_leave_it_float_names_that_alone():
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.LSTMCell(4, 4))
+    with pytest.raises(CalibrationError, match=r"without that input: 0\.hidden_quantizer") as caught:
+        qp.calibrate(model, [torch.randn(2, 4)])
+    assert "qp.configure(model, {'0.hidden_quantizer': None})" in str(caught.value)
+    qp.configure(model, {"0.hidden_quantizer": None})
+    qp.calibrate(model, [torch.randn(2, 4)])
 
 
 def test_overwrite_keeps_the_old_ranges_if_it_fails(batches):

@@ -102,6 +102,7 @@ class QuantPatchCallback(TrainerCallback):
                 self._batches(loader, args),
                 self.method,
                 overwrite=self.overwrite,
+                only_missing=not self.overwrite,
                 strict=self.strict,
                 progress=state.is_world_process_zero and not args.disable_tqdm,
                 **self.options,

@@ -102,6 +102,19 @@ def test_training_sees_its_data_in_the_same_order(tmp_path):
     assert with_it.asked[8:] == without.asked
 
 
+def test_ranges_that_are_known_stay_and_the_others_are_found(tmp_path):
+    model = quantized()
+    qp.calibrate(model, [{"input_ids": torch.randint(0, 99, (1, 2))}], progress=False)
+    qp.configure(model, {"lm_head": "int4"})
+    before = ranges(model)
+    trainer_of(model, QuantPatchCallback(2, report=False), tmp_path, learning_rate=0.0).train()
+    after = ranges(model)
+    assert {key for key in after if key not in before} == {
+        f"lm_head.{operand}_quantizer._amax" for operand in ("input", "weight")
+    }
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
 def test_a_stream_of_data_will_do(tmp_path):
     model = quantized()
     trainer_of(model, QuantPatchCallback(2), tmp_path, Stream()).train()
@@ -160,8 +173,6 @@ def test_overwrite_calibrates_again(tmp_path):
     model = quantized()
     for quantizer in quantizers(model):
         quantizer.amax = 1e6 if quantizer.descriptor.kept_axes is None else None
-    with pytest.raises(CalibrationError, match="have a range already"):
-        trainer_of(model, QuantPatchCallback(1, report=False), tmp_path).train()
     trainer_of(model, QuantPatchCallback(1, report=False, overwrite=True), tmp_path).train()
     assert max(float(value.max()) for value in ranges(model).values()) < 1e6
 

@@ -139,6 +139,21 @@ def test_quantizers_that_no_layer_has_are_set_as_well(model, pattern):
     assert disabled(model) == {"own.mine"}
 
 
+def test_a_quantizer_that_somebody_gave_a_layer_is_set_by_a_recipe_as_an_input_is(model):
+    model.head.mine = qp.TensorQuantizer()
+    qp.configure(model, {"head": "fp8"})
+    assert formats(model)["head.mine"] == "fp8_e4m3"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_new_quantizer_is_in_the_mode_of_its_layer(model, training):
+    model.train(training)
+    before = model.head.weight_quantizer
+    qp.configure(model, {"head": "int4"})
+    assert model.head.weight_quantizer is not before
+    assert model.head.weight_quantizer.training is training
+
+
 def test_the_class_of_quantizers_takes_all_of_them(model):
     model.own = Own()
     qp.configure(model, {qp.TensorQuantizer: None})

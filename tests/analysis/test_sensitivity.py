@@ -83,6 +83,22 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q: setattr(q, "descriptor", qp.QuantDescriptor(num_bits=4)),
+        lambda q: q.disable_quant(),
+        lambda q: q.disable(),
+    ],
+)
+def test_results_of_other_settings_are_not_taken_for_these(change, model, tmp_path):
+    path = tmp_path / "results.json"
+    qp.sensitivity(model, metric, resume=path)
+    change(model[1].input_quantizer)
+    with pytest.raises(ComparisonError, match=r"of other weights, ranges or settings; delete it"):
+        qp.sensitivity(model, metric, resume=path)
+
+
 def test_results_of_another_model_are_not_taken_for_this_ones(model, tmp_path):
     path = tmp_path / "results.json"
     report = qp.sensitivity(model, metric, resume=path)
@@ -202,6 +218,9 @@ def test_the_recommendation_leaves_the_costliest_float_until_the_rest_is_cheap_e
 def test_it_prints_and_is_json(model):
     report = qp.sensitivity(model, metric)
     assert re.search(r"all quantized\W+0\.3", str(report))
+    assert "this layer alone quantized" in " ".join(str(report).split())
+    other = qp.sensitivity(model, metric, mode="float_one")
+    assert "this layer alone float" in " ".join(str(other).split())
     assert json.loads(report.to_json())["rows"][0]["layer"] == "1"
 
 

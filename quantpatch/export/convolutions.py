@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from quantpatch.export.channels import pad_inputs, widen_channels
 from quantpatch.export.graph import attributes_of, constant, constant_of, maker, replaced
 
 __all__ = ["convolutions_for_onnxruntime"]
 
-# Channels that integer kernels of convolutions take at once, of inputs and of outputs.
-_FOUR = 4
-_SIXTEEN = 16
 # As an integer; half of what an int32 holds is left to the products.
 _LARGEST_BIAS = 2**30
 
@@ -26,8 +24,8 @@ def convolutions_for_onnxruntime(graph: Any) -> None:
     _name_global_pools(graph)
     _pools_as_convolutions(graph)
     _keep_hanging_pools_float(graph)
-    _widen_outputs(graph)
-    _pad_channels(graph)
+    widen_channels(graph)
+    pad_inputs(graph)
 
 
 def _keep_large_biases_float(graph: Any) -> None:
@@ -144,144 +142,3 @@ def _is_quantized_next(value: Any) -> bool:
     if node.op_type in ("Reshape", "Flatten"):
         return _is_quantized_next(node.outputs[0])
     return bool(node.op_type == "QuantizeLinear")
-
-
-def _integer_weight(graph: Any, node: Any) -> Any:
-    """The DequantizeLinear of a 2-d convolution's weight if its operands are 8-bit integers, else None."""
-    import onnx_ir as ir
-
-    if node.op_type != "Conv":
-        return None
-    x, w = (maker(value, "DequantizeLinear") for value in node.inputs[:2])
-    if x is None or w is None or len(x.inputs) < 3 or x.inputs[2] is None or x.inputs[2].shape.rank():
-        return None
-    codes, how = w.inputs[0], attributes_of(w)
-    if any(constant_of(graph, value) is None for value in w.inputs) or len(codes.shape) != 4:
-        return None
-    if any(kind not in (ir.DataType.INT8, ir.DataType.UINT8) for kind in (x.inputs[2].dtype, codes.dtype)):
-        return None
-    return None if len(w.inputs) > 2 or how.get("block_size", 0) or how.get("axis", 0) != 0 else w
-
-
-def _padded_weight(graph: Any, node: Any, before: Any, outputs: int, inputs: int) -> None:
-    """Gives a convolution a weight with zeros as further output and input channels."""
-    import numpy as np
-    import onnx_ir as ir
-
-    codes, scale = before.inputs
-    end = f".padded.{outputs}.{inputs}"
-    array = np.pad(codes.const_value.numpy(), [(0, outputs), (0, inputs), (0, 0), (0, 0)])
-    new_scale = scale
-    if outputs and scale.shape.rank():
-        ones = np.pad(scale.const_value.numpy(), (0, outputs), constant_values=1)
-        new_scale = constant(graph, f"{scale.name}{end}", ones, scale.dtype)
-    new_codes = constant(graph, f"{codes.name}{end}", array, codes.dtype)
-    weight = ir.node("DequantizeLinear", [new_codes, new_scale], attributes_of(before))
-    weight.outputs[0].name = f"{before.outputs[0].name}.{node.outputs[0].name}{end}"
-    weight.outputs[0].type, weight.outputs[0].shape = before.outputs[0].type, new_codes.shape
-    graph.insert_before(node, weight)
-    node.replace_input_with(1, weight.outputs[0])
-    if outputs and len(node.inputs) > 2 and node.inputs[2] is not None:
-        bias = node.inputs[2]
-        wide = np.pad(bias.const_value.numpy(), (0, outputs))
-        node.replace_input_with(2, constant(graph, f"{bias.name}{end}", wide, bias.dtype))
-
-
-def _widen_outputs(graph: Any) -> None:
-    """Convolutions of fewer than 16 output channels get zeros as further ones, which add nothing later.
-
-    Below 16 the integer kernel is another, which takes twice the time (4 to 8 channels, 64 images of 8 x 8:
-    108 and 56 us).
-    """
-    import onnx_ir as ir
-
-    for node in list(graph):
-        weight = _integer_weight(graph, node)
-        how = attributes_of(node)
-        if weight is None or how.get("group", 1) != 1 or set(how.get("kernel_shape", (1,))) == {1}:
-            continue
-        missing = _SIXTEEN - weight.inputs[0].shape[0]
-        through: list[Any] = []
-        takers: list[tuple[Any, Any]] = []
-        if missing <= 0 or not _pads_bias(graph, node):
-            continue
-        if not _follow(graph, node.outputs[0], through, takers):
-            continue
-        _padded_weight(graph, node, weight, missing, 0)
-        for taker, its_weight in takers:
-            depthwise = attributes_of(taker).get("group", 1) > 1
-            if depthwise:
-                groups = attributes_of(taker)["group"] + missing
-                taker.attributes["group"] = ir.AttrInt64("group", groups)
-            _padded_weight(graph, taker, its_weight, *((missing, 0) if depthwise else (0, missing)))
-        for value in through:
-            _set_channels(value, missing)
-
-
-def _pads_bias(graph: Any, node: Any) -> bool:
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return bias is None or constant_of(graph, bias) is not None
-
-
-def _follow(graph: Any, value: Any, through: list[Any], takers: list[tuple[Any, Any]]) -> bool:
-    """Follows a value to the convolutions that sum over its channels; False if it goes anywhere else."""
-    through.append(value)
-    if value.is_graph_output() or value.shape is None or not value.uses():
-        return False
-    for use in value.uses():
-        node = use.node
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not node.inputs[1].shape.rank():
-            pass
-        elif node.op_type == "Conv" and use.idx == 0:
-            weight = _integer_weight(graph, node)
-            groups = attributes_of(node).get("group", 1)
-            if weight is None or not _pads_bias(graph, node):
-                return False
-            takers.append((node, weight))
-            if groups == 1:
-                continue
-            if weight.inputs[0].shape[:2] != (groups, 1):
-                return False
-        elif node.op_type not in ("Relu", "MaxPool"):
-            return False
-        if not _follow(graph, node.outputs[0], through, takers):
-            return False
-    return True
-
-
-def _set_channels(value: Any, more: int) -> None:
-    import onnx_ir as ir
-
-    dims = list(value.shape)
-    value.shape = ir.Shape([dims[0], dims[1] + more, *dims[2:]])
-
-
-def _pad_channels(graph: Any) -> None:
-    """Convolutions get zeros as further input channels, up to a multiple of four.
-
-    The integer kernel for that takes a third of the time of the one for any number (3 to 32 channels, 96 x
-    96: 37 and 116 us; the Pad takes 5). A zero times a zero adds nothing.
-    """
-    import numpy as np
-    import onnx_ir as ir
-
-    for node in list(graph):
-        weight = _integer_weight(graph, node)
-        if weight is None or attributes_of(node).get("group", 1) != 1:
-            continue
-        missing = -weight.inputs[0].shape[1] % _FOUR
-        if not missing:
-            continue
-        x = maker(node.inputs[0], "DequantizeLinear")
-        codes, zero = x.inputs[0], x.inputs[2]
-        pads = constant(graph, f"pad_channels.{missing}", np.array([0, 0, 0, 0, 0, missing, 0, 0], np.int64))
-        padded = ir.node("Pad", [codes, pads, zero])
-        dequantized = ir.node("DequantizeLinear", [padded.outputs[0], *x.inputs[1:]])
-        for new, kind in ((padded, zero.type), (dequantized, x.outputs[0].type)):
-            new.outputs[0].name = f"{codes.name}.{node.outputs[0].name}.{new.op_type.lower()}"
-            new.outputs[0].type, new.outputs[0].shape = kind, codes.shape
-            if codes.shape is not None:
-                _set_channels(new.outputs[0], missing)
-        graph.insert_before(node, [padded, dequantized])
-        node.replace_input_with(0, dequantized.outputs[0])
-        _padded_weight(graph, node, weight, 0, missing)

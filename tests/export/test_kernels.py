@@ -83,6 +83,14 @@ def test_input_channels_are_padded_to_a_multiple_of_four(channels: int, tmp_path
     assert exported.report.nodes["Pad"] == 1
 
 
+def test_who_takes_a_convolutions_output_needs_no_padding(tmp_path: Path) -> None:
+    model = built(nn.Conv2d(4, 18, 1), nn.ReLU(), nn.Conv2d(18, 16, 3))
+    exported = Exported(model, images(2, 4, 8, 8), tmp_path)
+    exported.assert_same()
+    assert exported.weights() == [(20, 4, 1, 1), (16, 20, 3, 3)]
+    assert "Pad" not in exported.report.nodes
+
+
 def test_groups_and_four_channels_are_not_padded(tmp_path: Path) -> None:
     model = built(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 2, 1))
     exported = Exported(model, images(2, 4, 8, 8), tmp_path)
@@ -111,6 +119,67 @@ def test_what_is_flattened_is_not_widened(tmp_path: Path) -> None:
     exported = Exported(model, images(2, 4, 8, 8), tmp_path)
     exported.assert_same()
     assert exported.weights()[0] == (8, 4, 3, 3)
+
+
+class Gated(nn.Module):
+    """Squeeze and excite: each channel times what a small branch says of it."""
+
+    def __init__(self, width: int, narrow: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(width, narrow, 1),
+            nn.ReLU(),
+            nn.Conv2d(narrow, width, 1),
+            nn.Hardsigmoid(),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.branch(x)
+
+
+def test_depthwise_convolutions_get_a_multiple_of_sixteen_channels_with_all_that_they_go_with(
+    tmp_path: Path,
+) -> None:
+    model = built(
+        nn.Conv2d(4, 24, 1),
+        nn.Hardswish(),
+        nn.Conv2d(24, 24, 3, padding=1, groups=24),
+        nn.Hardswish(),
+        Gated(24, 6),
+        nn.Conv2d(24, 16, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 3, 1),
+    )
+    exported = Exported(model, images(2, 4, 5, 5), tmp_path, dynamic_shapes=({0: "batch"},))
+    exported.assert_same()
+    widened = [(32, 4, 1, 1), (32, 1, 3, 3), (8, 32, 1, 1), (32, 8, 1, 1), (16, 32, 1, 1), (3, 16, 1, 1)]
+    assert exported.weights() == widened
+    assert "Pad" not in exported.report.nodes
+    assert exported.kernels["QLinearConv"] == 5  # and the last gives floats
+
+
+@pytest.mark.parametrize("seen", ["by a mean over channels", "by another operand", "by the model's caller"])
+def test_channels_are_not_widened_where_that_would_be_seen(seen: str, tmp_path: Path) -> None:
+    class Depthwise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.relu = nn.Conv2d(4, 24, 1), nn.ReLU()
+            self.middle = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+            self.last = nn.Conv2d(24, 16, 1)
+            self.factor = nn.Parameter(torch.rand(1, 24, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.relu(self.first(x))
+            if seen == "by a mean over channels":
+                return self.last(self.middle(y * y.mean(1, keepdim=True)))
+            if seen == "by another operand":
+                return self.last(self.middle(y) * self.factor)
+            return self.last(self.middle(y)).mean() + self.middle(y)
+
+    exported = Exported(built(Depthwise()), images(1, 4, 5, 5), tmp_path)
+    exported.assert_same()
+    assert exported.weights()[:2] == [(24, 4, 1, 1), (24, 1, 3, 3)]
 
 
 def between_convolutions(*pools: nn.Module) -> nn.Module:

@@ -216,6 +216,27 @@ def test_a_global_pool_runs_on_integers(tmp_path: Path) -> None:
     assert "ReduceMean" not in exported.kernels
 
 
+def test_a_convolution_of_images_with_hard_swish_runs_on_floats_up_to_its_one_quantizer(
+    tmp_path: Path,
+) -> None:
+    model = built(
+        nn.Conv2d(3, 16, 3, 2),
+        nn.BatchNorm2d(16),
+        nn.Hardswish(),
+        nn.Conv2d(16, 16, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 3, 1),
+    )
+    exported = Exported(model, images(2, 3, 16, 16), tmp_path)
+    exported.assert_same()
+    assert exported.report.nodes["QuantizeLinear"] == 2
+    assert exported.report.quantizers == tuple(
+        f"{i}.{q}_quantizer" for i in (3, 5) for q in ("input", "weight")
+    )
+    assert exported.kernels["QLinearConv"] == 1
+    assert "Pad" not in exported.kernels
+
+
 @pytest.mark.parametrize("tiny", ["a channel's weights", "what comes in"])
 def test_a_bias_that_no_int32_holds_is_added_to_floats(tiny: str, tmp_path: Path) -> None:
     """ONNX Runtime's kernel would take the largest that it can have, and say nothing."""

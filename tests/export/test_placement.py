@@ -256,6 +256,56 @@ def test_operations_that_are_modules_have_their_quantizers_already() -> None:
     assert prepared(Added)[1].placed == ()
 
 
+def stem(activation: nn.Module, channels: int = 3, size: int = 3, groups: int = 1) -> nn.Module:
+    """A convolution of images, and what follows."""
+    first = nn.Conv2d(channels, 12, size, padding=size // 2, groups=groups, bias=False)
+    return nn.Sequential(first, nn.BatchNorm2d(12), activation, nn.Conv2d(12, 5, 1), nn.ReLU())
+
+
+@pytest.mark.parametrize("activation", [nn.Hardswish(), nn.SiLU(inplace=True), nn.GELU("tanh")])
+def test_images_stay_float_where_a_small_convolution_has_an_activation_without_an_integer_kernel(
+    activation: nn.Module,
+) -> None:
+    model, report = prepared(lambda: stem(activation))
+    assert list(report.left) == ["0"]
+    assert "switched off" in report.left["0"]
+    assert report.placed == ()
+    off = [name for name, m in model.named_modules() if isinstance(m, qp.TensorQuantizer) and m.disabled]
+    assert off == ["0.input_quantizer", "0.weight_quantizer"]
+    qp.calibrate(model, [X], progress=False)  # and nothing has to be said of those
+    (unquantized,) = [line for line in qp.audit(model, X).rows if line.reason]
+    assert "switched off" in unquantized.reason
+    again = prepare(model, X)
+    assert (again.placed, again.left) == ((), {})
+    assert [name for name, m in model.named_modules() if getattr(m, "disabled", False)] == off
+
+
+@pytest.mark.parametrize(
+    ("first", "why"),
+    [
+        (lambda: stem(nn.ReLU()), "ONNX Runtime's integer convolution gives what comes out of a ReLU"),
+        (lambda: stem(nn.Hardswish(), size=7), "147 products are faster on integers"),
+        (lambda: stem(nn.Hardswish(), groups=3), "no images"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), stem(nn.Hardswish(), channels=4)), "four channels"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 12, 1), nn.Flatten(), nn.Hardswish()),
+            "no activation right behind",
+        ),
+    ],
+)
+def test_other_convolutions_of_images_are_quantized(first, why: str) -> None:
+    model, report = prepared(first)
+    assert report.left == {}, why
+    assert not [m for m in model.modules() if isinstance(m, qp.TensorQuantizer) and m.disabled], why
+
+
+def test_a_convolution_stays_quantized_where_another_layer_shares_its_quantizer() -> None:
+    model = built(lambda: stem(nn.Hardswish()))
+    model[3].input_quantizer = model[0].input_quantizer
+    assert prepare(model, X).left == {}
+    assert not model[0].input_quantizer.disabled
+
+
 def test_tensorrt_wants_the_skip_quantized_and_nothing_unsigned() -> None:
     """ "Working with Quantized Types", Q/DQ placement: quantize the residual input of an addition."""
     _, report = prepared(residual, target="tensorrt")

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from quantpatch.affine import magnitudes, upper_end
-from quantpatch.division import float32, quotient
+from quantpatch.division import quotient
 from quantpatch.errors import DescriptorError, OperandError, RangeError
 from quantpatch.formats import Blocked, Integer, NumberFormat
 from quantpatch.kernels import operations as kernels
-from quantpatch.rounding.in_memory import round_trip_in_memory
+from quantpatch.rounding.in_memory import round_trip_to_range
 from quantpatch.rounding.modes import is_in_memory, is_jit_traced
 from quantpatch.rounding.round_trip import round_trip
 from quantpatch.rounding.scales import block_views, divisor, rescale_, spread
@@ -76,11 +75,9 @@ def fake_quantize(x: Tensor, amax: Tensor | None, format: NumberFormat, *, axis:
         RangeError: ``amax`` does not fit ``x``, or ``axis`` does not exist.
     """
     check_operand(x)
+    if amax is not None and (rounded := round_trip_to_range(x, amax, format)) is not None:
+        return rounded
     if not isinstance(format, Blocked):
-        if amax is not None and not amax.dim() and amax.device.type == "cpu" and is_in_memory(x):
-            numbers = _range_and_scale_as_numbers(amax, format)
-            if numbers is not None:
-                return round_trip_in_memory(x, *numbers, format, None)
         range_, scale = _range_and_scale(x, amax, format, axis)
         return round_trip(x, range_, scale, format)
     if not x.dim():
@@ -201,16 +198,6 @@ def _range_and_scale(
     else:
         amax = _checked_amax(amax, x, [])
     return amax, quotient(amax.detach(), format.max)
-
-
-def _range_and_scale_as_numbers(amax: Tensor, format: NumberFormat) -> tuple[float, float] | None:
-    """The same of a range of one number, for a few operations on tensors less; None if that cannot be."""
-    if type(amax) not in (Tensor, torch.nn.Parameter) or amax.requires_grad or forward_ad._current_level >= 0:
-        return None
-    end = amax.float().item()
-    scale = float32(end / format.max)
-    # Tensors may have subnormal numbers flushed to 0.
-    return None if 0.0 < scale < 2.0**-126 else (end, scale)
 
 
 def _ranges_and_scales_of_blocks(

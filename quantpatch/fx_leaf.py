@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import fx
+from torch import Tensor, fx
 
 __all__ = ["leaf_in_fx"]
 
@@ -23,6 +23,8 @@ def leaf_in_fx(forward: Forward) -> Forward:
     @functools.wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         for x in (*args, *kwargs.values()):
+            if type(x) is Tensor:
+                continue
             first = x[0] if type(x) in (tuple, list) and x else x
             tracer: Any = first.tracer if isinstance(first, fx.Proxy) else None
             if tracer is not None and tracer.root is not self:

@@ -17,7 +17,7 @@ _PROBED = 32  # elements
 class Snapshot:
     """Tells whether a tensor holds what it held when this was made, without reading all of it."""
 
-    __slots__ = ("alias", "probe", "tensor", "version")
+    __slots__ = ("alias", "layout", "probed", "tensor", "values", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -25,30 +25,31 @@ class Snapshot:
         # Shares the memory, and so keeps its address from being given to another tensor: an address that
         # is the same then means memory that is the same, also after `tensor.data = ...`.
         self.alias = tensor.detach()
-        probe = self._probe(tensor)
-        self.probe = None if probe is None else probe.clone()
+        self.layout = self._layout(tensor)
+        self.probed = self._probed(self.alias)
+        self.values = None if self.probed is None else self.probed.clone()
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether it is the same tensor, on the same memory, and nothing of it was seen to change."""
-        alias = self.alias
         return (
             tensor is self.tensor
             and tensor._version == self.version
-            and tensor.data_ptr() == alias.data_ptr()
-            and tensor.dtype == alias.dtype
-            and tensor.shape == alias.shape
-            and tensor.stride() == alias.stride()
-            and (self.probe is None or torch.equal(self.probe, self._probe(alias)))  # type: ignore[arg-type]
+            and self._layout(tensor) == self.layout
+            and (self.probed is None or torch.equal(self.probed, self.values))  # type: ignore[arg-type]
         )
 
     @staticmethod
-    def _probe(tensor: Tensor) -> Tensor | None:
-        """Some elements, evenly spaced in memory; None where looking at them is not cheap."""
+    def _layout(tensor: Tensor) -> tuple[object, ...]:
+        return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+    @staticmethod
+    def _probed(tensor: Tensor) -> Tensor | None:
+        """A view of some elements, evenly spaced in memory; None where looking at them is not cheap."""
         if tensor.device.type != "cpu" or tensor.numel() == 0:
             return None
         span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
         step = max(1, span // (_PROBED - 1))
-        return tensor.detach().as_strided((span // step + 1,), (step,))
+        return tensor.as_strided((span // step + 1,), (step,))
 
 
 class KeptWeight:

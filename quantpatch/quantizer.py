@@ -30,6 +30,7 @@ from quantpatch.kept_weight import KeptWeight, Snapshot
 from quantpatch.places import place_in_running_model
 from quantpatch.registry import registry
 from quantpatch.rounding.compiled import is_compiled
+from quantpatch.rounding.in_memory import round_trip_to_range
 from quantpatch.rounding.modes import is_traced
 from quantpatch.sharded import gathers_weights
 
@@ -39,6 +40,7 @@ __all__ = [
     "in_float",
     "named_quantizers",
     "outside_of",
+    "refuse_fast_paths",
 ]
 
 T = TypeVar("T")
@@ -52,8 +54,17 @@ PARALLELIZE_FIRST = (
 _DEFAULT = QuantDescriptor()
 
 
-def _look_here(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
-    """A forward pre-hook that does nothing; see ``TensorQuantizer.__init__``."""
+def _look_here(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook that does nothing."""
+
+
+def refuse_fast_paths(module: nn.Module) -> None:
+    """Makes sure that no quantizer inside a module is passed over.
+
+    torch's C++ fast paths for transformers read the weights of the layers inside and call none of them,
+    unless a module in there has a hook.
+    """
+    module.__dict__["_forward_pre_hooks"]["quantpatch"] = _look_here
 
 
 class TensorQuantizer(HeldRange):
@@ -65,6 +76,7 @@ class TensorQuantizer(HeldRange):
 
     Args:
         descriptor: How to quantize; default: 8-bit signed integers, one range for the tensor.
+        in_layer: Whether the module it is for calls :func:`refuse_fast_paths` for all of its quantizers.
 
     Raises:
         DescriptorError: It is no descriptor.
@@ -89,7 +101,7 @@ class TensorQuantizer(HeldRange):
     calibrator: Calibrator | None
     _kept: KeptWeight | None
 
-    def __init__(self, descriptor: QuantDescriptor | None = None) -> None:
+    def __init__(self, descriptor: QuantDescriptor | None = None, *, in_layer: bool = False) -> None:
         super().__init__()
         descriptor = _DEFAULT if descriptor is None else descriptor
         if not isinstance(descriptor, QuantDescriptor):
@@ -109,9 +121,8 @@ class TensorQuantizer(HeldRange):
             calibrator=None,
             _kept=None,
         )
-        # torch's C++ fast paths for transformers read the weights of the layers inside and call none of
-        # them, unless a module in there has a hook. This one makes sure that no quantizer is passed over.
-        self.__dict__["_forward_pre_hooks"]["quantpatch"] = _look_here
+        if not in_layer:
+            refuse_fast_paths(self)
         if descriptor.amax is not None:
             self.amax = descriptor.amax
 
@@ -232,16 +243,19 @@ class TensorQuantizer(HeldRange):
         if self.disabled:
             return x
         try:
-            check_operand(x)
             if self.calibrating and self.calibrator is not None:
                 self._collect(x)
-            return self._quantized(x, is_weight) if self.quantizing else x
+            if self.quantizing:
+                return self._quantized(x, is_weight)
+            check_operand(x)
+            return x
         except (OperandError, RangeError) as error:
             self._say_where(error)
             raise
 
     def _collect(self, x: Tensor) -> None:
         assert self.calibrator is not None
+        check_operand(x)
         try:
             self.calibrator.collect(magnitudes(x.detach(), self.format))
         except CalibrationError as error:
@@ -265,11 +279,19 @@ class TensorQuantizer(HeldRange):
     def _quantized(self, x: Tensor, is_weight: bool) -> Tensor:
         descriptor = self.descriptor
         amax = None if descriptor.dynamic else self.amax
+        # First what comes in nearly every call, in few steps; see round_trip_to_range.
+        if is_weight and not self.training and self._may_keep(x, amax):
+            kept = self._kept
+            if kept is not None and kept.is_of(x, amax, descriptor):
+                return kept.quantized
+        elif amax is not None and (rounded := round_trip_to_range(x, amax, self.format)) is not None:
+            return rounded
+        check_operand(x)
         if amax is not None and amax.device != x.device:  # a checkpoint loaded it before any tensor came
             # To the meta device it does not go along: it would be lost.
             amax = amax.to(x.device) if x.is_meta else self._follow(x.device)
         if is_weight and not self.training and self._may_keep(x, amax):
-            return self._from_kept(x, amax)
+            return self._keep(x, amax)
         format = self._format_as_compiled if amax is not None and is_compiled() else self.format
         return fake_quantize(x, self._magnitude(amax), format, axis=descriptor.kept_axes)
 
@@ -284,11 +306,8 @@ class TensorQuantizer(HeldRange):
         needs_grad = weight.requires_grad or (amax is not None and amax.requires_grad)
         return not (needs_grad and torch.is_grad_enabled())
 
-    def _from_kept(self, weight: Tensor, amax: Tensor | None) -> Tensor:
+    def _keep(self, weight: Tensor, amax: Tensor | None) -> Tensor:
         descriptor = self.descriptor
-        kept = self._kept
-        if kept is not None and kept.is_of(weight, amax, descriptor):
-            return kept.quantized
         # Not as an inference tensor: it may be used in a forward pass with gradients later.
         with torch.inference_mode(False), torch.no_grad():
             quantized = fake_quantize(weight, self._magnitude(amax), self.format, axis=descriptor.kept_axes)

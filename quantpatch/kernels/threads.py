@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["for_parts"]
+__all__ = ["for_parts", "is_shared_out"]
 
 T = TypeVar("T")
 
@@ -19,9 +19,14 @@ _ALIGNED = 2**12
 _pool: ThreadPoolExecutor | None = None
 
 
+def is_shared_out(size: int) -> bool:
+    """Whether so many elements are worth more than one thread."""
+    return size >= 2 * _SMALLEST
+
+
 def for_parts(size: int, work: Callable[[int, int], T]) -> list[T]:
     """Calls ``work(start, length)`` for the parts of ``range(size)``, side by side; returns what it does."""
-    threads = 1 if size < 2 * _SMALLEST else min(torch.get_num_threads(), size // _SMALLEST)
+    threads = 1 if not is_shared_out(size) else min(torch.get_num_threads(), size // _SMALLEST)
     if threads <= 1:
         return [work(0, size)]
     step = -(-size // threads // _ALIGNED) * _ALIGNED

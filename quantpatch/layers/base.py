@@ -20,7 +20,7 @@ from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.errors import ConversionError, LayerError
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.layers.call_sites import Operations, rewrite
-from quantpatch.quantizer import PARALLELIZE_FIRST, TensorQuantizer
+from quantpatch.quantizer import PARALLELIZE_FIRST, TensorQuantizer, refuse_fast_paths
 from quantpatch.recipes import active_recipe
 
 __all__ = [
@@ -147,8 +147,9 @@ class QuantizedLayer:
     def add_quantizers(self, recipe: Recipe) -> None:
         """Gives the layer its quantizers; an operand that the recipe leaves float gets none."""
         modules: dict[str, nn.Module | None] = self._modules  # type: ignore[attr-defined]
+        refuse_fast_paths(self)  # type: ignore[arg-type]
         for name, descriptor in self.descriptors(recipe):
-            modules[quantizer_name(name)] = TensorQuantizer(descriptor)
+            modules[quantizer_name(name)] = TensorQuantizer(descriptor, in_layer=True)
 
     def descriptors(self, recipe: Recipe) -> Iterable[tuple[str, QuantDescriptor]]:
         """Each operand that a recipe quantizes, with its descriptor."""

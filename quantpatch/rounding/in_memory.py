@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
+from quantpatch.division import float32
 from quantpatch.formats import Blocked, Integer, NumberFormat, element_of
 from quantpatch.kernels import operations as kernels
 from quantpatch.kernels.runs import memory_order
+from quantpatch.rounding.modes import is_in_memory
 from quantpatch.rounding.outside import Outside, find, zero_outside
 from quantpatch.rounding.pieces import pieces
 from quantpatch.rounding.scales import block_views, divisor, rescale_, spread
@@ -49,12 +51,44 @@ def round_trip_in_memory(
     return forward_in_memory(x, amax, scale, format, dim)
 
 
+def round_trip_to_range(x: Tensor, amax: Tensor, format: NumberFormat) -> Tensor | None:
+    """The same by a range of one number, whose scale follows from it; None if this is something else.
+
+    What quantizers mostly do, so in few steps: after a matrix product nothing of the interpreter is left in
+    a core's caches, and each function and object that is touched takes some ten times as long.
+
+    Args:
+        x: Anything.
+        amax: Any range.
+        format: Any format.
+    """
+    if (
+        not isinstance(x, Tensor)
+        or type(amax) is not Tensor
+        or amax.dim()
+        or not amax.is_cpu
+        or amax.dtype is not torch.float32
+        or amax.requires_grad
+        or isinstance(format, Blocked)
+        or not x.is_floating_point()
+        or not is_in_memory(x)
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    if x.requires_grad and torch.is_grad_enabled():
+        return _apply(x, amax, None, format, None)
+    rounded = kernels.round_to_range(x, amax, format)
+    if rounded is not None:
+        return rounded.values
+    return forward_in_memory(x, *_range_and_scale(amax, format), format, None)
+
+
 class _StraightThrough(Function):
     """:func:`forward_in_memory` with the straight-through gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, amax: Range | None, scale: Range, format: NumberFormat, dim: int | None
+        ctx: Any, x: Tensor, amax: Range | None, scale: Range | None, format: NumberFormat, dim: int | None
     ) -> Tensor:
         ctx.order = order = None if x.is_contiguous() else memory_order(x)
         rounded = kernels.round_trip(x, amax, scale, format, dim, trains=True)
@@ -62,6 +96,9 @@ class _StraightThrough(Function):
             outside = Outside(marks=kernels.mark(x, amax, format, dim)) if rounded.is_hit else Outside()
             result = rounded.values
         else:
+            if scale is None:
+                assert isinstance(amax, Tensor)
+                amax, scale = _range_and_scale(amax, format)
             outside = _outside(x, amax, format, dim, order)
             result = forward_in_memory(x, amax, scale, format, dim, all_inside=outside.is_nothing)
         ctx.all_inside = outside.is_nothing
@@ -83,6 +120,15 @@ class _StraightThrough(Function):
 
 # What Function.apply does beside is for torch.func, which no plain tensor comes from.
 _apply: Callable[..., Tensor] = super(Function, _StraightThrough).apply
+
+
+def _range_and_scale(amax: Tensor, format: NumberFormat) -> tuple[float, float]:
+    """A range of one number and its scale, as numbers."""
+    end = amax.item()
+    scale = float32(end / format.max)
+    if 0.0 < scale < _SMALLEST_NORMAL:  # which tensors may have flushed to 0
+        scale = (amax / format.max).item()
+    return end, scale
 
 
 def _outside(

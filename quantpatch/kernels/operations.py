@@ -22,10 +22,10 @@ from quantpatch.affine import bottom
 from quantpatch.division import float32
 from quantpatch.formats import Float, Integer, NumberFormat, element_of
 from quantpatch.kernels import buffers
-from quantpatch.kernels.runs import Runs, flat, memory_order, runs_of
-from quantpatch.kernels.threads import for_parts, is_shared_out
+from quantpatch.kernels.runs import Runs, flat, layout_of, memory_order
+from quantpatch.kernels.threads import for_parts, in_steps, is_shared_out
 
-__all__ = ["Rounded", "amax", "count", "keep", "mark", "round_to_range", "round_trip"]
+__all__ = ["Rounded", "amax", "count", "keep", "lsq", "mark", "round_to_range", "round_trip"]
 
 Range: TypeAlias = Tensor | float
 Kernels: TypeAlias = dict[str, Callable[..., Any]]
@@ -34,20 +34,27 @@ Grid: TypeAlias = tuple[float, float, int, int]
 # Below it torch's operations are fast enough: loading takes half a second and, the first time, compiling some
 # more. By size and not by what a process has done so far: a checkpointed part is computed twice, in one way.
 _SMALLEST = 2**12
+# Elements, and parts, of what is summed in parts.
+_PART, _MOST_PARTS = 2**18, 64
 _WANTED = os.environ.get("QUANTPATCH_KERNELS") != "0"
 
+_RARE = ("lsq",)
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @functools.cache
-def _load(dtype: torch.dtype) -> Kernels | None:
-    """The kernels by name; None without numba, or if they do not work here, which is told once."""
+def _load(dtype: torch.dtype, *rare: str) -> Kernels | None:
+    """The kernels by name; None without numba, or if they do not work here, which is told once.
+
+    Those that few have a use for are left out: they are compiled when they are asked for.
+    """
     if importlib.util.find_spec("numba") is None:
         return None
     try:
         from quantpatch.kernels import source
 
-        return {name: source.kernel(name, _NAMES[dtype]) for name in source.NAMES}
+        names = rare or [name for name in source.NAMES if name not in _RARE]
+        return {name: source.kernel(name, _NAMES[dtype]) for name in names}
     except Exception as error:
         warnings.warn(
             f"quantpatch's CPU kernels do not work here, so slower operations stand in for them: {error!r}",
@@ -131,6 +138,8 @@ def round_trip(
         amax, scale = amax.expand(shape), scale.expand(shape)
     runs, scales = _lay(x, scale, format, dim)
     _, ranges, step, lower_end = _ranges(x, amax, format, dim)
+    if runs.width > 1:  # one for each of the scales
+        ranges, step = ranges.expand(runs.scales).contiguous(), 1
 
     def several(start: int, n: int) -> Any:
         return kernels["round_runs"](
@@ -209,6 +218,43 @@ def keep(grad: Tensor, marks: Tensor) -> Tensor:
     return out
 
 
+def lsq(
+    grad: Tensor, x: Tensor, scale: Tensor, format: NumberFormat, dim: int | None
+) -> tuple[Tensor, Tensor] | None:
+    """LSQ's gradients to ``x`` and to its scales, see :mod:`quantpatch.rounding.lsq`.
+
+    Returns:
+        That to ``x``, which lies as ``x`` does; and that to the scales, in float64 and of their shape.
+    """
+    grid = _grid(element_of(format))
+    if grid is None or grad.dtype != x.dtype or _kernels(x) is None:
+        return None
+    if (kernels := _load(x.dtype, "lsq")) is None:
+        return None
+    kernel = kernels["lsq"]
+    layout = layout_of(x, scale.shape if scale.numel() > 1 else (), dim, format.block_size or 0)
+    runs, scales, out = layout.runs, layout.spread(scale), torch.empty_like(x)
+    grad = (grad if layout.order is None else grad.permute(layout.order)).contiguous()
+    at_x, at_grad, at_out, size = x.data_ptr(), grad.data_ptr(), out.data_ptr(), x.element_size()
+
+    def part(start: int, n: int) -> tuple[int, Tensor]:
+        first, touched = runs.touched(start, n)
+        sums = torch.zeros(touched, dtype=torch.float64, device="cpu")
+        at = start * size
+        kernel(
+            at_x + at, at_grad + at, at_out + at, start, n, sums.data_ptr(), first, touched,
+            scales.data_ptr(), *runs, *grid,
+        )  # fmt: skip
+        return first, sums
+
+    # Sums of parts are added in their order, so parts must not depend on the number of threads. Those of
+    # few rows have nearly as many sums as elements.
+    total = torch.zeros(runs.scales, dtype=torch.float64, device="cpu")
+    for first, sums in in_steps(x.numel(), max(_PART, 16 * runs.width, x.numel() // _MOST_PARTS), part):
+        total[first : first + sums.numel()] += sums
+    return out, layout.gather(total, torch.sum).reshape(scale.shape)
+
+
 def amax(x: Tensor, kept: Sequence[int], dim: int | None = None, block_size: int = 0) -> Tensor | None:
     """The largest magnitudes; NaN where there is one.
 
@@ -223,24 +269,16 @@ def amax(x: Tensor, kept: Sequence[int], dim: int | None = None, block_size: int
     """
     if (kernels := _kernels(x)) is None:
         return None
-    order = memory_order(x) if not x.is_contiguous() else list(range(x.dim()))
-    wanted = tuple(kept[d] for d in order) if len(kept) else (1,) * x.dim()
-    along = None if dim is None else order.index(dim)
-    runs, laid, repeat = runs_of(tuple(x.shape[d] for d in order), wanted, along, block_size)
+    layout = layout_of(x, kept, dim, block_size)
     at_x, size = x.data_ptr(), x.element_size()
 
     def part(start: int, n: int) -> Tensor:
-        peaks = torch.zeros(runs.scales, dtype=torch.int32, device="cpu")
-        kernels["amax"](at_x + start * size, start, n, peaks.data_ptr(), *runs)
+        peaks = torch.zeros(layout.runs.scales, dtype=torch.int32, device="cpu")
+        kernels["amax"](at_x + start * size, start, n, peaks.data_ptr(), *layout.runs)
         return peaks
 
     found = functools.reduce(torch.maximum, for_parts(x.numel(), part)).view(torch.float32)
-    if repeat > 1:
-        found = found.view(-1, repeat).amax(1)
-    found = found.view(laid)
-    if shared := [d for d, n in enumerate(wanted) if n < laid[d]]:
-        found = found.amax(shared, keepdim=True)
-    return found.permute([order.index(d) for d in range(x.dim())]).reshape(tuple(kept))
+    return layout.gather(found, torch.amax).reshape(tuple(kept))
 
 
 def count(x: Tensor, factors: Tensor, counts: Tensor) -> bool:
@@ -291,18 +329,8 @@ def _number(t: Range | None) -> float | None:
 
 def _lay(x: Tensor, t: Tensor, format: NumberFormat, dim: int | None) -> tuple[Runs, Tensor]:
     """How scales or ranges lie over a tensor, and they themselves in that order."""
-    shape, one = tuple(x.shape), t.numel() == 1
-    if not x.is_contiguous():
-        order = memory_order(x)
-        shape = tuple(x.shape[d] for d in order)
-        t = t if one else t.permute(order)
-        dim = None if dim is None else order.index(dim)
-    runs, laid, repeat = runs_of(
-        shape, (1,) * len(shape) if one else tuple(t.shape), dim, format.block_size or 0
-    )
-    t = t.detach()
-    t = t.reshape(1) if one else t.expand(laid).reshape(-1)
-    return runs, (t.repeat_interleave(repeat) if repeat > 1 else t).contiguous()
+    layout = layout_of(x, t.shape if t.numel() > 1 else (), dim, format.block_size or 0)
+    return layout.runs, layout.spread(t)
 
 
 def _ranges(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Runs", "flat", "memory_order", "runs_of"]
+__all__ = ["Layout", "Runs", "flat", "layout_of", "memory_order"]
 
 
 class Runs(NamedTuple):
@@ -30,6 +31,73 @@ class Runs(NamedTuple):
     block: int
     width: int
 
+    def touched(self, start: int, size: int) -> tuple[int, int]:
+        """Some scales that hold those of some neighbours: the first of them, and how many follow."""
+        row, last = start // self.width, (start + size - 1) // self.width
+        begin, end = self._blocks_before(row) * self.width, (self._blocks_before(last) + 1) * self.width
+        first = begin % self.scales
+        return (first, end - begin) if first + end - begin <= self.scales else (0, self.scales)
+
+    def _blocks_before(self, row: int) -> int:
+        return row // self.length * -(-self.length // self.block) + row % self.length // self.block
+
+
+class Layout(NamedTuple):
+    """How scales lie over a tensor, as runs and as a tensor of their own.
+
+    Attributes:
+        runs: Which of them is that of which element.
+        order: The tensor's axes in the order of memory; None: they are in it.
+        kept: The shape of the scales, its axes in that order: 1 where an axis shares them.
+        laid: The shape that they must be expanded to, to follow each other as the runs do.
+        repeat: How often each of them must be repeated after that.
+    """
+
+    runs: Runs
+    order: list[int] | None
+    kept: tuple[int, ...]
+    laid: tuple[int, ...]
+    repeat: int
+
+    def spread(self, scales: Tensor) -> Tensor:
+        """Scales, 0-dim or of the tensor's dimensions, as runs have them: contiguous, ``(runs.scales,)``."""
+        if scales.numel() == 1:
+            return scales.detach().reshape(1)
+        t = scales.detach() if self.order is None else scales.detach().permute(self.order)
+        t = t.expand(self.laid).reshape(-1)
+        return (t.repeat_interleave(self.repeat) if self.repeat > 1 else t).contiguous()
+
+    def gather(self, found: Tensor, fold: Callable[..., Tensor]) -> Tensor:
+        """The other way round: what runs gave, ``(runs.scales,)``, to the shape of the scales.
+
+        ``fold`` makes one of several, such as ``torch.sum``.
+        """
+        if self.repeat > 1:
+            found = fold(found.view(-1, self.repeat), 1)
+        found = found.view(self.laid)
+        if shared := [d for d, n in enumerate(self.kept) if n < self.laid[d]]:
+            found = fold(found, shared, keepdim=True)
+        order = self.order
+        return found if order is None else found.permute([order.index(d) for d in range(len(order))])
+
+
+def layout_of(x: Tensor, kept: Sequence[int], dim: int | None, block_size: int) -> Layout:
+    """How scales lie over a tensor.
+
+    Args:
+        x: Without gaps in memory.
+        kept: The shape of the scales: of the tensor's dimensions, 1 where an axis shares them; or empty.
+        dim: The axis that blocks run along, if there are any.
+        block_size: Elements of that axis in a block.
+    """
+    shape, kept, order = tuple(x.shape), tuple(kept) or (1,) * x.dim(), None
+    if not x.is_contiguous():
+        order = memory_order(x)
+        shape, kept = tuple(shape[d] for d in order), tuple(kept[d] for d in order)
+        dim = None if dim is None else order.index(dim)
+    runs, laid, repeat = _runs_of(shape, kept, dim, block_size)
+    return Layout(runs, order, kept, laid, repeat)
+
 
 def flat(size: int) -> Runs:
     """One scale for ``size`` elements."""
@@ -42,21 +110,10 @@ def memory_order(x: Tensor) -> list[int]:
 
 
 @lru_cache(maxsize=1024)
-def runs_of(
+def _runs_of(
     shape: tuple[int, ...], kept: tuple[int, ...], dim: int | None, block_size: int
 ) -> tuple[Runs, tuple[int, ...], int]:
-    """How scales lie over a tensor.
-
-    Args:
-        shape: Of the tensor, its axes in the order of memory.
-        kept: Of the scales, in the same order: 1 where an axis shares them.
-        dim: The axis that blocks run along, if there are any.
-        block_size: Elements of that axis in a block.
-
-    Returns:
-        Where they lie; the shape that they must be expanded to, to follow each other as the runs do; and how
-        often each of them must be repeated after that.
-    """
+    """``runs``, ``laid`` and ``repeat`` of a layout, of shapes in the order of memory."""
     if dim is not None and kept[dim] > 1:
         first = next(d for d in range(dim + 1) if kept[d] > 1)
         wide = (*(1,) * first, *shape[first:dim], kept[dim], *shape[dim + 1 :])

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["for_parts", "is_shared_out"]
+__all__ = ["for_parts", "in_steps", "is_shared_out"]
 
 T = TypeVar("T")
 
@@ -25,15 +25,25 @@ def is_shared_out(size: int) -> bool:
 
 
 def for_parts(size: int, work: Callable[[int, int], T]) -> list[T]:
-    """Calls ``work(start, length)`` for the parts of ``range(size)``, side by side; returns what it does."""
+    """Calls ``work(start, length)`` for a part of ``range(size)`` in each thread; returns what it does."""
     threads = 1 if not is_shared_out(size) else min(torch.get_num_threads(), size // _SMALLEST)
     if threads <= 1:
         return [work(0, size)]
-    step = -(-size // threads // _ALIGNED) * _ALIGNED
-    starts = range(0, size, step)
-    first, *others = [(start, min(step, size - start)) for start in starts]
-    waiting = [_threads().submit(work, *part) for part in others]
-    return [work(*first), *(future.result() for future in waiting)]
+    return in_steps(size, -(-size // threads), work)
+
+
+def in_steps(size: int, step: int, work: Callable[[int, int], T]) -> list[T]:
+    """The same for parts of a given length, rounded up: the same ones for any number of threads."""
+    step = -(-step // _ALIGNED) * _ALIGNED
+    parts = [(start, min(step, size - start)) for start in range(0, size, step)]
+    each = -(-len(parts) // min(torch.get_num_threads(), len(parts)))
+
+    def several(some: list[tuple[int, int]]) -> list[T]:
+        return [work(*part) for part in some]
+
+    first, *others = [parts[i : i + each] for i in range(0, len(parts), each)]
+    waiting = [_threads().submit(several, some) for some in others]
+    return [*several(first), *(found for future in waiting for found in future.result())]
 
 
 def _threads() -> ThreadPoolExecutor:

@@ -151,11 +151,17 @@ def forward_in_memory(
     dim: int | None,
     *,
     all_inside: bool | None = None,
+    trains: bool = False,
 ) -> Tensor:
-    """``x`` to the grid and back. ``all_inside`` says whether nothing lies outside, if that is known."""
+    """``x`` to the grid and back.
+
+    ``all_inside`` says whether nothing lies outside, if that is known; ``trains`` that there is a gradient.
+    """
     if not x.numel():
         return torch.empty_like(x)
-    rounded = kernels.round_trip(x, amax, scale, format, dim) if all_inside is None else None
+    rounded = None
+    if all_inside is None:
+        rounded = kernels.round_trip(x, amax, scale, format, dim, trains=trains)
     if rounded is not None:
         return rounded.values
     out = torch.empty_like(x)

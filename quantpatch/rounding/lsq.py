@@ -9,6 +9,8 @@ from torch import Tensor
 
 from quantpatch.division import quotient
 from quantpatch.formats import NumberFormat, element_of
+from quantpatch.kernels import operations as kernels
+from quantpatch.rounding.modes import is_in_memory, is_plain_gradient
 from quantpatch.rounding.scales import block_views, divisor, spread
 
 __all__ = ["divided_by", "lsq_gradients", "lsq_slopes"]
@@ -18,6 +20,10 @@ def lsq_gradients(
     grad: Tensor, x: Tensor, amax: Tensor, scale: Tensor, format: NumberFormat, dim: int | None
 ) -> tuple[Tensor, Tensor]:
     """The gradients to ``x`` and to the range, from that to the result."""
+    if is_in_memory(x) and is_plain_gradient(grad):
+        found = kernels.lsq(grad, x, scale, format, dim)
+        if found is not None:
+            return found[0], (found[1] / divided_by(x, amax, format)).float()
     outside, slope = lsq_slopes(x, scale, format, dim)
     slope = slope * grad
     if dim is not None and format.block_size is not None and amax.dim() and amax.shape[dim] > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["is_in_memory", "is_jit_traced", "is_traced"]
+__all__ = ["is_in_memory", "is_jit_traced", "is_plain_gradient", "is_traced"]
 
 # Modes that make tensors up or write operations down. Others, such as FlopCounterMode, see real values go
 # by: a checkpointed part is computed in one and computed again outside of it, by the same way.
@@ -31,3 +31,10 @@ def is_in_memory(x: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not (torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, _RECORDING)))
     )
+
+
+def is_plain_gradient(grad: Tensor) -> bool:
+    """Whether a gradient is such a tensor, and has none of its own."""
+    # The legacy kind is that of ``torch.autograd.grad(..., is_grads_batched=True)``.
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+    return not (torch.is_grad_enabled() or batched) and is_in_memory(grad)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quantpatch.affine import bottom
 from quantpatch.kernels import operations as kernels
-from quantpatch.rounding.modes import is_in_memory
+from quantpatch.rounding.modes import is_plain_gradient
 from quantpatch.rounding.pieces import pieces
 
 __all__ = ["Outside", "find", "is_outside", "zero_outside"]
@@ -116,13 +116,11 @@ def zero_outside(grad: Tensor, outside: Outside) -> Tensor:
         return grad.reshape(-1).index_fill(0, positions.long(), 0.0).view(grad.shape)
     if mask is None and marks is None:
         return grad
-    # The legacy kind is that of ``torch.autograd.grad(..., is_grads_batched=True)``.
-    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
-    recorded = torch.is_grad_enabled() or batched or not is_in_memory(grad)
+    plain = is_plain_gradient(grad)
     if marks is not None:
-        return kernels.keep(grad, marks) if not recorded else grad.masked_fill(~_unpacked(marks, grad), 0.0)
+        return kernels.keep(grad, marks) if plain else grad.masked_fill(~_unpacked(marks, grad), 0.0)
     assert mask is not None
-    if recorded:
+    if not plain:
         return grad.masked_fill(mask == 0, 0.0)  # whoever records the operations wants plain ones
     # torch's operations with masks are not vectorised, those with bits are, which infinities are to them too.
     bits = _BITS[grad.element_size()]

@@ -51,7 +51,8 @@ def round_trip(
             have the number of blocks, or 1.
     """
     learned = isinstance(amax, Tensor) and amax.requires_grad
-    if forward_ad._current_level < 0 and not learned and is_in_memory(x):
+    recorded = learned and torch.is_grad_enabled()
+    if forward_ad._current_level < 0 and not recorded and is_in_memory(x):
         return round_trip_in_memory(x, amax, scale, format, dim)
     kernel = fused_kernel(x)
     if kernel is not None and (fused := kernel(x, amax, scale, format, dim)) is not None:
@@ -89,8 +90,8 @@ def _is_learned(amax: Tensor) -> bool:
 
 def _forward(x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None) -> Tensor:
     """``x`` to the grid and back."""
-    if is_in_memory(x):
-        return forward_in_memory(x, amax, scale, format, dim)
+    if is_in_memory(x):  # in training: else it went there at once
+        return forward_in_memory(x, amax, scale, format, dim, trains=True)
     element = element_of(format)
     sources, scales = [x], [scale]
     if dim is not None and format.block_size is not None and scale.dim():

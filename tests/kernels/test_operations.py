@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import shutil
 import sys
@@ -13,6 +12,7 @@ import torch
 import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import assert_same_bits, both_ways, cases, strides
 from torch import nn
 
 import quantpatch as qp
@@ -23,81 +23,14 @@ from quantpatch.kernels import buffers, operations, threads
 
 pytest.importorskip("numba")
 
-PLAIN = "int8", "uint8", "int4", "int8_narrow", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"
-BLOCKS = "mxfp8_e4m3", "mxfp6_e3m2", "mxfp4", "mxint8", "nvfp4", "int4_g32", "int4_g128"
-FORMATS = [
-    *(BUILTIN_FORMATS[name] for name in PLAIN + BLOCKS),
-    Integer(8, unsigned=True, zero_point=37),
-    Blocked(Integer(4), 5),
-]
-SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-45, 3e38, 0.5, 1.5, 2.5, -2.5]
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-
-
 pytestmark = pytest.mark.parametrize("kernels", [True], ids=["kernels"], indirect=True)
-
-
-def both_ways(function):
-    """What the kernels give, and what torch's operations give."""
-    with_kernels = function()
-    operations._WANTED = False
-    try:
-        return with_kernels, function()
-    finally:
-        operations._WANTED = True
-
-
-def strides(x):
-    return [step for step, n in zip(x.stride(), x.shape, strict=True) if n > 1]
-
-
-def assert_same_bits(a, b):
-    assert a.shape == b.shape
-    assert a.dtype == b.dtype
-    nan = a.isnan()
-    assert torch.equal(nan, b.isnan())
-    bits = BITS[a.dtype]
-    same = a.view(bits) == b.view(bits)
-    assert bool((same | nan).all()), (a[~(same | nan)][:5], b[~(same | nan)][:5])
-
-
-@st.composite
-def tensors(draw):
-    shape = draw(
-        st.lists(st.sampled_from([1, 2, 3, 5, 16, 33, 48]), min_size=1, max_size=4).filter(
-            lambda s: math.prod(s) <= 40_000
-        )
-    )
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    x = torch.randn(shape, generator=generator) * draw(st.sampled_from([1.0, 1e-3, 1e4, 1e-38]))
-    if draw(st.booleans()):
-        where = torch.randint(x.numel(), (min(9, x.numel()),), generator=generator)
-        x.view(-1)[where] = torch.tensor(SPECIAL)[
-            torch.randint(len(SPECIAL), where.shape, generator=generator)
-        ]
-    x = x.to(draw(st.sampled_from([torch.float32, torch.bfloat16])))
-    return x.permute(draw(st.permutations(range(x.dim()))))
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_results_ranges_and_gradients_have_the_bits_of_torchs_operations(data):
-    x = data.draw(tensors())
-    number_format = data.draw(st.sampled_from(FORMATS))
-    axes = list(range(x.dim()))
-    blocked = isinstance(number_format, Blocked)
-    kept = st.sampled_from(axes)
-    axis = data.draw(kept if blocked else st.one_of(st.none(), kept, st.just(tuple(axes[:2]))))
-    amax = None
-    if data.draw(st.booleans()):
-        finite = torch.nan_to_num(x.float(), 1.0, 4.0, -4.0)
-        if blocked and number_format.scale != "e4m3":
-            count = -(-x.shape[axis] // number_format.block_size)
-            shape = [count if d == axis else n for d, n in enumerate(x.shape)]
-            amax = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * finite.abs().max()
-        else:
-            share = data.draw(st.sampled_from([0.0, 0.3, 1.0, 2.0]))
-            amax = reduce_amax(finite, None if blocked else axis) * share
+    x, number_format, axis, amax = data.draw(cases())
+    amax = data.draw(st.sampled_from([amax, None]))
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x.dtype)
 
     def result_and_gradient():
@@ -110,7 +43,7 @@ def test_results_ranges_and_gradients_have_the_bits_of_torchs_operations(data):
     for a, b in zip(ours, torchs, strict=True):
         assert_same_bits(a, b)
     assert strides(ours[0]) == strides(ours[2]) == strides(torchs[0])
-    if not blocked:
+    if not isinstance(number_format, Blocked):
         assert_same_bits(*both_ways(lambda: reduce_amax(x, axis)))
 
 

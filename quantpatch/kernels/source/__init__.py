@@ -10,13 +10,14 @@ elements.py     numbers, their bits, and rounding them to a grid
 runs.py         which elements share a scale
 rounding.py     to the grid and back
 outside.py      which elements lie outside a range, and the gradient that is zero there
+lsq.py          the gradients of learned ranges
 reductions.py   largest magnitudes, histograms
 ==============  ====================================================================================
 """
 
-from quantpatch.kernels.source import outside, reductions, rounding
+from quantpatch.kernels.source import lsq, outside, reductions, rounding
 from quantpatch.kernels.source.compilation import KERNELS, kernel
 
-__all__ = ["NAMES", "kernel", "outside", "reductions", "rounding"]
+__all__ = ["NAMES", "kernel", "lsq", "outside", "reductions", "rounding"]
 
 NAMES = tuple(KERNELS)

@@ -11,15 +11,15 @@ from typing import Any
 
 from numba import cfunc, njit, types  # type: ignore[attr-defined,unused-ignore]
 
-__all__ = ["BITS", "ELEMENTS", "FLOAT", "FLOATS", "INTS", "KERNELS", "LONG", "LONGS", "inlined", "jit"]
-__all__ += ["kernel", "register"]
+__all__ = ["BITS", "DOUBLES", "ELEMENTS", "FLOAT", "FLOATS", "INTS", "KERNELS", "LONG", "LONGS", "inlined"]
+__all__ += ["jit", "kernel", "register"]
 
 jit = njit(error_model="numpy", nogil=True)
 inlined = njit(error_model="numpy", nogil=True, forceinline=True)  # where a call costs as much as the work
 
 # Arguments of kernels: elements and their bits, by dtype; numbers in memory; numbers.
 ELEMENTS, BITS = "elements", "bits"
-FLOATS, INTS, LONGS = (types.CPointer(t) for t in (types.float32, types.int32, types.int64))
+FLOATS, DOUBLES, INTS, LONGS = map(types.CPointer, (types.float32, types.float64, types.int32, types.int64))
 FLOAT, LONG = types.float32, types.int64
 _OF_DTYPE = {
     "float32": {ELEMENTS: types.CPointer(types.float32), BITS: types.CPointer(types.int32)},

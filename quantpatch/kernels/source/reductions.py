@@ -7,7 +7,16 @@ from numba import carray, types  # type: ignore[attr-defined,unused-ignore]
 
 from quantpatch.kernels.source.compilation import ELEMENTS, FLOATS, INTS, LONG, LONGS, inlined, jit, register
 from quantpatch.kernels.source.elements import TILE, load, magnitude
-from quantpatch.kernels.source.runs import after, first_run, halves, is_short, next_block, next_row, next_run
+from quantpatch.kernels.source.runs import (
+    after,
+    first_run,
+    halves,
+    is_short,
+    next_block,
+    next_half,
+    next_row,
+    next_run,
+)
 
 __all__: list[str] = []
 
@@ -40,10 +49,7 @@ def _peaks_of_rows(x, peaks, start, length, block):
     while sixteens and i + 16 <= size:
         peak = _peak_of_16(x[i : i + 16])
         peaks[which] = peak if peak > peaks[which] else peaks[which]
-        half += 1
-        if half == sixteens:
-            half = 0
-            which = after(which, count)
+        which, half = next_half(which, half, sixteens, count)
         i += 16
     while i < size:
         end = next_run(start + i, start + size, length, block) - start

@@ -7,7 +7,16 @@ from numba import carray  # type: ignore[attr-defined,unused-ignore]
 
 from quantpatch.kernels.source.compilation import ELEMENTS, FLOAT, FLOATS, LONG, inlined, jit, register
 from quantpatch.kernels.source.elements import TILE, bottom, load, round_trip, store
-from quantpatch.kernels.source.runs import after, first_run, halves, is_short, next_block, next_row, next_run
+from quantpatch.kernels.source.runs import (
+    after,
+    first_run,
+    halves,
+    is_short,
+    next_block,
+    next_half,
+    next_row,
+    next_run,
+)
 
 __all__: list[str] = []
 
@@ -37,12 +46,12 @@ def _pair(x, out, scale0, scale1, high0, high1, lower_end, grid):
 
 
 @jit
-def _row(x, out, scales, amax, step, lower_end, grid):
+def _row(x, out, scales, amax, lower_end, grid):
     """A run whose elements have a scale each."""
     outside = False
     for i in range(x.size):
         v = load(x, i)
-        high = amax[i * step]
+        high = amax[i]
         outside |= (v > high) | (v < bottom(high, lower_end))
         store(out, i, round_trip(v, scales[i], grid))
     return outside
@@ -57,18 +66,12 @@ def _rows(x, out, scales, amax, step, lower_end, start, length, block, grid):
     i, size = 0, x.size
     while sixteens and i + 32 <= size:
         first = which
-        half += 1
-        if half == sixteens:
-            half = 0
-            which = after(which, count)
+        which, half = next_half(which, half, sixteens, count)
         outside |= _pair(
             x[i : i + 32], out[i : i + 32], scales[first], scales[which], amax[first * step],
             amax[which * step], lower_end, grid,
         )  # fmt: skip
-        half += 1
-        if half == sixteens:
-            half = 0
-            which = after(which, count)
+        which, half = next_half(which, half, sixteens, count)
         i += 32
     while i < size:
         end = next_run(start + i, start + size, length, block) - start
@@ -80,7 +83,7 @@ def _rows(x, out, scales, amax, step, lower_end, start, length, block, grid):
 
 
 @jit
-def _columns(x, out, scales, amax, step, lower_end, start, length, block, width, grid):
+def _columns(x, out, scales, amax, lower_end, start, length, block, width, grid):
     outside = False
     i, stop, count = start, start + x.size, scales.size
     short = is_short(start, x.size, block, width)
@@ -90,7 +93,7 @@ def _columns(x, out, scales, amax, step, lower_end, start, length, block, width,
         rows, to = next_block(i, stop, length, block, width, count)
         n = rows * width
         for j in range(width):
-            many[0, j], many[1, j] = scales[to + j], amax[(to + j) * step]
+            many[0, j], many[1, j] = scales[to + j], amax[to + j]
         k = width
         while k < n:  # twice as many each time
             for j in range(min(k, n - k)):
@@ -98,7 +101,7 @@ def _columns(x, out, scales, amax, step, lower_end, start, length, block, width,
             k *= 2
         here = i - start
         outside |= _row(
-            x[here : here + n], out[here : here + n], many[0], many[1], 1, lower_end, grid
+            x[here : here + n], out[here : here + n], many[0], many[1], lower_end, grid
         )  # fmt: skip
         i += n
     while i < stop:
@@ -106,7 +109,7 @@ def _columns(x, out, scales, amax, step, lower_end, start, length, block, width,
         upto = to + end - i
         outside |= _row(
             x[i - start : end - start], out[i - start : end - start], scales[to:upto],
-            amax[to * step : (upto - 1) * step + 1], step, lower_end, grid,
+            amax[to:upto], lower_end, grid,
         )  # fmt: skip
         i = end
     return outside
@@ -116,7 +119,7 @@ def _columns(x, out, scales, amax, step, lower_end, start, length, block, width,
 def _several(x, out, scales, amax, step, lower_end, start, length, block, width, grid):
     if width == 1:
         return _rows(x, out, scales, amax, step, lower_end, start, length, block, grid)
-    return _columns(x, out, scales, amax, step, lower_end, start, length, block, width, grid)
+    return _columns(x, out, scales, amax, lower_end, start, length, block, width, grid)
 
 
 @register(LONG, ELEMENTS, ELEMENTS, LONG, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, LONG, LONG)

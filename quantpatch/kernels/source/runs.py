@@ -8,7 +8,7 @@ from __future__ import annotations
 from quantpatch.kernels.source.compilation import jit
 from quantpatch.kernels.source.elements import TILE
 
-__all__ = ["after", "first_run", "halves", "is_short", "next_block", "next_row", "next_run"]
+__all__ = ["after", "first_run", "halves", "is_short", "next_block", "next_half", "next_row", "next_run"]
 
 
 @jit
@@ -37,6 +37,12 @@ def halves(start, length, block):
     if block % 16 or block >= 128 or length % block or start % 16:
         return 0, 0
     return block // 16, start % length % block // 16
+
+
+@jit
+def next_half(which, half, sixteens, count):
+    """The scale after sixteen elements more, and how many sixteens of its block lie before them."""
+    return (which, half + 1) if half + 1 < sixteens else (after(which, count), 0)
 
 
 # --- Elements that have a scale each, in rows -------------------------------------------------------------

@@ -6,8 +6,8 @@ compared, and the integers that every quantizer gives.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+import glob
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from quantpatch.errors import ExportError
 from quantpatch.export.kernel_check import KernelCheck, check_kernels
-from quantpatch.export.sessions import session, session_options
+from quantpatch.export.sessions import changed, session, session_options
 from quantpatch.export.targets import Operand, codes_name
 from quantpatch.fake_quant import fake_quantize, quantize
 from quantpatch.formats import Integer
@@ -135,29 +135,7 @@ def compare_with_torch(
         return Comparison(not_run="ONNX Runtime's Python interface takes no bfloat16")
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         return Comparison(not_run="ONNX Runtime's CPU provider has no kernels of bfloat16")
-    by_name = {operand.name: operand for operand in found if operand.weight is None}
-    totals: list[tuple[Any, ...]] = []
-    runs: list[tuple[dict[str, Any], list[Tensor]]] = []
-    not_random = ""
-    with _with_codes_as_outputs(path) as (opened, input_names, output_names, sources):
-        for given_args, given_kwargs in ((args, kwargs), _random_like(args, kwargs)):
-            try:
-                outputs, codes = _torch_results(model, given_args, given_kwargs, by_name)
-            except Exception as error:
-                if not totals:
-                    raise
-                # Some models take no inputs but such as belong together: offsets that rise, say.
-                not_random = f"the model takes no others ({type(error).__name__}: {_first_line(error)})"
-                break
-            feed = _feed(input_names, given_args, given_kwargs)
-            try:
-                results = opened.run(None, feed)
-            except Exception as error:
-                raise ExportError(f"ONNX Runtime cannot run the exported file: {error}") from error
-            named = {**feed, **dict(zip(output_names, results, strict=True))}
-            differences = _differences(outputs, results)
-            totals.append((*differences, *_differing(codes, named), _mismatching(codes, named, sources)))
-            runs.append((feed, outputs))
+    totals, runs, not_random = _as_written(model, args, kwargs, path, found)
     largest, relative, integers, differing, mismatching = zip(*totals, strict=True)
     within, kernels = _optimized(path, runs) if optimized else (None, None)
     return Comparison(
@@ -173,12 +151,44 @@ def compare_with_torch(
     )
 
 
+def _as_written(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    path: Path,
+    found: list[Operand],
+) -> tuple[list[tuple[Any, ...]], list[tuple[dict[str, Any], list[Tensor]]], str]:
+    """How the file compares with the optimizations off: numbers of each run, the runs, and why no more."""
+    by_name = {operand.name: operand for operand in found if operand.weight is None}
+    totals: list[tuple[Any, ...]] = []
+    runs: list[tuple[dict[str, Any], list[Tensor]]] = []
+    opened, input_names, output_names, sources = _with_codes_as_outputs(path)
+    for given_args, given_kwargs in ((args, kwargs), _random_like(args, kwargs)):
+        try:
+            outputs, codes = _torch_results(model, given_args, given_kwargs, by_name)
+        except Exception as error:
+            if not totals:
+                raise
+            # Some models take no inputs but such as belong together: offsets that rise, say.
+            why = f"the model takes no others ({type(error).__name__}: {_first_line(error)})"
+            return totals, runs, why
+        feed = _feed(input_names, given_args, given_kwargs)
+        try:
+            results = opened.run(None, feed)
+        except Exception as error:
+            raise ExportError(f"ONNX Runtime cannot run the exported file: {error}") from error
+        named = {**feed, **dict(zip(output_names, results, strict=True))}
+        differences = _differences(outputs, results)
+        totals.append((*differences, *_differing(codes, named), _mismatching(codes, named, sources)))
+        runs.append((feed, outputs))
+    return totals, runs, ""
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-@contextlib.contextmanager
-def _with_codes_as_outputs(path: Path) -> Iterator[tuple[Any, list[str], list[str], dict[str, str]]]:
+def _with_codes_as_outputs(path: Path) -> tuple[Any, list[str], list[str], dict[str, str]]:
     """A session of the file whose integers, and the floats that they are made of, are outputs as well."""
     import onnx
 
@@ -196,16 +206,12 @@ def _with_codes_as_outputs(path: Path) -> Iterator[tuple[Any, list[str], list[st
     for name in dict.fromkeys((*sources, *sources.values())):
         if name in types and name not in own:
             proto.graph.output.append(types[name])
-    probe = path.with_name(f"{path.name}.check")
+    names = [output.name for output in proto.graph.output]
     try:
-        probe.write_bytes(proto.SerializeToString())
-        try:
-            opened = session(probe, session_options(optimized=False))
-        except Exception as error:
-            raise ExportError(f"ONNX Runtime cannot load the exported file: {error}") from error
-        yield opened, inputs, [output.name for output in proto.graph.output], sources
-    finally:
-        probe.unlink(missing_ok=True)
+        opened = changed(proto, path, session_options(optimized=False))
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime cannot load the exported file: {error}") from error
+    return opened, inputs, names, sources
 
 
 def _is_integer(value: Any) -> bool:
@@ -309,27 +315,19 @@ def _largest(x: Tensor) -> float:
     return finite.abs().max().item() if finite.numel() else 0.0
 
 
-def _optimized(
-    path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]]
-) -> tuple[float, KernelCheck | None]:
-    """The share of outputs within a step of the model's, and the kernels, when ONNX Runtime optimizes.
-
-    Of a file whose weights are beside it ONNX Runtime cannot show what it made.
-    """
+def _optimized(path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]]) -> tuple[float, KernelCheck]:
+    """The share of outputs within a step of the model's, and the kernels, when ONNX Runtime optimizes."""
     graph = path.with_name(f"{path.name}.optimized")
-    whole = len(list(path.parent.iterdir())) == 1
     try:
-        within = _within_step(path, runs, graph if whole else None)
-        return within, check_kernels(path, graph, [feed for feed, _ in runs]) if whole else None
+        return _within_step(path, runs, graph), check_kernels(path, graph, [feed for feed, _ in runs])
     finally:
-        graph.unlink(missing_ok=True)
+        for written in graph.parent.glob(f"{glob.escape(graph.name)}*"):
+            written.unlink()
 
 
-def _within_step(path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], graph: Path | None) -> float:
+def _within_step(path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], graph: Path) -> float:
     """The share of outputs within a step; ``graph`` is where ONNX Runtime leaves what it made of the file."""
-    options = session_options(optimized=True)
-    if graph is not None:
-        options.optimized_model_filepath = str(graph)
+    options = session_options(optimized=True, written_to=graph)
     count = within = 0
     expected = [[output.detach().cpu().double() for output in outputs] for _, outputs in runs]
     steps = [max(map(_largest, values)) / 127 * 1.001 for values in zip(*expected, strict=True)]

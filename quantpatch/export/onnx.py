@@ -8,7 +8,9 @@ pair behind them (TensorRT), as ``quantpatch.fake_quant`` rounds them, so no oth
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import logging
 import os
 import threading
 import warnings
@@ -34,6 +36,7 @@ __all__ = ["export_onnx"]
 
 _OPSET = 21
 _EXPORTING = threading.RLock()  # torch traces for one thread at a time, and fails in the others
+_TALKATIVE = ("torch.onnx", "torch.export", "torch.fx.experimental", "onnxscript", "onnx_ir")
 _LARGE = 2**31 - 2**27  # a protobuf file ends at 2 GiB
 
 
@@ -83,7 +86,7 @@ def export_onnx(
     path = Path(path)
     model = uncompiled(model)
     args, kwargs = _each_on_its_own(args if isinstance(args, tuple) else (args,), kwargs or {})
-    with _EXPORTING, evaluating(model):
+    with _EXPORTING, _quiet(), evaluating(model):
         # While another thread traces, its tensors stand in for the parameters of a model that both export.
         found = _checked_operands(model, target, opset)
         program = _traced(
@@ -94,7 +97,10 @@ def export_onnx(
         program.model.metadata_props.update(_metadata(model, target))
         nodes = Counter(node.op_type for node in program.model.graph)
         with written_whole(path) as folder:
-            _write(program.model, folder / path.name)
+            size = _write(program.model, folder / path.name)
+            del program
+            if size > _LARGE // 8:
+                gc.collect()  # it refers to itself, and would keep its weights while the check needs more
             _check_file(folder / path.name)
             compared = None
             if check:
@@ -123,6 +129,20 @@ def _each_on_its_own(
 
     made: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(own, (args, dict(kwargs)))
     return made
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A block in which exporter and passes log errors alone, not what they skip, nor whole graphs."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(max(logger.level, logging.ERROR))
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _demand_extra(check: bool) -> None:
@@ -191,6 +211,8 @@ def _traced(
     from quantpatch.export.operators import translations
     from quantpatch.export.recurrent import recurrent_layers_traced
 
+    if not kwargs and args and isinstance(args[-1], dict):
+        args = (*args, {})  # torch takes a dict that comes last for the keywords
     with (
         _standing_in(found, target, opset),
         recurrent_layers_traced(model),
@@ -376,11 +398,15 @@ def _metadata(model: nn.Module, target: str) -> dict[str, str]:
     }
 
 
-def _write(model: Any, path: Path) -> None:
+def _write(model: Any, path: Path) -> int:
+    """Writes the file, its weights beside it if they are too large; returns their size, and frees them."""
     import onnx_ir as ir
 
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     ir.save(model, path, external_data=f"{path.name}.data" if size > _LARGE else None)
+    for value in model.graph.initializers.values():
+        value.const_value = None  # onnxscript's rules keep the last graph that they have seen
+    return int(size)
 
 
 def _check_file(path: Path) -> None:

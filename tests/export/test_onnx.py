@@ -219,14 +219,20 @@ def test_metadata(tmp_path: Path, plugin: Any) -> None:
     assert b"site-packages" not in (tmp_path / "m.onnx").read_bytes()
 
 
-def test_large_models_have_their_data_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_large_models_have_their_data_beside_them(
+    target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("quantpatch.export.onnx._LARGE", 1000)
     model = calibrated(lambda: nn.Sequential(nn.Linear(64, 64)), torch.randn(3, 64))
     x = torch.randn(3, 64)
-    report = export_onnx(model, x, tmp_path / "m.onnx")
+    report = export_onnx(model, x, tmp_path / "m.onnx", target=target)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert report.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert torch.allclose(run(tmp_path / "m.onnx", x)[0], model(x), atol=1e-5)
+    assert report.comparison is not None
+    assert report.comparison.kernels == (1 if target == "onnxruntime" else 0)
+    assert report.comparison.kernels_within_step == (1.0 if target == "onnxruntime" else None)
 
 
 def test_training_mode_and_disabled_quantizers_are_respected(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,40 @@ def test_several_inputs_outputs_and_keywords(tmp_path: Path) -> None:
     first, second = run(tmp_path / "m.onnx", tokens, *[kwargs["scale"], kwargs["extra"]["shift"]])
     assert torch.allclose(first, expected["first"], atol=1e-5)
     assert torch.allclose(second, expected["second"], atol=1e-5)
+
+
+class Pair(nn.Module):
+    """Takes its tensors in a dict, as data loaders give them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(6, 3)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return {"sum": self.a(batch["u"]) + self.b(batch["v"]), "parts": [self.a(batch["u"])]}
+
+
+def test_a_dict_that_comes_last_is_an_argument_like_others_and_nothing_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def batch(size: int) -> dict[str, torch.Tensor]:
+        return {"u": torch.randn(size, 4), "v": torch.randn(size, 6)}
+
+    with qp.quantize_modules():
+        model = Pair().eval()
+    qp.calibrate(model, [(batch(2),)], progress=False)
+    shapes = ({"u": {0: "batch"}, "v": {0: "batch"}},)
+    report = export_onnx(model, (batch(2),), tmp_path / "m.onnx", dynamic_shapes=shapes)
+    assert report.comparison is not None
+    assert report.comparison.differing == 0
+    more = batch(5)
+    expected = model(more)
+    for got, own in zip(
+        run(tmp_path / "m.onnx", *more.values()), [expected["sum"], *expected["parts"]], strict=True
+    ):
+        torch.testing.assert_close(got, own)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert logging.getLogger("torch.onnx").level < logging.ERROR
 
 
 class Bag(nn.Module):

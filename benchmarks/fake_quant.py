@@ -21,16 +21,17 @@ from quantpatch.formats import BUILTIN_FORMATS, Integer
 
 INT8 = Integer(8)
 ROUNDS = 40
+PEAK = "peak memory of both passes, to the input"
 
 
 def _ours(amax: Tensor | None, axis: int | None) -> FakeQuantize:
     return lambda x: fake_quantize(x, amax, INT8, axis=axis)
 
 
-def _both_passes(function: FakeQuantize, x: Tensor, grad: Tensor) -> Callable[[], Any]:
+def _both_passes(function: FakeQuantize, x: Tensor, grad: Tensor, *learned: Tensor) -> Callable[[], Any]:
     # Not .backward(): adding into .grad is no part of what is timed.
     x = x.detach().requires_grad_()
-    return lambda: torch.autograd.grad(function(x), x, grad)
+    return lambda: torch.autograd.grad(function(x), (x, *learned), grad)
 
 
 def rows() -> list[dict[str, Any]]:
@@ -46,6 +47,8 @@ def rows() -> list[dict[str, Any]]:
             *_speed("activation, dynamic range", activation, None, None, (3.0, 1.3)),
             *_speed("weight per channel", weight, reduce_amax(weight, 0), 0, (2.3, 1.5)),
             *_speed("large activation, fixed range", large, reduce_amax(large), None, (None, None), 5),
+            *_learned("activation, learned range", activation, None),
+            *_learned("weight per channel, learned ranges", weight, 0),
             *_clipping("activation", activation, None),
             *_clipping("weight per channel", weight, 0),
             *_formats(weight),
@@ -97,6 +100,22 @@ def _with_its_range(function: FakeQuantize, x: Tensor) -> Tensor:
     """What a peer has to do besides where the range is that of the tensor."""
     x.detach().abs().amax()
     return function(x)
+
+
+def _learned(name: str, x: Tensor, axis: int | None) -> list[dict[str, Any]]:
+    """Both passes, with a gradient for the range as well."""
+    amax = reduce_amax(x, axis).requires_grad_()
+    scale = (amax.detach() / INT8.max).requires_grad_()
+    others, missing = peers(scale, axis, tuple(x.shape))
+    grad = torch.randn_like(x)
+    functions = {"ours": (_ours(amax, axis), amax), **{n: (f, scale) for n, f in others.items()}}
+    both = {n: _both_passes(f, x, grad, learned) for n, (f, learned) in functions.items()}
+    times = medians({"clone": x.clone, **both}, ROUNDS)
+    peak = {n: peak_bytes(f, x, learned) / x.nbytes for n, (f, learned) in functions.items()}
+    return [
+        _row(f"{name}: forward and backward, to two clones", times, 2, 2.5, missing),
+        _memory_row(f"{name}: {PEAK}", peak, 2.1, missing),
+    ]
 
 
 def _range_with_outside(x: Tensor, axis: int | None, share: float) -> Tensor:
@@ -163,19 +182,15 @@ def _memory(name: str, x: Tensor, amax: Tensor, axis: int | None) -> list[dict[s
     saved = {n: saved_bytes(f, x) / x.numel() for n, f in functions.items()}
     peak = {n: peak_bytes(f, x) / x.nbytes for n, f in functions.items()}
     return [
-        {
-            "name": f"{name}: {what}",
-            "ours_ms": None,
-            "baseline_ms": None,
-            "ratio": values.pop("ours"),
-            "aim": aim,
-            "peers": {**values, **missing},
-        }
-        for what, values, aim in (
-            ("bytes saved for backward, an element", saved, 1.0),
-            ("peak memory of both passes, to the input", peak, 2.0),
-        )
+        _memory_row(f"{name}: bytes saved for backward, an element", saved, 1.0, missing),
+        _memory_row(f"{name}: {PEAK}", peak, 2.0, missing),
     ]
+
+
+def _memory_row(name: str, values: dict[str, float], aim: float, missing: dict[str, str]) -> dict[str, Any]:
+    ratio = values.pop("ours")
+    peers = {**values, **missing}
+    return {"name": name, "ours_ms": None, "baseline_ms": None, "ratio": ratio, "aim": aim, "peers": peers}
 
 
 def saved_bytes(function: FakeQuantize, x: Tensor) -> int:
@@ -193,9 +208,9 @@ def saved_bytes(function: FakeQuantize, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(function: FakeQuantize, x: Tensor) -> int:
+def peak_bytes(function: FakeQuantize, x: Tensor, *learned: Tensor) -> int:
     """Most bytes that both passes held at once beside their inputs, by the allocator's own account."""
-    run = _both_passes(function, x, torch.randn_like(x))
+    run = _both_passes(function, x, torch.randn_like(x), *learned)
     run()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()

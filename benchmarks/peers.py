@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -56,6 +57,30 @@ def _quanto(scale: Tensor, axis: int | None, _: tuple[int, ...]) -> FakeQuantize
     return lambda x: quanto.quantize_weight(x, quanto.qint8, axis, scale).dequantize()
 
 
+def _torch_learnable(scale: Tensor, axis: int | None, shape: tuple[int, ...]) -> FakeQuantize:
+    step, zero = scale.flatten(), torch.zeros(scale.numel())
+    factor = (math.prod(shape) / scale.numel() * 127) ** -0.5
+    if axis is None:
+        function = torch._fake_quantize_learnable_per_tensor_affine
+        return lambda x: function(x, step, zero, -128, 127, factor)
+    by_channel = torch._fake_quantize_learnable_per_channel_affine
+    return lambda x: by_channel(x, step, zero, axis, -128, 127, factor)
+
+
+def _lsq(scale: Tensor, axis: int | None, shape: tuple[int, ...]) -> FakeQuantize:
+    """As the paper has it, arXiv 1902.08153, appendix A."""
+    factor = (math.prod(shape) / scale.numel() * 127) ** -0.5
+
+    def function(x: Tensor) -> Tensor:
+        step = (scale - scale * factor).detach() + scale * factor
+        v = (x / step).clamp(-128, 127)
+        y: Tensor = ((v.round() - v).detach() + v) * step
+        return y
+
+    return function
+
+
+LEARNED = {"operations": _lsq, "torch learnable": _torch_learnable, "brevitas": _brevitas}
 MAKERS = {
     "four operations": _operations,
     "torch.fake_quantize": _torch,
@@ -69,16 +94,17 @@ MAKERS = {
 def peers(
     scale: Tensor, axis: int | None, shape: tuple[int, ...]
 ) -> tuple[dict[str, FakeQuantize], dict[str, str]]:
-    """int8 by a fixed scale, as each peer does it; and those that cannot, with the error's name.
+    """int8, as each peer does it; and those that cannot, with the error's name.
 
     Args:
-        scale: 0-dim, or of ``len(shape)`` dimensions with 1 on all axes but ``axis``.
+        scale: 0-dim, or of ``len(shape)`` dimensions with 1 on all axes but ``axis``; learned if it requires
+            a gradient.
         axis: The axis that is kept; None for one scale.
         shape: Of the tensors to come.
     """
     made: dict[str, FakeQuantize] = {}
     missing: dict[str, str] = {}
-    for name, make in MAKERS.items():
+    for name, make in (LEARNED if scale.requires_grad else MAKERS).items():
         try:
             function = make(scale, axis, shape)
             function(torch.zeros(shape)).sum()

@@ -5,7 +5,8 @@ With :mod:`quantpatch.rounding`, the arithmetic, this is the only module that ro
 - ``y = round(x / scale) * scale`` with a true division, ties to even, in float32 whatever the input's dtype:
   integer results equal ONNX's ``QuantizeLinear`` followed by ``DequantizeLinear`` bit for bit.
 - The forward pass works in place in its own result. For the backward pass it keeps nothing where nothing
-  lies outside the range, else at most a byte an element; a learned range needs ``x`` itself.
+  lies outside the range, else at most a byte an element; a learned range keeps ``x``
+  itself, the range and the scale.
 - No value is read back to the host on an accelerator, and under ``torch.compile`` and ``torch.export`` the
   same arithmetic is plain operations, which fuse into their neighbours.
 """

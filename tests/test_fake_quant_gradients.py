@@ -323,10 +323,38 @@ def test_the_input_may_be_overwritten_or_freed_before_backward(share):
     assert torch.equal(leaf.grad, (leaf.detach().abs() <= 2).float())
 
 
-def test_a_learned_range_keeps_the_input_itself():
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_learned_range_keeps_the_input_itself_the_range_and_the_scale(per_channel):
     x = torch.randn(8, 64, requires_grad=True) * 1
-    saved = saved_for_backward(x, torch.tensor(1.0, requires_grad=True), INT8)
-    assert [t.data_ptr() for t in saved if t.numel() > 1] == [x.data_ptr()]
+    amax = torch.ones((8, 1) if per_channel else (), requires_grad=True)
+    saved = saved_for_backward(x, amax, INT8, axis=0 if per_channel else None)
+    assert [t.data_ptr() for t in saved][:2] == [x.data_ptr(), amax.data_ptr()]
+    assert [t.shape for t in saved] == [x.shape, amax.shape, amax.shape]
+
+
+@pytest.mark.parametrize("number_format", [INT8, AFFINE, Float(4, 3)], ids=lambda f: f.name)
+def test_where_a_range_is_learned_gradients_of_gradients_and_batched_ones_are_those_of_single_ones(
+    number_format,
+):
+    def close(a, b):  # but for the rounding of sums
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+    torch.manual_seed(0)
+    x, amax = torch.randn(40, 64, requires_grad=True), torch.rand(40, 1, requires_grad=True)
+    upstream = torch.randn(3, 40, 64, requires_grad=True)
+    y = fake_quantize(x, amax, number_format, axis=0)
+    single = [torch.autograd.grad(y, (x, amax), u, retain_graph=True) for u in upstream.detach()]
+    batched = torch.autograd.grad(y, (x, amax), upstream.detach(), retain_graph=True, is_grads_batched=True)
+    for several, *ones in zip(batched, *single, strict=True):
+        close(several, torch.stack(ones))
+    recorded = torch.autograd.grad(y, (x, amax), upstream[0], create_graph=True)
+    for ours, one in zip(recorded, single[0], strict=True):
+        close(ours, one)
+    weights = [torch.randn_like(t) for t in recorded]
+    (twice,) = torch.autograd.grad(recorded, upstream, weights)
+    # Linear in the upstream gradient: what it is at another one follows from its own gradient.
+    elsewhere = sum((w * g).sum() for w, g in zip(weights, single[1], strict=True))
+    close((twice[0] * upstream[1]).sum(), elsewhere)
 
 
 def test_a_part_seen_by_a_mode_may_be_computed_again_without_it():

@@ -1,10 +1,12 @@
 """Rounding to a scaled grid and back, with its gradients: the arithmetic behind :mod:`quantpatch.fake_quant`.
 
 Two ways lead to the same bits. A plain tensor in main memory goes that of
-:mod:`quantpatch.rounding.in_memory`, if its range is not learned. Wherever somebody records the operations
-(``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``torch.func``, gradients of gradients) or the
-tensor is on an accelerator, the same arithmetic is plain operations on the whole tensor and no value is read
-back; on CUDA one kernel of our own (:mod:`quantpatch.rounding.triton_kernel`) does what is most common.
+:mod:`quantpatch.rounding.in_memory`; where its range is learned :mod:`quantpatch.rounding.lsq` has the
+gradients, of which that to the range alone may differ in its last digits. Wherever somebody records the
+operations (``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``torch.func``, gradients of gradients)
+or the tensor is on an accelerator, the same arithmetic is plain operations on the whole tensor and no value
+is read back; on CUDA one kernel of our own (:mod:`quantpatch.rounding.triton_kernel`) does what is most
+common.
 """
 
 from __future__ import annotations

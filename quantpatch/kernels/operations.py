@@ -237,21 +237,28 @@ def lsq(
     grad = (grad if layout.order is None else grad.permute(layout.order)).contiguous()
     at_x, at_grad, at_out, size = x.data_ptr(), grad.data_ptr(), out.data_ptr(), x.element_size()
 
+    def add(start: int, n: int, first: int, sums: Tensor) -> None:
+        at = start * size
+        kernel(
+            at_x + at, at_grad + at, at_out + at, start, n, sums.data_ptr(), first, sums.numel(),
+            scales.data_ptr(), *runs, *grid,
+        )  # fmt: skip
+
     def part(start: int, n: int) -> tuple[int, Tensor]:
         first, touched = runs.touched(start, n)
         sums = torch.zeros(touched, dtype=torch.float64, device="cpu")
-        at = start * size
-        kernel(
-            at_x + at, at_grad + at, at_out + at, start, n, sums.data_ptr(), first, touched,
-            scales.data_ptr(), *runs, *grid,
-        )  # fmt: skip
+        add(start, n, first, sums)
         return first, sums
 
+    total = torch.zeros(runs.scales, dtype=torch.float64, device="cpu")
     # Sums of parts are added in their order, so parts must not depend on the number of threads. Those of
     # few rows have nearly as many sums as elements.
-    total = torch.zeros(runs.scales, dtype=torch.float64, device="cpu")
-    for first, sums in in_steps(x.numel(), max(_PART, 16 * runs.width, x.numel() // _MOST_PARTS), part):
-        total[first : first + sums.numel()] += sums
+    step = max(_PART, 16 * runs.width, x.numel() // _MOST_PARTS)
+    if x.numel() <= step:
+        add(0, x.numel(), 0, total)
+    else:
+        for first, sums in in_steps(x.numel(), step, part):
+            total[first : first + sums.numel()] += sums
     return out, layout.gather(total, torch.sum).reshape(scale.shape)
 
 

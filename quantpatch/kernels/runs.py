@@ -70,8 +70,10 @@ class Layout(NamedTuple):
     def gather(self, found: Tensor, fold: Callable[..., Tensor]) -> Tensor:
         """The other way round: what runs gave, ``(runs.scales,)``, to the shape of the scales.
 
-        ``fold`` makes one of several, such as ``torch.sum``.
+        ``fold`` makes one of several, such as ``torch.sum``. A single one stays ``(1,)``.
         """
+        if found.numel() == 1:
+            return found
         if self.repeat > 1:
             found = fold(found.view(-1, self.repeat), 1)
         found = found.view(self.laid)

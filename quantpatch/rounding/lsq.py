@@ -23,7 +23,7 @@ def lsq_gradients(
     if is_in_memory(x) and is_plain_gradient(grad):
         found = kernels.lsq(grad, x, scale, format, dim)
         if found is not None:
-            return found[0], (found[1] / divided_by(x, amax, format)).float()
+            return found[0], found[1].div_(divided_by(x, amax, format)).float()
     outside, slope = lsq_slopes(x, scale, format, dim)
     slope = slope * grad
     if dim is not None and format.block_size is not None and amax.dim() and amax.shape[dim] > 1:

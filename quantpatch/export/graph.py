@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["attributes_of", "constant", "constant_of", "maker", "replaced", "tidy"]
+__all__ = ["attributes_of", "constant", "constant_of", "is_float8", "maker", "replaced", "tidy"]
 
 
 def tidy(model: Any, target: str) -> None:
@@ -34,6 +34,7 @@ def tidy(model: Any, target: str) -> None:
     shared(model)
     _quantize_once(model.graph)
     if target == "onnxruntime":
+        _clip_apart_from_float8(model.graph)
         for_onnxruntime(model.graph)
     shared(model)
 
@@ -65,6 +66,13 @@ def maker(value: Any, *kinds: str) -> Any:
     """The node that a value comes from if it is of one of these kinds, else None."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type in kinds else None
+
+
+def is_float8(value: Any) -> bool:
+    """Whether a value is of FP8."""
+    import onnx_ir as ir
+
+    return value is not None and value.dtype in (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
 
 
 def attributes_of(node: Any) -> dict[str, Any]:
@@ -127,3 +135,31 @@ def _quantize_once(graph: Any) -> None:
             continue
         ir.convenience.replace_all_uses_with(second.outputs[0], first.outputs[0])
         graph.remove(second, safe=True)
+
+
+def _clip_apart_from_float8(graph: Any) -> None:
+    """Relu and Clip become Max and Min, the same values, in a graph that quantizes to FP8.
+
+    ONNX Runtime's optimizations (1.32) take the zero point of FP8 for one of unsigned integers: they leave
+    out a Relu before it, and fail at a Clip.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    quantizing = (node for node in graph if node.op_type == "QuantizeLinear" and len(node.inputs) > 2)
+    if not any(is_float8(node.inputs[2]) for node in quantizing):
+        return
+    for node in list(graph):
+        if node.op_type == "Relu":
+            kind = node.inputs[0].dtype
+            bounds = [("Max", constant(graph, f"zero.{kind.name.lower()}", np.zeros((), kind.numpy())))]
+        elif node.op_type == "Clip":
+            bounds = [(n, v) for n, v in zip(("Max", "Min"), node.inputs[1:], strict=False) if v is not None]
+        else:
+            continue
+        steps: list[Any] = []
+        for kind_of_step, bound in bounds:
+            x = steps[-1].outputs[0] if steps else node.inputs[0]
+            steps.append(ir.node(kind_of_step, [x, bound]))
+        if steps:
+            replaced(graph, node, steps)

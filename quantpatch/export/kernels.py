@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantpatch.export.convolutions import convolutions_for_onnxruntime
-from quantpatch.export.graph import attributes_of, constant, constant_of, maker, replaced
+from quantpatch.export.graph import attributes_of, constant, constant_of, is_float8, maker, replaced
 
 __all__ = ["for_onnxruntime"]
 
@@ -155,7 +155,7 @@ def _move_integers(graph: Any) -> None:
         made = maker(node.inputs[0], "DequantizeLinear") if node.op_type in _MOVING else None
         if made is None or len(made.inputs) < 3 or made.inputs[1].shape.rank():
             continue
-        if maker(made.inputs[0], "QuantizeLinear", *_MOVING) is None:
+        if maker(made.inputs[0], "QuantizeLinear", *_MOVING) is None or is_float8(made.inputs[2]):
             continue
         attributes = attributes_of(node)
         moved = ir.node(node.op_type, [made.inputs[0], *node.inputs[1:]], attributes)

@@ -216,7 +216,12 @@ class Registry:
         try:
             return recipes[given]
         except (KeyError, TypeError):
-            raise UnknownNameError.of("recipe", given, recipes) from None
+            hint = (
+                ""
+                if isinstance(given, str)
+                else "Or make one: Recipe(name='mine', input=QuantDescriptor(...))"
+            )
+            raise UnknownNameError.of("recipe", given, recipes, hint) from None
 
     def format(self, descriptor: QuantDescriptor) -> NumberFormat:
         """The number format that a descriptor means.

@@ -362,8 +362,10 @@ def test_names_from_plugins(plugin) -> None:
     assert qp.registry.recipe("mine") is recipe
     assert qp.registry.recipe(recipe) is recipe
     assert qp.registry.recipe("int8") is DEFAULT_RECIPE
-    for unknown in ("mien", ["int8"]):
-        with pytest.raises(UnknownNameError, match="unknown recipe"):
+    with pytest.raises(UnknownNameError, match="unknown recipe 'mien'. Did you mean 'mine'\\?$"):
+        qp.registry.recipe("mien")
+    for unknown in (["int8"], qp.QuantDescriptor()):
+        with pytest.raises(UnknownNameError, match="unknown recipe .* Or make one: Recipe"):
             qp.registry.recipe(unknown)
     with pytest.raises(UnknownNameError, match="unknown calibrator 'maxx'. Did you mean 'max'"):
         qp.registry.calibrator("maxx")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable, Mapping
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.errors import ConversionError, LayerError
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.layers.call_sites import Operations, rewrite
+from quantpatch.layers.stand_ins import with_stand_ins
 from quantpatch.quantizer import PARALLELIZE_FIRST, TensorQuantizer, refuse_fast_paths
 from quantpatch.recipes import active_recipe
 
@@ -201,11 +202,7 @@ class QuantizedLayer:
 
     def seen_with(self, stand_ins: Mapping[str, Any]) -> Any:
         """The layer as a function sees it that is to find the stand-ins in place of its attributes."""
-        if not stand_ins:
-            return self
-        # torch.compile cannot follow an object that says it is of another class.
-        view = _WithOperands if torch.compiler.is_compiling() else _Impersonating
-        return view(self, stand_ins)
+        return with_stand_ins(self, stand_ins) if stand_ins else self
 
     def quantize_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -277,41 +274,3 @@ class ChannelsFirst3d(QuantizedLayer):
     """Mixin for layers over three spatial axes."""
 
     feature_axis = -4
-
-
-class _WithOperands:
-    """A layer as its own forward sees it, with some attributes standing in for others.
-
-    The layer itself is not touched, so threads can share it. Its methods, called through this, see the
-    same stand-ins.
-    """
-
-    def __init__(self, layer: Any, operands: Mapping[str, Any]) -> None:
-        self.__dict__.update(operands)
-        self.__dict__["_layer"] = layer
-
-    def __getattr__(self, name: str) -> Any:
-        layer = self._layer
-        # Methods and properties run on this object, so that they see the operands as well; static and
-        # class methods have no object to run on.
-        member = getattr(type(layer), name, None)
-        if isinstance(member, property) and member.fget is not None:
-            return member.fget(self)
-        value = getattr(layer, name)
-        if isinstance(value, MethodType) and value.__self__ is layer:
-            return functools.partial(value.__func__, self)
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__:
-            self.__dict__[name] = value
-        else:
-            setattr(self.__dict__["_layer"], name, value)
-
-
-class _Impersonating(_WithOperands):
-    """The same, passing for an object of the layer's class, as ``super()`` in its methods demands."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return type(self._layer)

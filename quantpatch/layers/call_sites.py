@@ -198,6 +198,8 @@ class _Rewriter(ast.NodeTransformer):
         self._self = arguments[0].arg if arguments else ""
         captured = inspect.getclosurevars(function)
         self._scope = {**captured.builtins, **function.__globals__, **captured.nonlocals}
+        # With those of inner functions, and those that inner functions see.
+        self._locals = {n for c in _codes(function.__code__) for n in (*c.co_varnames, *c.co_cellvars)}
 
     def _parsed(self) -> ast.FunctionDef:
         function = self._function
@@ -326,7 +328,7 @@ class _Rewriter(ast.NodeTransformer):
     def _resolved(self, node: ast.expr) -> Any:
         """The object that a dotted name means, if it starts at a global name; else None."""
         if isinstance(node, ast.Name):
-            return None if node.id in self._function.__code__.co_varnames else self._scope.get(node.id)
+            return None if node.id in self._locals else self._scope.get(node.id)
         if isinstance(node, ast.Attribute):
             owner = self._resolved(node.value)
             return getattr(owner, node.attr, None) if isinstance(owner, (types.ModuleType, type)) else None

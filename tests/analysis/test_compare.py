@@ -79,6 +79,26 @@ def test_modes_and_hooks_are_as_before():
     assert not any(m._forward_hooks for m in (*model.modules(), *twin.modules()))
 
 
+def test_both_models_run_in_eval_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 8))
+    twin = copy.deepcopy(model)
+    qp.convert(twin)
+    (row,) = qp.compare(model, twin, DATA).rows
+    assert row.sqnr > 30  # with dropout on either side next to nothing is alike
+
+
+@pytest.mark.parametrize(("bias", "sqnr", "cosine"), [(0.0, math.inf, 1.0), (0.5, -math.inf, 0.0)])
+def test_of_outputs_that_are_all_zero_any_difference_is_everything(bias, sqnr, cosine):
+    model, twin = pair()
+    for layer in (model[0], twin[0]):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    nn.init.constant_(twin[0].bias, bias)
+    rows = {row.layer: row for row in qp.compare(model, twin, DATA).rows}
+    assert (rows["0"].sqnr, rows["0"].cosine) == (sqnr, cosine)
+
+
 def test_a_layer_that_gives_nan_is_the_worst_of_all():
     model, twin = pair()
     with torch.no_grad():

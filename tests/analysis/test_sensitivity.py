@@ -99,6 +99,13 @@ def test_results_of_other_settings_are_not_taken_for_these(change, model, tmp_pa
         qp.sensitivity(model, metric, resume=path)
 
 
+def test_results_of_the_other_mode_are_not_taken_for_this_ones(model, tmp_path):
+    path = tmp_path / "results.json"
+    qp.sensitivity(model, metric, resume=path)
+    with pytest.raises(ComparisonError, match="holds results of mode 'quantize_one', not 'float_one'"):
+        qp.sensitivity(model, metric, mode="float_one", resume=path)
+
+
 def test_results_of_another_model_are_not_taken_for_this_ones(model, tmp_path):
     path = tmp_path / "results.json"
     report = qp.sensitivity(model, metric, resume=path)

@@ -75,6 +75,18 @@ class Alias(nn.Module):
         return OTHER(x, y)
 
 
+class Shadowed(nn.Module):
+    """A local variable, seen by an inner function, with the name of a global operation."""
+
+    def forward(self, x, y):
+        OTHER = torch.sub
+
+        def inner(z):
+            return OTHER(z, y)
+
+        return OTHER(x, y) + inner(y)
+
+
 class Helper(nn.Module):
     def forward(self, x, y):
         return self._sum(y, x)

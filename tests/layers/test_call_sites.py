@@ -49,6 +49,13 @@ def test_every_spelling_of_a_sum_is_found_and_computes_as_before(float_class):
     assert torch.equal(layer(x, y), float_class()(x, y))
 
 
+def test_a_local_variable_is_not_taken_for_the_global_of_its_name():
+    layer = with_ranges(quantized(blocks.Shadowed, {torch.add: ("left", "right")})())
+    assert list(layer.quantizers()) == ["left_quantizer", "right_quantizer"]  # of the one sum, by +
+    x, y = torch.randn(4, 5), torch.randn(4, 5)
+    assert torch.equal(layer(x, y), layer.quantizer("left")(x - y) + layer.quantizer("right")(y - y))
+
+
 def test_operands_without_a_name_stay_float():
     layer = with_ranges(quantized(blocks.InPlace, {torch.add: (None, "skip")})())
     assert list(layer.quantizers()) == ["skip_quantizer"]

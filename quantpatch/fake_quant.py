@@ -24,15 +24,13 @@ from quantpatch.division import quotient
 from quantpatch.errors import DescriptorError, OperandError, RangeError
 from quantpatch.formats import Blocked, Integer, NumberFormat
 from quantpatch.kernels import operations as kernels
-from quantpatch.rounding.in_memory import round_trip_to_range
+from quantpatch.rounding.in_memory import Axis, round_trip_to_range
 from quantpatch.rounding.modes import is_in_memory, is_jit_traced
 from quantpatch.rounding.round_trip import round_trip
 from quantpatch.rounding.scales import block_views, divisor, rescale_, spread
 from quantpatch.sharded import beside, is_sharded
 
 __all__ = ["check_operand", "dequantize", "fake_quantize", "quantize", "reduce_amax"]
-
-Axis = int | tuple[int, ...] | None
 
 
 def fake_quantize(x: Tensor, amax: Tensor | None, format: NumberFormat, *, axis: Axis = None) -> Tensor:
@@ -76,7 +74,7 @@ def fake_quantize(x: Tensor, amax: Tensor | None, format: NumberFormat, *, axis:
         RangeError: ``amax`` does not fit ``x``, or ``axis`` does not exist.
     """
     check_operand(x)
-    if amax is not None and (rounded := round_trip_to_range(x, amax, format)) is not None:
+    if amax is not None and (rounded := round_trip_to_range(x, amax, format, axis)) is not None:
         return rounded
     if not isinstance(format, Blocked):
         range_, scale = _range_and_scale(x, amax, format, axis)

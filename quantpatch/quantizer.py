@@ -284,8 +284,10 @@ class TensorQuantizer(HeldRange):
             kept = self._kept
             if kept is not None and kept.is_of(x, amax, descriptor):
                 return kept.quantized
-        elif amax is not None and (rounded := round_trip_to_range(x, amax, self.format)) is not None:
-            return rounded
+        elif amax is not None:
+            rounded = round_trip_to_range(x, amax, self.format, descriptor.kept_axes)
+            if rounded is not None:
+                return rounded
         check_operand(x)
         if amax is not None and amax.device != x.device:  # a checkpoint loaded it before any tensor came
             # To the meta device it does not go along: it would be lost.

@@ -375,12 +375,17 @@ def quantizations(layer, monkeypatch):
     calls = []
     import quantpatch.quantizer as module
 
-    def counting(x, *args, **kwargs):
-        if x.shape == layer.weight.shape:
-            calls.append(1)
-        return fake_quantize(x, *args, **kwargs)
+    def counted(quantize):
+        def counting(x, *args, **kwargs):
+            result = quantize(x, *args, **kwargs)
+            if result is not None and x.shape == layer.weight.shape:
+                calls.append(1)
+            return result
 
-    monkeypatch.setattr(module, "fake_quantize", counting)
+        return counting
+
+    for name in ("fake_quantize", "round_trip_to_range"):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     forward(layer)
     monkeypatch.undo()
     return len(calls)

@@ -98,7 +98,7 @@ class Rounded(NamedTuple):
 def round_trip(
     x: Tensor,
     amax: Range | None,
-    scale: Range | None,
+    scale: Range,
     format: NumberFormat,
     dim: int | None,
     *,
@@ -106,11 +106,8 @@ def round_trip(
 ) -> Rounded | None:
     """As :func:`quantpatch.rounding.round_trip.round_trip`, without its gradient.
 
-    ``trains`` says that there will be one. Without a scale see :func:`round_to_range`.
+    ``trains`` says that there will be one.
     """
-    if scale is None:
-        assert isinstance(amax, Tensor)
-        return round_to_range(x, amax, format, trains=trains)
     element = element_of(format)
     grid = _grid(element)
     if grid is None or (kernels := _kernels(x)) is None:
@@ -151,35 +148,39 @@ def round_trip(
 
 
 def round_to_range(x: Tensor, amax: Tensor, format: NumberFormat, *, trains: bool = False) -> Rounded | None:
-    """:func:`round_trip` by a range of one number, whose scale follows from it.
+    """:func:`round_trip` by ranges that were found before, whose scales follow from them.
 
     What quantizers mostly do, in as few calls and with as little memory touched as can be: after a matrix
     product nothing of the interpreter is left in a core's caches, and each step takes ten times as long.
 
     Args:
         x: As in :func:`round_trip`.
-        amax: float32, one element, in main memory.
+        amax: float32, in main memory: 0-dim, or of ``x``'s dimensions with 1 where an axis shares a range.
         format: Not in blocks.
         trains: As in :func:`round_trip`.
     """
     grid = _grid(format)
     if grid is None or (kernels := _kernels(x)) is None:
         return None
-    kernel, below = kernels["round_to_range"], format.lower_end
+    size = x.numel()
+    if amax.dim():
+        runs, _, repeat = runs_of(x.shape, amax.shape, None, 0)
+        if repeat > 1 or runs.scales != amax.numel() or not (x.is_contiguous() and amax.is_contiguous()):
+            return None
+    else:
+        runs = flat(size)
     if trains:
         out = buffers.like(x)
     else:
         buffers.forget(x)
         out = torch.empty_like(x)
-    size, at_x, at_out, at_amax = x.numel(), x.data_ptr(), out.data_ptr(), amax.data_ptr()
-    if not is_shared_out(size):
-        return Rounded(out, kernel(at_x, at_out, size, at_amax, below, *grid))
+    kernel, at_x, at_out, step = kernels["round_to_range"], x.data_ptr(), out.data_ptr(), x.element_size()
+    numbers = amax.data_ptr(), *runs, format.lower_end, *grid
 
     def part(start: int, n: int) -> Any:
-        offset = start * x.element_size()
-        return kernel(at_x + offset, at_out + offset, n, at_amax, below, *grid)
+        return kernel(at_x + start * step, at_out + start * step, start, n, *numbers)
 
-    return Rounded(out, any(for_parts(size, part)))
+    return Rounded(out, any(for_parts(size, part)) if is_shared_out(size) else part(0, size))
 
 
 def mark(x: Tensor, amax: Range | None, format: NumberFormat, dim: int | None) -> Tensor:

@@ -25,9 +25,11 @@ from quantpatch.rounding.outside import Outside, find, zero_outside
 from quantpatch.rounding.pieces import pieces
 from quantpatch.rounding.scales import block_views, divisor, rescale_, spread
 
-__all__ = ["forward_in_memory", "round_trip_in_memory"]
+__all__ = ["Axis", "forward_in_memory", "round_trip_in_memory", "round_trip_to_range"]
 
 Range = Tensor | float
+#: The axes that are kept, each index along them with a range of its own.
+Axis = int | tuple[int, ...] | None
 
 # Elements worked on at a time: 4 MiB of float32, which stay in the cache from one operation to the next.
 # Smaller pieces cost more in calls than they win, up to _WHOLE even these do.
@@ -51,8 +53,8 @@ def round_trip_in_memory(
     return forward_in_memory(x, amax, scale, format, dim)
 
 
-def round_trip_to_range(x: Tensor, amax: Tensor, format: NumberFormat) -> Tensor | None:
-    """The same by a range of one number, whose scale follows from it; None if this is something else.
+def round_trip_to_range(x: Tensor, amax: Tensor, format: NumberFormat, axis: Axis) -> Tensor | None:
+    """The same by ranges that were found before, whose scales follow from them; None if that is not all.
 
     What quantizers mostly do, so in few steps: after a matrix product nothing of the interpreter is left in
     a core's caches, and each function and object that is touched takes some ten times as long.
@@ -61,11 +63,11 @@ def round_trip_to_range(x: Tensor, amax: Tensor, format: NumberFormat) -> Tensor
         x: Anything.
         amax: Any range.
         format: Any format.
+        axis: The axes that are kept.
     """
     if (
         not isinstance(x, Tensor)
         or type(amax) is not Tensor
-        or amax.dim()
         or not amax.is_cpu
         or amax.dtype is not torch.float32
         or amax.requires_grad
@@ -73,6 +75,7 @@ def round_trip_to_range(x: Tensor, amax: Tensor, format: NumberFormat) -> Tensor
         or not x.is_floating_point()
         or not is_in_memory(x)
         or forward_ad._current_level >= 0
+        or (amax.dim() and not _fits(amax.shape, x.shape, axis))
     ):
         return None
     if x.requires_grad and torch.is_grad_enabled():
@@ -80,7 +83,18 @@ def round_trip_to_range(x: Tensor, amax: Tensor, format: NumberFormat) -> Tensor
     rounded = kernels.round_to_range(x, amax, format)
     if rounded is not None:
         return rounded.values
-    return forward_in_memory(x, *_range_and_scale(amax, format), format, None)
+    return forward_in_memory(x, *_range_and_scale(amax, None, format), format, None)
+
+
+@lru_cache(maxsize=1024)
+def _fits(ranges: tuple[int, ...], shape: tuple[int, ...], axis: Axis) -> bool:
+    """Whether there is one range for each index along the axes that are kept, or for all of an axis."""
+    count = len(shape)
+    axes = range(count) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    if len(ranges) != count or any(not -count <= a < count for a in axes):
+        return False
+    kept = {a % count for a in axes}
+    return all(m == 1 or (m == n and d in kept) for d, (m, n) in enumerate(zip(ranges, shape, strict=True)))
 
 
 class _StraightThrough(Function):
@@ -91,14 +105,18 @@ class _StraightThrough(Function):
         ctx: Any, x: Tensor, amax: Range | None, scale: Range | None, format: NumberFormat, dim: int | None
     ) -> Tensor:
         ctx.order = order = None if x.is_contiguous() else memory_order(x)
-        rounded = kernels.round_trip(x, amax, scale, format, dim, trains=True)
+        rounded = None
+        if scale is None:
+            assert isinstance(amax, Tensor)
+            rounded = kernels.round_to_range(x, amax, format, trains=True)
+        if rounded is None:
+            amax, scale = _range_and_scale(amax, scale, format)
+            rounded = kernels.round_trip(x, amax, scale, format, dim, trains=True)
         if rounded is not None:
             outside = Outside(marks=kernels.mark(x, amax, format, dim)) if rounded.is_hit else Outside()
             result = rounded.values
         else:
-            if scale is None:
-                assert isinstance(amax, Tensor)
-                amax, scale = _range_and_scale(amax, format)
+            assert scale is not None
             outside = _outside(x, amax, format, dim, order)
             result = forward_in_memory(x, amax, scale, format, dim, all_inside=outside.is_nothing)
         ctx.all_inside = outside.is_nothing
@@ -122,8 +140,15 @@ class _StraightThrough(Function):
 _apply: Callable[..., Tensor] = super(Function, _StraightThrough).apply
 
 
-def _range_and_scale(amax: Tensor, format: NumberFormat) -> tuple[float, float]:
-    """A range of one number and its scale, as numbers."""
+def _range_and_scale(
+    amax: Range | None, scale: Range | None, format: NumberFormat
+) -> tuple[Range | None, Range]:
+    """A range and its scale, as numbers if it is one; a scale that is not given follows from the range."""
+    if scale is not None:
+        return amax, scale
+    assert isinstance(amax, Tensor)
+    if amax.dim():
+        return amax, amax / format.max
     end = amax.item()
     scale = float32(end / format.max)
     if 0.0 < scale < _SMALLEST_NORMAL:  # which tensors may have flushed to 0

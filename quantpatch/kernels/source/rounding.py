@@ -130,13 +130,23 @@ def round_flat(x_, out_, size, scale, low, high, lowest, highest, mantissa_bits,
     return _run(x, out, scale, low, high, (lowest, highest, np.int32(mantissa_bits), np.int32(smallest)))
 
 
-@register(LONG, ELEMENTS, ELEMENTS, LONG, FLOATS, FLOAT, FLOAT, FLOAT, LONG, LONG)
-def round_to_range(x_, out_, size, amax_, lower_end, lowest, highest, mantissa_bits, smallest):
-    x, out, high = carray(x_, size), carray(out_, size), carray(amax_, 1)[0]
-    scale, low = high / highest, bottom(high, lower_end)
+@register(
+    LONG, ELEMENTS, ELEMENTS, LONG, LONG, FLOATS, LONG, LONG, LONG, LONG, FLOAT, FLOAT, FLOAT, LONG, LONG
+)
+def round_to_range(
+    x_, out_, start, size, amax_, count, length, block, width, lower_end, lowest, highest, mantissa_bits,
+    smallest,
+):  # fmt: skip
+    x, out, amax = carray(x_, size), carray(out_, size), carray(amax_, count)
+    scales = amax / highest
     if mantissa_bits < 0:
-        return _run(x, out, scale, low, high, (lowest, highest))
-    return _run(x, out, scale, low, high, (lowest, highest, np.int32(mantissa_bits), np.int32(smallest)))
+        return _several(
+            x, out, scales, amax, 1, lower_end, start, length, block, width, (lowest, highest)
+        )  # fmt: skip
+    return _several(
+        x, out, scales, amax, 1, lower_end, start, length, block, width,
+        (lowest, highest, np.int32(mantissa_bits), np.int32(smallest)),
+    )  # fmt: skip
 
 
 @register(

@@ -162,20 +162,19 @@ def round_to_range(x: Tensor, amax: Tensor, format: NumberFormat, *, trains: boo
     grid = _grid(format)
     if grid is None or (kernels := _kernels(x)) is None:
         return None
-    size = x.numel()
+    size, runs, ranges = x.numel(), flat(x.numel()), amax
     if amax.dim():
-        runs, _, repeat = runs_of(x.shape, amax.shape, None, 0)
-        if repeat > 1 or runs.scales != amax.numel() or not (x.is_contiguous() and amax.is_contiguous()):
-            return None
-    else:
-        runs = flat(size)
+        layout = layout_of(x, amax.shape, None, 0)
+        runs = layout.runs
+        if layout.order or runs.scales != amax.numel() or not amax.is_contiguous():
+            ranges = layout.spread(amax)
     if trains:
         out = buffers.like(x)
     else:
         buffers.forget(x)
         out = torch.empty_like(x)
     kernel, at_x, at_out, step = kernels["round_to_range"], x.data_ptr(), out.data_ptr(), x.element_size()
-    numbers = amax.data_ptr(), *runs, format.lower_end, *grid
+    numbers = ranges.data_ptr(), *runs, format.lower_end, *grid
 
     def part(start: int, n: int) -> Any:
         return kernel(at_x + start * step, at_out + start * step, start, n, *numbers)

@@ -105,18 +105,16 @@ class _StraightThrough(Function):
         ctx: Any, x: Tensor, amax: Range | None, scale: Range | None, format: NumberFormat, dim: int | None
     ) -> Tensor:
         ctx.order = order = None if x.is_contiguous() else memory_order(x)
-        rounded = None
         if scale is None:
             assert isinstance(amax, Tensor)
             rounded = kernels.round_to_range(x, amax, format, trains=True)
-        if rounded is None:
-            amax, scale = _range_and_scale(amax, scale, format)
+        else:
             rounded = kernels.round_trip(x, amax, scale, format, dim, trains=True)
         if rounded is not None:
             outside = Outside(marks=kernels.mark(x, amax, format, dim)) if rounded.is_hit else Outside()
             result = rounded.values
         else:
-            assert scale is not None
+            amax, scale = _range_and_scale(amax, scale, format)
             outside = _outside(x, amax, format, dim, order)
             result = forward_in_memory(x, amax, scale, format, dim, all_inside=outside.is_nothing)
         ctx.all_inside = outside.is_nothing

@@ -98,7 +98,7 @@ class _Inverted(nn.Module):
 
 
 def mobilenet() -> nn.Module:
-    """MobileNetV3-small (arXiv 1905.02244, table 2) for 100 classes."""
+    """MobileNetV3-small (arXiv 1905.02244, table 2) for ten digits."""
     rows = (
         (16, 16, 16, 3, 2, True, False),
         (16, 72, 24, 3, 2, False, False),
@@ -124,10 +124,9 @@ def mobilenet() -> nn.Module:
         nn.Flatten(),
         nn.Linear(576, 1024),
         nn.Hardswish(),
-        nn.Linear(1024, 100),
+        nn.Linear(1024, 10),
     )
-    # As torchvision's: by torch's own initialization activations shrink from layer to layer, down to where a
-    # bias has billions of steps.
+    # As torchvision's: by torch's own initialization activations shrink from layer to layer.
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out")

@@ -23,6 +23,7 @@ from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.placed import placed_in, take_out
 from quantpatch.layers.subclass import combine, why_float
 from quantpatch.outcome import Outcome, Replaced, Skipped
+from quantpatch.quantizer import allow_fast_paths
 from quantpatch.recipes import DEFAULT_RECIPE
 from quantpatch.registry import registry
 from quantpatch.running import demand_model
@@ -179,6 +180,7 @@ def _convert_layer(step: _Step, recipe: Recipe) -> None:
 
 def _unconvert(layer: Any, cls: type, children: tuple[str, ...]) -> None:
     change_class(layer, cls)
+    allow_fast_paths(layer)
     for name in [name for name in layer._modules if name not in children]:
         del layer._modules[name]
 

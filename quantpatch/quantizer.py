@@ -37,6 +37,7 @@ from quantpatch.sharded import gathers_weights
 __all__ = [
     "PARALLELIZE_FIRST",
     "TensorQuantizer",
+    "allow_fast_paths",
     "in_float",
     "named_quantizers",
     "outside_of",
@@ -65,6 +66,11 @@ def refuse_fast_paths(module: nn.Module) -> None:
     unless a module in there has a hook.
     """
     module.__dict__["_forward_pre_hooks"]["quantpatch"] = _look_here
+
+
+def allow_fast_paths(module: nn.Module) -> None:
+    """Undoes :func:`refuse_fast_paths`."""
+    module.__dict__["_forward_pre_hooks"].pop("quantpatch", None)
 
 
 class TensorQuantizer(HeldRange):

@@ -27,7 +27,7 @@ from quantpatch.held_range import RANGE_KEY
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.placed import can_hold, placed_in, quantize_output_of, take_out
 from quantpatch.layers.subclass import combine, replacement_of
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.quantizer import TensorQuantizer, allow_fast_paths, refuse_fast_paths
 from quantpatch.registry import registry
 
 __all__ = ["StructurePlan", "device_near"]
@@ -216,6 +216,7 @@ class StructurePlan:
                 for own in layer.quantizers():
                     del self._modules[name]._modules[own]
             change_class(layer, cls)
+            (refuse_fast_paths if issubclass(cls, QuantizedLayer) else allow_fast_paths)(layer)
         for name, module in placed_in(self.model).items():
             if f"{name}.{quantizer_name('output')}" not in (*self._quantizers, *self._aliases):
                 take_out(module)

@@ -261,6 +261,7 @@ def test_no_fast_path_passes_by_a_quantizer(kind, skip):
     with qp.quantize_modules(skip=skip):
         layer = encoder_layer(kind)
     x = torch.randn(3, 5, 8)
+    assert "aten::_transformer_encoder_layer_fwd" not in operators(layer, x)
     reached = set()
     for name, quantizer in layer.named_modules():
         if isinstance(quantizer, TensorQuantizer):
@@ -270,6 +271,31 @@ def test_no_fast_path_passes_by_a_quantizer(kind, skip):
     assert any("in_proj_weight" in name for name in reached) == ("MultiheadAttention" not in skip)
     if not skip:
         assert not operators(layer, x) & FAST
+
+
+class HoldsQuantizer(nn.Linear):
+    """A layer of the user's own, which no base class tells torch of."""
+
+    def __init__(self):
+        super().__init__(16, 8)
+        self.quantizer = TensorQuantizer()
+
+    def forward(self, x):
+        return super().forward(self.quantizer(x))
+
+
+def test_no_fast_path_passes_by_a_quantizer_in_somebodys_own_layer():
+    layer = encoder_layer()
+    layer.linear2 = HoldsQuantizer()
+    assert not operators(layer, torch.randn(3, 5, 8)) & {"aten::_transformer_encoder_layer_fwd"}
+
+
+def test_a_reverted_model_takes_the_fast_path_again():
+    layer = encoder_layer()
+    qp.convert(layer)
+    qp.revert(layer)
+    assert operators(layer, torch.randn(3, 5, 8)) & FAST
+    assert not any(module._forward_pre_hooks for module in layer.modules())
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -43,7 +43,7 @@ def fit_zero_points(
     *,
     least_gain: float = LEAST_GAIN,
     group: dist.ProcessGroup | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Mapping[str, int]:
     """Gives zero points to signed ranges of activations, where data needs less on one side of 0.
 

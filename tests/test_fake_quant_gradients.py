@@ -357,6 +357,25 @@ def test_where_a_range_is_learned_gradients_of_gradients_and_batched_ones_are_th
     close((twice[0] * upstream[1]).sum(), elsewhere)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_learned_ranges_gradients_are_the_same_in_pieces_as_of_the_whole(monkeypatch, layout, axis, dtype):
+    monkeypatch.setattr("quantpatch.rounding.lsq._PIECE", 50)
+    torch.manual_seed(0)
+    x = laid_out(torch.randn(4, 6, 9, 8, dtype=dtype), layout).requires_grad_()
+    amax = (0.5 * reduce_amax(x, axis)).requires_grad_()
+    y, upstream = (
+        fake_quantize(x, amax, INT8, axis=axis),
+        torch.randn(8, 9, 6, 4, dtype=dtype).permute(3, 2, 1, 0),
+    )
+    in_pieces = torch.autograd.grad(y, (x, amax), upstream, retain_graph=True)
+    whole = torch.autograd.grad(y, (x, amax), upstream, create_graph=True)  # where operations are recorded
+    assert torch.equal(in_pieces[0], whole[0])
+    assert in_pieces[1].dtype == whole[1].dtype
+    torch.testing.assert_close(in_pieces[1], whole[1], rtol=1e-4, atol=1e-3)
+
+
 def test_a_part_seen_by_a_mode_may_be_computed_again_without_it():
     x = torch.randn(40, 40, requires_grad=True)
     with FlopCounterMode(display=False):

@@ -11,9 +11,12 @@ from quantpatch.division import quotient
 from quantpatch.formats import NumberFormat, element_of
 from quantpatch.kernels import operations as kernels
 from quantpatch.rounding.modes import is_in_memory, is_plain_gradient
+from quantpatch.rounding.pieces import pieces
 from quantpatch.rounding.scales import block_views, divisor, spread
 
 __all__ = ["divided_by", "lsq_gradients", "lsq_slopes"]
+
+_PIECE = 2**18  # elements, so that what is computed of them stays in a core's cache
 
 
 def lsq_gradients(
@@ -24,6 +27,8 @@ def lsq_gradients(
         found = kernels.lsq(grad, x, scale, format, dim)
         if found is not None:
             return found[0], found[1].div_(divided_by(x, amax, format)).float()
+        if dim is None or scale.numel() == 1:
+            return _in_pieces(grad, x, amax, scale, format)
     outside, slope = lsq_slopes(x, scale, format, dim)
     slope = slope * grad
     if dim is not None and format.block_size is not None and amax.dim() and amax.shape[dim] > 1:
@@ -32,6 +37,19 @@ def lsq_gradients(
     grad_amax = slope.sum_to_size(amax.shape) / divided_by(x, amax, format)
     del slope  # before the next is allocated
     return grad.masked_fill(outside, 0.0), grad_amax
+
+
+def _in_pieces(
+    grad: Tensor, x: Tensor, amax: Tensor, scale: Tensor, format: NumberFormat
+) -> tuple[Tensor, Tensor]:
+    """The same where nothing but the gradient to ``x`` need be as large as that."""
+    out = torch.empty_like(x)
+    sums = torch.zeros(scale.shape, dtype=torch.float64, device="cpu")
+    for source, upstream, target, factor, total in pieces(_PIECE, x, grad, out, scale, sums):
+        outside, slope = lsq_slopes(source, factor, format, None)
+        total.add_((slope * upstream).sum_to_size(total.shape))
+        target.copy_(upstream).masked_fill_(outside, 0.0)
+    return out, sums.div_(divided_by(x, amax, format)).float().reshape(amax.shape)
 
 
 def lsq_slopes(x: Tensor, scale: Tensor, format: NumberFormat, dim: int | None) -> tuple[Tensor, Tensor]:

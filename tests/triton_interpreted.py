@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 from quantpatch import fake_quant
 from quantpatch.fake_quant import fake_quantize
 from quantpatch.formats import BUILTIN_FORMATS, affine_format
-from quantpatch.rounding import modes, round_trip
+from quantpatch.rounding import in_memory, modes, round_trip
 from quantpatch.rounding.triton_kernel import fake_quantize_fused, fused_round_trip
 
 INTEGERS = ("int8", "int8_narrow", "uint8", "uint8_z37", "uint8_z254", "int4", "uint3", "uint3_z5", "int2")
@@ -74,8 +74,8 @@ def both(x, amax, name, axis=None):
     for kernel in (None, fake_quantize_fused):
         round_trip.fused_kernel = lambda _, kernel=kernel: kernel
         # The kernel's tensors are on the CPU here, but are not to go the CPU's way.
-        in_memory = modes.is_in_memory if kernel is None else lambda _: False
-        fake_quant.is_in_memory = round_trip.is_in_memory = in_memory
+        plain = modes.is_in_memory if kernel is None else lambda _: False
+        fake_quant.is_in_memory = round_trip.is_in_memory = in_memory.is_in_memory = plain
         leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         y = fake_quantize(leaf, amax, format_of(name), axis=axis)
         if kernel is not None and type(y.grad_fn).__name__ in (

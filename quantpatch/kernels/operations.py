@@ -141,7 +141,7 @@ def round_trip(
     def several(start: int, n: int) -> Any:
         return kernels["round_runs"](
             at_x + start * size, at_out + start * size, start, n, scales.data_ptr(), ranges.data_ptr(), step,
-            *runs, lower_end, *grid,
+            False, *runs, lower_end, *grid,
         )  # fmt: skip
 
     return Rounded(out, any(for_parts(x.numel(), several)))
@@ -173,8 +173,8 @@ def round_to_range(x: Tensor, amax: Tensor, format: NumberFormat, *, trains: boo
     else:
         buffers.forget(x)
         out = torch.empty_like(x)
-    kernel, at_x, at_out, step = kernels["round_to_range"], x.data_ptr(), out.data_ptr(), x.element_size()
-    numbers = ranges.data_ptr(), *runs, format.lower_end, *grid
+    kernel, at_x, at_out, step = kernels["round_runs"], x.data_ptr(), out.data_ptr(), x.element_size()
+    numbers = ranges.data_ptr(), ranges.data_ptr(), 1, True, *runs, format.lower_end, *grid
 
     def part(start: int, n: int) -> Any:
         return kernel(at_x + start * step, at_out + start * step, start, n, *numbers)

@@ -131,34 +131,17 @@ def round_flat(x_, out_, size, scale, low, high, lowest, highest, mantissa_bits,
 
 
 @register(
-    LONG, ELEMENTS, ELEMENTS, LONG, LONG, FLOATS, LONG, LONG, LONG, LONG, FLOAT, FLOAT, FLOAT, LONG, LONG
-)
-def round_to_range(
-    x_, out_, start, size, amax_, count, length, block, width, lower_end, lowest, highest, mantissa_bits,
-    smallest,
-):  # fmt: skip
-    x, out, amax = carray(x_, size), carray(out_, size), carray(amax_, count)
-    scales = amax / highest
-    if mantissa_bits < 0:
-        return _several(
-            x, out, scales, amax, 1, lower_end, start, length, block, width, (lowest, highest)
-        )  # fmt: skip
-    return _several(
-        x, out, scales, amax, 1, lower_end, start, length, block, width,
-        (lowest, highest, np.int32(mantissa_bits), np.int32(smallest)),
-    )  # fmt: skip
-
-
-@register(
-    LONG, ELEMENTS, ELEMENTS, LONG, LONG, FLOATS, FLOATS, LONG, LONG, LONG, LONG, LONG, FLOAT, FLOAT, FLOAT,
-    LONG, LONG,
+    LONG, ELEMENTS, ELEMENTS, LONG, LONG, FLOATS, FLOATS, LONG, LONG, LONG, LONG, LONG, LONG, FLOAT, FLOAT,
+    FLOAT, LONG, LONG,
 )  # fmt: skip
 def round_runs(
-    x_, out_, start, size, scales_, amax_, step, count, length, block, width, lower_end, lowest, highest,
-    mantissa_bits, smallest,
+    x_, out_, start, size, scales_, amax_, step, follows, count, length, block, width, lower_end, lowest,
+    highest, mantissa_bits, smallest,
 ):  # fmt: skip
-    x, out, scales = carray(x_, size), carray(out_, size), carray(scales_, count)
+    """``follows`` says that the scales are not given, but follow from the ranges."""
+    x, out = carray(x_, size), carray(out_, size)
     amax = carray(amax_, (count - 1) * step + 1)
+    scales = amax / highest if follows else carray(scales_, count)
     if mantissa_bits < 0:
         return _several(
             x, out, scales, amax, step, lower_end, start, length, block, width, (lowest, highest)

@@ -19,11 +19,11 @@ from quantpatch.configure import apply_rules
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import EntryLike
 from quantpatch.errors import ConversionError
+from quantpatch.fast_paths import allow_fast_paths
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.placed import placed_in, take_out
 from quantpatch.layers.subclass import combine, why_float
 from quantpatch.outcome import Outcome, Replaced, Skipped
-from quantpatch.quantizer import allow_fast_paths
 from quantpatch.recipes import DEFAULT_RECIPE
 from quantpatch.registry import registry
 from quantpatch.running import demand_model

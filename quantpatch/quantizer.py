@@ -24,6 +24,7 @@ from quantpatch.calibrators import Calibrator
 from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import CalibrationError, DescriptorError, ExportError, OperandError, RangeError
 from quantpatch.fake_quant import check_operand, fake_quantize
+from quantpatch.fast_paths import refuse_fast_paths
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.held_range import HeldRange
 from quantpatch.kept_weight import KeptWeight, Snapshot
@@ -37,11 +38,9 @@ from quantpatch.sharded import gathers_weights
 __all__ = [
     "PARALLELIZE_FIRST",
     "TensorQuantizer",
-    "allow_fast_paths",
     "in_float",
     "named_quantizers",
     "outside_of",
-    "refuse_fast_paths",
 ]
 
 T = TypeVar("T")
@@ -55,24 +54,6 @@ PARALLELIZE_FIRST = (
 _DEFAULT = QuantDescriptor()
 
 
-def _look_here(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A forward pre-hook that does nothing."""
-
-
-def refuse_fast_paths(module: nn.Module) -> None:
-    """Makes sure that no quantizer inside a module is passed over.
-
-    torch's C++ fast paths for transformers read the weights of the layers inside and call none of them,
-    unless a module in there has a hook.
-    """
-    module.__dict__["_forward_pre_hooks"]["quantpatch"] = _look_here
-
-
-def allow_fast_paths(module: nn.Module) -> None:
-    """Undoes :func:`refuse_fast_paths`."""
-    module.__dict__["_forward_pre_hooks"].pop("quantpatch", None)
-
-
 class TensorQuantizer(HeldRange):
     """Fake-quantizes the tensors that pass through it.
 
@@ -82,7 +63,8 @@ class TensorQuantizer(HeldRange):
 
     Args:
         descriptor: How to quantize; default: 8-bit signed integers, one range for the tensor.
-        in_layer: Whether the module it is for calls :func:`refuse_fast_paths` for all of its quantizers.
+        in_layer: Whether the module it is for calls
+            :func:`quantpatch.fast_paths.refuse_fast_paths` for all of its quantizers.
 
     Raises:
         DescriptorError: It is no descriptor.

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ __all__ = [
     "run_batch",
     "run_over",
     "uncompiled",
-    "without_fast_paths",
 ]
 
 
@@ -90,20 +88,6 @@ def explaining_devices(model: nn.Module, inputs: Any) -> Iterator[None]:
             f"{' and '.join(inputs_on)}: move them with .to({model_on[0]!r}) first ({error})",
             devices=(" ".join(inputs_on), " ".join(model_on)),
         ) from error
-
-
-@contextlib.contextmanager
-def without_fast_paths() -> Iterator[None]:
-    """A block in which transformer layers of torch run as written, and hand each other no nested tensors.
-
-    It is a setting of the process.
-    """
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def as_batches(data: Any) -> Iterable[Any]:

@@ -10,7 +10,7 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.errors import InputError
-from quantpatch.running import as_batches, uncompiled, without_fast_paths
+from quantpatch.running import as_batches, uncompiled
 
 X = torch.randn(2, 4)
 
@@ -74,10 +74,3 @@ def test_what_torch_compile_wraps_is_found():
     model = float_model()
     assert uncompiled(model) is model
     assert uncompiled(torch.compile(model)) is model
-
-
-def test_fast_paths_are_on_again_after_an_error():
-    with pytest.raises(KeyError), without_fast_paths():
-        assert not torch.backends.mha.get_fastpath_enabled()
-        raise KeyError
-    assert torch.backends.mha.get_fastpath_enabled()

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from quantpatch.errors import ComparisonError
+from quantpatch.fast_paths import without_fast_paths
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.report.render import as_text
-from quantpatch.running import as_batches, demand_model, evaluating, run_batch, without_fast_paths
+from quantpatch.running import as_batches, demand_model, evaluating, run_batch
 
 __all__ = ["ComparisonReport", "ComparisonRow", "compare"]
 

@@ -22,12 +22,13 @@ from quantpatch.export.description import (
     find_class,
     missing_plugins,
 )
+from quantpatch.fast_paths import allow_fast_paths, refuse_fast_paths
 from quantpatch.formats import NumberFormat
 from quantpatch.held_range import RANGE_KEY
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.placed import can_hold, placed_in, quantize_output_of, take_out
 from quantpatch.layers.subclass import combine, replacement_of
-from quantpatch.quantizer import TensorQuantizer, allow_fast_paths, refuse_fast_paths
+from quantpatch.quantizer import TensorQuantizer
 from quantpatch.registry import registry
 
 __all__ = ["StructurePlan", "device_near"]

@@ -18,10 +18,11 @@ from torch import nn
 
 from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.errors import ConversionError, LayerError
+from quantpatch.fast_paths import refuse_fast_paths
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.layers.call_sites import Operations, rewrite
 from quantpatch.layers.stand_ins import with_stand_ins
-from quantpatch.quantizer import PARALLELIZE_FIRST, TensorQuantizer, refuse_fast_paths
+from quantpatch.quantizer import PARALLELIZE_FIRST, TensorQuantizer
 from quantpatch.recipes import active_recipe
 
 __all__ = [

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from quantpatch.fast_paths import without_fast_paths
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.running import without_fast_paths
 from quantpatch.testing.checks import check, demand_close, demand_equal
 from quantpatch.testing.subject import (
     Broken,

@@ -15,9 +15,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from quantpatch.errors import ConversionError
+from quantpatch.fast_paths import without_fast_paths
 from quantpatch.models import convert, revert
 from quantpatch.quantizer import named_quantizers
-from quantpatch.running import without_fast_paths
 from quantpatch.scope import quantize_modules
 from quantpatch.testing.checks import check, demand_close, demand_equal, or_float_neither
 from quantpatch.testing.subject import (

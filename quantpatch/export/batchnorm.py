@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from quantpatch.errors import ExportError
 from quantpatch.export.dataflow import BATCHNORM, Dataflow, dataflow
+from quantpatch.held_range import RANGE_KEY
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.running import demand_model
 
@@ -230,8 +231,12 @@ def _fold(layer: Any, norm: Any) -> None:
             layer.bias.copy_(bias)
         quantizer = layer.quantizer("weight") if isinstance(layer, QuantizedLayer) else None
         if quantizer is not None and quantizer.amax is not None:
-            amax = quantizer.amax
-            amax.copy_((amax.double() * factor.abs().reshape(amax.shape)).float())
+            quantizer.amax.copy_(_scaled(quantizer.amax, factor))
+
+
+def _scaled(amax: Tensor, factor: Tensor) -> Tensor:
+    """The range of weights, one for each channel, that are multiplied by a factor."""
+    return (amax.detach().double() * factor.abs().reshape(amax.shape)).float()
 
 
 @torch.no_grad()
@@ -286,9 +291,14 @@ class _FoldsCheckpoints:
         layer, norm = f"{prefix}{self.layer}.", f"{prefix}{self.norm}."
         if f"{layer}weight" not in state or not {f"{norm}running_mean", f"{norm}running_var"} <= state.keys():
             return
+        own_layer: Any = module.get_submodule(self.layer)
+        range_key = f"{layer}weight_quantizer.{RANGE_KEY}"
+        amax = state.get(range_key)
+        if amax is not None and not _is_per_channel(amax, own_layer, _axis(own_layer)):
+            return  # it would be that of other weights
         own = {key: state.pop(f"{norm}{key}", None) for key in _KEYS}
-        weight, bias, _ = _folded(
-            module.get_submodule(self.layer),
+        weight, bias, factor = _folded(
+            own_layer,
             self.eps,
             state[f"{layer}weight"],
             state.get(f"{layer}bias"),
@@ -298,6 +308,8 @@ class _FoldsCheckpoints:
             own["bias"],
         )
         state.update({f"{layer}weight": weight, f"{layer}bias": bias})
+        if amax is not None:
+            state[range_key] = _scaled(amax, factor)
 
 
 _KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

@@ -98,6 +98,29 @@ def test_a_checkpoint_is_folded_also_by_a_copy_within_another_model_and_of_a_par
         model.load_state_dict(state)
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_ranges_from_before_are_scaled_as_they_are_loaded_or_else_refused(per_channel: bool) -> None:
+    recipe = qp.Recipe(name="r", weight=qp.QuantDescriptor(axis="channel" if per_channel else None))
+    x = torch.randn(2, 3, 6, 6)
+    models = []
+    for fold in (False, True):
+        with qp.quantize_modules(recipe=recipe):
+            models.append(lively(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))))
+        if fold:
+            fold_batchnorm(models[-1])
+        qp.calibrate(models[-1], [x], progress=False)
+    before, folded = models
+    with torch.no_grad():
+        before[0].weight_quantizer.amax.mul_(0.5)
+    if not per_channel:
+        with pytest.raises(RuntimeError, match=r"1\.running_mean"):
+            folded.load_state_dict(before.state_dict())
+        return
+    folded.load_state_dict(before.state_dict())
+    fold_batchnorm(before)
+    assert all(torch.equal(v, folded.state_dict()[k]) for k, v in before.state_dict().items())
+
+
 def test_known_ranges_are_scaled_with_the_weights() -> None:
     with qp.quantize_modules():
         model = lively(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))

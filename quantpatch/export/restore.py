@@ -15,6 +15,13 @@ from quantpatch.quantizer import named_quantizers, outside_of
 
 __all__ = ["Plan"]
 
+# A tensor of every batch norm that can be folded.
+_STATISTICS = ".running_var"
+_FOLD_FIRST = (
+    "if batch norm was folded before the model was saved, write qp.fold_batchnorm(model) before loading"
+)
+_FOLD_AFTERWARDS = "if batch norm of the model was folded, load into one where it was not, and fold that"
+
 
 class Plan(StructurePlan):
     """Loading a file's content into a model: its layers and quantizers, and its weights.
@@ -57,6 +64,10 @@ class Plan(StructurePlan):
             self.problems.append(
                 f"the model has no {', '.join(unexpected[:8])}{' …' * (len(unexpected) > 8)}"
             )
+        for keys, advice in ((missing, _FOLD_FIRST), (unexpected, _FOLD_AFTERWARDS)):
+            norms = [key.removesuffix(_STATISTICS) for key in keys if key.endswith(_STATISTICS)]
+            if norms:
+                self.problems.append(f"{', '.join(norms[:8])}{' …' * (len(norms) > 8)}: {advice}")
         for key, value in wanted.items():
             if key in given and given[key].shape != value.shape:
                 self.problems.append(

@@ -450,6 +450,20 @@ def test_another_architecture(tmp_path: Path) -> None:
     assert_untouched(model, before)
 
 
+def test_batch_norm_that_is_folded_on_one_side_alone_is_told_of(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)).eval()
+
+    plain, folded = build(), build()
+    qp.fold_batchnorm(folded)
+    save(folded, tmp_path / "folded.safetensors")
+    save(plain, tmp_path / "plain.safetensors")
+    with pytest.raises(CheckpointError, match=r"1: if batch norm was folded .* write qp\.fold_batchnorm"):
+        load(tmp_path / "folded.safetensors", plain)
+    with pytest.raises(CheckpointError, match="1: if batch norm of the model was folded, load into one"):
+        load(tmp_path / "plain.safetensors", folded)
+
+
 def test_load_takes_one_of_model_and_build(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not both"):
         load(tmp_path / "m.safetensors")

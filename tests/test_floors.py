@@ -27,6 +27,7 @@ FLOORS = [
         "lazy_imports",
         "hookspecs",
         "running",
+        "fast_paths",
         "kept_weight",
         "fx_leaf",
         "classes",

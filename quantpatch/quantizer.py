@@ -341,7 +341,8 @@ class TensorQuantizer(HeldRange):
         # What is kept is for speed; copies and files start without.
         state = {**self.__dict__, "_kept": None}
         state.pop("_compared", None)
-        return state
+        # A copy made inside of ``in_float`` (of averaged weights, say) would never be told of its end.
+        return {**state, **state.pop("_outside", {})}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -395,16 +396,24 @@ def named_quantizers(model: nn.Module, *, every_name: bool = False) -> dict[str,
 
 @contextlib.contextmanager
 def in_float(model: nn.Module) -> Iterator[None]:
-    """A block in which no quantizer of a model quantizes; afterwards each is at the stage it was at."""
-    stages = [(q, q.calibrating, q.quantizing, q.calibrator) for q in named_quantizers(model).values()]
+    """A block in which no quantizer of a model quantizes; afterwards each is at the stage it was at.
+
+    So are copies of the model that are made inside, from the beginning.
+    """
+    names = ("calibrating", "quantizing", "calibrator")
+    stages = [(q, {name: getattr(q, name) for name in names}) for q in named_quantizers(model).values()]
+    outermost = [(q, stage) for q, stage in stages if "_outside" not in vars(q)]
     try:
-        for quantizer, *_ in stages:
+        for quantizer, stage in outermost:
+            vars(quantizer)["_outside"] = stage
+        for quantizer, _ in stages:
             quantizer.disable_quant()
         yield
     finally:
-        for quantizer, calibrating, quantizing, calibrator in stages:
-            quantizer.calibrating, quantizer.quantizing = calibrating, quantizing
-            quantizer.calibrator = calibrator
+        for quantizer, stage in stages:
+            vars(quantizer).update(stage)
+        for quantizer, _ in outermost:
+            vars(quantizer).pop("_outside", None)
 
 
 def outside_of(owners: Container[str], tensors: Mapping[str, T]) -> dict[str, T]:

@@ -163,15 +163,12 @@ class _Model:
 
     def _lived(self, model: nn.Module, audit: bool) -> Generator[None, None, None]:
         """Goes on where a call begins and where it ends."""
-        if self._wanted:
-            quantizers = _without_range(model)
-            if not quantizers:
-                self.note("nothing to calibrate: its quantizers are dynamic, off, or have ranges")
-            with (
-                collecting(model, lambda: quantizers, self._tell, zero_points=self._zero_points)
-                if quantizers
-                else contextlib.nullcontext()
-            ):
+        quantizers = _without_range(model) if self._wanted else {}
+        if self._wanted and not quantizers:
+            self.note("nothing to calibrate: its quantizers are dynamic, off, or have ranges")
+            self._wanted = 0
+        if quantizers:
+            with collecting(model, lambda: quantizers, self._tell, zero_points=self._zero_points):
                 while self._calls < self._wanted:
                     with _Eager():
                         yield
@@ -179,8 +176,7 @@ class _Model:
                     if self._calls < self._wanted:
                         yield
             known, all_ = sum(q.amax is not None for q in quantizers.values()), len(quantizers)
-            if quantizers:
-                self.note(f"{known} of {all_} quantizers calibrated in {self._calls} calls")
+            self.note(f"{known} of {all_} quantizers calibrated in {self._calls} calls")
             with in_float(model):  # what backward computes again has to be what it was
                 yield
         if audit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 
@@ -178,6 +179,28 @@ def test_ranges_that_are_known_are_kept_and_a_model_without_need_of_any_says_so(
     model(torch.ones(1, 4))
     assert all(amax.item() == 2.0 for amax in ranges(model).values())
     assert watched.notes() == ("Net: nothing to calibrate: its quantizers are dynamic, off, or have ranges",)
+
+
+def test_a_model_without_need_of_ranges_is_audited_at_once_and_not_said_to_stay_float(watch):
+    watched = watch(calibrate=8, audit=True)
+    build(recipe="mxfp8")(torch.ones(1, 4))
+    assert watched.notes() == ("Net: nothing to calibrate: its quantizers are dynamic, off, or have ranges",)
+    (audit,) = watched.audits()
+    assert "100.0%" in audit
+
+
+def test_a_copy_made_while_a_model_is_calibrated_does_not_stay_float(watch):
+    watch(calibrate=2)
+    model, x = build(), torch.randn(4, 4)
+    model(x)
+    early = copy.deepcopy(model)  # without ranges: a model of its own, which its own calls calibrate
+    model(x)
+    late = copy.deepcopy(model)  # as for an average of the weights
+    for _ in range(3):
+        expected = model(x)
+        assert torch.equal(late(x), expected)
+        found = early(x)
+    assert torch.equal(found, expected)
 
 
 def test_a_compiled_model_is_seen_and_runs_eagerly_where_it_is_looked_at(watch):

@@ -1,4 +1,7 @@
-"""What the processes of a script have to tell, put together."""
+"""What the processes of a script have to tell, put together.
+
+A first process without torch loads this file by its path as it ends, where torch cannot be imported any more.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Part", "report"]
+__all__ = ["Part", "left_in", "report"]
 
 
 @attrs.frozen
@@ -45,6 +49,11 @@ class Part:
     def from_json(cls, text: str) -> Part:
         """The part that ``to_json`` wrote."""
         return cls(**json.loads(text))
+
+
+def left_in(directory: str) -> list[Part]:
+    """What other processes have left in a folder."""
+    return [Part.from_json(file.read_text()) for file in sorted(Path(directory).glob("*.json"))]
 
 
 def report(parts: Sequence[Part], *, models: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from quantpatch.errors import QuantPatchError
 from quantpatch.files import written_whole
 from quantpatch.run.models import WatchedModels
-from quantpatch.run.report import Part, report
+from quantpatch.run.report import Part, left_in, report
 from quantpatch.run.settings import VARIABLE, RunSettings
 
 __all__ = ["Session", "leave", "start", "tell"]
@@ -102,7 +102,7 @@ def tell(directory: str) -> None:
     global current
     session, current = current, None
     parts = [] if session is None else [session.close()]
-    parts += [Part.from_json(file.read_text()) for file in sorted(Path(directory).glob("*.json"))]
+    parts += left_in(directory)
     settings = RunSettings.from_json(os.environ[VARIABLE])
     report(parts, models=bool(settings.calibrate or settings.audit))
 

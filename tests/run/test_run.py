@@ -294,6 +294,41 @@ def test_what_is_left_float_is_told_with_the_reason(write, tmp_path, environment
     assert "torch.nn.Embedding quantpatch.layers.embedding.QuantEmbedding" in told
 
 
+LAUNCHERS = {
+    "another Python": """
+        import subprocess, sys, threading
+        subprocess.run([sys.executable, "-c", "from torch import nn; nn.Linear(1, 1)"], check=True)
+    """,
+    "multiprocessing's fork": """
+        import multiprocessing
+        def build():
+            from torch import nn
+            nn.Linear(1, 1)
+        process = multiprocessing.get_context("fork").Process(target=build)
+        process.start()
+        process.join()
+    """,
+    "a fork": """
+        import os
+        child = os.fork()
+        if child == 0:
+            from torch import nn
+            nn.Linear(1, 1)
+        else:
+            os.waitpid(child, 0)
+    """,
+}
+
+
+@pytest.mark.parametrize("how", LAUNCHERS)
+def test_a_script_without_torch_tells_what_its_children_built(how, write, tmp_path, environment):
+    done = python(write(LAUNCHERS[how]), env=environment(), cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.startswith("quantpatch run: 1 layer replaced\n"), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "left").exists()
+
+
 def test_a_sitecustomize_of_the_users_own_still_runs(write, tmp_path, environment):
     write("import builtins\nbuiltins.mine = 'ran'\n", "site/sitecustomize.py")
     script = write("import sys\nprint(mine, sys.modules['sitecustomize'].__file__)\n")

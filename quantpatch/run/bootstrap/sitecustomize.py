@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 
@@ -44,21 +45,28 @@ def _start(is_main: bool) -> None:
         )
 
 
+def _by_path(file: Path) -> Any:
+    """A module of quantpatch alone: importing the package would import torch."""
+    spec = importlib.util.spec_from_file_location(f"_quantpatch_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def _watch(is_main: bool) -> Callable[[], None]:
     """Opens the block as soon as torch has been imported; returns what ends the watch."""
+    pid = os.getpid()
     if "torch" in sys.modules:
         _start(is_main)
         return lambda: None
-    # By its path: importing the package would import torch.
-    spec = importlib.util.spec_from_file_location("_lazy_imports", HERE.parent.parent / "lazy_imports.py")
-    assert spec is not None
-    assert spec.loader is not None
-    lazy_imports = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(lazy_imports)
+    lazy_imports = _by_path(HERE.parent.parent / "lazy_imports.py")
 
     def imported(module: ModuleType) -> None:
         watch.stop()
-        _start(is_main)
+        _start(is_main and os.getpid() == pid)  # a fork of the first process tells nothing itself
 
     watch = lazy_imports.ImportWatch(["torch"], imported)
     watch.start()
@@ -66,9 +74,9 @@ def _watch(is_main: bool) -> Callable[[], None]:
     return stop
 
 
-def _tell_at_the_end(directory: str, stop_watch: Callable[[], None]) -> None:
+def _tell_at_the_end(settings: dict[str, Any], stop_watch: Callable[[], None]) -> None:
     """In the first process, as the very last thing: what was registered first is called last."""
-    pid = os.getpid()
+    pid, directory = os.getpid(), settings["directory"]
 
     def tell() -> None:
         if os.getpid() != pid:  # a fork of it
@@ -76,8 +84,12 @@ def _tell_at_the_end(directory: str, stop_watch: Callable[[], None]) -> None:
         stop_watch()
         try:
             with contextlib.suppress(KeyboardInterrupt):
-                if "quantpatch.run.session" in sys.modules or os.listdir(directory):
+                if "quantpatch.run.session" in sys.modules:
                     importlib.import_module("quantpatch.run.session").tell(directory)
+                elif os.listdir(directory):
+                    report = _by_path(HERE.parent / "report.py")
+                    watched = bool(settings["calibrate"] or settings["audit"])
+                    report.report(report.left_in(directory), models=watched)
                 else:
                     print(
                         "quantpatch run: no process imported torch, so that nothing was quantized",
@@ -98,7 +110,7 @@ def _begin() -> None:
     if is_main:
         import json  # a few milliseconds that the other processes need not spend
 
-        _tell_at_the_end(json.loads(settings)["directory"], stop_watch)
+        _tell_at_the_end(json.loads(settings), stop_watch)
 
 
 if __name__ == "sitecustomize":  # imported by Python itself, not looked at by a tool

@@ -108,7 +108,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         namespace = name.partition("::")[0]
         if namespace not in _LOOKED_INTO:
             self.trace.opaque.add(name)
-        self._follow(name, args, result)
+        out = tuple(value for key, value in (kwargs or {}).items() if key.startswith("out"))
+        self._follow(name, args, result, tuple(t for t in out if isinstance(t, Tensor)))
         return result
 
     def _note(self, operator: str, product: Product) -> None:
@@ -128,9 +129,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor is not None and tensor.dim() == 1 for _, tensor in product.operands
         )
 
-    def _follow(self, name: str, args: tuple[Any, ...], result: Any) -> None:
-        """Passes the origin of an argument on to a result that holds the same values."""
+    def _follow(self, name: str, args: tuple[Any, ...], result: Any, out: tuple[Any, ...] = ()) -> None:
+        """Passes the origin of an argument on to a result that holds the same values.
+
+        Args:
+            name: Name of the operator.
+            args: Its arguments.
+            result: What it returned.
+            out: What it was told to write its result into.
+        """
         plain = name.removesuffix("_")
+        for written in out:
+            self._forget(written)
         if plain in _BLANK and isinstance(result, Tensor):
             self._blank[result] = True
         if not args:
@@ -140,7 +150,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         is_kept = plain in PRESERVING or (plain in ("aten::mul", "aten::div") and _is_number(args[1]))
         if plain != name and not is_kept and isinstance(args[0], Tensor):
-            self._origin.pop(args[0], None)  # changed in place, it holds other values
+            self._forget(args[0])  # changed in place, it holds other values
         if name in ("aten::cat", "aten::stack"):
             origins = [self._origin.get(t) for t in args[0]]
             origin = origins[0] if origins and None not in origins else None
@@ -155,13 +165,24 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _fill(self, into: Tensor, source: Tensor) -> None:
         """A tensor, or part of one, is written over: padding around the edges is made so."""
-        whole = into if into._base is None else into._base
+        whole = _whole(into)
         origin = self._origin.get(source)
         if origin is not None and (into is whole or self._blank.get(whole)):
             self._origin[whole] = origin
         else:
-            self._origin.pop(whole, None)
+            self._forget(into)
             self._blank.pop(whole, None)
+
+    def _forget(self, changed: Tensor) -> None:
+        """What a tensor holds is new: in whatever it is a view of, and in the other views of that, as well."""
+        whole = _whole(changed)
+        for tensor in [tensor for tensor in self._origin if _whole(tensor) is whole]:
+            del self._origin[tensor]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """What a tensor is a view of; itself if of nothing."""
+    return tensor if tensor._base is None else tensor._base
 
 
 def _is_number(value: Any) -> bool:

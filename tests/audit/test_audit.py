@@ -638,6 +638,33 @@ def test_what_is_changed_in_place_is_no_quantized_operand_any_more():
     assert [row.operands[0][1] for row in rows] == ["quantizer", None]
 
 
+def _in_a_view_of_it(q):
+    q[:, 0].add_(0.3)
+    return q
+
+
+def _by_what_it_is_a_view_of(q):
+    seen = q.view(2, 4)
+    q.add_(0.3)
+    return seen
+
+
+def _as_the_place_for_a_result(q):
+    torch.add(q, 0.3, out=q)
+    return q
+
+
+@pytest.mark.parametrize(
+    "change", [_in_a_view_of_it, _by_what_it_is_a_view_of, _as_the_place_for_a_result]
+)
+def test_what_is_changed_where_it_lies_in_memory_is_no_quantized_operand_any_more(change):
+    model = Wrapped(
+        lambda self, x: change(self.quantizer(x)) @ self.quantizer(x).t(), quantizer=qp.TensorQuantizer()
+    )
+    (row,) = qp.audit(model, torch.randn(2, 4)).rows
+    assert row.operands == (("left", None), ("right", "quantizer"))
+
+
 # --- Weights that changed ---------------------------------------------------------------------------------
 
 

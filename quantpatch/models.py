@@ -20,7 +20,7 @@ from quantpatch.descriptor import Recipe
 from quantpatch.entries import EntryLike
 from quantpatch.errors import ConversionError
 from quantpatch.fast_paths import allow_fast_paths
-from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.base import QuantizedLayer, quantizers_of
 from quantpatch.layers.placed import placed_in, take_out
 from quantpatch.layers.subclass import combine, why_float
 from quantpatch.outcome import Outcome, Replaced, Skipped
@@ -199,7 +199,7 @@ def revert(model: nn.Module) -> None:
         raise ConversionError(f"{type(model).__name__} holds no quantized layer, so nothing can be reverted")
     for layer in layers:
         own: Any = layer
-        kept = tuple(name for name in own._modules if name not in layer.quantizers())
+        kept = tuple(name for name in own._modules if name not in quantizers_of(own))
         _unconvert(own, layer.float_class, kept)
     for module in placed_in(model).values():
         take_out(module)
@@ -227,4 +227,5 @@ def quantized(
     try:
         yield conversion
     finally:
-        revert(model)
+        if any(isinstance(module, QuantizedLayer) for module in model.modules()):  # not reverted in there
+            revert(model)

@@ -257,6 +257,16 @@ def test_the_block_reverts_also_after_an_exception():
     assert shape_of(model) == before
 
 
+def test_a_quantized_block_in_which_the_model_is_reverted_ends_quietly_and_masks_no_exception():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with qp.quantized(model):
+        qp.revert(model)
+    with pytest.raises(ZeroDivisionError), qp.quantized(model):
+        qp.revert(model)
+        1 / 0  # noqa: B018
+    assert type(model[0]) is nn.Linear
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 

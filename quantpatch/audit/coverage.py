@@ -19,7 +19,7 @@ from quantpatch.audit.trace import Trace, trace
 from quantpatch.classes import own_class
 from quantpatch.errors import CoverageError, InputError
 from quantpatch.fake_quant import fake_quantize, reduce_amax
-from quantpatch.layers.base import QuantizedLayer, quantizer_name
+from quantpatch.layers.base import QuantizedLayer, is_quantizer, quantizer_name
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.registry import registry
 from quantpatch.report.render import as_percent, as_text
@@ -219,7 +219,7 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
     unreached = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, TensorQuantizer) and name not in seen.reached | served and not module.disabled
+        if is_quantizer(module) and name not in seen.reached | served and not module.disabled
     ]
     return CoverageReport(
         type(model).__name__,
@@ -238,7 +238,9 @@ def _outgrown(model: nn.Module) -> Iterator[tuple[str, float]]:
             continue
         for operand in layer.weight_axes():
             quantizer, weight = layer.quantizer(operand), getattr(layer, operand, None)
-            if quantizer is None or not isinstance(weight, Tensor) or weight.is_meta or is_sharded(weight):
+            if not isinstance(quantizer, TensorQuantizer) or not isinstance(weight, Tensor):
+                continue  # without one, or with one of a plugin's own kind
+            if weight.is_meta or is_sharded(weight):
                 continue
             amax, kept = quantizer.own_range, quantizer.descriptor.kept_axes
             if amax is None or quantizer.disabled or not quantizer.quantizing or not weight.numel():

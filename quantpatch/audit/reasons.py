@@ -12,7 +12,7 @@ from quantpatch.audit.operations import FAST_PATHS
 from quantpatch.audit.trace import Seen
 from quantpatch.classes import own_class
 from quantpatch.errors import EntryError
-from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.base import QuantizedLayer, quantizers_of
 from quantpatch.layers.subclass import why_float
 from quantpatch.plugins import Offer
 from quantpatch.registry import registry
@@ -48,7 +48,11 @@ def reason_for(seen: Seen, targets: Targets) -> str:
     if seen.operator in FAST_PATHS:
         return f"torch's fast path ran {cls.__name__} in one piece and read the weights itself"
     if isinstance(layer, QuantizedLayer):
-        off = [name for name, q in layer.quantizers().items() if q.disabled or not q.quantizing]
+        off = [
+            name
+            for name, several in quantizers_of(layer).items()
+            if any(q.disabled or not q.quantizing for q in several)
+        ]
         if off:
             return f"{' and '.join(off)} of {cls.__name__} {'is' if len(off) == 1 else 'are'} switched off"
         if missing == ["hidden"] or (isinstance(layer, nn.RNNBase) and missing == ["left"]):

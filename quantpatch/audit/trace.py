@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantpatch.audit.operations import PRESERVING, Product, products_of
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.layers.base import is_quantizer
 from quantpatch.running import evaluating
 
 __all__ = ["Seen", "Trace", "recording", "trace"]
@@ -83,11 +83,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # --- which module is running -----------------------------------------------------------------
 
     def entered(self, module: nn.Module, args: Any) -> None:
-        if not isinstance(module, TensorQuantizer):
+        if not is_quantizer(module):
             self._stack.append(module)
 
-    def left(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not isinstance(module, TensorQuantizer):
+    def left(self, module: Any, args: Any, output: Any) -> None:
+        if not is_quantizer(module):
             if len(self._stack) > 1:
                 self._stack.pop()
             return
@@ -174,7 +174,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._blank.pop(whole, None)
 
     def _forget(self, changed: Tensor) -> None:
-        """What a tensor holds is new: in whatever it is a view of, and in the other views of that, as well."""
+        """What a tensor holds is new: in what it is a view of, and in the other views of that, as well."""
         whole = _whole(changed)
         for tensor in [tensor for tensor in self._origin if _whole(tensor) is whole]:
             del self._origin[tensor]

@@ -30,7 +30,9 @@ __all__ = [
     "ChannelsFirst2d",
     "ChannelsFirst3d",
     "QuantizedLayer",
+    "is_quantizer",
     "quantizer_name",
+    "quantizers_of",
     "weight_quantizers",
 ]
 
@@ -275,3 +277,22 @@ class ChannelsFirst3d(QuantizedLayer):
     """Mixin for layers over three spatial axes."""
 
     feature_axis = -4
+
+
+def is_quantizer(module: Any) -> bool:
+    """Whether a module is a quantizer: this library's, or of a plugin's own kind.
+
+    The class of one of these says ``is_quantizer = True`` and has ``disabled`` and ``quantizing``.
+    """
+    return isinstance(module, TensorQuantizer) or getattr(type(module), "is_quantizer", False) is True
+
+
+def quantizers_of(layer: Any) -> dict[str, tuple[Any, ...]]:
+    """A layer's own quantizers, of whatever kind, by the submodule that is one or a list of several."""
+    children = {
+        name: tuple(child) if isinstance(child, nn.ModuleList) else (child,)
+        for name, child in layer._modules.items()
+    }
+    return {
+        name: several for name, several in children.items() if several and all(map(is_quantizer, several))
+    }

@@ -654,9 +654,7 @@ def _as_the_place_for_a_result(q):
     return q
 
 
-@pytest.mark.parametrize(
-    "change", [_in_a_view_of_it, _by_what_it_is_a_view_of, _as_the_place_for_a_result]
-)
+@pytest.mark.parametrize("change", [_in_a_view_of_it, _by_what_it_is_a_view_of, _as_the_place_for_a_result])
 def test_what_is_changed_where_it_lies_in_memory_is_no_quantized_operand_any_more(change):
     model = Wrapped(
         lambda self, x: change(self.quantizer(x)) @ self.quantizer(x).t(), quantizer=qp.TensorQuantizer()

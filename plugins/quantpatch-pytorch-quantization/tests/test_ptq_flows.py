@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import pytorch_quantization
+import quantpatch as qp
 from pytorch_quantization import calib, quant_modules
 from pytorch_quantization import nn as quant_nn
 from pytorch_quantization.optim import helper
@@ -144,6 +145,24 @@ def test_calibrate_and_fine_tune(method, tmp_path, monkeypatch):
     x, _ = next(batches(1))
     assert torch.equal(again.eval()(x), model.eval()(x))
     assert type(ResNet().stem) is nn.Conv2d
+
+
+def test_quantpatchs_audit_and_revert_know_the_toolkits_quantizers():
+    quant_modules.initialize()
+    model, recurrent = ResNet(), nn.LSTM(2, 2)
+    quant_modules.deactivate()
+    images, _ = next(iter(batches(1)))
+    assert qp.audit(model, images).share == 1.0
+    assert qp.audit(recurrent, torch.randn(3, 1, 2)).share == 1.0
+
+    model.fc.input_quantizer.disable()
+    (row,) = (row for row in qp.audit(model, images).rows if not row.quantized)
+    assert row.module == "fc"
+    assert row.reason == "_input_quantizer of QuantLinear is switched off"
+
+    for made, plain in ((model, ResNet()), (recurrent, nn.LSTM(2, 2))):
+        qp.revert(made)
+        assert [type(module) for module in made.modules()] == [type(module) for module in plain.modules()]
 
 
 def test_quantizers_by_name_and_by_hand():

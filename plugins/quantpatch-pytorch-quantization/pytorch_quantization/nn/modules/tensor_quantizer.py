@@ -45,6 +45,8 @@ class TensorQuantizer(nn.Module):
         if_calib: Whether to collect statistics.
     """
 
+    #: For quantpatch: ``audit`` and ``revert`` know it by this.
+    is_quantizer: ClassVar[bool] = True
     #: Whether what is computed is meant for an exporter; see ``quant_modules.enable_onnx_export``.
     _enable_onnx_export: ClassVar[bool] = False
     #: The flag of the same meaning that the toolkit had before version 2.2.
@@ -125,6 +127,16 @@ class TensorQuantizer(nn.Module):
         """Whether it does nothing with a tensor, and collects no statistics."""
         works = self._if_quant or self._if_calib or self._if_clip
         return self.pre_quant_scale is None and (self._disabled or not works)
+
+    @property
+    def disabled(self) -> bool:
+        """Whether it was disabled, by quantpatch's name."""
+        return self._disabled
+
+    @property
+    def quantizing(self) -> bool:
+        """Whether it quantizes, by quantpatch's name."""
+        return self._if_quant
 
     # --- properties ----------------------------------------------------------------------------
 

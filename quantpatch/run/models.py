@@ -180,6 +180,9 @@ class _Model:
             with in_float(model):  # what backward computes again has to be what it was
                 yield
         if audit:
+            while any(q.calibrating for q in named_quantizers(model).values()):  # by the script itself
+                yield  # until this call is over
+                yield  # until the next one begins
             with _Eager(), recording(model) as trace:
                 yield
             self.audit = str(report_of(model, trace)).rstrip()

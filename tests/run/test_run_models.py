@@ -189,6 +189,16 @@ def test_a_model_without_need_of_ranges_is_audited_at_once_and_not_said_to_stay_
     assert "100.0%" in audit
 
 
+def test_a_script_that_calibrates_its_models_itself_has_them_audited_afterwards(watch):
+    watched = watch(audit=True)
+    model = build()
+    qp.calibrate(model, [torch.ones(1, 4), torch.ones(1, 4)])
+    assert watched.audits() == ()
+    model(torch.ones(1, 4))
+    (audit,) = watched.audits()
+    assert "100.0%" in audit
+
+
 def test_a_copy_made_while_a_model_is_calibrated_does_not_stay_float(watch):
     watch(calibrate=2)
     model, x = build(), torch.randn(4, 4)

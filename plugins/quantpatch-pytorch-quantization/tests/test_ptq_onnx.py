@@ -174,10 +174,11 @@ def test_without_an_exporter_the_numbers_are_the_usual_ones():
     assert torch.equal(inside, layer(x))
 
 
-def test_the_flag_of_older_scripts(tmp_path, monkeypatch):
+@EXPORTERS
+def test_the_flag_of_older_scripts(settings, tmp_path, monkeypatch):
     layer, x = quant_nn.QuantLinear(3, 2), torch.randn(4, 3)
     calibrated(layer, x)
     monkeypatch.setattr(TensorQuantizer, "use_fb_fake_quant", True)
-    torch.onnx.export(layer, (x,), str(tmp_path / "m.onnx"), dynamo=False, opset_version=13)
+    torch.onnx.export(layer, (x,), str(tmp_path / "m.onnx"), **settings)
     types = [node.op_type for node in onnx.load(str(tmp_path / "m.onnx")).graph.node]
     assert types.count("QuantizeLinear") == 2

@@ -19,6 +19,7 @@ from pytorch_quantization.tensor_quant import (
     NumBits,
     QuantDescriptor,
     bound_of,
+    can_look_at,
     fake_tensor_quant,
     scaled_e4m3,
     tensor_quant,
@@ -393,8 +394,8 @@ class TensorQuantizer(nn.Module):
         amax = self.amax
         if amax is None:
             return "dynamic"
-        if amax.is_meta:
-            return "meta"
+        if not can_look_at(amax):  # an exporter may ask for the name of one that has none
+            return "meta" if amax.is_meta else "unknown"
         if amax.numel() == 1:
             return f"{amax.item():.4f}"
         return f"[{amax.min().item():.4f}, {amax.max().item():.4f}]({amax.numel()})"

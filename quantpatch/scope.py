@@ -294,10 +294,16 @@ class Scope:
 
             return run_async  # type: ignore[return-value]
 
+        async def awaited(coroutine: Any) -> Any:
+            with self._fresh():
+                return await coroutine
+
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             with self._fresh():
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+            # Of an async function that another decorator has wrapped nothing has run yet.
+            return awaited(result) if inspect.iscoroutine(result) else result
 
         return run  # type: ignore[return-value]
 

@@ -470,8 +470,15 @@ def test_a_decorated_coroutine_function_runs_in_a_block() -> None:
             await asyncio.sleep(0)
             return built()
 
+    @quantize_modules()
+    @functools.wraps(build)
+    def wrapped():
+        with keep_float():
+            return build.__wrapped__()
+
     assert inspect.iscoroutinefunction(build)
     assert asyncio.run(build()) is QuantLinear
+    assert asyncio.run(wrapped()) is QuantLinear
     assert asyncio.run(quantize_modules()(Builder())()) is QuantLinear
 
 

@@ -67,6 +67,16 @@ def _matmul(first: int) -> Callable[[tuple[Any, ...], Any], Iterator[Product]]:
     return products
 
 
+def _summed_batches(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+    return _two("matrix product", args[1], args[2], args[1].numel() * args[2].shape[-1])
+
+
+def _convolution_time_first(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+    x, weight = args[:2]  # (time, batch, channels) and (kernel, channels, outputs)
+    macs = result.numel() * weight.shape[0] * weight.shape[1]
+    yield Product("convolution", macs, (("input", x), ("weight", weight)))
+
+
 def _convolution(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
     x, weight, transposed = args[0], args[1], bool(args[6])
     per_element = weight.numel() // weight.shape[0]
@@ -135,6 +145,9 @@ _MULTIPLYING: dict[str, Callable[[tuple[Any, ...], Any], Iterator[Product]]] = {
     "addmm": _matmul(1),
     "addmv": _matmul(1),
     "baddbmm": _matmul(1),
+    "addbmm": _summed_batches,
+    "vdot": _matmul(0),
+    "conv_tbc": _convolution_time_first,
     "_addmm_activation": _matmul(1),
     "_grouped_mm": _grouped,
     "convolution": _convolution,

@@ -74,6 +74,23 @@ def test_multiply_accumulates_are_half_of_torchs_own_count_of_operations(build, 
     assert qp.audit(layer, x).macs == counter.get_total_flops() // 2
 
 
+@pytest.mark.parametrize(
+    ("multiply", "shapes", "macs"),
+    [
+        (torch.addbmm, ((3, 5), (2, 3, 4), (2, 4, 5)), 2 * 3 * 4 * 5),
+        (
+            lambda x, weight, bias: torch.conv_tbc(x, weight, bias),
+            ((7, 2, 3), (3, 3, 4), (4,)),
+            5 * 2 * 4 * 9,
+        ),
+        (torch.vdot, ((6,), (6,)), 6),
+    ],
+)
+def test_the_less_common_products_are_counted(multiply, shapes, macs):
+    model = Wrapped(lambda self, *tensors: multiply(*tensors))
+    assert qp.audit(model, *map(torch.randn, shapes)).macs == macs
+
+
 def test_a_float_model_has_a_share_of_zero_and_says_that_it_was_left_float():
     report = qp.audit(nn.Sequential(nn.Linear(2, 2)), torch.randn(1, 2))
     assert report.share == 0.0

@@ -24,7 +24,7 @@ from quantpatch.recipes import DEFAULT_RECIPE
 from quantpatch.registry import registry
 from quantpatch.report.render import as_text
 from quantpatch.settings import Settings
-from quantpatch.table import PARTS, Choice, Pattern, Table, compose, load_checked, nearest, slot_of
+from quantpatch.table import PARTS, Choice, Pattern, Table, compose, key_of, load_checked, nearest, slot_of
 
 __all__ = ["Claim", "Explanation", "explain"]
 
@@ -243,12 +243,10 @@ class _Case:
 
     def _table(self, claimants: list[Offer]) -> Table:
         """The block's table; conflicts about other targets are no concern here."""
-        first = {offer.entry.dotted: offer for offer in reversed(self._offers) if offer.plugin != BUILTIN}
-        offers = [
-            offer
-            for offer in self._offers
-            if offer in claimants or offer.plugin == BUILTIN or first[offer.entry.dotted] is offer
-        ]
+        of_plugins = [(key_of(offer), offer) for offer in self._offers if offer.plugin != BUILTIN]
+        first = dict(reversed(of_plugins))
+        offers = [offer for offer in self._offers if offer.plugin == BUILTIN]
+        offers += [offer for key, offer in of_plugins if offer in claimants or first[key] is offer]
         settings = self._settings
         recipe = registry.recipe(DEFAULT_RECIPE if settings.recipe is None else settings.recipe)
         return compose(

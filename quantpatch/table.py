@@ -33,6 +33,7 @@ __all__ = [
     "Pattern",
     "Table",
     "compose",
+    "key_of",
     "load",
     "load_all",
     "load_checked",
@@ -170,7 +171,8 @@ def nearest(table: Table, cls: type) -> tuple[Slot, Choice] | None:
     return next((known[base] for base in cls.__mro__ if base in known), None)
 
 
-def _key(offer: Offer) -> Key:
+def key_of(offer: Offer) -> Key:
+    """What a table knows an entry's target by."""
     return slot_of(offer) or offer.entry.dotted
 
 
@@ -205,11 +207,11 @@ def compose(
             if isinstance(key, Slot):
                 table[key] = choice
             else:  # imported since, perhaps, and then known under another name already
-                table.setdefault(_key(choice.offer), choice)
+                table.setdefault(key_of(choice.offer), choice)
     inherited = dict(table)
     rivals: dict[Key, list[Offer]] = {}
     for offer in offers:
-        key = _key(offer)
+        key = key_of(offer)
         entry, outer = offer.entry, inherited.get(key)
         because = "" if entry.default else f"not replaced by default; write include=[{entry.name!r}]"
         if offer.plugin == BUILTIN:
@@ -304,7 +306,7 @@ def _customized(custom: Sequence[EntryLike]) -> Table:
     table: Table = {}
     for given in custom:
         offer = Offer(Entry.of(given), None)
-        key = _key(offer)
+        key = key_of(offer)
         if isinstance(key, str):
             _demand_module(offer)
         if key in table:

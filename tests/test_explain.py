@@ -73,7 +73,7 @@ def test_a_plugin_overrides_the_built_in_entry_and_custom_both(plugin):
 def test_a_conflict_names_the_rivals_and_three_ways_out_which_work(plugin, monkeypatch):
     first, second = plugin(entries=[ENTRY]), plugin(entries=[ENTRY])
     plugin("elsewhere-1", entries=[("torch.nn", "Conv2d", QuantMyLinear)])
-    plugin("elsewhere-2", entries=[("torch.nn", "Conv2d", QuantMyLinear)])
+    plugin("elsewhere-2", entries=[("torch.nn.modules.conv", "Conv2d", QuantMyLinear)])
     found = explain("Linear")
     assert (found.state, found.replacement) == ("conflict", None)
     assert found.because.startswith(f"{first!r} and {second!r} both replace it")

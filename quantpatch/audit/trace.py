@@ -101,6 +101,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # Under inference_mode what is made of other operators, as attention is, comes here in one piece.
+        with self:
+            result = func.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
         for product in products_of(name, args, result):
@@ -165,7 +170,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _fill(self, into: Tensor, source: Tensor) -> None:
         """A tensor, or part of one, is written over: padding around the edges is made so."""
-        whole = _whole(into)
+        whole = into if into._base is None else into._base
         origin = self._origin.get(source)
         if origin is not None and (into is whole or self._blank.get(whole)):
             self._origin[whole] = origin
@@ -175,14 +180,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _forget(self, changed: Tensor) -> None:
         """What a tensor holds is new: in what it is a view of, and in the other views of that, as well."""
-        whole = _whole(changed)
-        for tensor in [tensor for tensor in self._origin if _whole(tensor) is whole]:
+        memory = _memory(changed)
+        for tensor in [tensor for tensor in self._origin if _memory(tensor) == memory]:
             del self._origin[tensor]
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """What a tensor is a view of; itself if of nothing."""
-    return tensor if tensor._base is None else tensor._base
+def _memory(tensor: Tensor) -> int:
+    """What a tensor shares with its views; ``_base`` is not known under inference_mode."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a sparse one, for instance, has no storage
+        return id(tensor)
 
 
 def _is_number(value: Any) -> bool:

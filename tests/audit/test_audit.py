@@ -676,8 +676,30 @@ def test_what_is_changed_where_it_lies_in_memory_is_no_quantized_operand_any_mor
     model = Wrapped(
         lambda self, x: change(self.quantizer(x)) @ self.quantizer(x).t(), quantizer=qp.TensorQuantizer()
     )
-    (row,) = qp.audit(model, torch.randn(2, 4)).rows
-    assert row.operands == (("left", None), ("right", "quantizer"))
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            (row,) = qp.audit(model, torch.randn(2, 4)).rows
+        assert row.operands == (("left", None), ("right", "quantizer"))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: nn.Sequential(nn.Conv1d(3, 4, 2), nn.ConvTranspose1d(4, 2, 2), nn.Linear(6, 2)), (2, 3, 6)),
+        (lambda: nn.LSTM(3, 4), (2, 1, 3)),
+        (lambda: nn.MultiheadAttention(4, 2), (3, 2, 4)),
+        (lambda: Wrapped(lambda self, x, *_: nn.functional.scaled_dot_product_attention(x, x, x)), (2, 3, 4)),
+        (lambda: Wrapped(lambda self, x, *_: torch.einsum("bij,bkj->bik", x, x)), (2, 3, 4)),
+    ],
+)
+def test_under_inference_mode_the_same_is_seen(build, shape):
+    model, x = build(), torch.randn(shape)
+    inputs = (x, x, x) if isinstance(model, (nn.MultiheadAttention, Wrapped)) else (x,)
+    expected = qp.audit(model, *inputs)
+    with torch.inference_mode():
+        found = qp.audit(model, *(t.clone() for t in inputs))
+    assert found.macs == expected.macs > 0
+    assert [row.operation for row in found.rows] == [row.operation for row in expected.rows]
 
 
 # --- Weights that changed ---------------------------------------------------------------------------------

@@ -599,3 +599,16 @@ def test_loading_looks_through_a_model_as_often_however_many_layers_it_has(tmp_p
         load(tmp_path / "m.safetensors", again)
         walks.append(again.walks)
     assert walks[0] == walks[1]
+
+
+def test_a_model_that_is_saved_while_it_is_calibrated_quantizes_when_it_is_loaded(tmp_path):
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.Linear(2, 2))
+    with qp.calibrating(model):
+        model(torch.randn(4, 2))
+        qp.save(model, tmp_path / "model.safetensors")
+    loaded = qp.load(tmp_path / "model.safetensors", nn.Sequential(nn.Linear(2, 2)))
+    assert loaded[0].input_quantizer.quantizing
+    model[0].input_quantizer.disable_quant()  # for good
+    qp.save(model, tmp_path / "model.safetensors")
+    assert not qp.load(tmp_path / "model.safetensors", model)[0].input_quantizer.quantizing

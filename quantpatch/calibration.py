@@ -168,6 +168,7 @@ def collecting(
             watched = _to_watch(model, quantizers) if zero_points else {}
             with watching_ends(watched) as seen:
                 yield
+            _demand_still_there(model, quantizers)
             _demand_same(ranks, tuple(calibrators), "calibrates")
             _demand_same(ranks, tuple(watched), "looks for the zero points of")
         for calibrator in calibrators.values():  # the same order on every rank
@@ -180,6 +181,17 @@ def collecting(
         quantizers[name].replace_range(amax)
     for name, fit in fits.items():
         watched[name].use_zero_point(*fit, found=True)
+
+
+def _demand_still_there(model: nn.Module, quantizers: Mapping[str, TensorQuantizer]) -> None:
+    now = named_quantizers(model)
+    replaced = [name for name, quantizer in quantizers.items() if now.get(name, quantizer) is not quantizer]
+    if replaced:
+        raise CalibrationError(
+            f"{len(replaced)} quantizers were replaced while they were calibrated: {', '.join(replaced[:5])}"
+            f"{' …' * (len(replaced) > 5)}. No range was set. Configure or load a model before that or after",
+            quantizers=tuple(replaced),
+        )
 
 
 def _to_watch(model: nn.Module, quantizers: Mapping[str, TensorQuantizer]) -> dict[str, TensorQuantizer]:

@@ -638,3 +638,17 @@ def test_what_is_no_calibrator_is_refused_as_its_plugins_fault(plugin, returned)
     plugin("mylib", calibrators=returned)
     with pytest.raises(PluginError, match="plugin 'mylib' returned .*quantpatch_calibrators"):
         qp.registry.calibrator("mine")
+
+
+def test_quantizers_that_are_replaced_while_they_are_calibrated_are_an_error():
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with (
+        pytest.raises(CalibrationError, match=r"2 quantizers were replaced .*0\.input_quantizer"),
+        qp.calibrating(model),
+    ):
+        model(torch.randn(4, 2))
+        qp.configure(model, {"0": "int4"})
+    assert all(
+        q.amax is None and q.quantizing and not q.calibrating for q in named_quantizers(model).values()
+    )

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -212,8 +211,6 @@ def run(*, epochs: int = 20, tuning_epochs: int = 4) -> DemoReport:
 def _accuracy_of_file(model: nn.Module, data: Data) -> float:
     """Writes the model as ONNX, runs the file on all images, and measures as for the model."""
     images, labels = data
-    # torch tells of every package it has no converters for; the demo has no use for them.
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "digits.onnx"
         export_onnx(model, images[:2], path, dynamic_shapes=({0: "batch"},), check=False)

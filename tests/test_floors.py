@@ -109,6 +109,8 @@ def test_every_module_imports_alone() -> None:
     code = f"""
 import importlib, importlib.util, os, sys, types
 import attrs, pluggy, rich.console, rich.progress, rich.table, torch, torch._dynamo, torch.onnx, typer
+if importlib.util.find_spec("numba"):
+    import numba.extending  # takes longer than all the rest
 package = types.ModuleType("quantpatch")  # its own __init__ would import everything in one order
 package.__path__ = [{str(ROOT)!r}]
 package.__version__ = "0"

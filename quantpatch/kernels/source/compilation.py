@@ -11,7 +11,19 @@ from typing import Any
 
 from numba import cfunc, njit, types  # type: ignore[attr-defined,unused-ignore]
 
-__all__ = ["BITS", "DOUBLES", "ELEMENTS", "FLOAT", "FLOATS", "INTS", "KERNELS", "LONG", "LONGS", "inlined"]
+__all__ = [
+    "BITS",
+    "DOUBLES",
+    "DTYPES",
+    "ELEMENTS",
+    "FLOAT",
+    "FLOATS",
+    "INTS",
+    "KERNELS",
+    "LONG",
+    "LONGS",
+    "inlined",
+]
 __all__ += ["jit", "kernel", "register"]
 
 jit = njit(error_model="numpy", nogil=True)
@@ -25,6 +37,7 @@ _OF_DTYPE = {
     "float32": {ELEMENTS: types.CPointer(types.float32), BITS: types.CPointer(types.int32)},
     "bfloat16": {ELEMENTS: types.CPointer(types.uint16), BITS: types.CPointer(types.int16)},
 }
+DTYPES = tuple(_OF_DTYPE)
 _C_TYPES: dict[Any, Any] = {FLOAT: ctypes.c_float, LONG: ctypes.c_int64, types.void: None}
 
 #: By name: the function, what it returns and its arguments.

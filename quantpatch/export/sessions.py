@@ -19,9 +19,8 @@ def session_options(*, optimized: bool, written_to: Path | None = None) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    options.enable_cpu_mem_arena = (
-        False  # it would keep what a run needs, weights turned into floats among it
-    )
+    # It would keep what a run needs, weights turned into floats among it.
+    options.enable_cpu_mem_arena = False
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
     if written_to is not None:

@@ -22,7 +22,7 @@ from quantpatch.export.description import (
     find_class,
     missing_plugins,
 )
-from quantpatch.fast_paths import allow_fast_paths, refuse_fast_paths
+from quantpatch.fast_paths import allow_fast_paths
 from quantpatch.formats import NumberFormat
 from quantpatch.held_range import RANGE_KEY
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
@@ -217,7 +217,7 @@ class StructurePlan:
                 for own in layer.quantizers():
                     del self._modules[name]._modules[own]
             change_class(layer, cls)
-            (refuse_fast_paths if issubclass(cls, QuantizedLayer) else allow_fast_paths)(layer)
+            allow_fast_paths(layer)
         for name, module in placed_in(self.model).items():
             if f"{name}.{quantizer_name('output')}" not in (*self._quantizers, *self._aliases):
                 take_out(module)
@@ -235,6 +235,10 @@ class StructurePlan:
             self._put(name, saved, names)
         for alias, first in self._aliases.items():
             self._place(alias, self.model.get_submodule(first))
+        for name in described:
+            layer = self._modules[name]
+            if isinstance(layer, QuantizedLayer):
+                layer.guard_fast_paths()
 
     def set_ranges(self) -> None:
         """Gives the quantizers their ranges, each on the device of its layer."""

@@ -13,16 +13,22 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["forget", "like"]
+__all__ = ["like"]
 
 _SMALLEST = 2**20  # bytes; the allocator keeps smaller ones itself
 
 _of_parameter: MutableMapping[Tensor, torch.UntypedStorage] = WeakIdKeyDictionary()
 
 
-def like(x: Tensor) -> Tensor:
-    """Memory for the result of a training step, of the shape and strides of ``x``, which has no gaps."""
+def like(x: Tensor, *, trains: bool) -> Tensor:
+    """Memory for a result, of the shape and strides of ``x``, which has no gaps.
+
+    ``trains`` says that it is that of a training step, else what is kept for ``x`` is freed.
+    """
     if type(x) is not torch.nn.Parameter or x.nbytes < _SMALLEST:
+        return torch.empty_like(x)
+    if not trains:
+        _of_parameter.pop(x, None)
         return torch.empty_like(x)
     storage = _of_parameter.pop(x, None)  # so that another thread does not find it
     if (
@@ -35,9 +41,3 @@ def like(x: Tensor) -> Tensor:
         out = torch.empty_like(x)
     _of_parameter[x] = out.untyped_storage()
     return out
-
-
-def forget(x: Tensor) -> None:
-    """Frees what is kept for ``x``."""
-    if type(x) is torch.nn.Parameter:
-        _of_parameter.pop(x, None)

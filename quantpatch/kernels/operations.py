@@ -115,9 +115,7 @@ def round_trip(
     number, end = _number(scale), _number(amax)
     if number is not None and isinstance(amax, Tensor) and end is None:
         return None
-    if not trains:
-        buffers.forget(x)
-    out = buffers.like(x) if trains else torch.empty_like(x)
+    out = buffers.like(x, trains=trains)
     at_x, at_out, size = x.data_ptr(), out.data_ptr(), x.element_size()
     if number is not None:
         high = math.inf if end is None else end
@@ -168,11 +166,7 @@ def round_to_range(x: Tensor, amax: Tensor, format: NumberFormat, *, trains: boo
         runs = layout.runs
         if layout.order or runs.scales != amax.numel() or not amax.is_contiguous():
             ranges = layout.spread(amax)
-    if trains:
-        out = buffers.like(x)
-    else:
-        buffers.forget(x)
-        out = torch.empty_like(x)
+    out = buffers.like(x, trains=trains)
     kernel, at_x, at_out, step = kernels["round_runs"], x.data_ptr(), out.data_ptr(), x.element_size()
     numbers = ranges.data_ptr(), ranges.data_ptr(), 1, True, *runs, format.lower_end, *grid
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.errors import ConversionError, LayerError
-from quantpatch.fast_paths import refuse_fast_paths
+from quantpatch.fast_paths import allow_fast_paths, refuse_fast_paths
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.layers.call_sites import Operations, rewrite
 from quantpatch.layers.stand_ins import with_stand_ins
@@ -151,9 +151,13 @@ class QuantizedLayer:
     def add_quantizers(self, recipe: Recipe) -> None:
         """Gives the layer its quantizers; an operand that the recipe leaves float gets none."""
         modules: dict[str, nn.Module | None] = self._modules  # type: ignore[attr-defined]
-        refuse_fast_paths(self)  # type: ignore[arg-type]
         for name, descriptor in self.descriptors(recipe):
             modules[quantizer_name(name)] = TensorQuantizer(descriptor, in_layer=True)
+        self.guard_fast_paths()
+
+    def guard_fast_paths(self) -> None:
+        """Refuses torch's fast paths, if they would pass a quantizer of this layer by, else allows them."""
+        (refuse_fast_paths if self.quantizers() else allow_fast_paths)(self)  # type: ignore[arg-type]
 
     def descriptors(self, recipe: Recipe) -> Iterable[tuple[str, QuantDescriptor]]:
         """Each operand that a recipe quantizes, with its descriptor."""

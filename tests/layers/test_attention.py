@@ -290,6 +290,12 @@ def test_no_fast_path_passes_by_a_quantizer_in_somebodys_own_layer():
     assert not operators(layer, torch.randn(3, 5, 8)) & {"aten::_transformer_encoder_layer_fwd"}
 
 
+def test_layers_that_a_recipe_leaves_float_take_the_fast_path():
+    layer = encoder_layer()
+    qp.convert(layer, recipe=qp.Recipe(name="none", input=None, weight=None))
+    assert operators(layer, torch.randn(3, 5, 8)) & FAST
+
+
 def test_a_reverted_model_takes_the_fast_path_again():
     layer = encoder_layer()
     qp.convert(layer)

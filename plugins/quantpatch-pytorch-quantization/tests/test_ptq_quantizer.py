@@ -269,3 +269,21 @@ def test_compiles_to_one_graph():
     x = torch.randn(8)
     compiled = torch.compile(q, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), q(x))
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_torchs_fast_path_for_transformers_passes_no_quantizer_by(disabled):
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    reached = []
+    quantizer = TensorQuantizer(disabled=disabled)
+
+    class Quantized(torch.nn.Linear):
+        def forward(self, x):
+            reached.append(x)
+            return super().forward(quantizer(x))
+
+    layer.linear1 = Quantized(8, 16)
+    layer.linear1.quantizer = quantizer
+    with torch.no_grad():
+        layer(torch.randn(2, 3, 8))
+    assert reached

@@ -25,6 +25,7 @@ from pytorch_quantization.tensor_quant import (
     tensor_quant,
 )
 from pytorch_quantization.utils.reduce_amax import kept_to_reduced, reduce_amax
+from quantpatch.fast_paths import refuse_fast_paths
 
 __all__ = ["TensorQuantizer"]
 
@@ -62,6 +63,7 @@ class TensorQuantizer(nn.Module):
         if_calib: bool = False,
     ) -> None:
         super().__init__()
+        refuse_fast_paths(self)
         self._name = quant_desc.name
         self._num_bits: NumBits = quant_desc.num_bits
         self._fake_quant = quant_desc.fake_quant

@@ -40,6 +40,7 @@ __all__ = [
     "ScriptError",
     "UnknownNameError",
     "near_misses",
+    "shown",
     "warn_caller",
 ]
 
@@ -335,6 +336,24 @@ def near_misses(name: str, known: Iterable[str], limit: int = 3) -> str:
     if len(names) <= 12:
         return f"There are: {', '.join(repr(n) for n in names)}. "
     return ""
+
+
+def shown(text: object, most: int = 160, *, keep: str = "") -> str:
+    r"""Text from outside (a file, a plugin) as a message or a table may repeat it.
+
+    What a terminal would act on, or not show, is escaped as Python writes it: ``\x1b``, ``\n``. Of what is
+    long the middle is left out.
+
+    Args:
+        text: The text, or what has it as its ``str``.
+        most: About how many characters to show.
+        keep: Control characters that may stay, such as the line feeds of a message.
+    """
+    whole = str(text)
+    if len(whole) > most:
+        half = most // 2
+        whole = f"{whole[:half]}…{whole[-half:]} ({len(whole):,} characters)"
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in whole)
 
 
 def warn_caller(message: str) -> None:

@@ -7,7 +7,14 @@ import pickle
 import pytest
 
 from quantpatch import errors
-from quantpatch.errors import MissingExtraError, PluginError, QuantPatchError, UnknownNameError, near_misses
+from quantpatch.errors import (
+    MissingExtraError,
+    PluginError,
+    QuantPatchError,
+    UnknownNameError,
+    near_misses,
+    shown,
+)
 
 
 @pytest.mark.parametrize("name", [n for n in errors.__all__ if n.endswith("Error")])
@@ -46,3 +53,29 @@ def test_near_misses(name, known, sentence) -> None:
 
 def test_a_missing_extra_says_what_to_install() -> None:
     assert "pip install 'quantpatch[demo]'" in str(MissingExtraError.of("demo", "sklearn", "the demo"))
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("encoder.0.attn", "encoder.0.attn"),
+        ("größe·层", "größe·层"),
+        ("\x1b[2J\x07", r"\x1b[2J\x07"),
+        ("a\nb\u202ec", r"a\nb\u202ec"),
+        ("half \ud800", r"half \ud800"),
+        (17, "17"),
+    ],
+)
+def test_text_from_outside_is_shown_without_what_a_terminal_acts_on(text, seen) -> None:
+    assert shown(text) == seen
+
+
+def test_long_text_is_shown_with_its_ends_and_its_length() -> None:
+    text = shown("a" * 1_000_000 + "z")
+    assert text.startswith("aaaa")
+    assert text.endswith("z (1,000,001 characters)")
+    assert len(text) < 200
+
+
+def test_a_message_may_keep_its_lines() -> None:
+    assert shown("one\ntwo\r", keep="\n") == "one\ntwo\\r"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["change_class", "dotted", "own_class"]
+__all__ = ["change_class", "dotted", "make_class", "own_class"]
 
 
 def dotted(thing: Any) -> str:
@@ -28,6 +30,43 @@ def change_class(layer: nn.Module, cls: type[Any]) -> None:
     object.__setattr__(layer, "__class__", cls)
 
 
+class _Unseen:
+    """First base of a class that is being made: no other ``__init_subclass__`` is called for it."""
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
+def make_class(name: str, bases: tuple[type[Any], ...], members: Mapping[str, Any]) -> type[Any]:
+    """A class of which nothing is told that watches for new classes, as a registry of subclasses does.
+
+    Neither the ``__init_subclass__`` of a base, nor a metaclass's ``__new__``, ``__init__`` and ``__call__``,
+    nor the ``__set_name__`` of a member run. ``type.__subclasses__`` alone lists it, as long as it lives.
+
+    Args:
+        name: Its name.
+        bases: Its base classes.
+        members: What its dictionary holds.
+
+    Raises:
+        TypeError: Python cannot combine the bases.
+    """
+    meta: type[Any] = type
+    for base in bases:
+        if issubclass(type(base), meta):
+            meta = type(base)
+        elif not issubclass(meta, type(base)):
+            raise TypeError(f"metaclass conflict between {meta.__qualname__} and {type(base).__qualname__}")
+    # The registry of an ABC is set up by ABCMeta itself; without one of its own the class would use its base's.
+    maker = abc.ABCMeta if issubclass(meta, abc.ABCMeta) else type
+    namespace = {"__module__": members.get("__module__", bases[0].__module__)}
+    made: type[Any] = maker.__new__(meta, name, (_Unseen, *bases), namespace)
+    type.__setattr__(made, "__bases__", bases)
+    for member, value in members.items():
+        type.__setattr__(made, member, value)
+    return made
+
+
 def _parametrized(cls: type[Any], like: type[Any]) -> type[Any]:
     """A class that is to ``cls`` what ``parametrize`` made of a layer's class before it was changed."""
     own = ("__dict__", "__weakref__", "__slotnames__", "float_class", "__signature__", "_changed_from")
@@ -35,4 +74,4 @@ def _parametrized(cls: type[Any], like: type[Any]) -> type[Any]:
     earlier: type[Any] | None = vars(like).get("_changed_from")
     if earlier is not None and earlier.__bases__ == (cls,) and members.keys() <= vars(earlier).keys():
         return earlier
-    return type(f"Parametrized{cls.__name__}", (cls,), {**members, "_changed_from": like})
+    return make_class(f"Parametrized{cls.__name__}", (cls,), {**members, "_changed_from": like})

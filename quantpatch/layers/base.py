@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from quantpatch.classes import make_class
 from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.errors import ConversionError, LayerError
 from quantpatch.fast_paths import allow_fast_paths, refuse_fast_paths
@@ -31,6 +32,7 @@ __all__ = [
     "ChannelsFirst3d",
     "QuantizedLayer",
     "is_quantizer",
+    "make_replacement",
     "quantizer_name",
     "quantizers_of",
     "weight_quantizers",
@@ -72,6 +74,11 @@ class QuantizedLayer:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._set_up()
+
+    @classmethod
+    def _set_up(cls) -> None:
+        """Finds the float class and fits the class to it."""
         floats = [c for c in cls.__mro__ if issubclass(c, nn.Module) and not issubclass(c, QuantizedLayer)]
         if not floats or floats[0] is nn.Module:
             return  # a mixin of its own, to be combined with a float class later
@@ -255,6 +262,20 @@ class QuantizedLayer:
         if isinstance(output, tuple):
             return (quantizer(output[0]), *output[1:])
         return quantizer(output)
+
+
+def make_replacement(name: str, bases: tuple[type[Any], ...], members: Mapping[str, Any]) -> type[Any]:
+    """A replacement that no class statement writes: what watches for new subclasses of the float class
+    (``__init_subclass__``, a metaclass with a registry) does not hear of it.
+
+    Args:
+        name: Its name.
+        bases: A subclass of ``QuantizedLayer``, then the float class.
+        members: What its dictionary holds: ``operations``, ``__module__``, ``__doc__`` …
+    """
+    made = make_class(name, bases, members)
+    made._set_up()
+    return made
 
 
 def weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:

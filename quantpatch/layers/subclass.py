@@ -19,7 +19,7 @@ from typing import Any
 from quantpatch import interception
 from quantpatch.classes import dotted
 from quantpatch.errors import LayerError
-from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.base import QuantizedLayer, make_replacement
 
 __all__ = ["combine", "own_ways", "replacement_of", "why_float"]
 
@@ -68,7 +68,7 @@ def _combined_now(replacement: type[QuantizedLayer], subclass: type[Any]) -> typ
                 "__reduce_ex__": _reduce,
                 "_combined_from": (replacement, subclass),
             }
-            known = type(f"Quant{subclass.__name__}", (replacement, subclass), members)
+            known = make_replacement(f"Quant{subclass.__name__}", (replacement, subclass), members)
             _combined[replacement, subclass] = known
         return known
 
@@ -150,7 +150,7 @@ def _own_ways(replacement: Any, subclass: type[Any]) -> str:
 def _cannot_combine(replacement: Any, subclass: type[Any]) -> str:
     try:
         object.__setattr__(object.__new__(subclass), "__class__", _combined_now(replacement, subclass))
-    except Exception as error:  # a metaclass, or an __init_subclass__, may raise what it likes
+    except Exception as error:  # layouts or metaclasses that do not go together
         return f"that Python cannot combine with its replacement ({type(error).__name__}: {error})"
     return ""
 

@@ -333,16 +333,85 @@ def test_a_subclass_with_ways_of_its_own_stays_float_and_is_reported(build, what
     assert type(model[0]) is type(layer)
 
 
-def test_a_class_that_refuses_to_be_combined_stays_float_and_says_why():
-    class Sealed(nn.Linear):
-        def __init_subclass__(cls):
-            raise TypeError("sealed")
+def test_a_class_that_cannot_be_combined_stays_float_and_says_why():
+    class Ordered(type):
+        def mro(cls):
+            if QuantizedLayer in (order := super().mro()):
+                raise TypeError("sealed")
+            return order
+
+    class Sealed(nn.Linear, metaclass=Ordered):
+        pass
 
     with qp.quantize_modules(subclasses=True) as scope:
         assert type(Sealed(2, 2)) is Sealed
     assert "sealed" in scope.skipped[0].reason
     with pytest.raises(LayerError, match="sealed"):
         combine(QuantLinear, Sealed)
+
+
+# --- unseen by what watches for new classes --------------------------------------------------------------
+
+
+def watched(seen):
+    """A class of layers that notes every class below it, in each way that Python has."""
+
+    class Watching(type):
+        def __new__(cls, name, bases, namespace, **options):
+            seen.append(name)
+            return super().__new__(cls, name, bases, namespace, **options)
+
+        def __init__(cls, name, bases, namespace, **options):
+            seen.append(name)
+            super().__init__(name, bases, namespace)
+
+        def __call__(cls, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    class Registered(nn.Linear, metaclass=Watching):
+        def __init_subclass__(cls, *, kind="none"):
+            super().__init_subclass__()
+            seen.append(kind)
+
+    class Dense(Registered, kind="dense"):
+        pass
+
+    return Dense
+
+
+def test_registries_of_subclasses_do_not_hear_of_combined_classes():
+    seen = []
+    cls = watched(seen)
+    before = list(seen)
+    with qp.quantize_modules(subclasses=True):
+        built = cls(3, 3)
+    converted = cls(3, 3)
+    qp.convert(converted, subclasses=True)
+    copy.deepcopy(built)
+    pickled = parametrizations.orthogonal(cls(3, 3))
+    seen_by_torch = list(seen)
+    qp.convert(pickled, subclasses=True)
+    assert before == seen[: len(before)] == ["Registered", "Registered", "Dense", "dense", "Dense"]
+    assert seen == seen_by_torch
+    assert type(built) is type(converted) is combine(QuantLinear, cls)
+    assert type(type(built)) is type(cls)
+    assert type(built).__bases__ == (QuantLinear, cls)
+
+
+def test_an_abstract_base_class_tells_the_combined_class_from_its_base():
+    class Base(nn.Linear, abc.ABC):
+        pass
+
+    class Virtual(nn.Module):
+        pass
+
+    Base.register(Virtual)
+    layer = Base(3, 3)
+    assert isinstance(layer, Base)
+    qp.convert(combined := Base(3, 3), subclasses=True)
+    assert isinstance(combined, Base)
+    assert not isinstance(layer, type(combined))
+    assert not isinstance(Virtual(), type(combined))
 
 
 def test_a_class_whose_objects_python_cannot_turn_into_others_stays_float_and_says_why():

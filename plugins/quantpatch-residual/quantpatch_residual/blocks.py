@@ -17,6 +17,7 @@ import torch
 from quantpatch import Entry, QuantizedLayer, Recipe
 from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import EntryError
+from quantpatch.layers.base import make_replacement
 
 __all__ = ["QuantizedResidual", "residual_entry"]
 
@@ -95,5 +96,5 @@ def __getattr__(name: str) -> Any:
         "operations": {torch.add: (left or None, right or None)},
         "only_if": only_if,
     }
-    made = type(f"Quant{target}", (QuantizedResidual, float_class), members)
+    made = make_replacement(f"Quant{target}", (QuantizedResidual, float_class), members)
     return globals().setdefault(name, made)  # another thread may have been first

@@ -11,6 +11,8 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from quantpatch.layers.base import make_replacement
+
 __all__ = ["classes_of"]
 
 
@@ -37,7 +39,8 @@ def classes_of(
             importlib.import_module(f"transformers.models.{model}.modeling_{model}"), target
         )
         docstring = f"``{target}`` with the operands of its products quantized."
-        made = type(name, (mixin, float_class), {"__module__": namespace["__name__"], "__doc__": docstring})
+        members = {"__module__": namespace["__name__"], "__doc__": docstring}
+        made = make_replacement(name, (mixin, float_class), members)
         return namespace.setdefault(name, made)  # another thread may have been first
 
     return getattribute, lambda: sorted({*namespace, *targets})

@@ -57,7 +57,7 @@ def make_class(name: str, bases: tuple[type[Any], ...], members: Mapping[str, An
             meta = type(base)
         elif not issubclass(meta, type(base)):
             raise TypeError(f"metaclass conflict between {meta.__qualname__} and {type(base).__qualname__}")
-    # The registry of an ABC is set up by ABCMeta itself; without one of its own the class would use its base's.
+    # ABCMeta sets up the registry of an ABC; without one of its own the class would use its base's.
     maker = abc.ABCMeta if issubclass(meta, abc.ABCMeta) else type
     namespace = {"__module__": members.get("__module__", bases[0].__module__)}
     made: type[Any] = maker.__new__(meta, name, (_Unseen, *bases), namespace)

@@ -265,8 +265,7 @@ class QuantizedLayer:
 
 
 def make_replacement(name: str, bases: tuple[type[Any], ...], members: Mapping[str, Any]) -> type[Any]:
-    """A replacement that no class statement writes: what watches for new subclasses of the float class
-    (``__init_subclass__``, a metaclass with a registry) does not hear of it.
+    """A replacement that no class statement writes, unseen by what watches for subclasses of the float class.
 
     Args:
         name: Its name.

@@ -2,7 +2,8 @@
 
 Which batch norm follows which layer is seen in a run of the model on given inputs, or without any read from
 the traced graph (torch.fx), not from the order of modules: the layer's output must go into the batch norm and
-nowhere else. A model that torch.fx cannot trace as a whole is traced in parts.
+nowhere else. A model that torch.fx cannot trace as a whole is traced in parts. A run also tells whether the
+model computes the same with each folded, since a subclass may do more than its base.
 """
 
 from __future__ import annotations
@@ -12,29 +13,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from quantpatch.errors import ExportError
-from quantpatch.export.dataflow import BATCHNORM, Dataflow, dataflow
-from quantpatch.held_range import RANGE_KEY
+from quantpatch.errors import ExportError, warn_caller
+from quantpatch.export.dataflow import BATCHNORM, MOVING, Dataflow, Value, dataflow
+from quantpatch.export.folded_batchnorm import (
+    LAYERS,
+    Fold,
+    Folded,
+    channel_axis,
+    computes_as_torch,
+    is_per_channel,
+)
+from quantpatch.export.verified import made_if_same, run_of
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.running import demand_model
 
 __all__ = ["FoldedBatchNorm", "fold_batchnorm"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# The axis of the output channels of each layer's weight.
-_AXES: dict[type[nn.Module], int] = {
-    nn.Linear: 0,
-    nn.Conv1d: 0,
-    nn.Conv2d: 0,
-    nn.Conv3d: 0,
-    nn.ConvTranspose1d: 1,
-    nn.ConvTranspose2d: 1,
-    nn.ConvTranspose3d: 1,
-}
+_PRODUCTS = frozenset(f"aten::{name}" for name in ("addmm", "bmm", "convolution", "linear", "mm"))
+_OWN = "its forward is its own: give the arguments to run the model on, so that it can be compared"
 
 
 @attrs.frozen
@@ -63,15 +63,17 @@ def fold_batchnorm(
 ) -> FoldedBatchNorm:
     """Folds each batch norm into the convolution or linear layer before it, in place.
 
-    The batch norm becomes an ``nn.Identity``. The model computes the same to the rounding of floats; a
-    quantized layer then quantizes the weights that will run. Ranges of weights that are known already are
-    scaled with them, so fold before or after calibration, and before quantization-aware training. A
-    ``state_dict`` from before is folded as it is loaded.
+    The batch norm becomes an ``nn.Identity``; one of a subclass, such as timm's ``BatchNormAct2d``, stays and
+    does what else its forward does. The model computes the same to the rounding of floats, which a run before
+    and one after tell, if there are arguments to run it on: what changes more than that is left, with a
+    warning. A quantized layer then quantizes the weights that will run. Ranges of weights that are known
+    already are scaled with them, so fold before or after calibration, and before quantization-aware training.
+    A ``state_dict`` from before is folded as it is loaded.
 
     Args:
         model: Float or quantized, in eval mode.
-        args: Arguments to run it on once, to see what follows what: a tensor, or a tuple. Left out, torch.fx
-            has to trace the model.
+        args: Arguments to run it on, to see what follows what: a tensor, or a tuple. Left out, torch.fx has
+            to trace the model, and only torch's own layers and batch norms are folded.
         kwargs: Keyword arguments to run it on.
 
     Returns:
@@ -79,9 +81,12 @@ def fold_batchnorm(
 
     Raises:
         ExportError: The model is in training mode, where batch norm depends on the batch.
+
+    Warns:
+        QuantPatchWarning: Something was folded, computed something else, and was put back.
     """
     demand_model(model, "fold_batchnorm")
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, _NORMS)}
+    norms = {name: m for name, m in model.named_modules() if _is_norm(m)}
     training = [name for name, norm in norms.items() if norm.training]
     if training:
         raise ExportError(
@@ -95,11 +100,13 @@ def fold_batchnorm(
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     pairs: dict[str, str | None] = {}
     seen: dict[str, str] = {}
+    run = None
     if args is None and kwargs is None:
         _find(model, "", pairs, seen)
     else:
         given = () if args is None else args if isinstance(args, tuple) else (args,)
-        _find_in_run(model, dataflow(model, lambda: model(*given, **dict(kwargs or {}))), pairs, seen)
+        run = run_of(model, given, kwargs)
+        _find_in_run(model, dataflow(model, run), pairs, seen)
     folded: dict[str, str] = {}
     left: dict[str, str] = {}
     for name, norm in norms.items():
@@ -111,21 +118,40 @@ def fold_batchnorm(
         why = _obstacle(layer, norm, uses, owners)
         if why:
             left[name] = why
-            continue
-        _fold(layer, norm)
-        _fold_in_checkpoints(model, before, name, norm.eps)
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, nn.Identity())
-        folded[name] = before
+        else:
+            folded[name] = before
+    folds = {name: Fold(model, before, name) for name, before in folded.items()}
+    if run is None:
+        for fold in folds.values():
+            fold.make()
+        return FoldedBatchNorm(folded, left)
+    wrong = made_if_same(model, run, folds)
+    for name, how in wrong.items():
+        left[name] = f"{how} with it folded into {folded.pop(name)}, so that was undone"
+    if wrong:
+        shown = "; ".join(f"{name}: {left[name]}" for name in list(wrong)[:5])
+        warn_caller(f"{len(wrong)} batch norms were not folded: {shown}{' …' * (len(wrong) > 5)}")
     return FoldedBatchNorm(folded, left)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm, and not folded yet."""
+    return isinstance(module, _NORMS) and not isinstance(vars(module).get("weight"), Folded)
+
+
+class _Tracer(fx.Tracer):
+    """Layers and batch norms are one node each, those of subclasses too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (*_NORMS, *LAYERS)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _find(module: nn.Module, prefix: str, pairs: dict[str, str | None], seen: dict[str, str]) -> None:
     """The layer before each batch norm, by name, where nothing else uses the layer's output."""
-    if not any(isinstance(m, _NORMS) for m in module.modules()) or isinstance(module, _NORMS):
+    if not any(map(_is_norm, module.modules())) or isinstance(module, _NORMS):
         return
     try:
-        graph = fx.Tracer().trace(module)
+        graph = _Tracer().trace(module)
     except Exception:  # data-dependent code raises what it likes
         for name, child in module.named_children():
             _find(child, f"{prefix}{name}.", pairs, seen)
@@ -133,7 +159,7 @@ def _find(module: nn.Module, prefix: str, pairs: dict[str, str | None], seen: di
     modules = dict(module.named_modules())
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
-        if node.op != "call_module" or not isinstance(modules[str(node.target)], _NORMS):
+        if node.op != "call_module" or not _is_norm(modules[str(node.target)]):
             continue
         norm = prefix + str(node.target)
         source: Any = node.args[0] if node.args else None
@@ -143,10 +169,12 @@ def _find(module: nn.Module, prefix: str, pairs: dict[str, str | None], seen: di
             seen[norm] = f"it or {source.target} is called more than once"
         elif len(source.users) > 1:
             seen[norm] = f"the output of {prefix}{source.target} is used elsewhere, too"
-        elif type(modules[str(source.target)]) not in _AXES and not any(
-            isinstance(modules[str(source.target)], kind) for kind in _AXES
-        ):
+        elif not isinstance(modules[str(source.target)], tuple(LAYERS)):
             seen[norm] = f"{prefix}{source.target} is a {type(modules[str(source.target)]).__name__}"
+        elif not computes_as_torch(modules[str(node.target)]):
+            seen[norm] = _OWN
+        elif not computes_as_torch(modules[str(source.target)]):
+            seen[norm] = f"of {prefix}{source.target}, {_OWN}"
         else:
             pairs[norm] = prefix + str(source.target)
 
@@ -158,7 +186,7 @@ def _find_in_run(
     modules = dict(model.named_modules())
     for operator in flow.operators:
         norm = operator.module
-        if operator.name not in BATCHNORM or not isinstance(modules.get(norm), _NORMS):
+        if operator.name not in BATCHNORM or norm not in modules or not _is_norm(modules[norm]):
             continue
         source = operator.inputs[0]
         layer = source.outputs_of[0] if source.outputs_of else None
@@ -168,10 +196,25 @@ def _find_in_run(
             seen[norm] = f"it or {layer} is called more than once"
         elif len(source.uses) > 1 or source.is_result:
             seen[norm] = f"the output of {layer} is used elsewhere, too"
-        elif not isinstance(modules[layer], tuple(_AXES)):
+        elif not isinstance(modules[layer], tuple(LAYERS)):
             seen[norm] = f"{layer} is a {type(modules[layer]).__name__}"
+        elif not parametrize.is_parametrized(modules[layer]) and not _is_product_of_weight(source, layer):
+            seen[norm] = f"{layer} computes with another tensor than its weight, or goes on with the product"
         else:
             pairs[norm] = layer
+
+
+def _is_product_of_weight(value: Value, layer: str) -> bool:
+    """Whether a value is what a convolution or matrix product with a parameter itself gives, in a module."""
+    product = value.maker
+    while product is not None and (product.quantizer is not None or product.name in MOVING):
+        product = product.inputs[0].maker
+    if product is None or product.module != layer or product.name not in _PRODUCTS:
+        return False
+    weight = product.inputs[1 if product.name == "aten::convolution" else -1]
+    while weight.maker is not None and (weight.maker.quantizer is not None or weight.maker.name in MOVING):
+        weight = weight.maker.inputs[0]
+    return weight.is_parameter
 
 
 def _obstacle(layer: Any, norm: Any, uses: Counter[int], owners: Counter[int]) -> str | None:
@@ -179,6 +222,10 @@ def _obstacle(layer: Any, norm: Any, uses: Counter[int], owners: Counter[int]) -
         return "it keeps no running statistics"
     if uses[id(layer)] > 1 or uses[id(norm)] > 1:
         return "it or the layer before it is in the model more than once"
+    if isinstance(norm, nn.SyncBatchNorm) and not computes_as_torch(norm):
+        return "it normalizes over ranks while it trains, and its forward is its own"
+    if parametrize.is_parametrized(norm):
+        return "its weight is parametrized"
     if parametrize.is_parametrized(layer) or not isinstance(layer.weight, nn.Parameter):
         return "the weight before it is parametrized"
     if owners[id(layer.weight)] > 1 or (layer.bias is not None and owners[id(layer.bias)] > 1):
@@ -196,133 +243,11 @@ def _obstacle(layer: Any, norm: Any, uses: Counter[int], owners: Counter[int]) -
         return "the output before it is quantized"
     quantizer = layer.quantizer("weight")
     amax = None if quantizer is None else quantizer.amax
-    if amax is not None and not _is_per_channel(amax, layer, _axis(layer)):
+    if amax is not None and not is_per_channel(amax, layer):
         return "the weight's range is known and not per output channel: fold before calibrating"
     return None
 
 
-def _axis(layer: Any) -> int:
-    return next(axis for kind, axis in _AXES.items() if isinstance(layer, kind))
-
-
 def _channels(layer: Any) -> int:
-    axis = _axis(layer)
+    axis = channel_axis(layer)
     return int(layer.weight.shape[axis]) * (layer.groups if axis else 1)
-
-
-def _is_per_channel(amax: Tensor, layer: Any, axis: int) -> bool:
-    shape = [1] * layer.weight.dim()
-    shape[axis] = layer.weight.shape[axis]
-    return (
-        list(amax.shape) == shape and getattr(layer, "groups", 1) == 1 if axis else list(amax.shape) == shape
-    )
-
-
-def _fold(layer: Any, norm: Any) -> None:
-    """Folds it in; scales the weight's range if that is known."""
-    weight, bias, factor = _folded(
-        layer, norm.eps, layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias
-    )
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        if layer.bias is None:
-            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
-        else:
-            layer.bias.copy_(bias)
-        quantizer = layer.quantizer("weight") if isinstance(layer, QuantizedLayer) else None
-        if quantizer is not None and quantizer.amax is not None:
-            quantizer.amax.copy_(_scaled(quantizer.amax, factor))
-
-
-def _scaled(amax: Tensor, factor: Tensor) -> Tensor:
-    """The range of weights, one for each channel, that are multiplied by a factor."""
-    return (amax.detach().double() * factor.abs().reshape(amax.shape)).float()
-
-
-@torch.no_grad()
-def _folded(
-    layer: Any,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights times the factor, (bias - mean) * factor + shift, and the factor; in float64 and back."""
-    axis = _axis(layer)
-    factor = (var.double() + eps).rsqrt()
-    if scale is not None:
-        factor = factor * scale.double()
-    moved = (-mean.double() if bias is None else bias.double() - mean.double()) * factor
-    if shift is not None:
-        moved = moved + shift.double()
-    per_weight = factor
-    shape = [-1 if d == axis else 1 for d in range(weight.dim())]
-    if axis == 1 and layer.groups > 1:  # (in, out / groups, ...): the inputs of a group have its outputs
-        groups = factor.reshape(layer.groups, -1)
-        per_weight = groups.repeat_interleave(weight.shape[0] // layer.groups, 0)
-        shape = [*per_weight.shape, *[1] * (weight.dim() - 2)]
-    kind = weight.dtype
-    return (weight.double() * per_weight.reshape(shape)).to(kind), moved.to(kind), factor
-
-
-# --- Checkpoints from before --------------------------------------------------------------------------------
-
-
-@attrs.frozen
-class _FoldsCheckpoints:
-    """Before a module takes a ``state_dict`` that still has the batch norm: folds it in there as well.
-
-    So a float checkpoint loads strictly into a model whether or not batch norm was folded meanwhile.
-
-    Attributes:
-        layer: Name of the layer in the module.
-        norm: Name of the batch norm that it had.
-        eps: The batch norm's.
-    """
-
-    layer: str
-    norm: str
-    eps: float
-
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        layer, norm = f"{prefix}{self.layer}.", f"{prefix}{self.norm}."
-        if f"{layer}weight" not in state or not {f"{norm}running_mean", f"{norm}running_var"} <= state.keys():
-            return
-        own_layer: Any = module.get_submodule(self.layer)
-        range_key = f"{layer}weight_quantizer.{RANGE_KEY}"
-        amax = state.get(range_key)
-        if amax is not None and not _is_per_channel(amax, own_layer, _axis(own_layer)):
-            return  # it would be that of other weights
-        own = {key: state.pop(f"{norm}{key}", None) for key in _KEYS}
-        weight, bias, factor = _folded(
-            own_layer,
-            self.eps,
-            state[f"{layer}weight"],
-            state.get(f"{layer}bias"),
-            own["running_mean"],
-            own["running_var"],
-            own["weight"],
-            own["bias"],
-        )
-        state.update({f"{layer}weight": weight, f"{layer}bias": bias})
-        if amax is not None:
-            state[range_key] = _scaled(amax, factor)
-
-
-_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
-def _fold_in_checkpoints(model: nn.Module, layer: str, name: str, eps: float) -> None:
-    """Registers that with the innermost module that holds both."""
-    within: list[str] = []
-    for one, other in zip(layer.split(".")[:-1], name.split(".")[:-1], strict=False):
-        if one != other:
-            break
-        within.append(one)
-    outside = len(".".join([*within, ""]))
-    hook = _FoldsCheckpoints(layer[outside:], name[outside:], eps)
-    module = model.get_submodule(".".join(within))
-    module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]

@@ -231,3 +231,147 @@ def test_quantizers_that_stand_in_the_way() -> None:
 def test_training_is_refused() -> None:
     with pytest.raises(ExportError, match=r"model\.eval\(\)"):
         fold_batchnorm(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+
+
+class Activated(nn.BatchNorm2d):
+    """Batch norm with an activation inside, as networks for images have it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.act = nn.PReLU(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(super().forward(x))
+
+
+class Written(Activated):
+    """The same with torch's forward written out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch = self.training or (self.running_mean is None and self.running_var is None)
+        mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        y = nn.functional.batch_norm(x, mean, var, self.weight, self.bias, batch, 0.1, self.eps)
+        return self.act(y).tanh()
+
+
+class Weighing(nn.BatchNorm2d):
+    """One whose weight is read a second time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.weight.sum()
+
+
+class Standardized(nn.Conv2d):
+    """A convolution with another tensor than its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Same(nn.Conv2d):
+    """A convolution that pads in its own way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(x, (0, 1, 1, 0), value=0.5))
+
+
+def between(norm: nn.Module, conv: type[nn.Module] = nn.Conv2d) -> nn.Module:
+    torch.manual_seed(0)
+    first = [nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)]
+    return lively(nn.Sequential(*first, conv(4, 4, 1), norm, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+
+
+Y = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", [Activated, Written])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_else_a_subclass_does_goes_on_when_it_is_folded(kind: type[nn.Module], quantized: bool) -> None:
+    model = between(kind(4))
+    expected, state = model(Y), copy.deepcopy(model.state_dict())
+    if quantized:
+        qp.convert(model)
+    report = fold_batchnorm(model, Y) if not quantized else qp.prepare(model, Y).batchnorm
+    assert report.folded == {"1": "0", "3": "2", "5": "4"}
+    for q in (m for m in model.modules() if isinstance(m, qp.TensorQuantizer)):
+        q.disable()
+    assert torch.allclose(model(Y), expected, rtol=1e-4, atol=1e-5)
+    assert isinstance(model[3], kind)
+    assert [key for key in model.state_dict() if key.startswith("3.")] == ["3.act.weight"]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.load_state_dict(dict(state))  # strict, and without torch's versions beside it
+        assert torch.allclose(twin(Y), expected, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(twin.train()(Y), expected, rtol=1e-4, atol=1e-5)
+    assert fold_batchnorm(model, Y).left == {}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch._dynamo's own
+def test_what_remains_of_a_subclass_is_compiled_and_exported_without_the_normalization() -> None:
+    model = between(Written(4))
+    fold_batchnorm(model, Y)
+    expected = model(Y)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(Y), expected)
+    for strict in (False, True):
+        names = {str(node.target) for node in torch.export.export(model, (Y,), strict=strict).graph.nodes}
+        assert not [name for name in names if "norm" in name]
+
+
+def test_a_fold_that_changes_the_model_is_undone_and_named_and_the_others_stay() -> None:
+    model = between(Weighing(4))
+    expected, state = model(Y), copy.deepcopy(model.state_dict())
+    with pytest.warns(qp.QuantPatchWarning, match="3: the model failed with AttributeError"):
+        report = fold_batchnorm(model, Y)
+    assert report.folded == {"1": "0", "5": "4"}
+    assert list(report.left) == ["3"]
+    assert torch.allclose(model(Y), expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(model.state_dict()[key], state[key]) for key in state if key[0] in "23")
+    model.load_state_dict(state)
+    assert torch.allclose(model(Y), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_how_far_off_a_model_was_is_told() -> None:
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+            self.other, self.last = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.norm(self.conv(x))
+            return self.last(self.other(y)) * (self.conv.bias is None) + y
+
+    model = lively(Watching())
+    expected = model(Y)
+    with pytest.warns(qp.QuantPatchWarning, match=r"off by 0\.\d+ of its size"):
+        report = fold_batchnorm(model, Y)
+    assert report.folded == {"last": "other"}
+    assert model.conv.bias is None
+    assert torch.allclose(model(Y), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_with_a_forward_of_their_own_are_folded_into_where_that_is_right() -> None:
+    for kind, right in ((Same, True), (Standardized, False)):
+        model = between(nn.BatchNorm2d(4), kind)
+        expected = model(Y)
+        report = fold_batchnorm(model, Y)
+        assert ("3" in report.folded) is right
+        assert right or "another tensor than its weight" in report.left["3"]
+        assert torch.allclose(model(Y), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_run_subclasses_with_a_forward_of_their_own_are_left() -> None:
+    for model in (between(Activated(4)), between(nn.BatchNorm2d(4), Standardized)):
+        report = fold_batchnorm(model)
+        assert report.folded == {"1": "0", "5": "4"}
+        assert "give the arguments" in report.left["3"]
+
+
+def test_a_model_that_is_never_the_same_is_folded() -> None:
+    class Counting(nn.Sequential):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Counting.calls += 1
+            return super().forward(x) + Counting.calls
+
+    assert fold_batchnorm(lively(Counting(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))), Y).folded == {"1": "0"}

@@ -75,8 +75,8 @@ class Fold:
     def __init__(self, model: nn.Module, layer: str, norm: str) -> None:
         parent, _, self._own = norm.rpartition(".")
         self._parent = model.get_submodule(parent)
-        self._layer: Any = model.get_submodule(layer)
-        self._norm: Any = model.get_submodule(norm)
+        found: list[Any] = [model.get_submodule(layer), model.get_submodule(norm)]
+        self._layer, self._norm = found
         self._holder, inside = _innermost(model, layer, norm)
         self._in_checkpoints = _FoldsCheckpoints(layer[inside:], norm[inside:], self._norm.eps)
         self._before: Any = None

@@ -215,11 +215,11 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
         covered = cls in targets or isinstance(item.layer, (QuantizedLayer, ScriptModule))
         if reason and not (covered or item.of_weight) and not registry.advice(item.layer):
             to_paste.setdefault(f"{cls.__module__}.{cls.__qualname__}", skeleton(item.layer))
-    served = _served(model, seen.reached)
+    used = seen.reached | _served(model, seen.reached)
     unreached = [
         name
         for name, module in model.named_modules()
-        if is_quantizer(module) and name not in seen.reached | served and not module.disabled
+        if is_quantizer(module) and name not in used and not module.disabled
     ]
     return CoverageReport(
         type(model).__name__,

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from quantpatch.audit.operations import PRESERVING, Product, products_of
 from quantpatch.layers.base import is_quantizer
@@ -77,7 +77,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
         self._stack: list[nn.Module] = [model]
-        self._origin: Any = WeakTensorKeyDictionary()
+        self._origin = _Origins()
         self._blank: Any = WeakTensorKeyDictionary()  # tensors to be filled, in which nothing is float yet
 
     # --- which module is running -----------------------------------------------------------------
@@ -94,7 +94,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = self._names.get(module, "a quantizer outside the model")
         self.trace.reached.add(name)
         if isinstance(output, Tensor) and module.quantizing and not module.disabled:
-            self._origin[output] = name
+            self._origin.put(output, name)
 
     # --- what it runs ------------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         plain = name.removesuffix("_")
         for written in out:
-            self._forget(written)
+            self._origin.forget(written)
         if plain in _BLANK and isinstance(result, Tensor):
             self._blank[result] = True
         if not args:
@@ -155,7 +155,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         is_kept = plain in PRESERVING or (plain in ("aten::mul", "aten::div") and _is_number(args[1]))
         if plain != name and not is_kept and isinstance(args[0], Tensor):
-            self._forget(args[0])  # changed in place, it holds other values
+            self._origin.forget(args[0])  # changed in place, it holds other values
         if name in ("aten::cat", "aten::stack"):
             origins = [self._origin.get(t) for t in args[0]]
             origin = origins[0] if origins and None not in origins else None
@@ -166,23 +166,46 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if origin is not None:
             for tensor in tree_leaves(result):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    self._origin[tensor] = origin
+                    self._origin.put(tensor, origin)
 
     def _fill(self, into: Tensor, source: Tensor) -> None:
         """A tensor, or part of one, is written over: padding around the edges is made so."""
         whole = into if into._base is None else into._base
         origin = self._origin.get(source)
         if origin is not None and (into is whole or self._blank.get(whole)):
-            self._origin[whole] = origin
+            self._origin.put(whole, origin)
         else:
-            self._forget(into)
+            self._origin.forget(into)
             self._blank.pop(whole, None)
 
-    def _forget(self, changed: Tensor) -> None:
+
+class _Origins:
+    """The quantizer that each tensor came out of; a tensor that is gone is forgotten."""
+
+    def __init__(self) -> None:
+        self._names: Any = WeakTensorKeyDictionary()
+        # By the memory that they lie in, so that what is written over is found without a look at all others.
+        self._lying_in: dict[int, list[TensorWeakRef]] = {}
+
+    def get(self, tensor: Tensor) -> str | None:
+        """The quantizer's name, or None."""
+        name: str | None = self._names.get(tensor)
+        return name
+
+    def put(self, tensor: Tensor, name: str) -> None:
+        """A tensor holds what came out of a quantizer."""
+        self._names[tensor] = name
+        self._lying_in.setdefault(_memory(tensor), []).append(TensorWeakRef(tensor))
+
+    def forget(self, changed: Tensor) -> None:
         """What a tensor holds is new: in what it is a view of, and in the other views of that, as well."""
         memory = _memory(changed)
-        for tensor in [tensor for tensor in self._origin if _memory(tensor) == memory]:
-            del self._origin[tensor]
+        self._names.pop(changed, None)
+        for reference in self._lying_in.pop(memory, ()):
+            tensor = reference()
+            # Memory of what is gone is given to others, and a tensor can be given other memory.
+            if tensor is not None and _memory(tensor) == memory:
+                self._names.pop(tensor, None)
 
 
 def _memory(tensor: Tensor) -> int:

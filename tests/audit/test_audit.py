@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -732,3 +733,51 @@ def test_a_weight_that_its_range_holds_exactly_may_drift_within_a_step(drift, ou
     with torch.no_grad():
         layer.weight.mul_(1 + drift / 127)
     assert tuple(name for name, _ in qp.audit(layer, x).outgrown) == outgrown
+
+
+def calls_of_an_audit(layers):
+    """How many functions an audit of that many layers calls."""
+    model, x = quantized(*(nn.Linear(3, 3) for _ in range(layers))).eval(), torch.randn(2, 3)
+    qp.audit(model, x)
+    calls = 0
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event.endswith("call")
+
+    sys.setprofile(count)
+    try:
+        qp.audit(model, x)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_the_work_grows_with_the_layers_and_not_with_their_square():
+    assert calls_of_an_audit(120) < 5 * calls_of_an_audit(30)
+
+
+def test_what_is_written_into_memory_that_a_quantizers_result_lay_in_is_float():
+    def run(self, x):
+        quantizer = self.layer.input_quantizer
+        kept, gone = quantizer(x), quantizer(x)
+        del gone
+        fresh = torch.randn(2, 3)  # in the memory of what is gone, as a rule
+        view = kept.t()
+        fresh.add_(1)
+        return fresh @ view
+
+    model = Wrapped(run, layer=quantized(nn.Linear(3, 3))[0])
+    (row,) = qp.audit(model, torch.randn(4, 3)).rows
+    assert row.operands == (("left", None), ("right", "layer.input_quantizer"))
+
+
+def test_a_quantizers_result_whose_memory_is_exchanged_is_float_where_that_is_written():
+    def run(self, x):
+        x = self.layer.input_quantizer(x)
+        x.set_(torch.randn(4, 3))
+        return x @ x.t()
+
+    model = Wrapped(run, layer=quantized(nn.Linear(3, 3))[0])
+    (row,) = qp.audit(model, torch.randn(4, 3)).rows
+    assert row.operands == (("left", None), ("right", None))

@@ -7,7 +7,7 @@ or, if anything is wrong, none is and the model is as it was.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from quantpatch.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.ranks import Ranks
 from quantpatch.running import demand_model, evaluating, run_over
 from quantpatch.sharded import sharding_of
+from quantpatch.weight_reads import FirstCall
 from quantpatch.zero_points import ends_on_all, fitted, to_fit, watching_ends, without_those_found
 
 __all__ = ["calibrate", "calibrating", "collecting"]
@@ -73,7 +74,9 @@ def calibrating(
         overwrite: Replace ranges that are known already; otherwise they are an error.
         only_missing: Leave known ranges as they are, and find those of the other quantizers.
         strict: Quantizers that saw no data, or only zeros, are an error; otherwise a warning names
-            them, and they stay as they are: without a range they take that of each tensor.
+            them, and they stay as they are: without a range they take that of each tensor. Those of a layer
+            that does not run because a forward reads its weight itself are never an error: they are
+            switched off, and a warning names the layer.
         group: The ranks that hold this model; None for all. Of a pipeline's stages each is its own model.
         **options: Handed to the calibrators of activations, such as ``percentile=99.9``.
 
@@ -104,6 +107,7 @@ def calibrating(
         warn_caller(f"{message}. They stay as they are: without a range they take that of each tensor")
 
     with (
+        FirstCall(model) as first,
         collecting(
             model,
             choose,
@@ -112,12 +116,14 @@ def calibrating(
             weight_method=weight_method,
             zero_points=zero_points,
             group=group,
+            excused=first.weights_read,
             **options,
         ),
         evaluating(model),
         torch.no_grad(),
     ):
         yield
+    first.leave_float()
 
 
 @contextlib.contextmanager
@@ -130,6 +136,7 @@ def collecting(
     weight_method: str | None = None,
     zero_points: bool = False,
     group: dist.ProcessGroup | None = None,
+    excused: Callable[[Sequence[str]], Iterable[str]] = lambda names: (),
     **options: Any,
 ) -> Iterator[None]:
     """``calibrating`` for some quantizers of a model that runs as it is, in its mode and with gradients.
@@ -143,6 +150,7 @@ def collecting(
         weight_method: See there.
         zero_points: See there.
         group: See there.
+        excused: Gives those, of quantizers that saw no data, that could not see any: nothing is told of them.
         **options: See there.
 
     Raises:
@@ -174,7 +182,7 @@ def collecting(
         for calibrator in calibrators.values():  # the same order on every rank
             calibrator.synchronize(group)
         with Ranks(group) as ranks, _naming(quantizers):
-            ranges = _ranges(calibrators, quantizers, of_weights, tell)
+            ranges = _ranges(calibrators, quantizers, of_weights, tell, excused)
             fits = _fits(watched, ends_on_all(ranks, seen), ranges, calibrators)
         coming_back.difference_update(ranges)
     for name, amax in ranges.items():
@@ -300,6 +308,7 @@ def _ranges(
     quantizers: Mapping[str, TensorQuantizer],
     of_weights: set[TensorQuantizer],
     tell: Callable[[str, tuple[str, ...]], None],
+    excused: Callable[[Sequence[str]], Iterable[str]],
 ) -> dict[str, Tensor]:
     """The range of every quantizer that can have one."""
     ranges: dict[str, Tensor] = {}
@@ -317,6 +326,9 @@ def _ranges(
         else:
             ranges[name] = amax
     problems = []
+    if unseen:
+        without_layer = set(excused(unseen))
+        unseen = [name for name in unseen if name not in without_layer]
     if unseen:
         problems.append(
             f"{len(unseen)} of {len(calibrators)} quantizers saw no data, because their layers did not run, "

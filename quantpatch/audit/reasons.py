@@ -76,7 +76,17 @@ def reason_for(seen: Seen, targets: Targets) -> str:
     if base is not None:
         return f"{cls.__name__} is {_about_subclass(cls, base, targets[base])}"
     ask = registry.advice(layer) or "for which there is no entry"
-    return f"a function called in the forward of {cls.__name__}, {ask}"
+    return f"a function called in the forward of {cls.__name__}{_reading(seen)}, {ask}"
+
+
+def _reading(seen: Seen) -> str:
+    """A clause on the layers whose weights a product reads itself, if there are any."""
+    own = {name for name, _ in seen.layer.named_parameters(recurse=False)}
+    names = (w for w in seen.weights if w is not None and w.removeprefix(f"{seen.module}.") not in own)
+    layers = [name.rpartition(".")[0] or name for name in dict.fromkeys(names)]
+    if not layers:
+        return ""
+    return f", which reads the weight of {' and '.join(layers)} itself"
 
 
 def _about_subclass(cls: type, base: type, offer: Offer) -> str:

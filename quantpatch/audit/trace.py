@@ -43,6 +43,7 @@ class Seen:
         operator: Name of the operator, such as ``"aten::addmm"``.
         product: What was multiplied.
         quantizers: For each operand the name of the quantizer it came out of, or None.
+        weights: For each operand the name of the parameter whose values it holds, or None.
         of_weight: Whether it is a step in the making of a weight, by a parametrization or a hook such as
             spectral norm's: the same for every input.
     """
@@ -52,6 +53,7 @@ class Seen:
     operator: str
     product: Product
     quantizers: tuple[str | None, ...]
+    weights: tuple[str | None, ...]
     of_weight: bool
 
 
@@ -79,6 +81,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stack: list[nn.Module] = [model]
         self._origin = _Origins()
         self._blank: Any = WeakTensorKeyDictionary()  # tensors to be filled, in which nothing is float yet
+        self._weights: Any = WeakTensorKeyDictionary()
+        for name, parameter in model.named_parameters():
+            self._weights[parameter] = name
 
     # --- which module is running -----------------------------------------------------------------
 
@@ -121,9 +126,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # The innermost module that has a name: wrappers made on the fly do not help the reader.
         layer = next((m for m in reversed(self._stack) if m in self._names), self._model)
         quantizers = tuple(None if t is None else self._origin.get(t) for _, t in product.operands)
+        weights = tuple(None if t is None else self._weights.get(t) for _, t in product.operands)
         without_tensors = attrs.evolve(product, operands=tuple((role, None) for role, _ in product.operands))
         name, of_weight = self._names[layer], self._is_of_weight(layer, product)
-        self.trace.seen.append(Seen(name, layer, operator, without_tensors, quantizers, of_weight))
+        self.trace.seen.append(Seen(name, layer, operator, without_tensors, quantizers, weights, of_weight))
 
     def _is_of_weight(self, layer: nn.Module, product: Product) -> bool:
         if any(isinstance(module, ParametrizationList) for module in self._stack):
@@ -161,6 +167,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             origin = origins[0] if origins and None not in origins else None
         elif is_kept:
             origin = self._origin.get(args[0]) if isinstance(args[0], Tensor) else None
+            weight = self._weights.get(args[0]) if isinstance(args[0], Tensor) else None
+            if weight is not None:
+                for tensor in tree_leaves(result):
+                    if isinstance(tensor, Tensor):
+                        self._weights[tensor] = weight
         else:
             return
         if origin is not None:

@@ -2,11 +2,9 @@
 
 Its tensors, the range and the zero point, are held by :mod:`quantpatch.held_range`.
 
-In eval mode the result for a weight is kept and used again until the weight, the range or the settings
-change. A change is seen through the weight's version counter, its identity and its memory; one made through
-``weight.data`` moves no counter, and is looked for in a sample of the weight's elements (on the CPU; reading
-values of an accelerator would make the host wait for it). ``train()`` and ``eval()`` forget the result, so a
-loop that evaluates after each epoch sees every change.
+Every call quantizes the tensor that it is given, a weight too. Nothing is remembered from one call to the
+next, so a change made in whatever way (``weight.data``, a numpy view, another thread) is seen by the next.
+:func:`quantpatch.fold_weights` is for those who can promise that weights stay as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Container, Iterator, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +25,11 @@ from quantpatch.fake_quant import check_operand, fake_quantize
 from quantpatch.fast_paths import refuse_fast_paths
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.held_range import HeldRange
-from quantpatch.kept_weight import KeptWeight, Snapshot
 from quantpatch.places import place_in_running_model
 from quantpatch.registry import registry
 from quantpatch.rounding.compiled import is_compiled
 from quantpatch.rounding.in_memory import round_trip_to_range
 from quantpatch.rounding.modes import is_traced
-from quantpatch.sharded import gathers_weights
 
 __all__ = [
     "PARALLELIZE_FIRST",
@@ -77,17 +73,12 @@ class TensorQuantizer(HeldRange):
         calibrating: Whether statistics are collected.
         quantizing: Whether tensors are quantized.
         calibrator: What collects the statistics, or None.
-        keeps_weights: Whether quantized weights are kept in eval mode, at the cost of their memory. Set it
-            to False on the class to turn that off everywhere.
     """
-
-    keeps_weights: ClassVar[bool] = True
 
     disabled: bool
     calibrating: bool
     quantizing: bool
     calibrator: Calibrator | None
-    _kept: KeptWeight | None
 
     def __init__(self, descriptor: QuantDescriptor | None = None, *, in_layer: bool = False) -> None:
         super().__init__()
@@ -107,7 +98,6 @@ class TensorQuantizer(HeldRange):
             calibrating=False,
             quantizing=True,
             calibrator=None,
-            _kept=None,
         )
         if not in_layer:
             refuse_fast_paths(self)
@@ -220,8 +210,7 @@ class TensorQuantizer(HeldRange):
 
         Args:
             x: The tensor.
-            is_weight: It comes again and again and seldom changes: in eval mode and without gradient, keep
-                the result and use it until something changes.
+            is_weight: It is a weight, and no activation.
 
         Raises:
             CalibrationError: It holds NaN or infinity and statistics are being collected.
@@ -268,11 +257,7 @@ class TensorQuantizer(HeldRange):
         descriptor = self.descriptor
         amax = None if descriptor.dynamic else self.amax
         # First what comes in nearly every call, in few steps; see round_trip_to_range.
-        if is_weight and not self.training and self._may_keep(x, amax):
-            kept = self._kept
-            if kept is not None and kept.is_of(x, amax, descriptor):
-                return kept.quantized
-        elif amax is not None:
+        if amax is not None:
             rounded = round_trip_to_range(x, amax, self.format, descriptor.kept_axes)
             if rounded is not None:
                 return rounded
@@ -280,43 +265,13 @@ class TensorQuantizer(HeldRange):
         if amax is not None and amax.device != x.device:  # a checkpoint loaded it before any tensor came
             # To the meta device it does not go along: it would be lost.
             amax = amax.to(x.device) if x.is_meta else self._follow(x.device)
-        if is_weight and not self.training and self._may_keep(x, amax):
-            return self._keep(x, amax)
         format = self._format_as_compiled if amax is not None and is_compiled() else self.format
         return fake_quantize(x, self._magnitude(amax), format, axis=descriptor.kept_axes)
-
-    def _may_keep(self, weight: Tensor, amax: Tensor | None) -> bool:
-        """Whether the result for a weight depends on nothing that cannot be watched."""
-        if not self.keeps_weights or is_traced() or gathers_weights():
-            return False
-        if type(weight) is not nn.Parameter or weight.is_inference() or weight.is_meta:
-            return False  # a parametrization's output, a stand-in of functional_call, no version counter
-        if amax is not None and amax.is_inference():
-            return False
-        needs_grad = weight.requires_grad or (amax is not None and amax.requires_grad)
-        return not (needs_grad and torch.is_grad_enabled())
-
-    def _keep(self, weight: Tensor, amax: Tensor | None) -> Tensor:
-        descriptor = self.descriptor
-        # Not as an inference tensor: it may be used in a forward pass with gradients later.
-        with torch.inference_mode(False), torch.no_grad():
-            quantized = fake_quantize(weight, self._magnitude(amax), self.format, axis=descriptor.kept_axes)
-            # Within a mode such as FakeTensorMode, or a transform of torch.func, it is of no use outside.
-            plain = type(quantized) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(
-                quantized
-            )
-            self.__dict__["_kept"] = KeptWeight(quantized, weight, amax, descriptor) if plain else None
-        return quantized
-
-    def train(self, mode: bool = True) -> TensorQuantizer:
-        """Sets training or eval mode; forgets the quantized weight that was kept, and frees its memory."""
-        self.__dict__["_kept"] = None
-        return super().train(mode)
 
     def agrees_with(self, other: TensorQuantizer) -> bool:
         """Whether both are known to give the same result for the same tensor.
 
-        Ranges are compared once after each change, and not while tracing.
+        Ranges are compared in main memory only, and not while tracing.
         """
         if self is other:
             return True
@@ -329,18 +284,11 @@ class TensorQuantizer(HeldRange):
             return True
         if mine is None or others is None or self.descriptor.learn_amax or is_traced():
             return False
-        known = self.__dict__.get("_compared")
-        if known is None or not (known[0].holds(mine) and known[1].holds(others)):
-            if mine.is_inference() or others.is_inference() or mine.device != others.device:
-                return False
-            known = (Snapshot(mine), Snapshot(others), torch.equal(mine, others))
-            self.__dict__["_compared"] = known
-        return bool(known[2])
+        # Elsewhere than in main memory a comparison would make the host wait: there it is not known.
+        return mine.is_cpu and others.is_cpu and torch.equal(mine, others)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is kept is for speed; copies and files start without.
-        state = {**self.__dict__, "_kept": None}
-        state.pop("_compared", None)
+        state = {**self.__dict__}
         # A copy made inside of ``in_float`` (of averaged weights, say) would never be told of its end.
         return {**state, **state.pop("_outside", {})}
 

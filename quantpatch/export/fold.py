@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from quantpatch.errors import ExportError
+from quantpatch.errors import ExportError, warn_caller
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer
 
@@ -33,24 +33,25 @@ class FoldedWeights:
         """Gives every weight the values that it had, bit for bit; done once, a second call does nothing.
 
         Raises:
-            ExportError: A folded weight was given other memory since, or changed; nothing is undone.
+            ExportError: Weights changed since they were folded. These keep their new values, which are
+                quantized from here on as any are; all others have their old ones back.
         """
-        changed = [
-            name
-            for name, (parameter, _, folded) in zip(self.folded, self._undo, strict=True)
-            if parameter.shape != folded.shape or not torch.equal(parameter.detach().to(folded), folded)
-        ]
-        if changed and self._undo:
-            raise ExportError(
-                f"these weights changed since they were folded, so their old values are not put back: "
-                f"{', '.join(changed)}. Undo before training or loading weights",
-                quantizers=tuple(changed),
-            )
-        for parameter, original, _ in self._undo:
-            parameter.data = original.to(parameter)
+        changed: list[str] = []
+        for name, (parameter, original, folded) in zip(self.folded, self._undo, strict=True):
+            if parameter.shape == folded.shape and torch.equal(parameter.detach(), folded.to(parameter)):
+                parameter.data = original.to(parameter)
+            else:
+                changed.append(name)
         for quantizer in self._disabled:
             quantizer.enable()
         self._undo, self._disabled, self.folded = [], [], ()
+        if changed:
+            raise ExportError(
+                f"these weights changed since they were folded: {', '.join(changed)}. They keep their new "
+                f"values, which were used unquantized until now; the others have their old ones back. End "
+                f"fold_weights before training, pruning or loading weights",
+                quantizers=tuple(changed),
+            )
 
     def __enter__(self) -> FoldedWeights:
         return self
@@ -58,13 +59,22 @@ class FoldedWeights:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.undo()
+        try:
+            self.undo()
+        except ExportError as changed:
+            if error is None:
+                raise
+            warn_caller(str(changed))  # what ended the block matters more
 
 
 def fold_weights(model: nn.Module) -> FoldedWeights:
     """Puts quantized values into the weights and disables their quantizers, for evaluation.
 
-    The model computes the same, bit for bit. The memory of the original weights is kept for ``undo``::
+    The model computes the same, bit for bit, without quantizing its weights in every forward pass. You
+    promise that the weights stay as they are meanwhile: a weight that is trained, pruned or loaded inside
+    is used as it is, unquantized, and named by an error at the end. The memory of the original weights is
+    kept for ``undo``, and as much again to see such changes. Code of the model's own that reads a weight
+    beside its layer, as ``F.linear(x, self.embedding.weight)`` does, finds the quantized values::
 
         with qp.fold_weights(model):
             evaluate(model)
@@ -85,11 +95,9 @@ def fold_weights(model: nn.Module) -> FoldedWeights:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((module, key))
-    folded: list[str] = []
     skipped: dict[str, str] = {}
-    undo: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-    disabled: list[TensorQuantizer] = []
     plans: dict[int, tuple[str, nn.Parameter, Tensor, list[TensorQuantizer]]] = {}
+    torn: set[int] = set()  # weights that several layers quantize in several ways
     for layer_name, layer in model.named_modules():
         if not isinstance(layer, QuantizedLayer):
             continue
@@ -105,6 +113,9 @@ def fold_weights(model: nn.Module) -> FoldedWeights:
             if quantizer.calibrating:
                 skipped[name] = "its quantizer is being calibrated"
                 continue
+            if getattr(layer, "max_norm", None) is not None:
+                skipped[name] = "its layer renormalizes it in place at every forward (max_norm)"
+                continue
             with torch.no_grad():
                 quantized = quantizer(weight.detach())
             known = plans.get(id(weight))
@@ -114,16 +125,21 @@ def fold_weights(model: nn.Module) -> FoldedWeights:
                 known[3].append(quantizer)
             else:
                 skipped[name] = f"it is tied to {known[0]}, which is quantized otherwise"
-    for identity, (name, weight, quantized, quantizers) in plans.items():
-        if len(users[identity]) > len(quantizers) or any(
-            "tied" in why and name in why for why in skipped.values()
-        ):
-            skipped[name] = "it is tied to a weight that is not quantized like it"
-            continue
-        undo.append((weight, weight.data, quantized))
-        weight.data = quantized.clone()
-        for quantizer in quantizers:
-            quantizer.disable()
-        disabled += quantizers
-        folded.append(name)
-    return FoldedWeights(tuple(folded), skipped, undo, disabled)
+                torn.add(id(weight))
+    done = FoldedWeights((), skipped, [], [])
+    try:
+        for identity, (name, weight, quantized, quantizers) in plans.items():
+            if len(users[identity]) > len(quantizers) or identity in torn:
+                skipped[name] = "it is tied to a weight that is not quantized like it"
+                continue
+            original = weight.data
+            weight.data = quantized.clone()
+            done._undo.append((weight, original, quantized))
+            done.folded = (*done.folded, name)
+            for quantizer in quantizers:
+                quantizer.disable()
+                done._disabled.append(quantizer)
+    except BaseException:  # such as no memory left
+        done.undo()
+        raise
+    return done

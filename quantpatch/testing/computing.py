@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from quantpatch.fast_paths import without_fast_paths
-from quantpatch.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.quantizer import named_quantizers
 from quantpatch.testing.checks import check, demand_close, demand_equal
 from quantpatch.testing.subject import (
     Broken,
@@ -190,12 +190,10 @@ def _changed_by_running(subject: Subject, layer: nn.Module) -> set[str]:
 
 
 def _held(module: nn.Module) -> dict[str, list[Any]]:
-    """All that modules hold, with what is in their dictionaries, but for what quantizers keep for speed."""
+    """All that modules hold, with what is in their dictionaries."""
     found: dict[str, list[Any]] = {}
     for name, m in module.named_modules():
         for key, value in vars(m).items():
-            if isinstance(m, TensorQuantizer) and key in ("_kept", "_compared"):
-                continue
             within = [*value.keys(), *value.values()] if isinstance(value, dict) else []
             found[f"{name}.{key}".lstrip(".")] = [value, *within]
     return found

@@ -9,6 +9,7 @@ from torch import nn
 import quantpatch as qp
 from quantpatch.errors import ExportError
 from quantpatch.export.fold import fold_weights
+from quantpatch.quantizer import named_quantizers
 
 
 class Tied(nn.Module):
@@ -58,13 +59,77 @@ def test_undo_is_done_once() -> None:
     assert model.a.weight_quantizer.disabled
 
 
-def test_undo_overwrites_no_new_weights() -> None:
-    model = calibrated()
-    folded = fold_weights(model)
+def prune_a_row(model: nn.Module) -> None:
+    model.a.weight.data[2] = 0.0
+
+
+def step(model: nn.Module) -> None:
     with torch.no_grad():
         model.a.weight.add_(1.0)
-    with pytest.raises(ExportError, match=r"a\.weight"):
+
+
+def resize(model: nn.Module) -> None:
+    model.a.weight.data = torch.ones(3, 6)
+
+
+@pytest.mark.parametrize("change", [prune_a_row, step, resize])
+def test_changed_weights_are_named_and_keep_their_new_values_and_the_others_come_back(change) -> None:
+    model = calibrated()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    folded = fold_weights(model)
+    change(model)
+    new = model.a.weight.detach().clone()
+    with pytest.raises(ExportError, match=r"changed since they were folded: a\.weight\. They keep"):
         folded.undo()
+    assert torch.equal(model.a.weight, new)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items() if "rnn" in key)
+    assert not any(q.disabled for q in named_quantizers(model).values())
+    folded.undo()  # nothing is left to do
+
+
+def test_what_ended_the_block_is_not_hidden_by_weights_that_changed() -> None:
+    model = calibrated()
+
+    def evaluate() -> None:
+        with fold_weights(model):
+            step(model)
+            raise KeyError("of the body")
+
+    with pytest.warns(qp.QuantPatchWarning, match=r"a\.weight"), pytest.raises(KeyError):
+        evaluate()
+    assert not model.a.weight_quantizer.disabled
+
+
+def test_a_model_that_was_cast_inside_gets_its_old_weights_in_the_new_dtype() -> None:
+    model = calibrated()
+    before = model.a.weight.detach().clone()
+    with fold_weights(model):
+        model.double()
+    assert torch.equal(model.a.weight, before.double())
+
+
+def test_an_error_half_way_leaves_nothing_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = calibrated()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def out_of_memory() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(model.rnn.weight_hh_l0_quantizer, "disable", out_of_memory)
+    with pytest.raises(MemoryError):
+        fold_weights(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(q.disabled for q in named_quantizers(model).values())
+
+
+def test_a_table_that_its_layer_renormalizes_in_place_is_left() -> None:
+    with qp.quantize_modules(include=["Embedding"]):
+        table = nn.Embedding(5, 4, max_norm=0.5).eval()
+    qp.calibrate(table, [torch.arange(5)], progress=False)
+    with fold_weights(table) as folded:
+        assert folded.folded == ()
+        assert "max_norm" in folded.skipped["weight"]
+        table(torch.arange(5))
 
 
 def test_a_weight_that_a_float_layer_uses_is_left() -> None:

@@ -18,11 +18,11 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from quantpatch.errors import ComparisonError
+from quantpatch.errors import ComparisonError, warn_caller
 from quantpatch.files import written_whole
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.report.render import as_text
-from quantpatch.running import demand_model
+from quantpatch.running import demand_model, evaluating
 
 __all__ = ["SensitivityReport", "SensitivityRow", "sensitivity"]
 
@@ -105,8 +105,8 @@ def sensitivity(
 ) -> SensitivityReport:
     """Evaluates a quantized model with one layer at a time quantized (or one at a time float).
 
-    Quantizers are switched by disabling them; their state is as before afterwards, also if ``evaluate``
-    raises.
+    Quantizers are switched by disabling them, and ``evaluate`` gets the model in eval mode; state and modes
+    are as before afterwards, also if ``evaluate`` raises.
 
     Args:
         model: A calibrated model. Whatever has quantizers of its own counts as a layer.
@@ -120,6 +120,10 @@ def sensitivity(
         ComparisonError: The model has no quantized layer, ``evaluate`` is no function, or what it returns is
             NaN or no number, there is no such mode, or ``resume`` holds something else.
         InputError: ``model`` is no model.
+
+    Warns:
+        QuantPatchWarning: ``evaluate`` changes weights or buffers, so that each layer is measured in another
+            model.
     """
     if not callable(evaluate):
         raise ComparisonError(
@@ -141,23 +145,25 @@ def sensitivity(
 
     def measure(key: str, quantized: set[TensorQuantizer]) -> float:
         if key not in results:
-            with _only(everything, quantized):
-                metric = _as_number(evaluate(model))
+            switch(quantized)
+            metric = _as_number(evaluate(model))
             if math.isnan(metric):
                 raise ComparisonError(f"evaluate returned NaN while measuring {key!r}")
+            changes.tell()
             results.put(key, metric)
         return results.get(key)
 
-    float_metric, all_metric = measure("float", set()), measure("quantized", everything)
     rows = []
     console = Console(stderr=True)
     hidden = not (progress and console.is_terminal)
-    for name in track(groups, description="Sensitivity", console=console, transient=True, disable=hidden):
-        chosen = set(groups[name])
-        metric = measure(f"layer:{name}", chosen if quantizing_one else everything - chosen)
-        rows.append(
-            SensitivityRow(name, metric, float_metric - metric if quantizing_one else metric - all_metric)
-        )
+    changes = _Changes(model)
+    with evaluating(model), _switching(model, everything) as switch:
+        float_metric, all_metric = measure("float", set()), measure("quantized", everything)
+        for name in track(groups, description="Sensitivity", console=console, transient=True, disable=hidden):
+            chosen = set(groups[name])
+            metric = measure(f"layer:{name}", chosen if quantizing_one else everything - chosen)
+            loss = float_metric - metric if quantizing_one else metric - all_metric
+            rows.append(SensitivityRow(name, metric, loss))
     rows.sort(key=lambda row: (-row.loss, row.layer))
     return SensitivityReport(mode, float_metric, all_metric, tuple(rows))
 
@@ -175,14 +181,51 @@ def _as_number(metric: Any) -> float:
 
 
 @contextlib.contextmanager
-def _only(everything: set[TensorQuantizer], quantized: set[TensorQuantizer]) -> Iterator[None]:
-    try:
+def _switching(
+    model: nn.Module, everything: set[TensorQuantizer]
+) -> Iterator[Callable[[set[TensorQuantizer]], None]]:
+    """A block with a function that leaves some quantizers on and the others off, in eval mode."""
+    modules = list(model.modules())
+
+    def switch(quantized: set[TensorQuantizer]) -> None:
+        # Set only where it differs: there are as many measurements as layers.
+        for module in modules:
+            if module.training:
+                module.training = False
         for quantizer in everything:
-            quantizer.disabled = quantizer not in quantized
-        yield
+            if quantizer.disabled == (quantizer in quantized):
+                quantizer.disabled = not quantizer.disabled
+
+    try:
+        yield switch
     finally:
         for quantizer in everything:
             quantizer.disabled = False
+
+
+class _Changes:
+    """What ``evaluate`` does to a model's weights and buffers, which should be nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = type(model).__name__
+        state = model.state_dict(keep_vars=True).items()
+        self._tensors = {k: t for k, t in state if isinstance(t, Tensor) and not t.is_inference()}
+        self._versions = [tensor._version for tensor in self._tensors.values()]
+
+    def tell(self) -> None:
+        """Warns of what was written to, once for each tensor."""
+        versions = [tensor._version for tensor in self._tensors.values()]
+        if versions == self._versions:
+            return
+        pairs = zip(self._tensors, self._versions, versions, strict=True)
+        changed = [name for name, before, after in pairs if before != after]
+        self._tensors = {name: t for name, t in self._tensors.items() if name not in changed}
+        self._versions = [tensor._version for tensor in self._tensors.values()]
+        warn_caller(
+            f"evaluate changed {', '.join(changed[:4])}{' …' * (len(changed) > 4)} of {self._model}, so each "
+            f"layer is measured in another model. Leave the model in eval mode, in which evaluate gets it, "
+            f"and train a copy"
+        )
 
 
 def _fingerprint(model: nn.Module) -> str:

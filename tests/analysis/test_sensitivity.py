@@ -251,3 +251,72 @@ def test_a_metric_may_be_a_tensor_with_a_gradient():
     with qp.quantize_modules():
         model = nn.Sequential(nn.Linear(2, 2))
     assert len(qp.sensitivity(model, lambda model: model(torch.ones(1, 2)).sum()).rows) == 1
+
+
+@pytest.fixture
+def with_norm():
+    torch.manual_seed(0)
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+    qp.calibrate(model, [torch.randn(8, 4)], progress=False)
+    model.train()
+    model[1].eval()
+    return model
+
+
+def test_a_model_in_training_mode_is_measured_in_eval_mode_and_is_as_before(with_norm, tmp_path):
+    path, x = tmp_path / "results.json", torch.randn(8, 4)
+    state = {key: value.clone() for key, value in with_norm.state_dict().items()}
+    random = torch.get_rng_state()
+    measured = []
+
+    def evaluate(model):
+        measured.append(any(m.training for m in model.modules()))
+        with torch.no_grad():
+            return float(model(x).sum())
+
+    first = qp.sensitivity(with_norm, evaluate, resume=path)
+    assert first == qp.sensitivity(with_norm, evaluate, resume=path)
+    assert measured == [False] * 4
+    assert [m.training for m in with_norm] == [True, False, True, True]
+    assert all(torch.equal(value, state[key]) for key, value in with_norm.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_each_measurement_starts_in_eval_mode_whatever_the_one_before_left(with_norm):
+    measured = []
+
+    def evaluate(model):
+        measured.append(any(m.training for m in model.modules()))
+        model.train()
+        return 0.0
+
+    qp.sensitivity(with_norm, evaluate)
+    assert measured == [False] * 4
+    assert [m.training for m in with_norm] == [True, False, True, True]
+
+
+def test_an_evaluate_that_moves_batch_norm_is_told_of_once(with_norm):
+    def evaluate(model):
+        model.train()
+        return float(model(torch.ones(8, 4)).detach().sum())
+
+    with pytest.warns(
+        qp.QuantPatchWarning, match=r"evaluate changed 1\.num_batches_tracked of Sequential"
+    ) as told:
+        qp.sensitivity(with_norm, evaluate)
+    assert len(told) == 1
+
+
+def test_switching_layers_sets_only_what_differs(model, monkeypatch):
+    sets = []
+    own = qp.TensorQuantizer.__setattr__
+
+    def counted(quantizer, name, value):
+        sets.extend([name] * (name == "disabled"))
+        own(quantizer, name, value)
+
+    monkeypatch.setattr(qp.TensorQuantizer, "__setattr__", counted)
+    qp.sensitivity(model, lambda model: 0.0)
+    # 6 off, 6 on, then 4 off, 2 off and 2 on for each further layer, and 6 on at the end.
+    assert len(sets) == 6 + 6 + 4 + 2 * 4 + 6

@@ -33,7 +33,14 @@ from quantpatch.sharded import beside, is_sharded
 __all__ = ["check_operand", "dequantize", "fake_quantize", "quantize", "reduce_amax"]
 
 
-def fake_quantize(x: Tensor, amax: Tensor | None, format: NumberFormat, *, axis: Axis = None) -> Tensor:
+def fake_quantize(
+    x: Tensor,
+    amax: Tensor | None,
+    format: NumberFormat,
+    *,
+    axis: Axis = None,
+    batch_axis: int | None = None,
+) -> Tensor:
     """Rounds ``x`` to what ``format`` can hold within the range ``amax``.
 
     ``scale = amax / format.max; q = clamp(round(x / scale), format.min, format.max); result = q * scale``.
@@ -47,8 +54,9 @@ def fake_quantize(x: Tensor, amax: Tensor | None, format: NumberFormat, *, axis:
     inside the range, both ends included, and is zero outside. With ``amax=None`` nothing is outside but the
     negative values of unsigned integers without a zero point. A range that requires a gradient makes both
     gradients those of LSQ (Esser et al. 2020, arXiv 1902.08153, equations 3 and 5), which call inside what
-    ``format.min < x / scale < format.max`` is, with its gradient scale ``1 / sqrt(N * steps)``, where N is
-    the number of elements that share the range, and the steps are those of its longer side. LSQ learns
+    ``format.min < x / scale < format.max`` is, with its gradient scale ``1 / sqrt(N * steps)``, where N
+    is the number of elements that share the range (of activations those of one example: the paper's number of
+    features in the layer), and the steps are those of the range's longer side. LSQ learns
     ``scale``; the gradient to ``amax`` is ``format.max`` times that to ``scale``, by which gradient descent
     moves both alike. (The chain rule's is ``format.max ** 2`` times smaller and hardly moves a range.)
 
@@ -64,6 +72,8 @@ def fake_quantize(x: Tensor, amax: Tensor | None, format: NumberFormat, *, axis:
         axis: The axes that are *kept*, each index along them with a range of its own; negative ones count
             from the end. None keeps none. For a blocked format: the one axis that blocks run along,
             by default the last; its end may be a shorter block.
+        batch_axis: The axis of an activation's examples, however many of which give a learned range a
+            gradient that is the sum of theirs. None: ``x`` is a weight, or a single example.
 
     Returns:
         A tensor of ``x``'s shape, dtype and memory format.
@@ -78,12 +88,12 @@ def fake_quantize(x: Tensor, amax: Tensor | None, format: NumberFormat, *, axis:
         return rounded
     if not isinstance(format, Blocked):
         range_, scale = _range_and_scale(x, amax, format, axis)
-        return round_trip(x, range_, scale, format)
+        return round_trip(x, range_, scale, format, batch_axis=batch_axis)
     if not x.dim():
         return fake_quantize(x.unsqueeze(0), amax, format, axis=axis).squeeze(0)
     dim = _block_axis(x, axis)
     range_, scale = _ranges_and_scales_of_blocks(x, amax, format, dim)
-    return round_trip(x, range_, scale, format, dim)
+    return round_trip(x, range_, scale, format, dim, batch_axis)
 
 
 def quantize(

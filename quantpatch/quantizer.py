@@ -205,12 +205,13 @@ class TensorQuantizer(HeldRange):
         return not self.disabled and (self.quantizing or self.calibrating)
 
     @leaf_in_fx
-    def forward(self, x: Tensor, *, is_weight: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, batch_axis: int | None = 0) -> Tensor:
         """The tensor, fake-quantized; same shape, dtype, device and memory format.
 
         Args:
             x: The tensor.
-            is_weight: It is a weight, and no activation.
+            batch_axis: The axis of an activation's examples; None for a weight, which has none. A tensor of
+                one axis has features alone. Only the gradient of a learned range depends on it.
 
         Raises:
             CalibrationError: It holds NaN or infinity and statistics are being collected.
@@ -223,7 +224,7 @@ class TensorQuantizer(HeldRange):
             if self.calibrating and self.calibrator is not None:
                 self._collect(x)
             if self.quantizing:
-                return self._quantized(x, is_weight)
+                return self._quantized(x, batch_axis)
             check_operand(x)
             return x
         except (OperandError, RangeError) as error:
@@ -253,7 +254,7 @@ class TensorQuantizer(HeldRange):
             message += f". To leave its layer float write: qp.configure(model, {{{layer!r}: None}})"
         error.args = (message,)
 
-    def _quantized(self, x: Tensor, is_weight: bool) -> Tensor:
+    def _quantized(self, x: Tensor, batch_axis: int | None) -> Tensor:
         descriptor = self.descriptor
         amax = None if descriptor.dynamic else self.amax
         # First what comes in nearly every call, in few steps; see round_trip_to_range.
@@ -266,7 +267,11 @@ class TensorQuantizer(HeldRange):
             # To the meta device it does not go along: it would be lost.
             amax = amax.to(x.device) if x.is_meta else self._follow(x.device)
         format = self._format_as_compiled if amax is not None and is_compiled() else self.format
-        return fake_quantize(x, self._magnitude(amax), format, axis=descriptor.kept_axes)
+        if not descriptor.learn_amax or x.dim() < 2:
+            batch_axis = None
+        return fake_quantize(
+            x, self._magnitude(amax), format, axis=descriptor.kept_axes, batch_axis=batch_axis
+        )
 
     def agrees_with(self, other: TensorQuantizer) -> bool:
         """Whether both are known to give the same result for the same tensor.

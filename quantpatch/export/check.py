@@ -269,7 +269,7 @@ def _torch_results(
         calls = 0
         axis = operand.quantizer.descriptor.kept_axes
 
-        def forward(x: Tensor, *, is_weight: bool = False) -> Tensor:
+        def forward(x: Tensor, *, batch_axis: int | None = 0) -> Tensor:
             nonlocal calls
             amax = None if operand.amax is None else operand.amax.to(x.device)
             if isinstance(operand.element, Integer):

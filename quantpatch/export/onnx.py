@@ -312,7 +312,7 @@ def _activation(operand: Operand, target: str) -> Callable[..., Tensor]:
     zero = zero.clone() if axis is None else zero.expand(flat.shape).clone()
     calls = 0
 
-    def forward(x: Tensor, *, is_weight: bool = False) -> Tensor:
+    def forward(x: Tensor, *, batch_axis: int | None = 0) -> Tensor:
         nonlocal calls
         name = codes_name(operand.name, calls)
         calls += 1
@@ -353,7 +353,7 @@ def _weight(operand: Operand, target: str, opset: int) -> Callable[..., Tensor]:
         values = dequantize(codes, scale, dim, 0, "")
         zero = _zero_point(element, as_uint8=False).expand(scale.shape).clone()
 
-        def forward(x: Tensor, *, is_weight: bool = False) -> Tensor:
+        def forward(x: Tensor, *, batch_axis: int | None = 0) -> Tensor:
             device = x.device
             result: Tensor = quantize_dequantize(
                 values.to(device), scale.to(device), zero.to(device), dim, name
@@ -363,7 +363,7 @@ def _weight(operand: Operand, target: str, opset: int) -> Callable[..., Tensor]:
         return forward
     kind = "" if not four_bits else "uint4" if getattr(element, "unsigned", False) else "int4"
 
-    def forward_codes(x: Tensor, *, is_weight: bool = False) -> Tensor:
+    def forward_codes(x: Tensor, *, batch_axis: int | None = 0) -> Tensor:
         device = x.device
         result: Tensor = dequantize(codes.to(device), scale.to(device), dim, blocks, kind)
         return operand.apart(result, x.shape).to(x.dtype)

@@ -155,7 +155,8 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         # The heads beside their features again, in the order of the axes that was given.
         heads = torch.unflatten(attended, 0, (batch, self.num_heads))
         joined = heads.transpose(1, 2) if batched and self.batch_first else heads.permute(2, 0, 1, 3)
-        joined = self._quantized("out_proj_input", joined.flatten(2))
+        joined = joined.flatten(2)
+        joined = self._quantized("out_proj_input", joined, self._batch_axis(joined))
         output = F.linear(joined, weights.get("out_proj_weight", self.out_proj.weight), self.out_proj.bias)
         if not batched:
             output = output.squeeze(1)
@@ -167,12 +168,16 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             shown = shown.mean(dim=1)
         return output, shown if batched else shown.squeeze(0)
 
-    def _quantized(self, operand: str, x: Tensor) -> Tensor:
+    def _quantized(self, operand: str, x: Tensor, batch_axis: int = 0) -> Tensor:
         quantizer = self.quantizer(operand)
         if quantizer is None:
             return x
-        result: Tensor = quantizer(x)
+        result: Tensor = quantizer(x, batch_axis=batch_axis)
         return result
+
+    def _batch_axis(self, x: Tensor) -> int:
+        """That of an input or output."""
+        return 1 if x.dim() == 3 and not self.batch_first else 0
 
     def _quantized_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The inputs, each through its quantizer: once, where tensor and quantizer are the same."""
@@ -184,7 +189,7 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
                     done.append((x, quantizer, result))
                     break
             else:
-                done.append((x, quantizer, self._quantized(name, x)))
+                done.append((x, quantizer, self._quantized(name, x, self._batch_axis(x))))
         return done[0][2], done[1][2], done[2][2]
 
     def _project(

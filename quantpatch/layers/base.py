@@ -249,7 +249,7 @@ class QuantizedLayer:
             quantizer = self.quantizer(name)
             if quantizer is not None and quantizer.is_active:
                 weight = getattr(self, name)
-                quantized = quantizer(weight, is_weight=True)
+                quantized = quantizer(weight, batch_axis=None)
                 if quantized is not weight:
                     operands[name] = quantized
         return operands

@@ -120,7 +120,8 @@ class QuantizedRecurrent(QuantizedLayer):
             return sequence
         if isinstance(sequence, PackedSequence):
             return sequence._replace(data=quantizer(sequence.data))
-        return quantizer(sequence)
+        time_first = not self.batch_first and sequence.dim() == 3
+        return quantizer(sequence, batch_axis=1 if time_first else 0)
 
     def _flattened(self, weights: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
         # The kernel takes its weights from this list, which torch keeps in step with the attributes.

@@ -20,27 +20,34 @@ _PIECE = 2**18  # elements, so that what is computed of them stays in a core's c
 
 
 def lsq_gradients(
-    grad: Tensor, x: Tensor, amax: Tensor, scale: Tensor, format: NumberFormat, dim: int | None
+    grad: Tensor,
+    x: Tensor,
+    amax: Tensor,
+    scale: Tensor,
+    format: NumberFormat,
+    dim: int | None,
+    batch_axis: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients to ``x`` and to the range, from that to the result."""
+    divided = divided_by(x, amax, format, batch_axis)
     if is_in_memory(x) and is_plain_gradient(grad):
         found = kernels.lsq(grad, x, scale, format, dim)
         if found is not None:
-            return found[0], found[1].div_(divided_by(x, amax, format)).float()
+            return found[0], found[1].div_(divided).float()
         if dim is None or scale.numel() == 1:
-            return _in_pieces(grad, x, amax, scale, format)
+            return _in_pieces(grad, x, amax, scale, format, divided)
     outside, slope = lsq_slopes(x, scale, format, dim)
     slope = slope * grad
     if dim is not None and format.block_size is not None and amax.dim() and amax.shape[dim] > 1:
         sums = [b.sum(dim + 1) for b in block_views(slope, dim, format.block_size)]
         slope = torch.cat(sums, dim)
-    grad_amax = slope.sum_to_size(amax.shape) / divided_by(x, amax, format)
+    grad_amax = slope.sum_to_size(amax.shape) / divided
     del slope  # before the next is allocated
     return grad.masked_fill(outside, 0.0), grad_amax
 
 
 def _in_pieces(
-    grad: Tensor, x: Tensor, amax: Tensor, scale: Tensor, format: NumberFormat
+    grad: Tensor, x: Tensor, amax: Tensor, scale: Tensor, format: NumberFormat, divided: float
 ) -> tuple[Tensor, Tensor]:
     """The same where nothing but the gradient to ``x`` need be as large as that."""
     out = torch.empty_like(x)
@@ -49,7 +56,7 @@ def _in_pieces(
         outside, slope = lsq_slopes(source, factor, format, None)
         total.add_((slope * upstream).sum_to_size(total.shape))
         target.copy_(upstream).masked_fill_(outside, 0.0)
-    return out, sums.div_(divided_by(x, amax, format)).float().reshape(amax.shape)
+    return out, sums.div_(divided).float().reshape(amax.shape)
 
 
 def lsq_slopes(x: Tensor, scale: Tensor, format: NumberFormat, dim: int | None) -> tuple[Tensor, Tensor]:
@@ -68,14 +75,19 @@ def lsq_slopes(x: Tensor, scale: Tensor, format: NumberFormat, dim: int | None) 
     return outside, q.sub_(v.masked_fill_(outside, 0.0))
 
 
-def divided_by(x: Tensor, amax: Tensor, format: NumberFormat) -> float:
+def divided_by(x: Tensor, amax: Tensor, format: NumberFormat, batch_axis: int | None = None) -> float:
     """What divides the gradient of a scale to be that of its range.
 
     The paper's gradient scale (section 2.2) balances the steps of the scale with those of weights, each to
     its own size. For the range, which is ``format.max`` times the scale, to take steps of that size its
     gradient is as many times the scale's.
+
+    Of weights the paper counts those that share the range, of activations the features that do: examples give
+    a sum of gradients, as they do for weights, so that a batch is worth as much in one piece as in several.
     """
     sharing = max(1, x.numel()) / max(1, amax.numel())
+    if batch_axis is not None and (not amax.dim() or amax.shape[batch_axis] == 1):
+        sharing = sharing / max(1, x.shape[batch_axis])
     # The longer side's: next to a zero point the upper end may be a single step. The lowest integer of a
     # signed format counts as little as it does in the paper.
     steps = max(format.max, -format.min - 1)

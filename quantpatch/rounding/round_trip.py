@@ -39,7 +39,12 @@ __all__ = ["round_trip"]
 
 
 def round_trip(
-    x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None = None
+    x: Tensor,
+    amax: Tensor | None,
+    scale: Tensor,
+    format: NumberFormat,
+    dim: int | None = None,
+    batch_axis: int | None = None,
 ) -> Tensor:
     """``x`` to the grid and back, with its gradient.
 
@@ -51,6 +56,7 @@ def round_trip(
         format: The number format.
         dim: For blocks that have scales of their own the axis they run along: there ``amax`` and ``scale``
             have the number of blocks, or 1.
+        batch_axis: The axis of examples, see :func:`quantpatch.rounding.lsq.divided_by`.
     """
     learned = isinstance(amax, Tensor) and amax.requires_grad
     recorded = learned and torch.is_grad_enabled()
@@ -71,9 +77,9 @@ def round_trip(
     result: Tensor
     if transformed:
         learned = amax is not None and _is_learned(amax)
-        result = _TransformableRoundTrip.apply(x, amax, scale, format, dim, learned)  # type: ignore[no-untyped-call]
+        result = _TransformableRoundTrip.apply(x, amax, scale, format, dim, batch_axis, learned)  # type: ignore[no-untyped-call]
     else:
-        result = _RoundTrip.apply(x, amax, scale, format, dim)  # type: ignore[no-untyped-call]
+        result = _RoundTrip.apply(x, amax, scale, format, dim, batch_axis)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -123,7 +129,7 @@ def _with_strides_of(x: Tensor, y: Tensor) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], *, learned: bool) -> None:
     """Keeps what backward needs."""
-    x, amax, scale, ctx.format, ctx.dim = inputs
+    x, amax, scale, ctx.format, ctx.dim, ctx.batch_axis = inputs
     ctx.learned = learned
     ctx.of_convolution = ctx.dim is None and is_of_convolution(x, scale)
     if is_compiled_for_cpu(x) and not learned and not scale.dim():
@@ -142,14 +148,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if mask is not None:
         grad_x = zero_masked(grad, mask)
     elif x is not None and amax is not None and scale is not None:
-        grad_x, grad_amax = lsq_gradients(grad, x, amax, scale, ctx.format, ctx.dim)
+        grad_x, grad_amax = lsq_gradients(grad, x, amax, scale, ctx.format, ctx.dim, ctx.batch_axis)
     elif x is not None:
         wide = amax if amax is None else spread(amax, x, ctx.format, ctx.dim)
         grad_x = grad.masked_fill(beyond(x, wide, ctx.format), 0.0)
     if ctx.of_convolution and grad_x is not None:
         grad_x = in_own_order(grad_x)
     wanted = ctx.needs_input_grad
-    return grad_x if wanted[0] else None, grad_amax if wanted[1] else None, None, None, None
+    return grad_x if wanted[0] else None, grad_amax if wanted[1] else None, None, None, None, None
 
 
 def _tangent(ctx: Any, x_tangent: Tensor | None, amax_tangent: Tensor | None) -> Tensor:
@@ -164,7 +170,9 @@ def _tangent(ctx: Any, x_tangent: Tensor | None, amax_tangent: Tensor | None) ->
         outside, slope = lsq_slopes(x, scale, format, dim)
         tangent = x_tangent.masked_fill(outside, 0.0)
         if amax_tangent is not None:
-            along_range = slope * (spread(amax_tangent, x, format, dim) / divided_by(x, amax, format))
+            along_range = slope * (
+                spread(amax_tangent, x, format, dim) / divided_by(x, amax, format, ctx.batch_axis)
+            )
             tangent = tangent + along_range.to(tangent.dtype)
         return tangent
     if amax is None and format.min < 0:
@@ -178,10 +186,16 @@ class _RoundTrip(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None
+        ctx: Any,
+        x: Tensor,
+        amax: Tensor | None,
+        scale: Tensor,
+        format: NumberFormat,
+        dim: int | None,
+        batch_axis: int | None,
     ) -> Tensor:
         learned = amax is not None and ctx.needs_input_grad[1]
-        _save(ctx, (x, amax, scale, format, dim), learned=learned)
+        _save(ctx, (x, amax, scale, format, dim, batch_axis), learned=learned)
         if ctx.of_convolution:
             x = as_it_lies(x)
         return _forward(x, amax, scale, format, dim)
@@ -199,7 +213,13 @@ class _TransformableRoundTrip(Function):
 
     @staticmethod
     def forward(
-        x: Tensor, amax: Tensor | None, scale: Tensor, format: NumberFormat, dim: int | None, learned: bool
+        x: Tensor,
+        amax: Tensor | None,
+        scale: Tensor,
+        format: NumberFormat,
+        dim: int | None,
+        batch_axis: int | None,
+        learned: bool,
     ) -> Tensor:
         return _forward(x, amax, scale, format, dim)
 
@@ -212,7 +232,7 @@ class _TransformableRoundTrip(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None,) * 6 if grad is None else (*_backward(ctx, grad), None)
+        return (None,) * 7 if grad is None else (*_backward(ctx, grad), None)
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Tensor | None, amax_tangent: Tensor | None, *others: None) -> Tensor:
@@ -227,6 +247,7 @@ class _TransformableRoundTrip(Function):
         scale: Tensor,
         format: NumberFormat,
         dim: int | None,
+        batch_axis: int | None,
         learned: bool,
     ) -> tuple[Any, int]:
         n = info.batch_size
@@ -238,8 +259,8 @@ class _TransformableRoundTrip(Function):
                 # Each member of the batch gives the one range a gradient, scaled by its own size.
                 amax = amax.expand(n, *(amax.shape[1:] if amax.dim() else [1] * (x.dim() - 1)))
         scale = _batch_first(scale, in_dims[2], x)
-        dim = None if dim is None else dim + 1
-        result = _TransformableRoundTrip.apply(x, amax, scale, format, dim, learned)  # type: ignore[no-untyped-call]
+        dim, batch_axis = (None if axis is None else axis + 1 for axis in (dim, batch_axis))
+        result = _TransformableRoundTrip.apply(x, amax, scale, format, dim, batch_axis, learned)  # type: ignore[no-untyped-call]
         return result, 0
 
 

@@ -22,7 +22,7 @@ from quantpatch.errors import ConversionError, LayerError
 from quantpatch.fast_paths import allow_fast_paths, refuse_fast_paths
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.layers.call_sites import Operations, rewrite
-from quantpatch.layers.stand_ins import with_stand_ins
+from quantpatch.layers.stand_ins import call_with, without_stand_in
 from quantpatch.quantizer import PARALLELIZE_FIRST, TensorQuantizer
 from quantpatch.recipes import active_recipe
 
@@ -73,7 +73,8 @@ class QuantizedLayer:
     _rewritten: ClassVar[Any] = None  # the float class's forward with those, if there are any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
+        if "_is_made" not in vars(cls):  # else the float class and its registries do not hear of it
+            super().__init_subclass__(**kwargs)
         cls._set_up()
 
     @classmethod
@@ -212,11 +213,7 @@ class QuantizedLayer:
     ) -> Any:
         """The float class's forward, which sees the stand-ins in place of the attributes of their names."""
         forward = type(self)._rewritten or self.float_class.forward
-        return forward(self.seen_with(stand_ins), *args, **kwargs)
-
-    def seen_with(self, stand_ins: Mapping[str, Any]) -> Any:
-        """The layer as a function sees it that is to find the stand-ins in place of its attributes."""
-        return with_stand_ins(self, stand_ins) if stand_ins else self
+        return call_with(stand_ins, forward, self, *args, **kwargs)
 
     def quantize_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -248,7 +245,7 @@ class QuantizedLayer:
         for name in self.weight_axes():
             quantizer = self.quantizer(name)
             if quantizer is not None and quantizer.is_active:
-                weight = getattr(self, name)
+                weight = without_stand_in(self, name)
                 quantized = quantizer(weight, batch_axis=None)
                 if quantized is not weight:
                     operands[name] = quantized
@@ -272,8 +269,8 @@ def make_replacement(name: str, bases: tuple[type[Any], ...], members: Mapping[s
         bases: A subclass of ``QuantizedLayer``, then the float class.
         members: What its dictionary holds: ``operations``, ``__module__``, ``__doc__`` …
     """
-    made = make_class(name, bases, members)
-    made._set_up()
+    made = make_class(name, bases, {**members, "_is_made": True})
+    super(made, made).__init_subclass__()  # of the mixins
     return made
 
 

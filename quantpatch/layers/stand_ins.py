@@ -1,33 +1,178 @@
-"""A layer as its own forward sees it, with quantized tensors in the place of its parameters.
+"""A layer whose own code finds quantized tensors in the place of its parameters, for the length of a call.
 
-The forward of the float class reads ``self.weight``. It is called with an object that has another tensor
-there and is the layer in all else, so that nothing of the layer changes for the length of a call.
+The forward of the float class reads ``self.weight``, and ``self`` is the layer itself: code that keeps data
+by module, writes attributes or asks for its class finds the one that is in the model. So each name that has
+ever had a stand-in is a property of the quantized class. It looks among the calls that run in its thread, and
+is otherwise what the attribute was: other threads, and whoever reads ``layer.weight`` from outside, see the
+parameter.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-__all__ = ["with_stand_ins"]
+__all__ = ["call_with", "is_stand_in", "without_stand_in"]
 
 
-def with_stand_ins(layer: Any, stand_ins: Mapping[str, Any]) -> Any:
-    """A view of a layer that has the stand-ins in place of the attributes of their names."""
-    # torch.compile cannot follow an object that says it is of another class.
-    view = _WithStandIns if torch.compiler.is_compiling() else _Impersonating
-    return view(layer, stand_ins)
+class _Calls(threading.local):
+    """The calls that run in a thread: by the id of the layer, what stands in for its attributes."""
+
+    def __init__(self) -> None:
+        self.running: dict[int, dict[str, Any]] = {}
 
 
-class _WithStandIns:
-    """A layer as its own forward sees it, with some attributes standing in for others.
+_calls = _Calls()
+_lock = threading.Lock()
+_ABSENT: Final = object()
 
-    The layer itself is not touched, so threads can share it. Its methods, called through this, see the
-    same stand-ins.
+
+def call_with(
+    stand_ins: Mapping[str, Any],
+    function: Callable[..., Any],
+    layer: Any,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Calls a function of a layer, which finds the stand-ins in place of the attributes of their names.
+
+    Args:
+        stand_ins: By the attribute's name, what the function finds there.
+        function: Called with the layer and the other arguments.
+        layer: The layer.
+        *args: Arguments.
+        **kwargs: Keyword arguments.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return function(_View(layer, stand_ins) if stand_ins else layer, *args, **kwargs)
+    running, key = _calls.running, id(layer)
+    outer = running.get(key)  # of a call around this one: the layer calls itself
+    if outer is None and not stand_ins:
+        return function(layer, *args, **kwargs)
+    cls = type(layer)
+    for name in stand_ins:
+        if type(getattr(cls, name, None)) is not _StandIn:
+            _make_property(cls, name)
+    try:
+        running[key] = dict(stand_ins)
+        return function(layer, *args, **kwargs)
+    finally:
+        if outer is None:
+            running.pop(key, None)
+        else:
+            running[key] = outer
+
+
+def without_stand_in(layer: Any, name: str) -> Any:
+    """An attribute of a layer as it is outside of calls."""
+    found = getattr(type(layer), name, None)
+    return found.plain(layer) if type(found) is _StandIn else getattr(layer, name)
+
+
+def is_stand_in(member: Any) -> bool:
+    """Whether a member of a class is there for stand-ins, and so means what the attribute always meant."""
+    return type(member) is _StandIn
+
+
+def _make_property(cls: type[Any], name: str) -> None:
+    with _lock:
+        own = vars(cls).get(name, _ABSENT)
+        if type(own) is not _StandIn:
+            type.__setattr__(cls, name, _StandIn(name, own, any(name in vars(c) for c in cls.__mro__[1:])))
+
+
+class _StandIn(property):
+    """An attribute that may have a stand-in.
+
+    Args:
+        name: Its name.
+        own: What the class itself has under the name.
+        inherited: Whether a base class has something under the name.
+
+    Attributes:
+        plain: Gives a layer's attribute as if there were no stand-ins.
+    """
+
+    def __init__(self, name: str, own: Any = _ABSENT, inherited: bool = False) -> None:
+        self._made_of = (name,) if own is _ABSENT and not inherited else (name, own, inherited)
+        plain = self._of_object(name) if own is _ABSENT and not inherited else self._of_class(name, own)
+        self.plain = plain
+
+        def get(layer: Any) -> Any:
+            if not torch.compiler.is_dynamo_compiling():
+                found = _calls.running.get(id(layer))
+                if found is not None and name in found:
+                    return found[name]
+            return plain(layer)
+
+        def put(layer: Any, value: Any) -> None:
+            found = _calls.running.get(id(layer))
+            if found is not None and name in found:
+                found[name] = value
+                return
+            member = self._below(layer, name, own)
+            if hasattr(type(member), "__set__"):
+                member.__set__(layer, value)
+            else:
+                layer.__dict__[name] = value
+
+        def remove(layer: Any) -> None:
+            if name not in layer.__dict__:
+                raise AttributeError(f"{type(layer).__name__!r} object has no attribute {name!r}")
+            del layer.__dict__[name]
+
+        super().__init__(get, put, remove)
+
+    def __reduce__(self) -> Any:
+        return type(self), self._made_of
+
+    @staticmethod
+    def _of_object(name: str) -> Callable[[Any], Any]:
+        """A parameter, a submodule or a plain attribute: what no class has."""
+
+        def plain(layer: Any) -> Any:
+            own = layer.__dict__
+            return own[name] if name in own else layer.__getattr__(name)
+
+        return plain
+
+    def _of_class(self, name: str, own: Any) -> Callable[[Any], Any]:
+        """A property, a method, or an attribute with a default in a class."""
+
+        def plain(layer: Any) -> Any:
+            member = self._below(layer, name, own)
+            if not hasattr(type(member), "__set__"):
+                if name in layer.__dict__:
+                    return layer.__dict__[name]
+                if member is _ABSENT:
+                    return layer.__getattr__(name)
+            bind = getattr(type(member), "__get__", None)
+            return member if bind is None else bind(member, layer, type(layer))
+
+        return plain
+
+    def _below(self, layer: Any, name: str, own: Any) -> Any:
+        """What the layer's class would have under the name if this were not there."""
+        if own is not _ABSENT:
+            return own
+        classes = iter(type(layer).__mro__)
+        for cls in classes:
+            if vars(cls).get(name) is self:
+                break
+        return next((vars(cls)[name] for cls in classes if name in vars(cls)), _ABSENT)
+
+
+class _View:
+    """A layer as its own forward sees it where ``torch.compile`` traces it.
+
+    The compiler follows neither what belongs to a thread, nor a layer that changes for the length of a call;
+    what it makes of this is the layer's computation on the stand-ins, in which no view is left.
     """
 
     def __init__(self, layer: Any, stand_ins: Mapping[str, Any]) -> None:
@@ -39,6 +184,8 @@ class _WithStandIns:
         # Methods and properties run on this object, so that they see the stand-ins as well; static and
         # class methods have no object to run on.
         member = getattr(type(layer), name, None)
+        if type(member) is _StandIn:
+            return member.plain(layer)
         if isinstance(member, property) and member.fget is not None:
             return member.fget(self)
         value = getattr(layer, name)
@@ -51,11 +198,3 @@ class _WithStandIns:
             self.__dict__[name] = value
         else:
             setattr(self.__dict__["_layer"], name, value)
-
-
-class _Impersonating(_WithStandIns):
-    """The same, passing for an object of the layer's class, as ``super()`` in its methods demands."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return type(self._layer)

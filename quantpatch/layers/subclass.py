@@ -20,6 +20,7 @@ from quantpatch import interception
 from quantpatch.classes import dotted
 from quantpatch.errors import LayerError
 from quantpatch.layers.base import QuantizedLayer, make_replacement
+from quantpatch.layers.stand_ins import is_stand_in
 
 __all__ = ["combine", "own_ways", "replacement_of", "why_float"]
 
@@ -139,7 +140,8 @@ def _own_ways(replacement: Any, subclass: type[Any]) -> str:
         return "whose replacement has an __init__ of its own, which makes new layers only"
     own = _members(itertools.takewhile(lambda c: c is not base, subclass.__mro__))
     added = _members(c for c in replacement.__mro__ if c not in base.__mro__)
-    clash = {name for name in added if name in own and not name.startswith("__")} - _FOR_SHOW
+    added = {name for name, member in added.items() if not name.startswith("__") and not is_stand_in(member)}
+    clash = (added & own.keys()) - _FOR_SHOW
     used = {name for name in _names_used(base, "forward") | _ALWAYS_USED if _overrides(base, own, name)}
     if not clash | used:
         return ""

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import quantpatch as qp
 from quantpatch.errors import ConversionError, LayerError
 from quantpatch.layers import QuantConv2d, QuantizedLayer, QuantLinear
+from quantpatch.layers.base import make_replacement
 from quantpatch.layers.examples import EXAMPLES
 from quantpatch.layers.subclass import combine
 
@@ -396,6 +397,19 @@ def test_registries_of_subclasses_do_not_hear_of_combined_classes():
     assert type(built) is type(converted) is combine(QuantLinear, cls)
     assert type(type(built)) is type(cls)
     assert type(built).__bases__ == (QuantLinear, cls)
+
+
+def test_a_mixin_of_replacements_hears_of_the_classes_made_with_it():
+    heard = []
+
+    class Mixin(QuantizedLayer):
+        def __init_subclass__(cls, **kwargs):
+            super().__init_subclass__(**kwargs)
+            heard.append((cls.__name__, cls.float_class.__name__))
+
+    made = make_replacement("QuantMine", (Mixin, Plain), {"__module__": __name__})
+    assert heard == [("QuantMine", "Plain")]
+    assert made.__module__ == __name__
 
 
 def test_an_abstract_base_class_tells_the_combined_class_from_its_base():

@@ -17,6 +17,7 @@ from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm
 
 from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.layers import QuantizedLayer
+from quantpatch.layers.stand_ins import call_with
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch_transformers.made import classes_of
 from quantpatch_transformers.products import QuantizedProducts
@@ -92,7 +93,7 @@ class QuantizedExperts(QuantizedLayer):
                 return self.run_float(weights, (hidden_states, *routing), named)
         ordered = (*routing, *(named[name] for name in self._routing[len(routing) :] if name in named))
         run = batched_mm_experts_forward if name == "batched_mm" else grouped_mm_experts_forward
-        return run(self.seen_with({**weights, **self._activation(inner)}), hidden_states, *ordered)
+        return call_with({**weights, **self._activation(inner)}, run, self, hidden_states, *ordered)
 
     @property
     def _is_registered(self) -> bool:

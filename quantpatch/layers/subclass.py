@@ -139,8 +139,10 @@ def _own_ways(replacement: Any, subclass: type[Any]) -> str:
     if replacement.__init__ is not QuantizedLayer.__init__:
         return "whose replacement has an __init__ of its own, which makes new layers only"
     own = _members(itertools.takewhile(lambda c: c is not base, subclass.__mro__))
-    added = _members(c for c in replacement.__mro__ if c not in base.__mro__)
-    added = {name for name, member in added.items() if not name.startswith("__") and not is_stand_in(member)}
+    members = _members(c for c in replacement.__mro__ if c not in base.__mro__)
+    added = {
+        name for name, member in members.items() if not name.startswith("__") and not is_stand_in(member)
+    }
     clash = (added & own.keys()) - _FOR_SHOW
     used = {name for name in _names_used(base, "forward") | _ALWAYS_USED if _overrides(base, own, name)}
     if not clash | used:

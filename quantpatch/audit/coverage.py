@@ -14,9 +14,10 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
-from quantpatch.audit.reasons import known_targets, reason_for, skeleton
-from quantpatch.audit.trace import Trace, trace
-from quantpatch.classes import own_class
+from quantpatch.audit.paste import propose
+from quantpatch.audit.reasons import known_targets, reason_for
+from quantpatch.audit.trace import Seen, Trace, trace
+from quantpatch.classes import dotted, own_class
 from quantpatch.errors import CoverageError, InputError
 from quantpatch.fake_quant import fake_quantize, reduce_amax
 from quantpatch.layers.base import QuantizedLayer, is_quantizer, quantizer_name
@@ -73,7 +74,9 @@ class CoverageReport:
         rows: A row for each kind of product in each module, in the order they ran.
         unreached: Quantizers that no tensor passed through.
         opaque: Operators that are not torch's own: what they multiply is not counted.
-        to_paste: For each class that nothing covers, the code to start from.
+        to_paste: For each class that nothing covers, a replacement that quantizes more of what it multiplies,
+            found by trying it, and a block that uses it.
+        no_code: Classes that nothing covers and no replacement that was tried helps, with the reason.
         outgrown: Quantizers of weights whose range is that of other values, as after an adapter was merged
             into the weight; with how many times the error of a range of its own the weight has now.
     """
@@ -83,6 +86,7 @@ class CoverageReport:
     unreached: tuple[str, ...]
     opaque: tuple[str, ...]
     to_paste: tuple[tuple[str, str], ...]
+    no_code: tuple[tuple[str, str], ...] = ()
     outgrown: tuple[tuple[str, float], ...] = ()
 
     @property
@@ -137,7 +141,11 @@ class CoverageReport:
                 )
             )
         for name, code in self.to_paste:
-            notes.append(Text(f"\nNothing covers {name}. To start from:\n{code}"))
+            notes.append(
+                Text(f"\nNothing covers {name}. This, tried on what it was called with, does:\n{code}")
+            )
+        for name, why in self.no_code:
+            notes.append(Text(f"\nNothing covers {name}, and no replacement that was tried: {why}"))
         return Group(*notes)
 
     def __str__(self) -> str:
@@ -194,27 +202,27 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
     """The report about a model that was recorded while it ran."""
     targets = known_targets()
     rows: dict[Any, CoverageRow] = {}
-    to_paste: dict[str, str] = {}
+    uncovered: dict[type[Any], list[Seen]] = {}
     for item in seen.seen:
-        roles = [role for role, _ in item.product.operands]
-        operands = tuple(zip(roles, item.quantizers, strict=True))
+        operands = tuple((operand.role, operand.quantizer) for operand in item.operands)
         reason = reason_for(item, targets)
-        key = (item.module, item.product.operation, operands, reason, item.of_weight)
+        key = (item.module, item.operation, operands, reason, item.of_weight)
         row = rows.get(key) or CoverageRow(
             item.module,
             type(item.layer).__name__,
-            item.product.operation,
+            item.operation,
             0,
             0,
             operands,
             reason,
             item.of_weight,
         )
-        rows[key] = attrs.evolve(row, calls=row.calls + 1, macs=row.macs + item.product.macs)
+        rows[key] = attrs.evolve(row, calls=row.calls + 1, macs=row.macs + item.macs)
         cls = own_class(item.layer)
         covered = cls in targets or isinstance(item.layer, (QuantizedLayer, ScriptModule))
         if reason and not (covered or item.of_weight) and not registry.advice(item.layer):
-            to_paste.setdefault(f"{cls.__module__}.{cls.__qualname__}", skeleton(item.layer))
+            uncovered.setdefault(cls, []).append(item)
+    proposals = {dotted(cls): propose(items, seen.calls.get(cls)) for cls, items in uncovered.items()}
     used = seen.reached | _served(model, seen.reached)
     unreached = [
         name
@@ -226,7 +234,8 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
         tuple(rows.values()),
         tuple(unreached),
         tuple(sorted(seen.opaque)),
-        tuple(to_paste.items()),
+        tuple((name, found.code) for name, found in proposals.items() if found.code),
+        tuple((name, found.why_not) for name, found in proposals.items() if not found.code),
         tuple(_outgrown(model)),
     )
 

@@ -23,11 +23,14 @@ class Product:
         operation: What it is, for people.
         macs: Multiply-accumulates.
         operands: What is multiplied, by role. None stands for a value that never leaves the operator.
+        channels: For each operand the axis along which the outputs lie, if it is a weight; None where that
+            cannot be told.
     """
 
     operation: str
     macs: int
     operands: tuple[tuple[str, Tensor | None], ...]
+    channels: tuple[int | None, ...] = (None, None)
 
 
 # Operators whose result holds values of their (first) argument and zeros only, or all of them times one
@@ -54,7 +57,7 @@ FAST_PATHS = frozenset({"aten::_transformer_encoder_layer_fwd", "aten::_native_m
 
 
 def _two(operation: str, left: Tensor, right: Tensor, macs: int) -> Iterator[Product]:
-    yield Product(operation, macs, (("left", left), ("right", right)))
+    yield Product(operation, macs, (("left", left), ("right", right)), (-2, -1))
 
 
 def _matmul(first: int) -> Callable[[tuple[Any, ...], Any], Iterator[Product]]:
@@ -74,7 +77,7 @@ def _summed_batches(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
 def _convolution_time_first(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
     x, weight = args[:2]  # (time, batch, channels) and (kernel, channels, outputs)
     macs = result.numel() * weight.shape[0] * weight.shape[1]
-    yield Product("convolution", macs, (("input", x), ("weight", weight)))
+    yield Product("convolution", macs, (("input", x), ("weight", weight)), (None, 2))
 
 
 def _convolution(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
@@ -82,7 +85,7 @@ def _convolution(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
     per_element = weight.numel() // weight.shape[0]
     name = "transposed convolution" if transposed else "convolution"
     macs = (x.numel() if transposed else result.numel()) * per_element
-    yield Product(name, macs, (("input", x), ("weight", weight)))
+    yield Product(name, macs, (("input", x), ("weight", weight)), (None, int(transposed)))
 
 
 def _attention(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
@@ -111,7 +114,7 @@ def _trilinear(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
     left, weight, right = args[:3]
     rows = result.numel() // weight.shape[0] if weight.dim() else 1
     operands = (("input1", left), ("weight", weight), ("input2", right))
-    yield Product("bilinear", rows * weight.numel(), operands)
+    yield Product("bilinear", rows * weight.numel(), operands, (None, 0, None))
 
 
 def _grouped(args: tuple[Any, ...], result: Any) -> Iterator[Product]:

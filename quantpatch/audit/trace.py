@@ -17,20 +17,43 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from quantpatch.audit.operations import PRESERVING, Product, products_of
-from quantpatch.layers.base import is_quantizer
+from quantpatch.classes import own_class
+from quantpatch.descriptor import Axis
+from quantpatch.layers.base import QuantizedLayer, is_quantizer
 from quantpatch.running import evaluating
 
-__all__ = ["Seen", "Trace", "recording", "trace"]
+__all__ = ["Operand", "Seen", "Trace", "recording", "trace"]
 
 
 # Namespaces of operators that multiply nothing unseen: torch's own, ours, marks for the profiler, messages.
 _LOOKED_INTO = frozenset({"aten", "prim", "prims", "quantpatch", "profiler", "c10d"})
+
+# Roles that say nothing but the place in an operator.
+_GENERIC = frozenset({"left", "right"})
 
 # Operators that make a tensor to be filled: what is in it before is zeros or nothing.
 _BLANK = frozenset(
     "aten::" + name
     for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_zeros", "zeros", "zeros_like")
 )
+
+
+@attrs.frozen
+class Operand:
+    """One of the things that a product multiplies.
+
+    Attributes:
+        role: What it is: the name that its layer has for it, such as ``"input"`` or ``"weight"``, or the
+            operator's, such as ``"left"``.
+        quantizer: The name of the quantizer it came out of, or None.
+        parameter: Qualified name of the parameter whose values it holds, or None.
+        channels: Of a parameter the axes of its output channels, or None.
+    """
+
+    role: str
+    quantizer: str | None
+    parameter: str | None = None
+    channels: Axis = None
 
 
 @attrs.frozen
@@ -41,9 +64,9 @@ class Seen:
         module: Qualified name of the innermost module whose forward was running.
         layer: That module.
         operator: Name of the operator, such as ``"aten::addmm"``.
-        product: What was multiplied.
-        quantizers: For each operand the name of the quantizer it came out of, or None.
-        weights: For each operand the name of the parameter whose values it holds, or None.
+        operation: What it is, for people.
+        macs: Multiply-accumulates.
+        operands: What was multiplied.
         of_weight: Whether it is a step in the making of a weight, by a parametrization or a hook such as
             spectral norm's: the same for every input.
     """
@@ -51,10 +74,15 @@ class Seen:
     module: str
     layer: nn.Module
     operator: str
-    product: Product
-    quantizers: tuple[str | None, ...]
-    weights: tuple[str | None, ...]
+    operation: str
+    macs: int
+    operands: tuple[Operand, ...]
     of_weight: bool
+
+    @property
+    def quantized(self) -> bool:
+        """Whether every operand came out of a quantizer."""
+        return all(operand.quantizer is not None for operand in self.operands)
 
 
 @attrs.define
@@ -65,24 +93,31 @@ class Trace:
         seen: Every product, in order.
         reached: Names of the quantizers that a tensor passed through.
         opaque: Names of operators that are not torch's own, whose inside nobody can see.
+        origin_of: The name of the quantizer that a tensor came out of, or None.
+        calls: For each class of modules that ran a product with a float operand itself, such a module and
+            the arguments that it was called with.
     """
 
     seen: list[Seen] = attrs.field(factory=list)
     reached: set[str] = attrs.field(factory=set)
     opaque: set[str] = attrs.field(factory=set)
+    origin_of: Callable[[Tensor], str | None] = lambda tensor: None
+    calls: dict[type, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = attrs.field(factory=dict)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.trace = Trace()
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
         self._stack: list[nn.Module] = [model]
+        self._lacking: set[nn.Module] = set()  # what is running and has multiplied something float
         self._origin = _Origins()
+        self.trace = Trace(origin_of=self._origin.get)
         self._blank: Any = WeakTensorKeyDictionary()  # tensors to be filled, in which nothing is float yet
+        self._parameters = dict(model.named_parameters())
         self._weights: Any = WeakTensorKeyDictionary()
-        for name, parameter in model.named_parameters():
+        for name, parameter in self._parameters.items():
             self._weights[parameter] = name
 
     # --- which module is running -----------------------------------------------------------------
@@ -91,10 +126,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not is_quantizer(module):
             self._stack.append(module)
 
-    def left(self, module: Any, args: Any, output: Any) -> None:
+    def left(self, module: Any, args: Any, *kwargs_and_output: Any) -> None:
+        *kwargs, output = kwargs_and_output  # torch leaves the keywords out where forward raised
         if not is_quantizer(module):
             if len(self._stack) > 1:
                 self._stack.pop()
+            if module in self._lacking:
+                self._lacking.remove(module)
+                if kwargs:
+                    self.trace.calls.setdefault(own_class(module), (module, args, kwargs[0]))
             return
         name = self._names.get(module, "a quantizer outside the model")
         self.trace.reached.add(name)
@@ -125,11 +165,24 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self, operator: str, product: Product) -> None:
         # The innermost module that has a name: wrappers made on the fly do not help the reader.
         layer = next((m for m in reversed(self._stack) if m in self._names), self._model)
-        quantizers = tuple(None if t is None else self._origin.get(t) for _, t in product.operands)
-        weights = tuple(None if t is None else self._weights.get(t) for _, t in product.operands)
-        without_tensors = attrs.evolve(product, operands=tuple((role, None) for role, _ in product.operands))
         name, of_weight = self._names[layer], self._is_of_weight(layer, product)
-        self.trace.seen.append(Seen(name, layer, operator, without_tensors, quantizers, weights, of_weight))
+        found = Seen(
+            name, layer, operator, product.operation, product.macs, self._operands(product), of_weight
+        )
+        if not (found.quantized or of_weight or isinstance(layer, QuantizedLayer)):
+            self._lacking.add(layer)
+        self.trace.seen.append(attrs.evolve(found, operands=tuple(named_for(layer, name, found.operands))))
+
+    def _operands(self, product: Product) -> tuple[Operand, ...]:
+        found = []
+        for (role, tensor), channel in zip(product.operands, product.channels, strict=True):
+            quantizer = None if tensor is None else self._origin.get(tensor)
+            operand = Operand(role, quantizer)
+            name = None if tensor is None or quantizer is not None else self._weights.get(tensor)
+            if tensor is not None and name is not None:
+                operand = Operand(role, None, name, _axes_of(self._parameters[name], tensor, channel))
+            found.append(operand)
+        return tuple(found)
 
     def _is_of_weight(self, layer: nn.Module, product: Product) -> bool:
         if any(isinstance(module, ParametrizationList) for module in self._stack):
@@ -219,6 +272,54 @@ class _Origins:
                 self._names.pop(tensor, None)
 
 
+def named_for(layer: nn.Module, module: str, operands: tuple[Operand, ...]) -> Iterator[Operand]:
+    """A product's operands by the names that its layer has for them.
+
+    Args:
+        layer: The layer.
+        module: Its qualified name.
+        operands: The operands as the operator calls them.
+    """
+    roles = [_own_role(module, operand) for operand in operands]
+    weight = next((role for role in roles if role is not None and role.startswith("weight")), None)
+    inputs = layer.inputs if isinstance(layer, QuantizedLayer) else ()
+    of_weight = inputs[0] if len(inputs) == 1 else "input"
+    if isinstance(layer, nn.RNNBase) and weight is not None and not weight.startswith("weight_ih_l0"):
+        of_weight = "hidden"
+    for role, operand in zip(roles, operands, strict=True):
+        if role is None:
+            role = of_weight if weight is not None and operand.role in _GENERIC else operand.role
+        yield attrs.evolve(operand, role=role)
+
+
+def _own_role(module: str, operand: Operand) -> str | None:
+    """What the quantizer's name, or the parameter's, says of an operand."""
+    if operand.quantizer is not None:
+        holder, _, own = operand.quantizer.rpartition(".")
+        return own.removesuffix("_quantizer") if holder == module and own.endswith("_quantizer") else None
+    if operand.parameter is not None and operand.role in _GENERIC:
+        return operand.parameter.rpartition(".")[2]
+    return operand.role if operand.role.startswith("weight") else None
+
+
+def _axes_of(parameter: Tensor, view: Tensor, channel: int | None) -> Axis:
+    """The axes of a parameter that are the output channels of what is a view of it."""
+    if channel is None or not -view.dim() <= channel < view.dim():
+        return None
+    wanted = [channel % view.dim()]
+    if channel < 0 and view.dim() == 3:
+        wanted.insert(0, 0)  # of three axes of a batched product the first counts experts
+    own = list(zip(parameter.shape, parameter.stride(), strict=True))
+    found: set[int] = set()
+    for axis in wanted:
+        like = (view.shape[axis], view.stride(axis))
+        if axis < len(own) and own[axis] == like:
+            found.add(axis)
+        elif like in own:
+            found.add(own.index(like))
+    return found.pop() if len(found) == 1 else tuple(sorted(found)) or None
+
+
 def _memory(tensor: Tensor) -> int:
     """What a tensor shares with its views; ``_base`` is not known under inference_mode."""
     try:
@@ -240,7 +341,7 @@ def recording(model: nn.Module) -> Iterator[Trace]:
     """
     recorder = _Recorder(model)
     entered = register_module_forward_pre_hook(recorder.entered)
-    left = register_module_forward_hook(recorder.left, always_call=True)
+    left = register_module_forward_hook(recorder.left, with_kwargs=True, always_call=True)
     try:
         with recorder:
             yield recorder.trace

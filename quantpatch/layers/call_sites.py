@@ -53,6 +53,9 @@ _SUMMED: dict[Callable[..., Any], tuple[int, ...]] = {
     torch.matmul: (-1, -2),
     torch.mm: (-1, -2),
     torch.bmm: (-1, -2),
+    torch.addmm: (-1, -1, -2),
+    torch.baddbmm: (-1, -1, -2),
+    torch.addbmm: (-1, -1, -2),
     F.scaled_dot_product_attention: (-1, -1, -2),
 }
 
@@ -70,7 +73,7 @@ class Rewritten:
     operands: Mapping[str, int | None]
 
 
-def rewrite(float_class: type, operations: Operations) -> Rewritten:
+def rewrite(float_class: type, operations: Operations, *, demand: bool = True) -> Rewritten:
     """The forward of a class, and the methods it calls, with quantized operands.
 
     Where an operation is found more than once, the operands of the second place are ``name_1`` and so on.
@@ -78,9 +81,11 @@ def rewrite(float_class: type, operations: Operations) -> Rewritten:
     Args:
         float_class: The class.
         operations: The operations and the names of their operands.
+        demand: Whether it is an error that there is none of the operations in it.
 
     Raises:
-        LayerError: There is no such operation in it, its source cannot be found, or an operand is hidden.
+        LayerError: There is no such operation in it (``demand``), its source cannot be found, or an operand
+            is hidden.
     """
     finder = _Finder(float_class, operations)
     functions: dict[str, Any] = {}
@@ -97,7 +102,7 @@ def rewrite(float_class: type, operations: Operations) -> Rewritten:
             functions[name] = made
         waiting += [other for other in rewriter.methods if other not in seen]
         seen |= rewriter.methods
-    if not functions:
+    if demand and not functions:
         wanted = " or ".join(_spelling(operation) for operation in operations)
         raise LayerError(
             f"{float_class.__qualname__}.forward, with the methods it calls, has no {wanted}: `operations` "
@@ -391,7 +396,9 @@ def _codes(code: types.CodeType) -> list[types.CodeType]:
 
 def _is_number(node: ast.expr) -> bool:
     """Whether an operand is plainly no tensor: a constant, a size, a display."""
-    if isinstance(node, (ast.Constant, ast.JoinedStr, ast.Tuple, ast.List, ast.Dict, ast.Set)):
+    if isinstance(node, ast.Constant):
+        return not isinstance(node.value, str)  # which says how to multiply, in einsum
+    if isinstance(node, (ast.JoinedStr, ast.Tuple, ast.List, ast.Dict, ast.Set)):
         return True
     if isinstance(node, ast.UnaryOp):
         return _is_number(node.operand)

@@ -22,7 +22,7 @@ from quantpatch.errors import LayerError
 from quantpatch.layers.base import QuantizedLayer, make_replacement
 from quantpatch.layers.stand_ins import is_stand_in
 
-__all__ = ["combine", "own_ways", "replacement_of", "why_float"]
+__all__ = ["attributes_used", "combine", "own_ways", "replacement_of", "why_float"]
 
 # Held as long as the class is in use, which holds the two classes that it is made of.
 _combined: weakref.WeakValueDictionary[tuple[type, type], type[QuantizedLayer]] = (
@@ -144,7 +144,7 @@ def _own_ways(replacement: Any, subclass: type[Any]) -> str:
         name for name, member in members.items() if not name.startswith("__") and not is_stand_in(member)
     }
     clash = (added & own.keys()) - _FOR_SHOW
-    used = {name for name in _names_used(base, "forward") | _ALWAYS_USED if _overrides(base, own, name)}
+    used = {name for name in attributes_used(base, "forward") | _ALWAYS_USED if _overrides(base, own, name)}
     if not clash | used:
         return ""
     shown = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in sorted(clash | used)]
@@ -177,7 +177,7 @@ def _overrides(base: type, own: dict[str, Any], name: str) -> bool:
     return hasattr(base, name) or not isinstance(own[name], FunctionType)
 
 
-def _names_used(cls: type, method: str) -> set[str]:
+def attributes_used(cls: type, method: str) -> set[str]:
     """The names of attributes in a method's code, and in that of the methods of the class behind them."""
     used = {method}
     waiting = [method]

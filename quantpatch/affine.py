@@ -57,7 +57,8 @@ def bottom(amax: Tensor | float | None, lower_end: float) -> Tensor | float:
 def magnitudes(x: Tensor, format: NumberFormat) -> Tensor:
     """What calibrators get of a tensor: how far the longer side of a range must reach to hold each element.
 
-    Without a zero point the magnitude of ``x`` says that, so it is ``x``.
+    Without a zero point the magnitude of ``x`` says that, so it is ``x``; of formats that hold nothing
+    negative it is what is above 0, since no range would hold the rest.
 
     Args:
         x: Floating point, any shape.
@@ -67,7 +68,7 @@ def magnitudes(x: Tensor, format: NumberFormat) -> Tensor:
         Of ``x``'s shape; float32 and not negative with a zero point.
     """
     if not has_zero_point(format):
-        return x
+        return x.clamp(min=0) if format.lower_end == 0.0 else x
     longer = longer_side(format).max
     values = x.float()
     return torch.maximum(values * (longer / format.max), values * (longer / format.min))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantpatch.affine import longer_side
-from quantpatch.calibrators import Calibrator
+from quantpatch.calibrators import Calibrator, warn_of_negatives
 from quantpatch.errors import CalibrationError, OptionError, warn_caller
 from quantpatch.formats import Integer
 from quantpatch.layers.base import weight_quantizers
@@ -189,6 +189,7 @@ def collecting(
         quantizers[name].replace_range(amax)
     for name, fit in fits.items():
         watched[name].use_zero_point(*fit, found=True)
+    warn_of_negatives({name: calibrators[name] for name in ranges})
 
 
 def _demand_still_there(model: nn.Module, quantizers: Mapping[str, TensorQuantizer]) -> None:
@@ -336,6 +337,12 @@ def _ranges(
         )
     if zero:
         problems.append(f"{len(zero)} of {len(calibrators)} quantizers saw only zeros: {_listing(zero)}")
+    below = [name for name in zero if calibrators[name].negative_share]
+    if below:
+        problems.append(
+            f"of these some saw negative values as well, which their unsigned integers cannot hold: "
+            f"{_listing(below)}. Use signed ones (unsigned=False)"
+        )
     if problems:
         tell("; ".join(problems), (*unseen, *zero))
     return ranges

@@ -30,7 +30,7 @@ from quantpatch.rounding.round_trip import round_trip
 from quantpatch.rounding.scales import block_views, divisor, rescale_, spread
 from quantpatch.sharded import beside, is_sharded
 
-__all__ = ["check_operand", "dequantize", "fake_quantize", "quantize", "reduce_amax"]
+__all__ = ["check_operand", "dequantize", "fake_quantize", "own_range", "quantize", "reduce_amax"]
 
 
 def fake_quantize(
@@ -63,8 +63,8 @@ def fake_quantize(
     Args:
         x: float32, float16, bfloat16 or float64, any shape, strides and device.
         amax: The range. 0-dim, or of ``x``'s number of dimensions with 1 on the axes not kept. Computed
-            in float32. None takes the range of ``x`` itself, with no gradient through it: the largest
-            magnitude, and with a zero point the smallest range that clips nothing. For a
+            in float32. None takes the range of ``x`` itself, with no gradient through it: the smallest that
+            clips nothing, but for negative values of unsigned integers without a zero point. For a
             :class:`~quantpatch.formats.Blocked` format None takes each block's own; a given range has the
             number of blocks on ``axis``, or is 0-dim; for ``"e4m3"`` scales (NVFP4) it is the range of the
             whole tensor, 0-dim.
@@ -194,13 +194,29 @@ def reduce_amax(x: Tensor, axis: Axis = None) -> Tensor:
 # --- Scales -----------------------------------------------------------------------------------------------
 
 
+def own_range(x: Tensor, format: NumberFormat, axis: Axis = None) -> Tensor:
+    """The range that :func:`fake_quantize` takes from a tensor, where it is given none.
+
+    Args:
+        x: As in :func:`fake_quantize`, like the rest; with an axis at least.
+        format: See there.
+        axis: See there.
+
+    Returns:
+        float32, 0-dim or of ``x``'s number of dimensions.
+    """
+    values = magnitudes(x.detach(), format)
+    if isinstance(format, Blocked):
+        return _block_amax(values, format.block_size, _block_axis(x, axis))
+    return upper_end(reduce_amax(values, axis), format)
+
+
 def _range_and_scale(
     x: Tensor, amax: Tensor | None, format: NumberFormat, axis: Axis
 ) -> tuple[Tensor | None, Tensor]:
     """The given range, if there is one, in float32, and the scale."""
     if amax is None:
-        own = upper_end(reduce_amax(magnitudes(x.detach(), format), axis), format)
-        return None, quotient(own, format.max)
+        return None, quotient(own_range(x, format, axis), format.max)
     if amax.dim():
         kept = range(x.dim()) if axis is None else _axes(x, axis)
         amax = _checked_amax(amax, x, [n if d in kept else 1 for d, n in enumerate(x.shape)])
@@ -226,7 +242,7 @@ def _ranges_and_scales_of_blocks(
         amax = _checked_amax(amax, x, [] if format.scale == "e4m3" else shape)
     if amax is not None and format.scale != "e4m3":
         return amax, format.block_scale(amax.detach())
-    own = _block_amax(x.detach(), format.block_size, dim)
+    own = own_range(x, format, dim)
     if own.numel() == 0:
         return amax, own
     return amax, format.block_scale(own, None if amax is None else amax.detach())

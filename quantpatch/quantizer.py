@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from quantpatch.affine import longer_side, magnitudes, upper_end
-from quantpatch.calibrators import Calibrator
+from quantpatch.affine import has_zero_point, longer_side, magnitudes, upper_end
+from quantpatch.calibrators import Calibrator, warn_of_negatives
 from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import CalibrationError, DescriptorError, ExportError, OperandError, RangeError
 from quantpatch.fake_quant import check_operand, fake_quantize
@@ -179,6 +179,7 @@ class TensorQuantizer(HeldRange):
         if self.calibrator is None:
             raise CalibrationError(f"{self} collects no statistics; call enable_calib() and run the model")
         self.amax = self.range_from(self.calibrator)
+        warn_of_negatives({str(self): self.calibrator})
 
     def range_from(self, calibrator: Calibrator) -> Tensor:
         """The range that a calibrator's statistics give this quantizer; nothing is changed.
@@ -235,7 +236,8 @@ class TensorQuantizer(HeldRange):
         assert self.calibrator is not None
         check_operand(x)
         try:
-            self.calibrator.collect(magnitudes(x.detach(), self.format))
+            x = x.detach()
+            self.calibrator.collect(magnitudes(x, self.format) if has_zero_point(self.format) else x)
         except CalibrationError as error:
             error.quantizer = self
             raise

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from quantpatch.calibrators.base import Calibrator
+from quantpatch.calibrators.base import Calibrator, warn_of_negatives
 from quantpatch.calibrators.histogram import (
     EntropyCalibrator,
     HistogramCalibrator,
@@ -33,6 +33,7 @@ __all__ = [
     "mse_threshold",
     "percentile_threshold",
     "sqnr_threshold",
+    "warn_of_negatives",
 ]
 
 BUILTIN_CALIBRATORS: Mapping[str, type[Calibrator]] = MappingProxyType(

@@ -7,7 +7,8 @@ axes, inference mode, several processes. A calibrator of one's own is left with 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -15,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quantpatch.errors import CalibrationError
+from quantpatch.errors import CalibrationError, warn_caller
 from quantpatch.fake_quant import reduce_amax
 from quantpatch.formats import NumberFormat
 from quantpatch.ranks import Ranks
 from quantpatch.sharded import whole
 
-__all__ = ["AllReduce", "Calibrator"]
+__all__ = ["AllReduce", "Calibrator", "warn_of_negatives"]
 
 AllReduce = Callable[[Tensor, dist.ReduceOp.RedOpType], Tensor]
 """Reduces a tensor over the ranks and returns the result; the argument is left alone."""
@@ -51,12 +52,16 @@ class Calibrator(abc.ABC):
             show that the range needs it.
         axis: The kept axes, as given.
         batches: Number of batches given to :meth:`collect` since the last :meth:`reset`.
+        negative_share: Which share of the values were negative, of a format that holds none; else 0.
+        lowest: The least of them, or 0.
     """
 
     def __init__(self, format: NumberFormat, axis: int | tuple[int, ...] | None = None) -> None:
         self.format = format
         self.axis = axis
         self.batches = 0
+        self.lowest = 0.0
+        self._values = self._negative_values = 0
         self._shape: torch.Size | None = None
         self._device = torch.device("cpu")
 
@@ -65,8 +70,16 @@ class Calibrator(abc.ABC):
         """Whether there are statistics: a batch that was not empty, here or on another rank."""
         return self._shape is not None
 
+    @property
+    def negative_share(self) -> float:
+        """See the class."""
+        return self._negative_values / max(1, self._values)
+
     def collect(self, x: Tensor) -> None:
         """Takes in one batch. An empty one counts as no data.
+
+        Statistics are of what the format can hold: if that is nothing negative, negative values count as the
+        zeros that they become, and ``negative_share`` tells of them.
 
         Args:
             x: Of any shape that has the kept axes, dtype and device. It is read in float32, without
@@ -84,7 +97,17 @@ class Calibrator(abc.ABC):
             if not x.is_floating_point():
                 x = x.to(torch.float32)
             x = whole(x)
+            count, negative, lowest = x.numel(), 0, 0.0
+            if self.format.lower_end == 0.0:
+                lowest = float(x.amin())
+                # NaN is not below 0, and left for the check that follows, as infinity is.
+                if -math.inf < lowest < 0.0:
+                    negative = int((x < 0).sum())
+                    x = x.clamp(min=0)
             amax = self._amax_of(x)
+            self._values += count
+            self._negative_values += negative
+            self.lowest = min(self.lowest, lowest)
             if self._shape is None:
                 self._begin(amax.shape, amax.device)
             self._update(x, amax.to(self._device))
@@ -106,6 +129,8 @@ class Calibrator(abc.ABC):
     def reset(self) -> None:
         """Forgets all that was collected."""
         self.batches = 0
+        self.lowest = 0.0
+        self._values = self._negative_values = 0
         self._shape = None
 
     def synchronize(self, group: dist.ProcessGroup | None = None) -> None:
@@ -207,6 +232,27 @@ class Calibrator(abc.ABC):
                 count=count,
             )
         return amax
+
+
+def warn_of_negatives(calibrators: Mapping[str, Calibrator]) -> None:
+    """Warns of those that saw negative values, of which their formats hold none.
+
+    Args:
+        calibrators: By the names of their quantizers.
+    """
+    found = {name: c for name, c in calibrators.items() if c.negative_share}
+    if not found:
+        return
+    shown = "; ".join(
+        f"{name or 'the model itself'}: {c.negative_share:.2%} of the values, down to {c.lowest:.4g}"
+        for name, c in list(found.items())[:10]
+    )
+    more = f"; and {len(found) - 10} more" if len(found) > 10 else ""
+    warn_caller(
+        f"these quantizers of unsigned numbers saw negative values: {shown}{more}. Such values become 0, and "
+        f"the ranges are those of the others. Where they matter use signed integers (unsigned=False); "
+        f"qp.calibrate(..., zero_points=True) then finds how many of them are to be negative"
+    )
 
 
 def _plain_tensors() -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantpatch.fake_quant import dequantize, fake_quantize, quantize, reduce_amax
+from quantpatch.fake_quant import dequantize, fake_quantize, own_range, quantize
 from quantpatch.formats import Blocked, Integer, NumberFormat
 from quantpatch.quantizer import TensorQuantizer
 
@@ -19,7 +19,6 @@ __all__ = [
     "integer_element",
     "pack",
     "packed_weight",
-    "range_of",
     "same_when_quantized",
     "unpack",
     "unpacked_weight",
@@ -63,25 +62,12 @@ def unpack(data: Tensor, shape: tuple[int, ...], element: Integer) -> Tensor:
     return codes.contiguous().view(torch.uint8 if element.unsigned else torch.int8).reshape(shape)
 
 
-def range_of(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
-    """The range that a quantizer takes from a weight, of the shape that ``dequantize`` expects of scales."""
-    format, axis = quantizer.format, quantizer.descriptor.kept_axes
-    if not isinstance(format, Blocked):
-        return reduce_amax(weight, axis)
-    dim = -1 if axis is None else axis if isinstance(axis, int) else axis[0]
-    dim %= weight.dim()
-    blocks = [
-        block.detach().abs().amax(dim, keepdim=True) for block in torch.split(weight, format.block_size, dim)
-    ]
-    return torch.cat(blocks, dim).float()
-
-
 def packed_weight(weight: Tensor, quantizer: TensorQuantizer) -> tuple[Tensor, Tensor | None]:
     """The codes of a weight, and its range where the quantizer has none of its own."""
     own = quantizer.own_range
     axis = quantizer.descriptor.kept_axes
     codes, _ = quantize(weight, None if own is None else own.detach(), quantizer.format, axis=axis)
-    return codes, None if own is not None else range_of(weight, quantizer)
+    return codes, None if own is not None else own_range(weight, quantizer.format, axis)
 
 
 def unpacked_weight(

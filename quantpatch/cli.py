@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantpatch.audit import audit
-from quantpatch.errors import QuantPatchError, ScopeError
+from quantpatch.errors import CoverageError, QuantPatchError, ScopeError
 from quantpatch.explain import explain
 from quantpatch.files import own_version
 from quantpatch.interception import Slot
@@ -45,6 +45,13 @@ Subclasses = Annotated[bool, typer.Option("--subclasses", help="Quantize subclas
 def _print(what: Any) -> None:
     # Where nobody looks at a terminal, nothing is cut off to fit one.
     Console(markup=False, width=None if sys.stdout.isatty() else 160).print(what)
+
+
+def _print_report(report: Any, as_json: bool) -> None:
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        _print(report)
 
 
 def _print_json(value: Any) -> None:
@@ -130,10 +137,7 @@ def explain_command(
     found = explain(
         target, skip or (), (), recipe, plugin, include=include or (), subclasses=subclasses or None
     )
-    if as_json:
-        typer.echo(found.to_json())
-    else:
-        _print(found)
+    _print_report(found, as_json)
 
 
 @app.command("run", context_settings={"allow_interspersed_args": False})
@@ -214,7 +218,10 @@ def audit_command(
     minimum: Annotated[float | None, typer.Option(help="Fail below this share.", min=0.0, max=1.0)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build a model in a block, run it once, and tell what share of it ran quantized."""
+    """Build a model in a block, run it once, and tell what share of it ran quantized.
+
+    The exit code is 1 if that is below --minimum.
+    """
     function, tensors = _build(build), [_tensor(text) for text in inputs]
     with quantize_modules(skip=skip or (), recipe=recipe, subclasses=subclasses):
         model = function() if callable(function) else function
@@ -222,13 +229,14 @@ def audit_command(
         raise ScopeError(f"{build} gave {model!r}, expected a model; name a function that builds one")
     try:
         report = audit(model, *tensors, minimum=minimum)
+    except CoverageError as error:
+        _print_report(error.report, as_json)
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
     except (RuntimeError, TypeError, IndexError) as error:
         shapes = " and ".join(inputs)
         raise ScopeError(f"the model failed on inputs of shape {shapes}: {error}") from error
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        _print(report)
+    _print_report(report, as_json)
 
 
 @app.command("new-plugin")

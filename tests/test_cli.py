@@ -113,13 +113,20 @@ def test_audit_leaves_float_what_is_skipped(model_module):
     )
 
 
+def test_audit_below_the_minimum_prints_its_report_and_exits_with_1(model_module):
+    arguments = ["audit", model_module, "--input", "2,4", "--skip", "Linear", "--minimum", "0.9"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "Sequential: 0.0% of 32 multiply-accumulates quantized" in result.stdout
+    assert "Linear was left float" in result.stdout
+    assert result.stderr.startswith("error: 0.0% of the multiply-accumulates of Sequential ran on quantized")
+    as_json = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    assert (as_json.exit_code, json.loads(as_json.stdout)["share"]) == (1, 0.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["audit", "cli_model:build", "--input", "2,4", "--skip", "Linear", "--minimum", "0.9"],
-            "at least 90.0%",
-        ),
         (["audit", "cli_model", "--input", "2,4"], "package.module:build"),
         (["audit", "cli_model:nothing", "--input", "2,4"], "cannot find 'cli_model:nothing'"),
         (["audit", "cli_model:build", "--input", "2x4"], "no shape"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 
 from quantpatch.audit.paste import propose
-from quantpatch.audit.reasons import known_targets, reason_for
+from quantpatch.audit.reasons import BY_RECIPE, known_targets, reason_for
 from quantpatch.audit.trace import Seen, Trace, trace
 from quantpatch.classes import dotted, own_class
 from quantpatch.errors import CoverageError, InputError
@@ -48,6 +48,7 @@ class CoverageRow:
         reason: Why an operand was float; empty if none was.
         of_weight: Whether it is a step in the making of a weight, by a parametrization or spectral norm's
             hook: the same for every input, and not counted.
+        weights: Roles of the operands that are weights.
     """
 
     module: str
@@ -58,11 +59,17 @@ class CoverageRow:
     operands: tuple[tuple[str, str | None], ...]
     reason: str
     of_weight: bool = False
+    weights: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> bool:
         """Whether every operand came out of a quantizer."""
         return all(quantizer is not None for _, quantizer in self.operands)
+
+    @property
+    def float_operands(self) -> tuple[str, ...]:
+        """Roles of the operands that came out of no quantizer."""
+        return tuple(role for role, quantizer in self.operands if quantizer is None)
 
 
 @attrs.frozen
@@ -100,13 +107,37 @@ class CoverageReport:
         quantized = sum(row.macs for row in self.rows if row.quantized and not row.of_weight)
         return quantized / self.macs if self.macs else 0.0
 
+    @property
+    def layers_with_weights(self) -> tuple[int, int]:
+        """How many layers multiply weights that are quantized, all of them, and how many multiply weights."""
+        layers: dict[str, bool] = {}
+        for row in self.rows:
+            if row.weights and not row.of_weight:
+                floats = not set(row.weights).isdisjoint(row.float_operands)
+                layers[row.module] = layers.get(row.module, True) and not floats
+        return sum(layers.values()), len(layers)
+
     def to_json(self) -> str:
-        """The same as JSON, with the share."""
-        return json.dumps({**attrs.asdict(self), "macs": self.macs, "share": self.share}, indent=2)
+        """The same as JSON, with the share, and the layers with weights."""
+        counts = {"macs": self.macs, "share": self.share, "layers_with_weights": self.layers_with_weights}
+        return json.dumps({**attrs.asdict(self), **counts}, indent=2)
+
+    def headline(self) -> str:
+        """How much is quantized: products, or where no product is, weights."""
+        quantized, layers = self.layers_with_weights
+        of_weights = f"weights of {quantized} of {layers} layers quantized"
+        by_recipe = {row.float_operands: 0 for row in self.rows if row.reason.startswith(BY_RECIPE)}
+        left = list(dict.fromkeys(role for roles in by_recipe for role in roles))
+        if left:
+            shown = "inputs" if left == ["input"] else " and ".join(left)
+            of_weights = f"{of_weights}; {shown} float, as the recipe says"
+        if quantized and not self.share:
+            return of_weights
+        share = f"{as_percent(self.share)} of {self.macs:,} multiply-accumulates quantized"
+        return f"{share}; {of_weights}" if left and quantized else share
 
     def __rich__(self) -> Group:
-        share = as_percent(self.share)
-        table = Table(title=f"{self.model}: {share} of {self.macs:,} multiply-accumulates quantized")
+        table = Table(title=f"{self.model}: {self.headline()}")
         table.add_column("module", overflow="fold")
         table.add_column("layer")
         table.add_column("operation")
@@ -114,7 +145,7 @@ class CoverageReport:
             table.add_column(heading, justify="right")
         table.add_column("float because", overflow="fold")
         for row in self.rows:
-            floats = ", ".join(role for role, quantizer in row.operands if quantizer is None)
+            floats = ", ".join(row.float_operands)
             why = f"{floats}: {row.reason}" if floats else ""
             share = "-" if row.of_weight or not self.macs else as_percent(row.macs / self.macs)
             table.add_row(
@@ -203,9 +234,11 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
     targets = known_targets()
     rows: dict[Any, CoverageRow] = {}
     uncovered: dict[type[Any], list[Seen]] = {}
+    of_weights = set(_weight_quantizers(model))
     for item in seen.seen:
         operands = tuple((operand.role, operand.quantizer) for operand in item.operands)
         reason = reason_for(item, targets)
+        weights = tuple(o.role for o in item.operands if o.parameter is not None or o.quantizer in of_weights)
         key = (item.module, item.operation, operands, reason, item.of_weight)
         row = rows.get(key) or CoverageRow(
             item.module,
@@ -216,6 +249,7 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
             operands,
             reason,
             item.of_weight,
+            weights,
         )
         rows[key] = attrs.evolve(row, calls=row.calls + 1, macs=row.macs + item.macs)
         cls = own_class(item.layer)
@@ -238,6 +272,14 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
         tuple((name, found.why_not) for name, found in proposals.items() if not found.code),
         tuple(_outgrown(model)),
     )
+
+
+def _weight_quantizers(model: nn.Module) -> Iterator[str]:
+    """Names of the quantizers of weights."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer):
+            for operand in layer.weight_axes():
+                yield f"{name}.{quantizer_name(operand)}".lstrip(".")
 
 
 def _outgrown(model: nn.Module) -> Iterator[tuple[str, float]]:

@@ -16,7 +16,10 @@ from quantpatch.plugins import Offer
 from quantpatch.registry import registry
 from quantpatch.table import slot_of
 
-__all__ = ["Targets", "known_targets", "reason_for"]
+__all__ = ["BY_RECIPE", "Targets", "known_targets", "reason_for"]
+
+#: How a reason starts that is a choice.
+BY_RECIPE = "the recipe leaves"
 
 #: Classes that the active plugins have entries for.
 Targets = dict[type, Offer]
@@ -78,7 +81,7 @@ def _about_layer(layer: Any, missing: list[str]) -> str:
     could_have = {*layer.inputs, *layer.weight_axes(), *layer._inner}
     left = [role for role in missing if role in could_have and not layer._modules.get(quantizer_name(role))]
     inside = [role for role in missing if role not in left]
-    parts = [f"the recipe leaves {' and '.join(left)} of {name} float"] if left else []
+    parts = [f"{BY_RECIPE} {'it' if len(missing) == 1 else ' and '.join(left)} float"] if left else []
     if inside:
         parts.append(f"{' and '.join(inside)} {'is' if len(inside) == 1 else 'are'} made inside {name}")
     return "; ".join(parts)

@@ -281,12 +281,14 @@ def named_for(layer: nn.Module, module: str, operands: tuple[Operand, ...]) -> I
         operands: The operands as the operator calls them.
     """
     roles = [_own_role(module, operand) for operand in operands]
-    weight = next((role for role in roles if role is not None and role.startswith("weight")), None)
+    pairs = list(zip(roles, operands, strict=True))
+    weights = (role for role, o in pairs if role is not None and (o.parameter or role.startswith("weight")))
+    weight = next(weights, None)
     inputs = layer.inputs if isinstance(layer, QuantizedLayer) else ()
     of_weight = inputs[0] if len(inputs) == 1 else "input"
     if isinstance(layer, nn.RNNBase) and weight is not None and not weight.startswith("weight_ih_l0"):
         of_weight = "hidden"
-    for role, operand in zip(roles, operands, strict=True):
+    for role, operand in pairs:
         if role is None:
             role = of_weight if weight is not None and operand.role in _GENERIC else operand.role
         yield attrs.evolve(operand, role=role)

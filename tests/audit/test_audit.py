@@ -179,7 +179,7 @@ def test_a_hidden_state_is_named_where_torch_takes_a_recurrent_layer_apart(layer
 def test_an_operand_that_the_recipe_leaves_float_is_named():
     model = quantized(nn.Linear(4, 4), recipe="int8-weight-only")
     (reason,) = reasons(qp.audit(model, torch.randn(2, 4))).values()
-    assert reason == "the recipe leaves input of QuantLinear float"
+    assert reason == "the recipe leaves it float"
 
 
 def test_a_functional_call_is_found_in_its_module():
@@ -775,3 +775,50 @@ def test_a_quantizers_result_whose_memory_is_exchanged_is_float_where_that_is_wr
     model = Wrapped(run, layer=quantized(nn.Linear(3, 3))[0])
     (row,) = qp.audit(model, torch.randn(4, 3)).rows
     assert row.operands == (("left", None), ("right", None))
+
+
+def test_a_weight_only_model_is_counted_by_its_weights():
+    model = quantized(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2), recipe="int8-weight-only")
+    report = qp.audit(model, IMAGES)
+    assert report.layers_with_weights == (2, 2)
+    title = "Sequential: weights of 2 of 2 layers quantized; inputs float, as the recipe says"
+    assert str(report).splitlines()[0].strip() == title
+    assert json.loads(report.to_json())["layers_with_weights"] == [2, 2]
+    assert [row.weights for row in report.rows] == [("weight",), ("weight",)]
+
+
+def test_weights_that_are_switched_off_or_of_float_layers_do_not_count():
+    model = quantized(*(nn.Linear(4, 4) for _ in range(3)), recipe="int8-weight-only")
+    model[1].weight_quantizer.disable()
+    model.append(nn.Linear(4, 4))
+    model.append(quantized(nn.Linear(4, 4)))
+    report = qp.audit(model, torch.randn(2, 4))
+    assert report.layers_with_weights == (3, 5)
+    assert report.headline().startswith(
+        "20.0% of 160 multiply-accumulates quantized; weights of 3 of 5 layers"
+    )
+
+
+def test_products_of_activations_have_no_weights():
+    model = Wrapped(lambda self, x: self.product(x, x.mT), product=quantpatch.layers.operands.MatMul())
+    qp.convert(model)
+    (row,) = qp.audit(model, torch.randn(2, 3)).rows
+    assert row.weights == ()
+    assert row.operands == (("x", "product.x_quantizer"), ("y", "product.y_quantizer"))
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-weight-only", None])
+def test_operands_have_the_names_that_their_layer_has_for_them(recipe):
+    def roles(layer, inputs):
+        model = quantized(layer, recipe=recipe) if recipe else layer
+        return {tuple(role for role, _ in row.operands) for row in qp.audit(model, inputs).rows}
+
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
+    assert roles(nn.Linear(4, 4), torch.randn(2, 4)) == {("input", "weight")}
+    assert roles(nn.LSTM(4, 3, 2), packed) == {
+        ("input", "weight_ih_l0"),
+        *(("hidden", f"weight_{of}") for of in ("hh_l0", "ih_l1", "hh_l1")),
+    }
+    own = Wrapped(lambda self, x: self.layer(x) @ self.own, layer=nn.Linear(3, 3))
+    own.own = nn.Parameter(torch.randn(3, 2))
+    assert roles(own, torch.randn(2, 3)) == {("input", "weight"), ("input", "own")}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import attrs
 
-from quantpatch.errors import DescriptorError
+from quantpatch.errors import DescriptorError, shown
 from quantpatch.formats import Float, Integer, NumberFormat
 
 __all__ = ["CHANNEL", "REDUCTION", "Axis", "QuantDescriptor", "Recipe"]
@@ -24,6 +24,14 @@ Axis = int | tuple[int, ...] | None
 
 def _axis(given: Any) -> Any:
     return tuple(given) if isinstance(given, list) else given
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    try:
+        return number and 0 < float(value) < math.inf
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 @attrs.frozen(kw_only=True, cache_hash=True)
@@ -77,8 +85,9 @@ class QuantDescriptor:
         self._demand(valid_axis, "axis", "an int, a tuple of ints, 'channel', 'reduction' or None")
         for field in ("amax", "scale_amax"):
             value = getattr(self, field)
-            good = value is None or (isinstance(value, (int, float)) and math.isfinite(value) and value > 0)
-            self._demand(good, field, "a positive finite number or None")
+            self._demand(value is None or _is_positive(value), field, "a positive finite number or None")
+        for field in ("unsigned", "narrow_range", "learn_amax", "dynamic"):
+            self._demand(isinstance(getattr(self, field), bool), field, "True or False")
         self._demand(isinstance(self.calib_method, str), "calib_method", "a calibrator's name, such as 'max'")
         self._demand(
             self.format is None or isinstance(self.format, (str, NumberFormat)),
@@ -100,7 +109,9 @@ class QuantDescriptor:
         if not condition:
             value = getattr(self, field)
             raise DescriptorError(
-                f"QuantDescriptor({field}={value!r}): expected {expected}", field=field, value=value
+                f"QuantDescriptor({field}={shown(repr(value))}): expected {expected}",
+                field=field,
+                value=value,
             )
 
     def _make_format(self) -> NumberFormat | None:

@@ -122,6 +122,13 @@ class Integer(NumberFormat):
                 field="bits",
                 value=self.bits,
             )
+        for field in ("unsigned", "narrow_range"):
+            if not isinstance(getattr(self, field), bool):
+                raise DescriptorError(
+                    f"{field} of an integer format is True or False, got {getattr(self, field)!r}",
+                    field=field,
+                    value=getattr(self, field),
+                )
         if self.unsigned and self.narrow_range:
             raise DescriptorError(
                 "narrow_range leaves out the lowest signed value; an unsigned format has none. "
@@ -198,7 +205,7 @@ class Float(NumberFormat):
 
     def __attrs_post_init__(self) -> None:
         pair = (self.exponent_bits, self.mantissa_bits)
-        if pair not in _FLOATS:
+        if pair not in _FLOATS or not all(type(bits) is int for bits in pair):
             known = ", ".join(f"Float{p}" for p in _FLOATS)
             raise DescriptorError(
                 f"there is no format Float{pair}. There are: {known}.", field="exponent_bits", value=pair

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quantpatch.classes import dotted, own_class
-from quantpatch.errors import CheckpointError, InputError, MissingExtraError
+from quantpatch.errors import CheckpointError, InputError, MissingExtraError, shown
 from quantpatch.export import packing
 from quantpatch.export.description import (
     active_plugins,
@@ -28,6 +28,7 @@ from quantpatch.export.description import (
     describe_sharing,
 )
 from quantpatch.export.restore import Plan
+from quantpatch.export.saved import read_json
 from quantpatch.files import own_version, written_whole
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer, named_quantizers, outside_of
@@ -289,16 +290,23 @@ def load(
         model = build()
     plan = Plan(model, description, tensors)
     if plan.problems:
-        shown = plan.problems[:12]
         more = f"\n  and {len(plan.problems) - 12} more" if len(plan.problems) > 12 else ""
         raise CheckpointError(
             f"{path} cannot be loaded into {type(model).__name__}, which is as it was:\n  "
-            + "\n  ".join(shown)
+            + "\n  ".join(plan.problems[:12])
             + more,
             path=str(path),
             problems=tuple(plan.problems),
         )
-    plan.carry_out()
+    try:
+        plan.carry_out()
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} fits {type(model).__name__}, and loading it failed in the model's own code or for want "
+            f"of memory: {type(error).__name__}: {shown(error, 600)}. The layers are what they were; some "
+            f"weights may be the file's",
+            path=str(path),
+        ) from error
     return model
 
 
@@ -315,22 +323,23 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise wrong(f"it is truncated or no safetensors file ({error})") from error
+        raise wrong(f"it is truncated or no safetensors file ({shown(error)})") from error
     if "quantpatch" not in metadata:
         raise wrong(
             "it does not say how its model is quantized, so qp.save did not write it. For the weights of a "
             "float model write: model.load_state_dict(safetensors.torch.load_file(path))"
         )
     try:
-        description = json.loads(metadata["quantpatch"])
-        version = description["file_version"]
-        newer = not isinstance(version, int) or version > FILE_VERSION
-    except (ValueError, KeyError, TypeError) as error:
-        raise wrong(f"its description cannot be read ({type(error).__name__}: {error})") from error
-    if newer:
+        description = read_json(metadata["quantpatch"])
+    except ValueError as error:
+        raise wrong(f"its description cannot be read ({shown(error)})") from error
+    version = description.get("file_version") if isinstance(description, dict) else None
+    if type(version) is not int or version < 1:
+        raise wrong("its description cannot be read: it does not say in which version of the format it is")
+    if version > FILE_VERSION:
         raise wrong(
-            f"it was written by quantpatch {description.get('quantpatch')} in version "
-            f"{version} of the format, and "
-            f"this one reads version {FILE_VERSION}. Write: pip install --upgrade quantpatch"
+            f"it was written by quantpatch {shown(description.get('quantpatch'), 40)} in version {version} "
+            f"of the format, and this one reads version {FILE_VERSION}. Write: pip install --upgrade "
+            f"quantpatch"
         )
     return description, tensors

@@ -1,13 +1,12 @@
 """How a model is quantized, as JSON: its layers' classes, its quantizers' descriptors, the plugins in force.
 
-Reading it back runs no code that the file names. A class is looked up among the entries of the plugins and
-in modules that are imported already; a format of a plugin is asked for by its name.
+Reading it back runs no code that the file names: see :mod:`quantpatch.export.known_classes` for classes. A
+format of a plugin is asked for by its name.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import attrs
@@ -15,7 +14,8 @@ from torch import nn
 
 from quantpatch.classes import dotted, own_class
 from quantpatch.descriptor import QuantDescriptor
-from quantpatch.errors import CheckpointError, QuantPatchError
+from quantpatch.errors import CheckpointError, DescriptorError, QuantPatchError, shown
+from quantpatch.export.saved import PluginNote
 from quantpatch.formats import Blocked, Float, Integer, NumberFormat
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.subclass import replacement_of
@@ -28,13 +28,13 @@ __all__ = [
     "describe_quantizers",
     "describe_sharing",
     "descriptor_of",
-    "find_class",
     "missing_plugins",
 ]
 
 _BUILTIN = "quantpatch.builtin"
 _FORMATS: Mapping[str, type[Any]] = {"integer": Integer, "float": Float, "blocked": Blocked}
 _LATER = ("format", "number_format")
+_FIELDS = {a.name for a in attrs.fields(QuantDescriptor) if a.init}
 
 
 def active_plugins() -> list[dict[str, str | None]]:
@@ -46,22 +46,21 @@ def active_plugins() -> list[dict[str, str | None]]:
     ]
 
 
-def missing_plugins(described: list[Mapping[str, Any]]) -> list[str]:
+def missing_plugins(described: Iterable[PluginNote]) -> list[str]:
     """Those of the plugins described that do not take part here, each with what would bring it."""
     states = {info.name: info for info in registry.plugins()}
     found = []
     for plugin in described:
-        info = states.get(plugin["name"])
+        info, name = states.get(plugin.name), shown(repr(plugin.name))
         if info is None:
-            source = plugin.get("distribution")
             how = (
-                f"pip install {source}=={plugin.get('version')}"
-                if source
+                f"pip install {shown(plugin.distribution)}=={shown(plugin.version)}"
+                if plugin.distribution
                 else "register it as in the saving program"
             )
-            found.append(f"{plugin['name']!r} is not installed ({how})")
+            found.append(f"{name} is not installed ({how})")
         elif info.state != "active":
-            found.append(f"{plugin['name']!r} is {info.state}: {info.reason}")
+            found.append(f"{name} is {info.state}: {info.reason}")
     return found
 
 
@@ -91,9 +90,17 @@ def _format_of(described: Any) -> NumberFormat | str | None:
     if described is None or isinstance(described, str):
         return described
     fields = dict(described)
-    cls = _FORMATS[fields.pop("kind")]
-    if "element" in fields:
-        element = _format_of(fields["element"])
+    cls = _FORMATS.get(fields.pop("kind", None))
+    wanted = () if cls is None else tuple(a.name for a in attrs.fields(cls))
+    if cls is None or not fields.keys() <= set(wanted):
+        raise DescriptorError(
+            f"its format is of no kind that is known here: {', '.join(map(shown, described))}", field="format"
+        )
+    if cls is Blocked:
+        element = fields.get("element")
+        if isinstance(element, dict) and element.get("kind") == "blocked":
+            raise DescriptorError("its format has blocks in its blocks", field="format")
+        element = _format_of(element)
         # A plugin's is known by its name.
         fields["element"] = (
             registry.format(QuantDescriptor(format=element)) if isinstance(element, str) else element
@@ -116,13 +123,21 @@ def descriptor_of(described: Mapping[str, Any]) -> QuantDescriptor:
     """The descriptor that a file describes, with a format that exists here.
 
     Raises:
-        QuantPatchError: It contradicts itself, or names a format that does not exist.
-        KeyError, TypeError, ValueError: It is no description of a descriptor.
+        QuantPatchError: It contradicts itself, has fields that no descriptor has or of other types, or names
+            a format that does not exist.
     """
+    unknown = described.keys() - _FIELDS
+    if unknown:
+        raise DescriptorError(f"no descriptor has {', '.join(map(shown, sorted(unknown)))}")
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
-    if "format" in fields:
-        fields["format"] = _format_of(fields["format"])
-    descriptor = QuantDescriptor(**cast(Any, fields))
+    try:
+        if "format" in fields:
+            fields["format"] = _format_of(fields["format"])
+        descriptor = QuantDescriptor(**cast(Any, fields))
+    except (TypeError, ValueError, RecursionError) as error:  # an argument is missing, a value has no repr
+        if isinstance(error, QuantPatchError):
+            raise
+        raise DescriptorError(f"its descriptor is damaged: {shown(error)}") from None
     registry.format(descriptor)
     return descriptor
 
@@ -172,31 +187,3 @@ def describe_layers(model: nn.Module) -> dict[str, dict[str, str]]:
         for name, layer in model.named_modules()
         if isinstance(layer, QuantizedLayer)
     }
-
-
-def find_class(name: str) -> type[Any] | None:
-    """The quantized layer of a dotted name; None if no plugin offers it and no module imported holds it."""
-    for offer in registry.offers():
-        replacement = offer.entry.replacement
-        offered = (
-            replacement.replace(":", ".")
-            if isinstance(replacement, str)
-            else dotted(replacement)
-            if isinstance(replacement, type)
-            else ""
-        )
-        if offered == name:
-            try:
-                found = offer.entry.load_replacement()
-            except QuantPatchError:
-                return None
-            return found if isinstance(found, type) and issubclass(found, QuantizedLayer) else None
-    parts = name.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        value: Any = sys.modules.get(".".join(parts[:cut]))
-        if value is None:
-            continue
-        for part in parts[cut:]:
-            value = getattr(value, part, None)
-        return value if isinstance(value, type) and issubclass(value, QuantizedLayer) else None
-    return None

@@ -6,40 +6,46 @@ transformers does, restores the former alone.
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from quantpatch.classes import change_class, dotted, own_class
-from quantpatch.descriptor import QuantDescriptor
-from quantpatch.errors import LayerError, QuantPatchError
-from quantpatch.export.description import (
-    descriptor_of,
-    find_class,
-    missing_plugins,
-)
+from quantpatch.descriptor import QuantDescriptor, Recipe
+from quantpatch.errors import CheckpointError, LayerError, QuantPatchError, shown
+from quantpatch.export.description import descriptor_of, missing_plugins
+from quantpatch.export.known_classes import KnownClasses
+from quantpatch.export.packing import shape_of_range
+from quantpatch.export.saved import Description, Layer
 from quantpatch.fast_paths import allow_fast_paths
-from quantpatch.formats import NumberFormat
-from quantpatch.held_range import RANGE_KEY
+from quantpatch.held_range import RANGE_KEY, ZERO_POINT_KEY
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.placed import can_hold, placed_in, quantize_output_of, take_out
 from quantpatch.layers.subclass import combine, replacement_of
 from quantpatch.quantizer import TensorQuantizer
-from quantpatch.registry import registry
 
 __all__ = ["StructurePlan", "device_near"]
+
+_OUTPUT = quantizer_name("output")
+# Of which a layer tells every operand that it can have a quantizer for.
+_EVERY_OPERAND = Recipe(
+    name="every operand",
+    input=QuantDescriptor(),
+    weight=QuantDescriptor(),
+    output=QuantDescriptor(),
+    hidden=QuantDescriptor(),
+)
 
 
 @attrs.frozen
 class _Quantizer:
-    """A quantizer as the file has it."""
+    """A quantizer as the file has it: what is made of its descriptor, and its range if it is known."""
 
-    descriptor: QuantDescriptor
-    format: NumberFormat
+    made: TensorQuantizer
     disabled: bool
     quantizing: bool
     zero_point_is_found: bool
@@ -63,146 +69,173 @@ class StructurePlan:
         self.problems: list[str] = []
         self._modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
         self._converted: dict[str, type[Any]] = {}
+        self._changed: dict[int, type[Any]] = {}  # the same by the layer's identity
         self._quantizers: dict[str, _Quantizer] = {}
         self._aliases: dict[str, str] = {}
-        self._description = description
         self._tensors = dict(tensors)
         try:
+            self._description = Description.of(description)
+        except CheckpointError as error:
+            self.problems.append(f"its description is damaged: {error}")
+        else:
             self._plan()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            self.problems.append(f"its description is damaged ({type(error).__name__}: {error})")
 
     def _plan(self) -> None:
-        gone = missing_plugins(self._description["plugins"])
+        gone = missing_plugins(self._description.plugins)
         self._plan_layers()
         self._plan_quantizers()
-        self._plan_aliases()
         if self.problems and gone:
             # What is missing has its reason; a plugin that nothing of this model needs may be gone.
             self.problems[:0] = [f"the plugin {plugin}" for plugin in gone]
 
+    def _refuse(self, name: str, why: object) -> None:
+        """A problem with what has a name in the file, which may be as long and odd as it likes."""
+        self.problems.append(f"{shown(name) or 'the model'}: {shown(why, 600)}")
+
     # --- looking -------------------------------------------------------------------------------
 
     def _plan_layers(self) -> None:
-        layers = self._description["layers"]
+        known = KnownClasses()
+        layers = self._description.layers
         for name, saved in layers.items():
             layer = self._modules.get(name)
-            shown = name or "the model"
             if layer is None:
-                self.problems.append(f"{shown} ({saved['class']}): the model has no such layer")
-                continue
-            now = own_class(layer)
-            float_now = layer.float_class if isinstance(layer, QuantizedLayer) else now
-            if (dotted(replacement_of(now)), dotted(float_now)) == (saved["class"], saved["float"]):
-                continue
-            if dotted(float_now) != saved["float"]:
                 self.problems.append(
-                    f"{shown}: the file has a {saved['float']}, the model a {dotted(float_now)}"
+                    f"{shown(name) or 'the model'} ({shown(saved.replacement)}): the model has no such layer"
                 )
-                continue
-            cls = find_class(saved["class"])
-            if cls is None:
-                self.problems.append(
-                    f"{shown}: its class {saved['class']} is offered by no plugin and has not been imported. "
-                    f"Import {saved['class'].rpartition('.')[0]} first, or install the plugin that brings it"
-                )
-            elif cls.float_class is float_now:
-                self._converted[name] = cls
-            elif issubclass(float_now, cls.float_class):
-                try:
-                    self._converted[name] = combine(cls, float_now)
-                except LayerError as error:
-                    self.problems.append(f"{shown}: {error}")
             else:
-                self.problems.append(f"{shown}: {saved['class']} stands for {dotted(cls.float_class)} here")
-        for name, module in self._modules.items():
-            layer = module
-            if isinstance(layer, QuantizedLayer) and name not in layers and not self._known_elsewhere(layer):
-                self._converted[name] = layer.float_class
+                self._plan_layer(name, layer, saved, known)
+        # A layer that is shared may be in the file under another of its names.
+        described = {id(self._modules.get(name)) for name in layers}
+        for name, layer in self._modules.items():
+            if isinstance(layer, QuantizedLayer) and id(layer) not in described:
+                self._convert(name, layer.float_class)
 
-    def _known_elsewhere(self, layer: Any) -> bool:
-        """Whether a layer that is shared is in the file under another of its names."""
-        layers = self._description["layers"]
-        return any(module is layer and name in layers for name, module in self._modules.items())
+    def _plan_layer(self, name: str, layer: Any, saved: Layer, known: KnownClasses) -> None:
+        now = own_class(layer)
+        float_now = layer.float_class if isinstance(layer, QuantizedLayer) else now
+        if dotted(float_now) != saved.float_class:
+            self._refuse(name, f"the file has a {shown(saved.float_class)}, the model a {dotted(float_now)}")
+            return
+        if dotted(replacement_of(now)) == saved.replacement:
+            return
+        try:
+            cls = known.find(saved.replacement, float_now)
+            if cls is None:
+                self._refuse(
+                    name,
+                    f"its class {shown(saved.replacement)} is offered by no plugin for a {dotted(float_now)} "
+                    f"and has not been imported. Import what defines it first, or install the plugin that "
+                    f"brings it",
+                )
+            else:
+                self._convert(name, cls if cls.float_class is float_now else combine(cls, float_now))
+        except (QuantPatchError, LayerError) as error:
+            self._refuse(name, error)
+
+    def _convert(self, name: str, cls: type[Any]) -> None:
+        self._converted[name] = self._changed[id(self._modules[name])] = cls
 
     def _plan_quantizers(self) -> None:
-        layers = self._description["layers"]
-        for name, saved in self._description["quantizers"].items():
-            parent = name.rpartition(".")[0]
-            if parent not in layers and not self._has_place(name):
-                self.problems.append(
-                    f"{name}: the model has no such quantizer, nor a layer to give it to; do to it first "
-                    f"what gave one to the saved model"
+        places: dict[str, set[str]] = {}
+
+        def has_place(name: str) -> bool:
+            parent, _, own = name.rpartition(".")
+            if parent not in places:
+                places[parent] = self._places_in(parent)
+            return own in places[parent]
+
+        tied = self._description.tied
+        for name, saved in self._description.quantizers.items():
+            if not has_place(name):
+                self._refuse(
+                    name,
+                    "the model has no such quantizer, nor a layer with an operand of that name; do to it "
+                    "first what gave one to the saved model",
                 )
                 continue
-            try:
-                descriptor = descriptor_of(saved["descriptor"])
-            except QuantPatchError as error:
-                self.problems.append(f"{name}: {error}")
-                continue
-            amax = self._tensors.pop(f"{name}.{RANGE_KEY}", None)
-            if saved["known"] and amax is None and f"{name}.{RANGE_KEY}" not in self._description["tied"]:
-                self.problems.append(f"{name}: its range is missing")
-                continue
-            if amax is None and saved["known"]:
-                source = self._description["tied"][f"{name}.{RANGE_KEY}"]
+            key = f"{name}.{RANGE_KEY}"
+            amax = self._tensors.pop(key, None)
+            if amax is None and key in tied:
+                source = tied[key]
                 amax = self._tensors.get(source)
                 first = self._quantizers.get(source.removesuffix(f".{RANGE_KEY}"))
                 amax = first.amax if amax is None and first is not None else amax
-            if amax is not None:
-                amax = amax.abs() if descriptor.learn_amax else amax
-                problem = self._range_problem(name, descriptor, amax)
-                if problem:
-                    self.problems.append(f"{name}: {problem}")
-                    continue
-            format = registry.format(descriptor)
+            try:
+                descriptor = descriptor_of(saved.descriptor)
+                made = TensorQuantizer(descriptor)
+                amax = self._range_of(name, made, amax, known=saved.known)
+            except QuantPatchError as error:
+                self._refuse(name, error)
+                continue
             self._quantizers[name] = _Quantizer(
-                descriptor,
-                format,
-                bool(saved["disabled"]),
-                bool(saved["quantizing"]),
-                bool(saved.get("zero_point_is_found")),
-                amax,
+                made, saved.disabled, saved.quantizing, saved.zero_point_is_found, amax
             )
-
-    def _plan_aliases(self) -> None:
-        """Further names of quantizers that several layers share."""
-        for alias, first in self._description.get("shared", {}).items():
-            if first not in self._quantizers or alias.rpartition(".")[0] not in self._modules:
-                self.problems.append(f"{alias}: in the file it is {first}; the model has no place for it")
+        for alias, of in self._description.shared.items():
+            # Further names of quantizers that several layers share.
+            if of not in self._quantizers or alias in self._quantizers or not has_place(alias):
+                self._refuse(alias, f"in the file it is {shown(of)}; the model has no place for it")
             else:
-                self._aliases[alias] = first
+                self._aliases[alias] = of
                 self._tensors.pop(f"{alias}.{RANGE_KEY}", None)
 
-    def _has_place(self, name: str) -> bool:
-        """Whether a quantizer that is no layer's has a place: it is there, or at the output of a module."""
-        parent, _, own = name.rpartition(".")
+    def _places_in(self, parent: str) -> set[str]:
+        """The names that quantizers may have in a module, once it is of the class that the file says."""
         module = self._modules.get(parent)
-        found = isinstance(self._modules.get(name), TensorQuantizer)
-        return found or (own == quantizer_name("output") and module is not None and can_hold(module))
+        if module is None:
+            return set()
+        cls = self._changed.get(id(module), own_class(module))
+        # Those of a module of the user's own are there, or nothing is known of them.
+        found = {n for n, child in module._modules.items() if isinstance(child, TensorQuantizer)}
+        if id(module) in self._changed:
+            found = set()
+        if issubclass(cls, QuantizedLayer):
+            found |= {quantizer_name(operand) for operand in _operands(module, cls)}
+        if can_hold(module):
+            found.add(_OUTPUT)
+        return found
 
-    def _range_problem(self, name: str, descriptor: QuantDescriptor, amax: Tensor) -> str | None:
+    def _range_of(
+        self, name: str, made: TensorQuantizer, amax: Tensor | None, *, known: bool
+    ) -> Tensor | None:
+        """A quantizer's range, as the file has it.
+
+        Raises:
+            QuantPatchError: It is missing, or not the range of such a quantizer.
+        """
+        zero_point = self._tensors.pop(f"{name}.{ZERO_POINT_KEY}", None)
+        if not known:
+            if amax is not None and not bool(torch.isnan(amax).all()):
+                raise CheckpointError("it has a range, which the file says is not known")
+            return None
+        if amax is None:
+            raise CheckpointError("its range is missing")
+        amax = amax.abs() if made.descriptor.learn_amax and amax.is_floating_point() else amax
+        problem = self._range_problem(name, made, amax)
+        if problem:
+            raise CheckpointError(problem)
+        own = made._zero_point_of_format
+        if zero_point is not None and (zero_point.numel() != 1 or zero_point.item() != own):
+            raise CheckpointError(f"its zero point is {own} in the description, and another beside its range")
+        return amax
+
+    def _range_problem(self, name: str, made: TensorQuantizer, amax: Tensor) -> str | None:
         if amax.dtype != torch.float32:
             return f"its range is {amax.dtype}, expected torch.float32"
         if amax.numel() and not bool(torch.isfinite(amax).all()):
             return "its range holds NaN or infinity"
         if amax.numel() and bool((amax < 0).any()):
             return f"its range is negative ({amax.min().item():.4g})"
-        parent, _, own = name.rpartition(".")
-        weight = getattr(self._modules.get(parent), own.removesuffix("_quantizer"), None)
-        format = registry.format(descriptor)
+        descriptor, format = made.descriptor, made.format
         if descriptor.kept_axes is None and format.block_size is None:
             return None if amax.numel() == 1 else f"its range has the shape {tuple(amax.shape)}, expected ()"
-        if not isinstance(weight, Tensor) or amax.dim() == 0 or not own.endswith("_quantizer"):
+        parent, _, own = name.rpartition(".")
+        weight = getattr(self._modules.get(parent), own.removesuffix("_quantizer"), None)
+        if not isinstance(weight, Tensor) or amax.dim() == 0:
             return None  # an activation: its shape shows when it comes
-        kept = descriptor.kept_axes if descriptor.kept_axes is not None else -1
-        axes = {a % weight.dim() for a in (kept if isinstance(kept, tuple) else (kept,))}
-        if format.block_size is not None:
-            dim = next(iter(axes))
-            wanted = list(weight.shape)
-            wanted[dim] = math.ceil(wanted[dim] / format.block_size)
-        else:
-            wanted = [n if d in axes else 1 for d, n in enumerate(weight.shape)]
+        wanted = shape_of_range(weight.shape, format, descriptor.kept_axes)
+        if wanted is None:
+            return f"its axis {descriptor.kept_axes} is none of a weight of shape {tuple(weight.shape)}"
         if amax.dim() == len(wanted) and all(a in (1, w) for a, w in zip(amax.shape, wanted, strict=True)):
             return None
         return f"its range has the shape {tuple(amax.shape)}, expected {tuple(wanted)}"
@@ -219,14 +252,17 @@ class StructurePlan:
             change_class(layer, cls)
             allow_fast_paths(layer)
         for name, module in placed_in(self.model).items():
-            if f"{name}.{quantizer_name('output')}" not in (*self._quantizers, *self._aliases):
+            key = f"{name}.{_OUTPUT}".lstrip(".")
+            if key not in self._quantizers and key not in self._aliases:
                 take_out(module)
-        described = self._description["layers"]
+        described = self._description.layers
+        # A quantizer that several layers share may be in the file under another of its names.
+        kept = {id(self._modules[name]) for name in self._quantizers if name in self._modules}
         for name in described:
             now: Any = self._modules[name]
             prefix = f"{name}." if name else ""
             for own in list(now.quantizers()):
-                if prefix + own not in self._quantizers and not self._shared(now._modules[own]):
+                if prefix + own not in self._quantizers and id(now._modules[own]) not in kept:
                     del now._modules[own]
         names: dict[int, list[str]] = {}
         for name, module in self.model.named_modules(remove_duplicate=False):
@@ -247,10 +283,6 @@ class StructurePlan:
             assert isinstance(quantizer, TensorQuantizer)
             self._set_range(quantizer, saved.amax, device_near(self._modules[name.rpartition(".")[0]]))
 
-    def _shared(self, quantizer: nn.Module) -> bool:
-        """Whether the file has a quantizer under another of its names."""
-        return any(m is quantizer and name in self._quantizers for name, m in self._modules.items())
-
     def _put(self, name: str, saved: _Quantizer, names: dict[int, list[str]]) -> None:
         """Makes a quantizer what the file says.
 
@@ -261,9 +293,8 @@ class StructurePlan:
         """
         parent = name.rpartition(".")[0]
         quantizer = self._modules.get(name)
-        if not isinstance(quantizer, TensorQuantizer) or quantizer.descriptor != saved.descriptor:
-            old = quantizer
-            quantizer = TensorQuantizer(saved.descriptor)
+        if not isinstance(quantizer, TensorQuantizer) or quantizer.descriptor != saved.made.descriptor:
+            old, quantizer = quantizer, saved.made
             # A quantizer that several layers share stays shared.
             for place in names.pop(id(old), [name]):
                 self._place(place, quantizer)
@@ -275,7 +306,7 @@ class StructurePlan:
     def _place(self, name: str, quantizer: Any) -> None:
         parent, _, own = name.rpartition(".")
         module = self._modules[parent]
-        if own == quantizer_name("output") and can_hold(module):
+        if own == _OUTPUT and can_hold(module):
             quantize_output_of(module, quantizer)
         else:
             module._modules[own] = quantizer
@@ -291,7 +322,15 @@ class StructurePlan:
 
 def device_near(layer: nn.Module) -> torch.device:
     """The device of a quantizer's layer; a range must not wait on another for its optimizer."""
-    for tensor in (*layer.parameters(recurse=False), *layer.parameters()):
+    for tensor in itertools.chain(layer.parameters(recurse=False), layer.parameters()):
         if not tensor.is_meta:
             return torch.device(tensor.device)
     return torch.device("cpu")
+
+
+def _operands(layer: Any, cls: type[Any]) -> list[str]:
+    """The operands that a layer can have quantizers for, once it is of a class; it is not changed."""
+    seen = object.__new__(type(layer))
+    seen.__dict__ = vars(layer)
+    change_class(seen, cls)
+    return [operand for operand, _ in cast(QuantizedLayer, seen).descriptors(_EVERY_OPERAND)]

@@ -287,7 +287,8 @@ def named_for(layer: nn.Module, module: str, operands: tuple[Operand, ...]) -> I
     inputs = layer.inputs if isinstance(layer, QuantizedLayer) else ()
     of_weight = inputs[0] if len(inputs) == 1 else "input"
     if isinstance(layer, nn.RNNBase) and weight is not None and not weight.startswith("weight_ih_l0"):
-        of_weight = "hidden"
+        of_step = weight.removesuffix("_reverse").partition("weight_ih_")[2]
+        of_weight = f"input_{of_step}" if of_step else "hidden"
     for role, operand in pairs:
         if role is None:
             role = of_weight if weight is not None and operand.role in _GENERIC else operand.role

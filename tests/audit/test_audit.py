@@ -817,7 +817,9 @@ def test_operands_have_the_names_that_their_layer_has_for_them(recipe):
     assert roles(nn.Linear(4, 4), torch.randn(2, 4)) == {("input", "weight")}
     assert roles(nn.LSTM(4, 3, 2), packed) == {
         ("input", "weight_ih_l0"),
-        *(("hidden", f"weight_{of}") for of in ("hh_l0", "ih_l1", "hh_l1")),
+        ("input_l1", "weight_ih_l1"),
+        ("hidden", "weight_hh_l0"),
+        ("hidden", "weight_hh_l1"),
     }
     own = Wrapped(lambda self, x: self.layer(x) @ self.own, layer=nn.Linear(3, 3))
     own.own = nn.Parameter(torch.randn(3, 2))

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantpatch.audit import audit
-from quantpatch.errors import CoverageError, QuantPatchError, ScopeError
+from quantpatch.errors import CoverageError, QuantPatchError, ScopeError, shown
 from quantpatch.explain import explain
 from quantpatch.files import own_version
 from quantpatch.interception import Slot
@@ -54,6 +54,11 @@ def _print_report(report: Any, as_json: bool) -> None:
         _print(report)
 
 
+def _add_row(table: Table, *cells: Any) -> None:
+    """Adds a row of what may come from plugins, whose names and messages a terminal is not to act on."""
+    table.add_row(*(shown(cell, 4000, keep="\n") for cell in cells))
+
+
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, default=str))
 
@@ -89,7 +94,7 @@ def plugins(as_json: AsJson = False) -> None:
         distribution = f"{plugin.distribution} {plugin.version}" if plugin.distribution else "-"
         state = f"{plugin.state}: {plugin.reason}" if plugin.reason else plugin.state
         hooks = ", ".join(hook.removeprefix("quantpatch_") for hook in plugin.hooks) or "-"
-        table.add_row(plugin.name, distribution, state, hooks, str(len(plugin.entries)))
+        _add_row(table, plugin.name, distribution, state, hooks, len(plugin.entries))
     _print(table)
 
 
@@ -114,12 +119,12 @@ def layers(
     if as_json:
         _print_json(rows)
         return
-    shown = Table()
+    listed = Table()
     for heading in ("target", "replacement", "plugin", "state"):
-        shown.add_column(heading, overflow="fold")
+        listed.add_column(heading, overflow="fold")
     for row in rows:
-        shown.add_row(*(str(value) for value in row.values()))
-    _print(shown)
+        _add_row(listed, *row.values())
+    _print(listed)
 
 
 @app.command("explain")
@@ -263,6 +268,6 @@ def main() -> None:
         app(prog_name="quantpatch")
     except QuantPatchError as error:
         Console(stderr=True, soft_wrap=True).print(
-            f"error: {error}", style="red", markup=False, highlight=False
+            "error: " + shown(error, 20_000, keep="\n"), style="red", markup=False, highlight=False
         )
         raise SystemExit(2) from None

@@ -1,15 +1,19 @@
 """One plugin: found by its entry point, imported when it is needed, and asked through its hooks.
 
-Whatever is wrong with a plugin becomes a ``PluginError`` with its name, its distribution and what to do,
-and is remembered: the same plugin fails in the same words each time.
+Whatever is wrong with a plugin becomes a ``PluginError`` with its name, its distribution and what to do. What
+it is or does that cannot be is remembered; an import that fails is tried again when it is next needed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib.metadata
+import inspect
+import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -17,17 +21,22 @@ import pluggy
 
 from quantpatch import hookspecs, tracing
 from quantpatch.entries import Entry, EntryLike
-from quantpatch.errors import EntryError, PluginError
+from quantpatch.errors import EntryError, PluginError, shown, warn_caller
 from quantpatch.example import Example
 from quantpatch.files import own_version
 from quantpatch.interception import lock
-from quantpatch.snapshot import Change, protected
+from quantpatch.raised import is_from_outside, said
+from quantpatch.snapshot import Change, Setting, protected
 
 __all__ = ["BLOCK_VARIABLE", "BUILTIN", "Offer", "Plugin", "discover"]
 
 BUILTIN = "quantpatch.builtin"
 BLOCK_VARIABLE = "QUANTPATCH_BLOCK"
 
+
+# Characters of a message; what a plugin says of itself may be of any length.
+_LONGEST = 4000
+_HOOKS = tuple(name for name in hookspecs.__all__ if name.startswith("quantpatch_"))
 
 # A line of a distribution's requirements that is about quantpatch itself.
 _IS_OURS = re.compile(r"quantpatch(?![\w.-])", re.IGNORECASE).match
@@ -102,8 +111,9 @@ class Plugin:
 
     def error(self, what: str, hook: str | None = None) -> PluginError:
         """The error that says what is wrong with it, whose it is, and how to go on without it."""
+        message = f"{self!r} {what}. To go on without it, set {BLOCK_VARIABLE}={self.name}"
         return PluginError(
-            f"{self!r} {what}. To go on without it, set {BLOCK_VARIABLE}={self.name}",
+            shown(message, _LONGEST, keep="\n"),
             plugin=self.name,
             distribution=self.provenance,
             hook=hook,
@@ -122,8 +132,8 @@ class Plugin:
             raise self.failure
         if self.plugin is not None:
             return
+        plugin = self._import()
         try:
-            plugin = self._import()
             self._check_api(plugin)
         except PluginError as error:
             self.failure = error
@@ -134,23 +144,25 @@ class Plugin:
                 self.plugin = plugin
 
     def _import(self) -> Any:
-        changes: list[Change] = []
+        changes: list[Change | Setting] = []
         try:
             with tracing.timed(f"{self!r} imported"):
                 if self.name == BUILTIN or not self.where:
                     return self._get()
                 with protected(changes):
                     plugin = self._get()
-        except (Exception, SystemExit) as error:
-            raise self.error(
-                f"cannot be imported: {type(error).__name__}: {error}{self._hint(error)}"
-            ) from error
+        except BaseException as error:
+            if is_from_outside(error):
+                raise
+            raise self.error(f"cannot be imported: {said(error)}{self._hint(error)}") from error
         if changes:
             what = tracing.listed(map(str, changes))
-            raise self.error(
+            # Remembered, since the module will not be run again.
+            self.failure = self.error(
                 f"changes PyTorch when it is imported: {what}. That was taken back. A plugin replaces "
                 f"classes and functions by returning entries from its hook quantpatch_entries"
             )
+            raise self.failure
         return plugin
 
     def _hint(self, error: BaseException) -> str:
@@ -205,11 +217,40 @@ class Plugin:
         except Exception as error:
             if manager.has_plugin(self.name):
                 manager.unregister(name=self.name)
-            known = ", ".join(name for name in hookspecs.__all__ if name.startswith("quantpatch_"))
             self.failure = self.error(
-                f"does not fit the hooks: {str(error).splitlines()[-1]}; there are {known}"
+                f"does not fit the hooks: {str(error).splitlines()[-1]}; there are {', '.join(_HOOKS)}"
             )
             raise self.failure from error
+        self._check_marks(plugin, manager)
+        if self.where and not manager.get_hookcallers(plugin):
+            warn_caller(
+                f"{self!r} implements no hook, so that it does nothing: mark the functions of {self.where} "
+                f"that are hooks with @quantpatch.hookimpl; there are {', '.join(_HOOKS)}"
+            )
+
+    def _check_marks(self, plugin: Any, manager: pluggy.PluginManager) -> None:
+        """A function with the name of a hook that is not marked as one would never be called."""
+        for name in dir(plugin):
+            if not name.startswith(f"{hookspecs.PROJECT}_"):
+                continue
+            function = inspect.getattr_static(plugin, name)
+            function = getattr(function, "__func__", function)
+            if not inspect.isfunction(function) or hasattr(function, f"{hookspecs.PROJECT}_impl"):
+                continue
+            if name in _HOOKS:
+                manager.unregister(name=self.name)
+                self.failure = self.error(
+                    f"has a function {name} that is not marked as a hook, so that it would never be called. "
+                    f"Write @quantpatch.hookimpl above its `def {name}`"
+                )
+                raise self.failure
+            near = difflib.get_close_matches(name, _HOOKS, 1, 0.8)
+            if near:
+                warn_caller(
+                    f"{self!r} has a function {name}, which is not called: there is no such hook, and it is "
+                    f"not marked as one. If it is to be {near[0]}, write @quantpatch.hookimpl above "
+                    f"`def {near[0]}`"
+                )
 
     # --- asking --------------------------------------------------------------------------------
 
@@ -217,25 +258,31 @@ class Plugin:
         """Names of the hooks it implements, sorted."""
         return tuple(sorted(caller.name for caller in manager.get_hookcallers(self.plugin) or []))
 
-    def _ask(self, manager: pluggy.PluginManager, hook: str, read: Callable[[Any], Any]) -> Any:
-        """What its hook returned, as ``read`` understands it; called once, then remembered."""
+    @contextlib.contextmanager
+    def _asked(self, hook: str) -> Iterator[None]:
+        """Gives the plugin's name to whatever its hook raises."""
+        try:
+            yield
+        except PluginError:
+            raise
+        except BaseException as error:
+            if is_from_outside(error):
+                raise
+            raise self.error(f"failed in its hook {hook}: {said(error)}", hook) from error
+
+    def _ask(self, manager: pluggy.PluginManager, hook: str, read: Callable[[list[Any]], Any]) -> Any:
+        """What its implementations of a hook returned, as ``read`` understands it; remembered."""
         if hook not in self._results:
             caller = self._caller(manager, hook)
-            if not caller.get_hookimpls():
-                self._results[hook] = read(())
+            count = len(caller.get_hookimpls())
+            if not count:
+                self._results[hook] = read([()])
                 return self._results[hook]
-            try:
-                with tracing.timed(f"plugin {self.name!r}: {hook}()") as shown:
-                    returned = caller()
-                    # pluggy drops None, but a hook that forgot to return is not one that does not exist.
-                    result = read(returned[0] if returned else None)
-                    shown.append(tracing.listed(map(str, result)) or "nothing")
-            except PluginError:
-                raise
-            except (Exception, SystemExit) as error:
-                raise self.error(
-                    f"failed in its hook {hook}: {type(error).__name__}: {error}", hook
-                ) from error
+            with self._asked(hook), tracing.timed(f"plugin {self.name!r}: {hook}()") as results:
+                returned = caller()
+                # pluggy drops None, but a hook that forgot to return is not one that does not exist.
+                result = read([*returned, *[None] * (count - len(returned))])
+                results.append(tracing.listed(map(str, result)) or "nothing")
             self._results[hook] = result
         return self._results[hook]
 
@@ -252,10 +299,8 @@ class Plugin:
             PluginError: Its hook failed or returned something else than text.
         """
         hook = "quantpatch_advice"
-        try:
+        with self._asked(hook):
             said = self._caller(manager, hook)(layer=layer)
-        except (Exception, SystemExit) as error:
-            raise self.error(f"failed in its hook {hook}: {type(error).__name__}: {error}", hook) from error
         if said is not None and not isinstance(said, str):
             raise self.error(f"returned {said!r} from {hook}, expected text or None", hook)
         return said
@@ -268,14 +313,16 @@ class Plugin:
         """
         hook = "quantpatch_entries"
 
-        def read(returned: Any) -> tuple[Offer, ...]:
-            if isinstance(returned, (str, bytes, Entry)) or not isinstance(returned, Iterable):
-                raise self.error(
-                    f"returned {returned!r} from {hook}, expected a list of (module, name, replacement)", hook
-                )
+        def read(returned: list[Any]) -> tuple[Offer, ...]:
+            for given in returned:
+                if isinstance(given, (str, bytes, Entry)) or not isinstance(given, Iterable):
+                    raise self.error(
+                        f"returned {given!r} from {hook}, expected a list of (module, name, replacement)",
+                        hook,
+                    )
             entries = []
             given: EntryLike
-            for given in returned:
+            for given in itertools.chain.from_iterable(returned):
                 try:
                     entries.append(Entry.of(given))
                 except EntryError as error:  # noqa: PERF203
@@ -299,8 +346,9 @@ class Plugin:
         """
         hook = "quantpatch_examples"
 
-        def read(returned: Any) -> tuple[Example, ...]:
-            found = tuple(returned) if isinstance(returned, Iterable) else (returned,)
+        def read(returned: list[Any]) -> tuple[Example, ...]:
+            several = (given if isinstance(given, Iterable) else (given,) for given in returned)
+            found = tuple(itertools.chain.from_iterable(several))
             for example in found:
                 if not isinstance(example, Example):
                     raise self.error(
@@ -318,19 +366,25 @@ class Plugin:
             PluginError: Its hook failed or returned something else.
         """
 
-        def read(returned: Any) -> Mapping[str, Any]:
-            if returned == ():
-                return {}
-            if not isinstance(returned, Mapping):
-                raise self.error(f"returned {returned!r} from {hook}, expected a mapping by name", hook)
-            for name, value in returned.items():
-                good = isinstance(value, kind) or (isinstance(value, type) and issubclass(value, kind))
-                if not isinstance(name, str) or not good:
-                    raise self.error(
-                        f"returned {name!r}: {value!r} from {hook}, expected a name and a {kind.__name__}",
-                        hook,
-                    )
-            return dict(returned)
+        def read(returned: list[Any]) -> Mapping[str, Any]:
+            found: dict[str, Any] = {}
+            for given in returned:
+                if given == ():
+                    continue
+                if not isinstance(given, Mapping):
+                    raise self.error(f"returned {given!r} from {hook}, expected a mapping by name", hook)
+                for name, value in given.items():
+                    good = isinstance(value, kind) or (isinstance(value, type) and issubclass(value, kind))
+                    if not isinstance(name, str) or not good:
+                        raise self.error(
+                            f"returned {name!r}: {value!r} from {hook}, expected a name and a "
+                            f"{kind.__name__}",
+                            hook,
+                        )
+                    if name in found:
+                        raise self.error(f"returned {name!r} from {hook} twice", hook)
+                    found[name] = value
+            return found
 
         names: Mapping[str, Any] = self._ask(manager, hook, read)
         return names

@@ -91,8 +91,11 @@ class Registry:
         """Takes away a plugin that ``register`` added.
 
         Raises:
+            PluginError: It is the built-in one.
             UnknownNameError: There is no such plugin.
         """
+        if name == BUILTIN:
+            raise _indispensable("cannot be taken away")
         removed = self._plugins.pop(name, None)
         self._remembered.clear()
         if removed is None:
@@ -117,6 +120,8 @@ class Registry:
         if unknown:
             raise UnknownNameError.of("plugin", unknown[0], known)
         environment = _Environment.read()
+        if BUILTIN in environment.blocked:
+            raise _indispensable(f"cannot be blocked, as {BLOCK_VARIABLE} asks")
         unknown = sorted((environment.allowed or frozenset()) - set(known))
         if unknown:
             hint = "`quantpatch plugins` lists those that are installed"
@@ -277,6 +282,15 @@ class Registry:
             except PluginError as error:
                 state, reason = "failed", str(error)
         return PluginInfo(plugin.name, plugin.distribution, plugin.version, state, reason, hooks, entries)
+
+
+def _indispensable(what: str) -> PluginError:
+    return PluginError(
+        f"the plugin {BUILTIN!r} {what}: recipes, formats and calibrators come from it, besides the layers "
+        f"of torch.nn. To leave such layers float, write quantize_modules(skip=['torch.nn.*']), or build "
+        f"them in keep_float(); to have no other plugin than it, write plugins=[]",
+        plugin=BUILTIN,
+    )
 
 
 @attrs.frozen

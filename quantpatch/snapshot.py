@@ -8,7 +8,7 @@ import importlib
 import operator
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, Final
 
@@ -82,11 +82,37 @@ def owners() -> tuple[Any, ...]:
     return (*classes, torch.Tensor, nn, nn.functional, torch)
 
 
-class Snapshot:
-    """What torch is made of at this moment, to be compared with later."""
+# Where code of others may put things too; what these keep for themselves has a name with an underscore.
+_FURTHER = (
+    "amp autograd distributions fft linalg nn.init nn.utils optim optim.lr_scheduler random special "
+    "utils.data"
+)
 
-    def __init__(self) -> None:
-        held = [(owner, vars(owner).copy()) for owner in owners()]
+
+@functools.cache
+def further_owners() -> tuple[Any, ...]:
+    """Other parts of torch that are there once it is imported, and the classes in them."""
+    named = (sys.modules.get(f"torch.{name}") for name in _FURTHER.split())
+    modules = [module for module in named if module is not None]
+    classes = {
+        value: None
+        for module in modules
+        for name, value in vars(module).copy().items()
+        if isinstance(value, type) and value.__module__.startswith("torch.") and not name.startswith("_")
+    }
+    return (*modules, *(cls for cls in classes if cls not in owners()))
+
+
+class Snapshot:
+    """What torch is made of at this moment, to be compared with later.
+
+    Args:
+        further: Whether to take those of ``further_owners`` as well.
+    """
+
+    def __init__(self, *, further: bool = False) -> None:
+        parts = (*owners(), *further_owners()) if further else owners()
+        held = [(owner, vars(owner).copy()) for owner in parts]
         self._dicts = [(owner, list(found), list(found.values())) for owner, found in held]
         self._meta_path = list(sys.meta_path)
 
@@ -109,9 +135,9 @@ class Snapshot:
 
 def _is_added_in_use(owner: Any, key: str, value: Any) -> bool:
     if isinstance(owner, ModuleType):  # a submodule that torch imports when it is first used
-        return sys.modules.get(f"{owner.__name__}.{key}") is value
-    # Python's note on a class when an object of it is first copied or pickled.
-    return key == "__slotnames__"
+        return key == "__warningregistry__" or sys.modules.get(f"{owner.__name__}.{key}", owner) is value
+    # Notes on a class: Python's, when an object of it is first copied or pickled, and the compiler's.
+    return key == "__slotnames__" or key.startswith("___")
 
 
 def _changes(owner: Any, keys: list[str], values: list[Any]) -> list[Change]:
@@ -130,13 +156,97 @@ def _changes(owner: Any, keys: list[str], values: list[Any]) -> list[Change]:
     return found
 
 
+# --- settings ----------------------------------------------------------------------------------
+
+
+@attrs.frozen(eq=False)
+class Setting:
+    """A setting of torch, or a list that it keeps, that is another than it was.
+
+    Attributes:
+        name: What it is called.
+        old: What it was.
+        new: What it is.
+        put: Sets it.
+    """
+
+    name: str
+    old: Any
+    new: Any
+    put: Callable[[Any], object]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.old!r} became {self.new!r}"
+
+    def undo(self) -> None:
+        """Puts back what was there."""
+        self.put(self.old)
+
+
+def _put_device(device: torch.device) -> None:
+    # None takes away the mode that makes every new tensor go to a device.
+    torch.set_default_device(None if device == torch.device("cpu") else device)
+
+
+def _put_deterministic(state: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(state[0], warn_only=state[1])
+
+
+_SETTINGS: tuple[tuple[str, Callable[[], Any], Callable[[Any], object]], ...] = (
+    ("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    ("the default device", torch.get_default_device, _put_device),
+    ("whether gradients are recorded", torch.is_grad_enabled, torch._C._set_grad_enabled),
+    (
+        "the precision of float32 products",
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    ("the number of threads", torch.get_num_threads, torch.set_num_threads),
+    (
+        "whether algorithms are deterministic",
+        lambda: (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        _put_deterministic,
+    ),
+)
+_HOOKS: tuple[tuple[str, dict[int, Any]], ...] = tuple(
+    (f"torch.nn.modules.module.{name}", hooks)
+    for name, hooks in vars(nn.modules.module).items()
+    if name.startswith("_global_") and isinstance(hooks, dict)
+)
+
+
+def _refilled(hooks: dict[int, Any], entries: Iterable[tuple[int, Any]]) -> None:
+    hooks.clear()
+    hooks.update(entries)
+
+
+class _Settings:
+    """How torch is set at this moment, and the hooks that every module runs."""
+
+    def __init__(self) -> None:
+        self._values = [get() for _, get, _ in _SETTINGS]
+        self._hooks = [list(hooks.items()) for _, hooks in _HOOKS]
+
+    def changes(self) -> Iterator[Setting]:
+        """What is different now."""
+        for (name, get, put), old in zip(_SETTINGS, self._values, strict=True):
+            if (new := get()) != old:
+                yield Setting(name, old, new, put)
+        for (name, hooks), old in zip(_HOOKS, self._hooks, strict=True):
+            if list(hooks.items()) != old:
+                yield Setting(name, old, list(hooks.items()), functools.partial(_refilled, hooks))
+
+
 # --- code that may not change torch ------------------------------------------------------------
 
 _last: Snapshot | None = None  # good as long as nothing has changed since: comparing is cheaper than taking
 
 
 @contextlib.contextmanager
-def protected(changes: list[Change]) -> Iterator[None]:
+def protected(changes: list[Change | Setting]) -> Iterator[None]:
     """A block after which torch is what it was before, whatever code of others did in it.
 
     What torch itself changes (some of its parts do when they are imported) stays, and so do the hooks
@@ -147,20 +257,23 @@ def protected(changes: list[Change]) -> Iterator[None]:
     """
     global _last
     if _last is None or _last.changes():
-        _last = Snapshot()
-    before = _last
+        _last = Snapshot(further=True)
+    before, settings = _last, _Settings()
     try:
         yield
     finally:
-        for change in before.changes():
-            if _is_foreign(change, before):
-                change.undo()
-                changes.append(change)
+        found: list[Change | Setting] = [c for c in before.changes() if _is_foreign(c, before)]
+        for change in (*found, *settings.changes()):
+            change.undo()
+            changes.append(change)
 
 
 def _is_foreign(change: Change, before: Snapshot) -> bool:
     """Whether it is neither torch's own doing nor a hook of quantpatch that came or went."""
     if not change.name or _home(change.old) == "quantpatch":
+        return False
+    is_private = change.name.startswith("_") and not change.name.startswith("__")
+    if is_private and any(change.owner is owner for owner in further_owners()):
         return False
     home = _home(change.new)
     # A part of torch in another part's place is nobody's but the code's that ran.

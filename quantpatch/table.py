@@ -23,7 +23,7 @@ from quantpatch.errors import EntryConflictError, EntryError, ScopeError, Unknow
 from quantpatch.interception import Slot
 from quantpatch.plugins import BUILTIN, Offer
 from quantpatch.registry import registry
-from quantpatch.snapshot import Change, protected
+from quantpatch.snapshot import Change, Setting, protected
 from quantpatch.tracing import listed
 
 __all__ = [
@@ -141,7 +141,7 @@ def _imported(offer: Offer) -> Any:
     """The replacement; importing that of a plugin may not change torch."""
     if offer.plugin in (None, BUILTIN) or not isinstance(offer.entry.replacement, str):
         return offer.entry.load_replacement()
-    changes: list[Change] = []
+    changes: list[Change | Setting] = []
     with protected(changes):
         replacement = offer.entry.load_replacement()
     if changes:

@@ -8,6 +8,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
+from quantpatch.errors import shown
+from quantpatch.raised import said
+
 __all__ = ["VARIABLE", "is_on", "listed", "say", "timed"]
 
 VARIABLE = "QUANTPATCH_TRACE"
@@ -21,7 +24,7 @@ def is_on() -> bool:
 def say(line: str) -> None:
     """Writes a line, if lines are wanted."""
     if is_on():
-        print(f"quantpatch: {line}", file=sys.stderr, flush=True)
+        print(f"quantpatch: {shown(line, 2000)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -38,7 +41,7 @@ def timed(what: str) -> Iterator[list[str]]:
     try:
         yield results
     except BaseException as error:
-        results[:] = [f"{type(error).__name__}: {error}"]
+        results[:] = [said(error)]
         raise
     finally:
         ms = 1e3 * (time.perf_counter() - start)

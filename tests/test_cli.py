@@ -66,6 +66,15 @@ def test_plugins_shows_a_failed_plugin_and_why():
     assert "boom" in row["reason"]
 
 
+def test_what_plugins_say_does_not_reach_the_terminal_as_commands(plugin):
+    name = plugin(name="shy\x1b[2J", entries=[("far.away", "Layer", "far.quant:Layer\x1b[31m[red]")])
+    for command in ("plugins", "layers"):
+        shown = run(command)
+        assert "\x1b" not in shown
+        assert "shy" in shown
+    assert name
+
+
 def test_layers_tells_what_is_replaced_by_what_and_what_is_not():
     rows = {row["target"]: row for row in json.loads(run("layers", "--json"))}
     assert rows["torch.nn.Linear"] == {

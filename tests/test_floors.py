@@ -18,7 +18,7 @@ ROOT = Path(quantpatch.__file__).parent
 FLOORS = [
     {"errors", "division"},
     {"formats", "entries", "example", "sharded", "ranks"},
-    {"affine"},
+    {"affine", "raised"},
     {"kernels"},
     {"rounding"},
     {

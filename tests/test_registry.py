@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -48,6 +49,23 @@ BROKEN = {
         GOOD.replace("return", "raise KeyError or"),
         "failed in its hook quantpatch_entries: KeyError",
     ),
+    "ends in an error of another kind": (
+        "class Gone(BaseException): ...\nraise Gone('away')",
+        "cannot be imported: Gone: away",
+    ),
+    "ends as a generator does": ("raise GeneratorExit", "cannot be imported: GeneratorExit: "),
+    "has an error that cannot be shown": (
+        "class Bad(Exception):\n    def __str__(self): raise SystemExit\nraise Bad",
+        "cannot be imported: Bad: \\(its message cannot be shown",
+    ),
+    "writes to the terminal in its error": (
+        "raise ValueError('\\x1b[31mred\\x07')",
+        r"cannot be imported: ValueError: \\x1b\[31mred\\x07",
+    ),
+    "stops in its hook": (
+        GOOD.replace("return", "raise StopIteration or"),
+        "failed in its hook quantpatch_entries: StopIteration",
+    ),
     "exits in its hook": (
         GOOD.replace("return", "raise SystemExit or"),
         "failed in its hook quantpatch_entries: SystemExit",
@@ -82,6 +100,38 @@ BROKEN = {
         f"import torch\ntorch.nn.Linear.forward = lambda self, x: x\n{GOOD}",
         "changes PyTorch when it is imported: torch.nn.modules.linear.Linear.forward: <function .* became "
         "<function <lambda>.*was taken back",
+    ),
+    "changes what fills weights": (
+        f"import torch\ntorch.nn.init.shiny = None\n{GOOD}",
+        "changes PyTorch when it is imported: torch.nn.init.shiny: nothing became None. That was taken back",
+    ),
+    "changes an optimizer": (
+        f"import torch\ntorch.optim.SGD.step = lambda self: None\n{GOOD}",
+        "changes PyTorch when it is imported: torch.optim.sgd.SGD.step: ",
+    ),
+    "sets the default dtype": (
+        f"import torch\ntorch.set_default_dtype(torch.float64)\n{GOOD}",
+        "changes PyTorch when it is imported: .*the default dtype: torch.float32 became torch.float64",
+    ),
+    "sets the default device": (
+        f"import torch\ntorch.set_default_device('meta')\n{GOOD}",
+        "changes PyTorch when it is imported: the default device: device\\(type='cpu'\\) became",
+    ),
+    "switches gradients off": (
+        f"import torch\ntorch.set_grad_enabled(False)\n{GOOD}",
+        "changes PyTorch when it is imported: whether gradients are recorded: True became False",
+    ),
+    "hooks every module": (
+        f"import torch\ntorch.nn.modules.module.register_module_forward_hook(print)\n{GOOD}",
+        "changes PyTorch when it is imported: torch.nn.modules.module._global_forward_hooks: ",
+    ),
+    "forgets to mark its hook": (
+        GOOD.replace("@quantpatch.hookimpl", ""),
+        "has a function quantpatch_entries that is not marked as a hook.* Write @quantpatch.hookimpl above",
+    ),
+    "marks one of its hooks": (
+        f"{GOOD}\ndef quantpatch_recipes(): ...",
+        "has a function quantpatch_recipes that is not marked as a hook",
     ),
     "changes a name": (
         f"import torch\ntorch.nn.Linear = torch.nn.Identity\n{GOOD}",
@@ -158,7 +208,10 @@ def test_the_environment_allows_and_blocks(install, monkeypatch) -> None:
     monkeypatch.delenv("QUANTPATCH_BLOCK")
     assert active() == {BUILTIN}
     monkeypatch.setenv("QUANTPATCH_BLOCK", BUILTIN)
-    assert active() == set()
+    with pytest.raises(
+        PluginError, match="'quantpatch.builtin' cannot be blocked, .* write quantize_modules"
+    ):
+        active()
 
 
 def test_two_distributions_with_one_plugin_name(install) -> None:
@@ -354,6 +407,145 @@ def test_plugins_by_hand() -> None:
         registry.register(wrong, "wrong")
     assert registry.plugins() == []
     registry.register(ModuleType("wrong"), "wrong")
+
+
+def test_the_built_in_plugin_cannot_be_taken_away() -> None:
+    with pytest.raises(PluginError, match=r"cannot be taken away: .*skip=\['torch.nn.\*'\].*keep_float\(\)"):
+        qp.registry.unregister(BUILTIN)
+    with qp.quantize_modules(skip=["torch.nn.*"]):
+        assert type(torch.nn.Linear(1, 1)) is torch.nn.Linear
+
+
+def test_a_function_whose_name_is_nearly_that_of_a_hook_is_told_of() -> None:
+    near = ModuleType("near")
+    exec("def quantpatch_entires(): ...\ndef quantpatch_version(): ...", vars(near))
+    registry = Registry(discover=False)
+    with pytest.warns(
+        QuantPatchWarning,
+        match="'near' has a function quantpatch_entires, .* If it is to be quantpatch_entries",
+    ) as told:
+        registry.register(near, "near")
+    assert len(told) == 1
+
+
+def test_a_plugin_object_is_told_of_a_method_that_is_not_marked() -> None:
+    class Base:
+        @qp.hookimpl
+        def quantpatch_entries(self):
+            return []
+
+    class Overrides(Base):
+        def quantpatch_entries(self):
+            return []
+
+    registry = Registry(discover=False)
+    registry.register(Base(), "base")
+    with pytest.raises(PluginError, match="'overrides' has a function quantpatch_entries that is not marked"):
+        registry.register(Overrides(), "overrides")
+    assert [info.name for info in registry.plugins()] == ["base"]
+
+
+def test_an_installed_plugin_without_hooks_is_told_of(install) -> None:
+    install("idle", "x = 1", "idle-dist")
+    registry = Registry()
+    with pytest.warns(QuantPatchWarning, match="'idle' .*implements no hook, .* @quantpatch.hookimpl"):
+        registry.offers(["idle"])
+
+
+class Twice:
+    """Implements each hook twice."""
+
+    def __init__(self):
+        self.recipe, self.other = qp.Recipe(name="mine"), qp.Recipe(name="other")
+
+    @qp.hookimpl(specname="quantpatch_entries")
+    def first(self):
+        return [("far.away", "First", "far.quant:QuantFirst")]
+
+    @qp.hookimpl(specname="quantpatch_entries")
+    def second(self):
+        return [qp.Entry("far.away", "Second", "far.quant:QuantSecond")]
+
+    @qp.hookimpl
+    def quantpatch_recipes(self):
+        return {"mine": self.recipe}
+
+    @qp.hookimpl(specname="quantpatch_recipes")
+    def more_recipes(self):
+        return {"other": self.other}
+
+    @qp.hookimpl(specname="quantpatch_examples")
+    def one(self):
+        return [qp.Example("far.away.First", build=lambda: 1, inputs=tuple)]
+
+    @qp.hookimpl(specname="quantpatch_examples")
+    def two(self):
+        return (qp.Example("far.away.Second", build=lambda: 1, inputs=tuple),)
+
+    @qp.hookimpl(specname="quantpatch_advice", tryfirst=True)
+    def silent(self, layer):
+        return None
+
+    @qp.hookimpl(specname="quantpatch_advice")
+    def told(self, layer):
+        return "write something else"
+
+
+def test_several_implementations_of_a_hook_all_count() -> None:
+    registry = Registry(discover=False)
+    plugin = Twice()
+    registry.register(plugin, "twice")
+    assert {str(offer.entry.dotted) for offer in registry.offers()} == {"far.away.First", "far.away.Second"}
+    assert registry.named("quantpatch_recipes", qp.Recipe) == {"mine": plugin.recipe, "other": plugin.other}
+    assert {e.target for e in registry.examples("twice")} == {"far.away.First", "far.away.Second"}
+    assert registry.advice(torch.nn.Identity()) == "write something else"
+
+
+def test_several_implementations_may_not_contradict_each_other_or_forget_to_return() -> None:
+    class Contradicting(Twice):
+        @qp.hookimpl(specname="quantpatch_recipes")
+        def third(self):
+            return {"mine": self.other}
+
+        @qp.hookimpl(specname="quantpatch_entries")
+        def forgetful(self):
+            pass
+
+    registry = Registry(discover=False)
+    registry.register(Contradicting(), "twice")
+    with pytest.raises(PluginError, match="'twice' returned 'mine' from quantpatch_recipes twice"):
+        registry.named("quantpatch_recipes", qp.Recipe)
+    with pytest.raises(PluginError, match="returned None from quantpatch_entries"):
+        registry.offers()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, type("OutOfTime", (BaseException,), {})])
+def test_a_timeout_during_an_import_is_not_the_plugins_failure(kind, install) -> None:
+    def handler(number: int, frame: object) -> None:
+        raise kind("out of time")
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        source = "import os, signal, sys\nif not hasattr(sys, 'second_try'):\n    sys.second_try = 1\n"
+        install("slow", f"{source}    os.kill(os.getpid(), signal.SIGUSR1)\n{GOOD}", "slow-dist")
+        registry = Registry()
+        with pytest.raises(kind, match="out of time"):
+            registry.offers(["slow"])
+        assert "slow" in {offer.plugin for offer in registry.offers(["slow"])}
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        vars(sys).pop("second_try", None)
+
+
+def test_an_import_that_fails_is_tried_again(install, monkeypatch) -> None:
+    install("early", f"import sys\nif not hasattr(sys, 'ready'): raise OSError('disk')\n{GOOD}", "early-dist")
+    registry = Registry()
+    with pytest.raises(
+        PluginError, match=r"plugin 'early' \(from early-dist 1.2\) cannot be imported: OSError"
+    ):
+        registry.offers(["early"])
+    monkeypatch.setattr(sys, "ready", True, raising=False)
+    assert "early" in {offer.plugin for offer in registry.offers(["early"])}
 
 
 def test_names_from_plugins(plugin) -> None:

@@ -314,10 +314,10 @@ class Plugin:
         hook = "quantpatch_entries"
 
         def read(returned: list[Any]) -> tuple[Offer, ...]:
-            for given in returned:
-                if isinstance(given, (str, bytes, Entry)) or not isinstance(given, Iterable):
+            for several in returned:
+                if isinstance(several, (str, bytes, Entry)) or not isinstance(several, Iterable):
                     raise self.error(
-                        f"returned {given!r} from {hook}, expected a list of (module, name, replacement)",
+                        f"returned {several!r} from {hook}, expected a list of (module, name, replacement)",
                         hook,
                     )
             entries = []

@@ -22,19 +22,13 @@ from quantpatch.layers.base import weight_quantizers
 from quantpatch.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.ranks import Ranks
 from quantpatch.running import demand_model, evaluating, run_over
-from quantpatch.sharded import sharding_of
+from quantpatch.to_calibrate import listing, patterns, to_calibrate
 from quantpatch.weight_reads import FirstCall
 from quantpatch.zero_points import ends_on_all, fitted, to_fit, watching_ends, without_those_found
 
 __all__ = ["calibrate", "calibrating", "collecting"]
 
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
-
-
-def _listing(names: Iterable[str], limit: int = 10) -> str:
-    names = list(names)
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 @contextlib.contextmanager
@@ -57,6 +51,9 @@ def calibrating(
         with calibrating(model, method="entropy"):
             for images, _ in loader:
                 model(images)
+
+    Where no range is to be found, as of formats that take it from each tensor, or with ``only_missing=True``
+    and none missing, nothing is done, and the logger ``quantpatch`` says so.
 
     Ranges are set when the block ends. If it raises, or a range cannot be told, none is set and every
     quantizer and module is in the state it was in. With ``torch.distributed`` initialised, every rank must
@@ -81,7 +78,7 @@ def calibrating(
         **options: Handed to the calibrators of activations, such as ``percentile=99.9``.
 
     Raises:
-        CalibrationError: There is nothing to calibrate, ranges are known already, the data holds NaN
+        CalibrationError: There is no quantizer, ranges are known already, the data holds NaN
             or infinity, (``strict``) a quantizer saw no data or only zeros, or another rank failed.
         OptionError: ``overwrite`` and ``only_missing`` contradict each other, or an option of the calibrator
             is out of range.
@@ -93,11 +90,11 @@ def calibrating(
         )
 
     def choose() -> dict[str, TensorQuantizer]:
-        return _to_calibrate(model, overwrite, only_missing)
+        return to_calibrate(model, overwrite, only_missing)
 
     def tell(message: str, names: tuple[str, ...]) -> None:
         if strict:
-            rules = _listing((f"{pattern!r}: None" for pattern in _patterns(model, names)), limit=4)
+            rules = listing((f"{pattern!r}: None" for pattern in patterns(model, names)), limit=4)
             raise CalibrationError(
                 f"{message}. No range was set. Give batches that reach them, leave them float with "
                 f"qp.configure(model, {{{rules}}}), or pass strict=False to let them take the range of each "
@@ -209,67 +206,6 @@ def _to_watch(model: nn.Module, quantizers: Mapping[str, TensorQuantizer]) -> di
     return {name: q for name, q in fitting if name in quantizers or q.descriptor.amax is not None}
 
 
-def _patterns(model: nn.Module, names: Iterable[str]) -> Iterable[str]:
-    """What to tell ``configure`` to leave quantizers float: a layer's name, if they are all that it has."""
-    names = dict.fromkeys(names)
-    others = {name.rpartition(".")[0] for name in named_quantizers(model) if name not in names}
-    layers = (name.rpartition(".")[0] for name in names)
-    return dict.fromkeys(
-        name if layer in others else layer or "*" for name, layer in zip(names, layers, strict=True)
-    )
-
-
-def _to_calibrate(model: nn.Module, overwrite: bool, only_missing: bool) -> dict[str, TensorQuantizer]:
-    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
-        raise CalibrationError(
-            "nn.DataParallel runs copies of the quantizers, whose statistics are lost: calibrate model.module"
-        )
-    found = named_quantizers(model)
-    if not found:
-        raise CalibrationError(
-            f"{type(model).__name__} holds no quantizer; build it inside `with quantize_modules():`"
-        )
-    wanted = {
-        name: q
-        for name, q in found.items()
-        if not q.disabled and not q.descriptor.dynamic and q.descriptor.amax is None
-    }
-    if not wanted and all(q.descriptor.dynamic for q in found.values() if not q.disabled):
-        raise CalibrationError(
-            f"the quantizers of {type(model).__name__} take their range from each tensor, as formats with "
-            f"scales of their own do: there is nothing to calibrate, leave it out"
-        )
-    if not wanted:
-        raise CalibrationError(
-            f"none of the {len(found)} quantizers of {type(model).__name__} can be calibrated: they are "
-            f"disabled, dynamic, or have a range of their own"
-        )
-    busy = [name for name, q in wanted.items() if q.calibrating]
-    if busy:
-        raise CalibrationError(
-            f"these quantizers are being calibrated already: {_listing(busy)}; end that calibration first",
-            quantizers=tuple(busy),
-        )
-    learned = [name for name, q in wanted.items() if q.descriptor.learn_amax and q.amax is None]
-    sharding = sharding_of(model.modules()) if learned else ""
-    if sharding:
-        raise CalibrationError(
-            f"learned ranges become parameters when they are calibrated, too late for {sharding} to average "
-            f"their gradients: {_listing(learned)}. Calibrate the model first, then wrap it",
-            quantizers=tuple(learned),
-        )
-    known = [name for name, q in wanted.items() if q.amax is not None]
-    missing = {name: q for name, q in wanted.items() if q.amax is None}
-    if known and not (overwrite or (only_missing and missing)):
-        rest = f"only_missing=True to find the ranges of the {len(missing)} others, or " if missing else ""
-        raise CalibrationError(
-            f"{len(known)} quantizers have a range already: {_listing(known)}. Pass {rest}overwrite=True to "
-            f"calibrate again from nothing",
-            quantizers=tuple(known),
-        )
-    return missing if only_missing else wanted
-
-
 @contextlib.contextmanager
 def _naming(quantizers: Mapping[str, TensorQuantizer]) -> Iterator[None]:
     """A block whose errors tell the qualified name of the quantizer that they come from."""
@@ -295,7 +231,7 @@ def _demand_same(ranks: Ranks, names: tuple[str, ...], doing: str) -> None:
             raise ranks.all_raise(
                 CalibrationError(
                     f"rank {other} {doing} other quantizers than rank {dist.get_rank()}; only one of "
-                    f"them has {_listing(differing)}. Every rank must hold the same model in the same state; "
+                    f"them has {listing(differing)}. Every rank must hold the same model in the same state; "
                     f"where they hold parts of one, such as stages of a pipeline, pass "
                     f"group=dist.new_group(...) of the ranks that hold the same part",
                     quantizers=tuple(differing),
@@ -333,15 +269,15 @@ def _ranges(
     if unseen:
         problems.append(
             f"{len(unseen)} of {len(calibrators)} quantizers saw no data, because their layers did not run, "
-            f"or without that input: {_listing(unseen)}"
+            f"or without that input: {listing(unseen)}"
         )
     if zero:
-        problems.append(f"{len(zero)} of {len(calibrators)} quantizers saw only zeros: {_listing(zero)}")
+        problems.append(f"{len(zero)} of {len(calibrators)} quantizers saw only zeros: {listing(zero)}")
     below = [name for name in zero if calibrators[name].negative_share]
     if below:
         problems.append(
             f"of these some saw negative values as well, which their unsigned integers cannot hold: "
-            f"{_listing(below)}. Use signed ones (unsigned=False)"
+            f"{listing(below)}. Use signed ones (unsigned=False)"
         )
     if problems:
         tell("; ".join(problems), (*unseen, *zero))
@@ -425,4 +361,5 @@ def calibrate(
         group=group,
         **options,
     ):
-        run_over(model, data, progress=progress)
+        if zero_points or any(q.calibrating for q in named_quantizers(model).values()):
+            run_over(model, data, progress=progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -116,20 +117,57 @@ def run_batch(model: nn.Module, batch: Any) -> None:
 
 
 def _run_batch(model: nn.Module, batch: Any) -> None:
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
     if isinstance(batch, Mapping):
-        model(**batch)
+        kwargs = batch
     elif isinstance(batch, (tuple, list)):
-        try:
-            model(*batch)
-        except TypeError as error:
-            if len(batch) > 1:
-                raise TypeError(
-                    f"{error} (a batch of {len(batch)} is taken as that many arguments of the model; for a "
-                    f"loader of inputs with labels write: calibrate(model, (x for x, _ in loader)))"
-                ) from error
-            raise
+        args = tuple(batch)
     else:
-        model(batch)
+        args = (batch,)
+    try:
+        model(*args, **kwargs)
+    except TypeError as error:
+        why = _unfit(model, args, kwargs)
+        if why:
+            raise InputError(why) from error
+        raise
+
+
+def _unfit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Why the model's forward cannot be called with a batch, and what to write; empty if it can."""
+    try:
+        parameters = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):  # as of code that is not Python's
+        return ""
+    takes_any_key = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    by_name = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    ordered = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [n for n, p in parameters.items() if p.default is p.empty and n in {*by_name, *ordered}]
+    given = {*ordered[: len(args)], *kwargs}
+    missing = [n for n in required if n not in given]
+    takes = f"{type(model).__name__}.forward takes ({', '.join(parameters)})"
+    if unknown := [key for key in kwargs if key not in by_name and not takes_any_key]:
+        kept = tuple(key for key in kwargs if key in by_name)
+        return (
+            f"a batch is a dict with {_quoted(unknown)}, but {takes}. Give batches without: "
+            f"({{key: batch[key] for key in {kept!r}}} for batch in data)"
+        )
+    if len(args) > len(ordered) and not any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+        names = ", ".join(ordered)
+        what = names if len(ordered) == 1 else f"({names})"
+        return (
+            f"a batch of {len(args)} is taken as that many arguments, but {takes}. If the last are labels, "
+            f"give batches without: ({what} for {names}, *_ in data)"
+        )
+    if missing:
+        has = f"a dict with {_quoted(kwargs)}" if kwargs else f"taken as {len(args)} of the arguments"
+        return f"a batch is {has} and lacks {_quoted(missing)}: {takes}. Give batches that have all of these"
+    return ""
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def run_over(model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], Any], *, progress: bool) -> None:

@@ -18,6 +18,7 @@ import quantpatch as qp
 from quantpatch.calibrators import MaxCalibrator
 from quantpatch.errors import (
     CalibrationError,
+    InputError,
     OptionError,
     PluginError,
     QuantPatchWarning,
@@ -289,11 +290,40 @@ def test_the_warning_points_at_the_line_that_calibrates(as_block):
     assert [warning.filename for warning in caught] == [__file__]
 
 
-def test_formats_without_ranges_are_told_apart_from_models_without_quantizers():
-    with qp.quantize_modules(recipe="mxfp8"):
+@pytest.mark.parametrize(
+    "options", [{}, {"strict": False}, {"overwrite": True}, {"only_missing": True}], ids=str
+)
+@pytest.mark.parametrize("recipe", ["mxfp8", "mxfp4", "nvfp4", "int4-weight-only"])
+def test_formats_without_ranges_go_through_the_same_script_and_it_is_said(recipe, options, caplog):
+    with qp.quantize_modules(recipe=recipe):
         model = nn.Sequential(nn.Linear(32, 2))
-    with pytest.raises(CalibrationError, match="nothing to calibrate, leave it out"):
-        qp.calibrate(model, [torch.randn(2, 32)])
+    before, ran = copy.deepcopy(model.state_dict()), []
+    qp.calibrate(model, lambda m: ran.append(m), **options)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("quantpatch", "WARNING")
+    count = len([q for q in model.modules() if isinstance(q, qp.TensorQuantizer)])
+    assert (
+        f"nothing to calibrate in the quantizers of Sequential ({count} of {count}: takes" in record.message
+    )
+    assert ran == []
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+    with qp.calibrating(model, **options):
+        assert model(torch.randn(2, 32)).shape == (2, 2)
+
+
+def test_where_no_range_is_missing_nothing_is_done_and_it_is_said(batches, caplog):
+    model = build()
+    model[0].input_quantizer.disable()
+    qp.calibrate(model, batches)
+    before = copy.deepcopy(model.state_dict())
+    qp.calibrate(model, [100 * x for x in batches], only_missing=True)
+    assert "5: has a range already; 1 of 5: is disabled" in caplog.records[0].message.replace("4 of 5", "5")
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+def test_formats_without_ranges_are_told_apart_from_models_without_quantizers():
+    with pytest.raises(CalibrationError, match="holds no quantizer"):
+        qp.calibrate(nn.Sequential(nn.Linear(32, 2)), [torch.randn(2, 32)])
 
 
 @pytest.mark.parametrize("learn_amax", [False, True])
@@ -368,7 +398,7 @@ def test_only_missing_ranges_are_found_and_the_others_stay(batches, zero_points)
     assert model[5].input_quantizer.descriptor == fresh[5].input_quantizer.descriptor
     assert all(map(torch.equal, model[5].state_dict().values(), fresh[5].state_dict().values()))
     with pytest.raises(CalibrationError, match=r"5 quantizers have a range already.*Pass overwrite=True"):
-        qp.calibrate(model, batches, only_missing=True)
+        qp.calibrate(model, batches)
 
 
 def test_all_ranges_and_only_missing_ones_contradict_each_other(batches):
@@ -440,7 +470,7 @@ def test_data_parallel_is_refused():
 
 def test_a_pair_of_input_and_label_is_explained(batches):
     model = build()
-    with pytest.raises(TypeError, match="for x, _ in loader"):
+    with pytest.raises(InputError, match=r"\(input for input, \*_ in data\)"):
         qp.calibrate(model, [(batches[0], torch.zeros(4))])
 
 

@@ -41,7 +41,7 @@ FLOORS = [
     {"held_range"},
     {"table", "quantizer", "outcome"},
     {"layers", "settings", "roots"},
-    {"configure", "zero_points", "weight_reads"},
+    {"configure", "to_calibrate", "zero_points", "weight_reads"},
     {"builtin", "scope", "report", "new_plugin"},
     {"calibration", "models", "audit", "export"},
     {"analysis", "explain"},

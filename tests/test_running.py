@@ -74,3 +74,79 @@ def test_what_torch_compile_wraps_is_found():
     model = float_model()
     assert uncompiled(model) is model
     assert uncompiled(torch.compile(model)) is model
+
+
+# --- batches that forward does not take -------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return self.linear(image) + scale * self.linear(text)
+
+
+def pair() -> nn.Module:
+    with qp.quantize_modules():
+        return Pair()
+
+
+class AnyKeys(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor, **options: int) -> torch.Tensor:
+        if options:
+            raise TypeError("not such options")
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    ("build", "batch", "message"),
+    [
+        (pair, {"image": X, "text": X, "label": 1, "id": 2},
+         "a dict with 'label', 'id', but Pair.forward takes (image, text, scale). Give batches without: "
+         "({key: batch[key] for key in ('image', 'text')} for batch in data)"),
+        (pair, {"image": X}, "a dict with 'image' and lacks 'text': Pair.forward takes (image, text, scale)"),
+        (pair, X, "taken as 1 of the arguments and lacks 'text'"),
+        (pair, (X, X, 1.0, X), "a batch of 4 is taken as that many arguments, but Pair.forward takes (image, "
+         "text, scale). If the last are labels, give batches without: ((image, text, scale) for image, text, "
+         "scale, *_ in data)"),
+        (quantized_model, (X, X), "(input for input, *_ in data)"),
+        (quantized_model, [X, X], "(input for input, *_ in data)"),
+        (lambda: quantized_model()[0], (X, X), "QuantLinear.forward takes (input)"),
+        (lambda: torch.compile(quantized_model()), (X, X), "Sequential.forward takes (input)"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, batch: qp.calibrate(model, [batch], progress=False),
+        lambda model, batch: qp.calibrate(model, (b for b in [batch]), strict=False, progress=False),
+        lambda model, batch: qp.fit_zero_points(model, [batch], progress=False),
+    ],
+    ids=["calibrate", "not strict", "fit_zero_points"],
+)
+def test_batches_that_do_not_fit_forward_say_what_to_write(build, batch, message, use):
+    model = build()
+    with pytest.raises(InputError, match=re.escape(message)):
+        use(model, batch)
+    assert all(q.amax is None for q in model.modules() if isinstance(q, qp.TensorQuantizer))
+
+
+def test_what_the_advice_writes_works():
+    batches = [{"input": X, "label": torch.zeros(2)}]
+    qp.calibrate(
+        quantized_model(), ({key: batch[key] for key in ("input",)} for batch in batches), progress=False
+    )
+    qp.calibrate(quantized_model(), (input for input, *_ in [(X, 1), (X, 2)]), progress=False)
+
+
+def test_a_type_error_of_the_models_own_is_left_alone():
+    with qp.quantize_modules():
+        model = AnyKeys()
+    with pytest.raises(TypeError, match="not such options"):
+        qp.calibrate(model, [{"x": X, "flag": 1}], progress=False)

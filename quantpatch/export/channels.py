@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 
 from quantpatch.export.graph import attributes_of, constant, constant_of, maker
+from quantpatch.export.weights import gives_integers
 
 __all__ = ["pad_inputs", "widen_channels"]
 
@@ -64,14 +65,16 @@ def pad_inputs(graph: Any) -> None:
 
     for node in list(graph):
         weight = _integer_weight(graph, node)
-        if weight is None or attributes_of(node).get("group", 1) != 1:
+        if weight is None or attributes_of(node).get("group", 1) != 1 or not gives_integers(node.outputs[0]):
             continue
         missing = -weight.inputs[0].shape[1] % _FOUR
         if not missing:
             continue
         x = maker(node.inputs[0], "DequantizeLinear")
         codes, zero = x.inputs[0], x.inputs[2]
-        pads = constant(graph, f"pad_channels.{missing}", np.array([0, 0, 0, 0, 0, missing, 0, 0], np.int64))
+        rank = len(weight.inputs[0].shape)
+        ends = [0] * (rank + 1) + [missing] + [0] * (rank - 2)
+        pads = constant(graph, f"pad_channels.{rank - 2}d.{missing}", np.array(ends, np.int64))
         padded = ir.node("Pad", [codes, pads, zero])
         dequantized = ir.node("DequantizeLinear", [padded.outputs[0], *x.inputs[1:]])
         for new, kind in ((padded, zero.type), (dequantized, x.outputs[0].type)):
@@ -105,8 +108,9 @@ class _Region:
     @classmethod
     def of(cls, graph: Any, value: Any) -> _Region | None:
         """What a value belongs to; None if it goes where further channels would be seen."""
-        if value.shape is None or len(value.shape) != 4 or not isinstance(value.shape[1], int):
+        if value.shape is None or not isinstance(value.shape[1], int):
             return None
+        rank = len(value.shape)
         region = cls(value.shape[1])
         waiting = [value]
         while waiting:
@@ -116,7 +120,7 @@ class _Region:
             node = value.producer()
             if node is None or value.is_graph_output() or not value.uses():
                 return None
-            if value.shape is None or len(value.shape) != 4 or value.shape[1] != region.channels:
+            if value.shape is None or len(value.shape) != rank or value.shape[1] != region.channels:
                 return None
             region.values[value] = None
             for neighbour, is_input in ((node, False), *((use.node, use.idx == 0) for use in value.uses())):
@@ -174,7 +178,7 @@ def _set_channels(value: Any, more: int) -> None:
 
 
 def _integer_weight(graph: Any, node: Any) -> Any:
-    """The DequantizeLinear of a 2-d convolution's weight if its operands are 8-bit integers, else None."""
+    """The DequantizeLinear of a convolution's weight if its operands are 8-bit integers, else None."""
     import onnx_ir as ir
 
     if node.op_type != "Conv":
@@ -183,7 +187,7 @@ def _integer_weight(graph: Any, node: Any) -> Any:
     if x is None or w is None or len(x.inputs) < 3 or x.inputs[2] is None or x.inputs[2].shape.rank():
         return None
     codes, how = w.inputs[0], attributes_of(w)
-    if any(constant_of(graph, value) is None for value in w.inputs) or len(codes.shape) != 4:
+    if any(constant_of(graph, value) is None for value in w.inputs):
         return None
     if any(kind not in (ir.DataType.INT8, ir.DataType.UINT8) for kind in (x.inputs[2].dtype, codes.dtype)):
         return None
@@ -197,7 +201,7 @@ def _padded_weight(graph: Any, node: Any, before: Any, outputs: int, inputs: int
 
     codes, scale = before.inputs
     end = f".padded.{outputs}.{inputs}"
-    array = np.pad(codes.const_value.numpy(), [(0, outputs), (0, inputs), (0, 0), (0, 0)])
+    array = np.pad(codes.const_value.numpy(), [(0, outputs), (0, inputs), *[(0, 0)] * (len(codes.shape) - 2)])
     new_scale = scale
     if outputs and scale.shape.rank():
         ones = np.pad(scale.const_value.numpy(), (0, outputs), constant_values=1)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from quantpatch.export.channels import pad_inputs, widen_channels
 from quantpatch.export.graph import attributes_of, constant, constant_of, maker, replaced
+from quantpatch.export.weights import bias_fits
 
 __all__ = ["convolutions_for_onnxruntime"]
-
-# As an integer; half of what an int32 holds is left to the products.
-_LARGEST_BIAS = 2**30
 
 
 def convolutions_for_onnxruntime(graph: Any) -> None:
@@ -35,21 +32,13 @@ def _keep_large_biases_float(graph: Any) -> None:
     cuts it off at the ends of that type without a word. That happens where all that comes in is next to 0, or
     the weights of a channel are, as batch norm leaves them. Such a convolution runs on floats.
     """
-    import numpy as np
     import onnx_ir as ir
 
     for node in list(graph):
         if node.op_type != "Conv" or len(node.inputs) < 3 or node.inputs[2] is None:
             continue
-        x, weight = (maker(value, "DequantizeLinear") for value in node.inputs[:2])
         bias = constant_of(graph, node.inputs[2])
-        if x is None or weight is None or bias is None:
-            continue
-        scales = [constant_of(graph, made.inputs[1]) for made in (x, weight)]
-        if None in scales:
-            continue
-        unit = math.prod(scale.numpy().astype(np.float64) for scale in scales)
-        if (np.abs(bias.numpy()) < unit * _LARGEST_BIAS).all():
+        if bias is None or bias_fits(graph, node):
             continue
         shape = [1, -1, *[1] * (len(node.inputs[1].shape) - 2)]
         negated = constant(graph, f"{node.inputs[2].name}.negated", -bias.numpy().reshape(shape), bias.dtype)

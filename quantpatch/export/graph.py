@@ -8,7 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["attributes_of", "constant", "constant_of", "is_float8", "maker", "replaced", "tidy"]
+__all__ = [
+    "MOVING",
+    "attributes_of",
+    "constant",
+    "constant_of",
+    "is_float8",
+    "maker",
+    "quantizers_behind",
+    "replaced",
+    "tidy",
+]
+
+#: Operators that only move values.
+MOVING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
+# What a convolution's integer kernel does besides, and what a QuantizeLinear moves in front of.
+_PASSED = (*MOVING, "Relu", "Clip", "MaxPool")
 
 
 def tidy(model: Any, target: str) -> None:
@@ -35,7 +50,7 @@ def tidy(model: Any, target: str) -> None:
     _quantize_once(model.graph)
     if target == "onnxruntime":
         _clip_apart_from_float8(model.graph)
-        for_onnxruntime(model.graph)
+        for_onnxruntime(model.graph, model.opset_imports[""])
     shared(model)
 
 
@@ -73,6 +88,21 @@ def is_float8(value: Any) -> bool:
     import onnx_ir as ir
 
     return value is not None and value.dtype in (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
+
+
+def quantizers_behind(value: Any) -> tuple[list[Any], bool]:
+    """The QuantizeLinears that a value goes into, an activation at most before; and whether that is all."""
+    found, is_all = [], not value.is_graph_output() and bool(value.uses())
+    for use in value.uses():
+        if use.node.op_type == "QuantizeLinear":
+            found.append(use.node)
+        elif use.node.op_type in _PASSED and use.idx == 0:
+            more, only = quantizers_behind(use.node.outputs[0])
+            found += more
+            is_all = is_all and only
+        else:
+            is_all = False
+    return found, is_all
 
 
 def attributes_of(node: Any) -> dict[str, Any]:

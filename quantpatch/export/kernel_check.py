@@ -1,9 +1,10 @@
-"""Integer kernels, each by itself: what one gives of its inputs, beside what the file says of these inputs.
+"""Kernels of quantized products, each by itself: what one gives of its inputs, beside what the file says.
 
 Whole outputs say little of kernels: one value on the edge between two integers, which another order of float
 sums puts on its other side, changes what all layers behind it get. Here ONNX Runtime's optimized graph runs
 once; then the file runs with optimizations off, cut open wherever a kernel ends, so that each piece of it
-gets the very values that the kernels got.
+gets the very values that the kernels got. Kernels are those of integers, and float ones of what was integers
+before: ONNX Runtime may have quantized their weights in a way that no file says.
 """
 
 from __future__ import annotations
@@ -16,18 +17,23 @@ import attrs
 
 from quantpatch.export.sessions import changed, session_options
 
-__all__ = ["KernelCheck", "check_kernels"]
+__all__ = ["KernelCheck", "check_kernels", "kernels_of"]
 
 
 # What ONNX Runtime adds to the name of a value in front of which it moves a QuantizeLinear.
 _MOVED_UP = "_q_to_dq"
+# Products of floats, with an activation fused into them or not.
+_FLOAT_PRODUCTS = ("Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul")
+# What lays channels out in blocks for a float kernel.
+_REORDERING = ("ReorderInput", "ReorderOutput")
 # What integer kernels do besides, on their way to the QuantizeLinear.
-_FUSED = ("Relu", "Clip", "QuantizeLinear")
+_QUANTIZE = "QuantizeLinear"
+_FUSED = ("Relu", "Clip", _QUANTIZE)
 
 
 @attrs.frozen
 class KernelCheck:
-    """How the integer kernels of an optimized graph compare, each by itself.
+    """How the kernels of an optimized graph compare, each by itself.
 
     Attributes:
         compared: Names of the outputs of those that were compared.
@@ -48,7 +54,7 @@ class KernelCheck:
 
 
 def check_kernels(path: Path, optimized: Path, feeds: Iterable[Mapping[str, Any]]) -> KernelCheck:
-    """Compares the integer kernels of an optimized graph with the file that it was made of.
+    """Compares the kernels of an optimized graph with the file that it was made of.
 
     Args:
         path: The file.
@@ -59,7 +65,7 @@ def check_kernels(path: Path, optimized: Path, feeds: Iterable[Mapping[str, Any]
     import onnx
 
     graph, file = (onnx.load(str(each), load_external_data=False) for each in (optimized, path))
-    kernels = [output for node in graph.graph.node if _is_kernel(node) for output in node.output if output]
+    kernels = kernels_of(graph.graph)
     twins = _Twins(graph.graph, file.graph)
     found = {output: twins.of(output) for output in kernels}
     pairs = dict(pair for pair in found.values() if pair is not None)
@@ -86,6 +92,28 @@ def check_kernels(path: Path, optimized: Path, feeds: Iterable[Mapping[str, Any]
             values += difference.size
             within += int((difference <= step).sum())
     return KernelCheck(tuple(compared), tuple(left), values, within)
+
+
+def kernels_of(graph: Any) -> list[str]:
+    """Outputs of the kernels of an optimized ``onnx.GraphProto``; as integers, if they are quantized next."""
+    made, users = {name: node for node in graph.node for name in node.output}, _users(graph)
+
+    def multiplies_integers(node: Any) -> bool:
+        x = made.get(node.input[0]) if node.input else None
+        while x is not None and x.op_type in _REORDERING:
+            x = made.get(x.input[0])
+        return x is not None and x.op_type == "DequantizeLinear"
+
+    found: list[str] = []
+    for node in graph.node:
+        if _is_kernel(node):
+            found += filter(None, node.output)
+        elif node.op_type in _FLOAT_PRODUCTS and multiplies_integers(node):
+            quantized = [
+                user.output[0] for user in users.get(node.output[0], ()) if user.op_type == _QUANTIZE
+            ]
+            found += quantized or node.output[:1]
+    return found
 
 
 def _is_kernel(node: Any) -> bool:
@@ -129,7 +157,7 @@ class _Twins:
         if value in self._made:
             return value if value in self._typed else None
         node = self._made.get(value.removesuffix(_MOVED_UP)) or self.named.get(value)
-        while node is not None and node.op_type != "QuantizeLinear":
+        while node is not None and node.op_type != _QUANTIZE:
             users = self._users_in_file.get(node.output[0], [])
             fused = len(users) == 1 and users[0].op_type in _FUSED
             node = users[0] if fused else None

@@ -10,19 +10,22 @@ from __future__ import annotations
 from typing import Any
 
 from quantpatch.export.convolutions import convolutions_for_onnxruntime
-from quantpatch.export.graph import attributes_of, constant, constant_of, is_float8, maker, replaced
+from quantpatch.export.graph import MOVING, attributes_of, constant, constant_of, is_float8, maker, replaced
+from quantpatch.export.weights import biases_as_integers, pack_four_bits, weights_for_onnxruntime
 
 __all__ = ["for_onnxruntime"]
 
-# Operators that only move values.
-_MOVING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
+# The first opset with a type of 4 bits.
+_PACKS = 21
 
 
-def for_onnxruntime(graph: Any) -> None:
+def for_onnxruntime(graph: Any, opset: int) -> None:
     """Runs the passes below.
 
     Args:
         graph: An ``onnx_ir.Graph``, tidied; changed in place.
+        opset: Version of its operators. Below 21 the file is written for runtimes before 1.23: they run
+            convolutions on integers only if biases are integers, and cast no 4 bits.
     """
     _split_constants(graph)
     _turn_weights(graph)
@@ -30,7 +33,11 @@ def for_onnxruntime(graph: Any) -> None:
     _subtract_biases(graph)
     _keep_norms_apart(graph)
     convolutions_for_onnxruntime(graph)
-    _fold_weights_at_load(graph)
+    weights_for_onnxruntime(graph)
+    if opset < _PACKS:
+        biases_as_integers(graph)
+    else:
+        pack_four_bits(graph)
 
 
 # --- Matrix products ----------------------------------------------------------------------------------------
@@ -152,10 +159,10 @@ def _move_integers(graph: Any) -> None:
     import onnx_ir as ir
 
     for node in list(graph):
-        made = maker(node.inputs[0], "DequantizeLinear") if node.op_type in _MOVING else None
+        made = maker(node.inputs[0], "DequantizeLinear") if node.op_type in MOVING else None
         if made is None or len(made.inputs) < 3 or made.inputs[1].shape.rank():
             continue
-        if maker(made.inputs[0], "QuantizeLinear", *_MOVING) is None or is_float8(made.inputs[2]):
+        if maker(made.inputs[0], "QuantizeLinear", *MOVING) is None or is_float8(made.inputs[2]):
             continue
         attributes = attributes_of(node)
         moved = ir.node(node.op_type, [made.inputs[0], *node.inputs[1:]], attributes)
@@ -225,57 +232,3 @@ def _negated(value: Any) -> list[Any]:
         return [*inner, ir.node("Reshape", [inner[-1].outputs[0], reshape.inputs[1]], attributes)]
     difference = maker(value, "Sub")
     return [] if difference is None else [ir.node("Sub", [difference.inputs[1], difference.inputs[0]])]
-
-
-# --- Weights without an integer kernel ----------------------------------------------------------------------
-
-
-def _fold_weights_at_load(graph: Any) -> None:
-    """Weights of operators that have no integer kernel: their codes, cast and multiplied by the scale.
-
-    ONNX Runtime computes that when it loads the file, and packs the floats for its kernels; a
-    DequantizeLinear it would run each time. The product is the same, and the file as small.
-    """
-    import onnx_ir as ir
-
-    for node in list(graph):
-        if node.op_type != "DequantizeLinear" or len([i for i in node.inputs if i is not None]) != 2:
-            continue
-        codes, scale = node.inputs
-        if constant_of(graph, codes) is None or constant_of(graph, scale) is None or len(scale.shape) > 1:
-            continue
-        weight = node.outputs[0]
-        if weight.is_graph_output() or _has_integer_kernel(weight) or _is_quantized_again(weight):
-            continue
-        if len(scale.shape) == 1:
-            axis = attributes_of(node).get("axis", 1)
-            shape = [-1 if d == axis % len(codes.shape) else 1 for d in range(len(codes.shape))]
-            name = f"{scale.name}.{'x'.join(map(str, shape))}"
-            scale = constant(graph, name, scale.const_value.numpy().reshape(shape), scale.dtype)
-        cast = ir.node("Cast", [codes], {"to": ir.DataType.FLOAT})
-        cast.outputs[0].shape = codes.shape
-        cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        replaced(graph, node, [cast, ir.node("Mul", [cast.outputs[0], scale])])
-
-
-def _has_integer_kernel(weight: Any) -> bool:
-    """Whether a weight is the right operand of a product with quantized values."""
-    return all(
-        use.node.op_type in ("Conv", "MatMul", "Gemm")
-        and use.idx == 1
-        and maker(use.node.inputs[0], "DequantizeLinear") is not None
-        for use in weight.uses()
-    )
-
-
-def _is_quantized_again(weight: Any) -> bool:
-    """Whether ONNX Runtime quantizes a weight that is float once loaded, with scales of its own.
-
-    Between quantized values it does that of a ConvTranspose too, though it has no integer kernel for it.
-    """
-    return all(
-        use.node.op_type == "ConvTranspose"
-        and maker(use.node.inputs[0], "DequantizeLinear") is not None
-        and any(after.node.op_type == "QuantizeLinear" for after in use.node.outputs[0].uses())
-        for use in weight.uses()
-    )

@@ -15,7 +15,7 @@ import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,15 @@ from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError, 
 from quantpatch.export.check import ExportReport, compare_with_torch
 from quantpatch.export.description import active_plugins, describe_quantizers
 from quantpatch.export.graph import tidy
-from quantpatch.export.targets import TARGETS, Operand, Target, codes_name, operands, problems
+from quantpatch.export.stand_ins import standing_in
+from quantpatch.export.targets import TARGETS, Operand, Target, operands, problems
 from quantpatch.files import own_version, written_whole
-from quantpatch.formats import Float, Integer
 from quantpatch.running import demand_model, evaluating, uncompiled
 
 __all__ = ["export_onnx"]
 
 _OPSET = 21
+_OPSET_OF_BFLOAT16 = 22  # before, some operators have no such type, convolutions among them
 _EXPORTING = threading.RLock()  # torch traces for one thread at a time, and fails in the others
 _TALKATIVE = ("torch.onnx", "torch.export", "torch.fx.experimental", "onnxscript", "onnx_ir")
 _LARGE = 2**31 - 2**27  # a protobuf file ends at 2 GiB
@@ -50,7 +51,7 @@ def export_onnx(
     dynamic_shapes: Any = None,
     input_names: list[str] | None = None,
     output_names: list[str] | None = None,
-    opset: int = _OPSET,
+    opset: int | None = None,
     check: bool = True,
 ) -> ExportReport:
     """Writes a quantized model as an ONNX file that computes the same integers, and checks that it does.
@@ -69,7 +70,10 @@ def export_onnx(
         dynamic_shapes: As ``torch.export.export`` takes it, such as ``({0: "batch"},)``.
         input_names: Names of the file's inputs.
         output_names: Names of the file's outputs.
-        opset: Version of ONNX's operators, 19 or later; blocks need 21.
+        opset: Version of ONNX's operators, 19 or later; blocks need 21, convolutions of bfloat16 22. By
+            default 21, and 22 for a model with bfloat16. ONNX Runtime runs the convolutions of such a file on
+            integers from its version 1.23 on; for older ones write 19 or 20: biases are rounded to integers
+            then, as newer ones do themselves, and codes of 4 bits are stored in 8.
         check: Run ONNX Runtime on the arguments and on random ones, and compare: with its optimizations
             off, which computes what the file says, and for ``"onnxruntime"`` with them on as well.
 
@@ -85,6 +89,8 @@ def export_onnx(
     _demand_extra(check)
     path = Path(path)
     model = uncompiled(model)
+    has_bfloat16 = _has_bfloat16(model, args, kwargs)
+    opset = opset if opset is not None else _OPSET_OF_BFLOAT16 if has_bfloat16 else _OPSET
     args, kwargs = _each_on_its_own(args if isinstance(args, tuple) else (args,), kwargs or {})
     with _EXPORTING, _quiet(), evaluating(model):
         # While another thread traces, its tensors stand in for the parameters of a model that both export.
@@ -93,6 +99,7 @@ def export_onnx(
             model, args, kwargs, found, target, opset, dynamic_shapes, input_names, output_names
         )
         names = [operand.name for operand in found]
+        program.model.ir_version = _ir_version(opset)
         tidy(program.model, target)
         program.model.metadata_props.update(_metadata(model, target))
         nodes = Counter(node.op_type for node in program.model.graph)
@@ -101,7 +108,7 @@ def export_onnx(
             del program
             if size > _LARGE // 8:
                 gc.collect()  # it refers to itself, and would keep its weights while the check needs more
-            _check_file(folder / path.name)
+            _check_file(folder / path.name, has_bfloat16 and opset < _OPSET_OF_BFLOAT16)
             compared = None
             if check:
                 compared = compare_with_torch(
@@ -160,6 +167,19 @@ def _newest_opset() -> int:
     return newest
 
 
+def _has_bfloat16(model: nn.Module, args: Any, kwargs: Any) -> bool:
+    tensors = (*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs)))
+    return any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in tensors)
+
+
+def _ir_version(opset: int) -> int:
+    """The version of the file's format that came with an opset: a runtime that knows one takes the other."""
+    import onnx
+
+    version: int = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    return version
+
+
 def _checked_operands(model: nn.Module, target: str, opset: int) -> list[Operand]:
     from quantpatch.export.recurrent import demand_operators
 
@@ -214,7 +234,7 @@ def _traced(
     if not kwargs and args and isinstance(args[-1], dict):
         args = (*args, {})  # torch takes a dict that comes last for the keywords
     with (
-        _standing_in(found, target, opset),
+        standing_in(found, target),
         recurrent_layers_traced(model),
         warnings.catch_warnings(),
         torch.no_grad(),
@@ -265,122 +285,6 @@ def _of_steps(model: nn.Module, dynamic_shapes: Any) -> str:
     )
 
 
-@contextlib.contextmanager
-def _standing_in(found: list[Operand], target: str, opset: int) -> Iterator[None]:
-    """A block in which quantizers compute through operators that the exporter knows.
-
-    Another thread that runs the model meanwhile gets the same values.
-    """
-    forwards = [(operand, _forward_of(operand, target, opset)) for operand in found]
-    try:
-        for operand, forward in forwards:
-            operand.quantizer.__dict__["forward"] = forward
-        yield
-    finally:
-        for operand in found:
-            operand.quantizer.__dict__.pop("forward", None)
-
-
-def _forward_of(operand: Operand, target: str, opset: int) -> Callable[..., Tensor]:
-    return _activation(operand, target) if operand.weight is None else _weight(operand, target, opset)
-
-
-def _zero_point(element: Any, *, as_uint8: bool) -> Tensor:
-    if isinstance(element, Float):
-        kind = torch.float8_e4m3fn if element.mantissa_bits == 3 else torch.float8_e5m2
-        return torch.zeros((), dtype=kind)
-    if element.unsigned:
-        return torch.tensor(element.zero_point, dtype=torch.uint8)
-    return torch.tensor(128, dtype=torch.uint8) if as_uint8 else torch.zeros((), dtype=torch.int8)
-
-
-def _activation(operand: Operand, target: str) -> Callable[..., Tensor]:
-    from quantpatch.export.operators import quantize_dequantize
-
-    element, amax, axis = operand.element, operand.amax, operand.axis
-    assert amax is not None
-    scale = operand.joined(amax) / operand.format.max
-    zero = _zero_point(element, as_uint8=target == "onnxruntime")
-    bounds = None
-    clipped = isinstance(element, Integer) and operand.format.max - operand.format.min < 255
-    if clipped or bool((scale == 0).any()):
-        # The grid is smaller than what the type holds, down to nothing where the range is 0.
-        bounds = (scale * operand.format.min, scale * operand.format.max)
-    # The quotient by 0 would be NaN; by anything else it is 0, since the value is.
-    scale = scale.masked_fill(scale == 0, 1.0)
-    flat = scale if axis is None else scale.flatten()
-    zero = zero.clone() if axis is None else zero.expand(flat.shape).clone()
-    calls = 0
-
-    def forward(x: Tensor, *, batch_axis: int | None = 0) -> Tensor:
-        nonlocal calls
-        name = codes_name(operand.name, calls)
-        calls += 1
-        device = x.device
-        y = operand.joined(x.float())
-        if bounds is not None and axis is None:
-            y = y.clamp(bounds[0].item(), bounds[1].item())
-        elif bounds is not None:
-            low, high = (bound.to(device) for bound in bounds)
-            y = torch.minimum(torch.maximum(y, low), high)
-        result: Tensor = quantize_dequantize(y, flat.to(device), zero.to(device), axis or 0, name)
-        return operand.apart(result, x.shape).to(x.dtype)
-
-    return forward
-
-
-def _weight(operand: Operand, target: str, opset: int) -> Callable[..., Tensor]:
-    from quantpatch.export.operators import dequantize, quantize_dequantize
-
-    format, element, axis = operand.format, operand.element, operand.axis
-    codes, scale = (operand.joined(tensor) for tensor in operand.codes())
-    dim = 0 if axis is None else axis % codes.dim()
-    blocks = format.block_size or 0
-    if blocks and scale.dim() == 0:
-        shape = list(codes.shape)
-        shape[dim] = -(-shape[dim] // blocks)
-        scale = scale.expand(shape)
-    codes = _without_dead(codes, scale, dim, blocks)
-    scale = scale.masked_fill(scale == 0, 1.0).contiguous()
-    if not blocks and axis is not None:
-        scale = scale.flatten()
-    if isinstance(element, Float):
-        codes = codes.to(_zero_point(element, as_uint8=False).dtype)
-    # Before opset 21 there is no type of 4 bits; one of 8 holds the same integers.
-    four_bits = isinstance(element, Integer) and element.bits <= 4 and opset >= 21
-    name = codes_name(operand.name, 0)
-    if target == "tensorrt" and not blocks:
-        values = dequantize(codes, scale, dim, 0, "")
-        zero = _zero_point(element, as_uint8=False).expand(scale.shape).clone()
-
-        def forward(x: Tensor, *, batch_axis: int | None = 0) -> Tensor:
-            device = x.device
-            result: Tensor = quantize_dequantize(
-                values.to(device), scale.to(device), zero.to(device), dim, name
-            )
-            return operand.apart(result, x.shape).to(x.dtype)
-
-        return forward
-    kind = "" if not four_bits else "uint4" if getattr(element, "unsigned", False) else "int4"
-
-    def forward_codes(x: Tensor, *, batch_axis: int | None = 0) -> Tensor:
-        device = x.device
-        result: Tensor = dequantize(codes.to(device), scale.to(device), dim, blocks, kind)
-        return operand.apart(result, x.shape).to(x.dtype)
-
-    return forward_codes
-
-
-def _without_dead(codes: Tensor, scale: Tensor, dim: int, blocks: int) -> Tensor:
-    """Codes of 0 where the scale is 0, so that any scale gives 0."""
-    dead = scale == 0
-    if not bool(dead.any()):
-        return codes
-    if blocks:
-        dead = dead.repeat_interleave(blocks, dim).narrow(dim, 0, codes.shape[dim])
-    return codes.masked_fill(dead, 0)
-
-
 # --- The file ---------------------------------------------------------------------------------------------
 
 
@@ -409,10 +313,16 @@ def _write(model: Any, path: Path) -> int:
     return int(size)
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, too_old: bool) -> None:
     import onnx
 
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the exported file is not valid ONNX: {error}") from error
+        advice = (
+            f". The model has bfloat16, which convolutions and others take from opset {_OPSET_OF_BFLOAT16} "
+            f"on: leave opset out, or write opset={_OPSET_OF_BFLOAT16}"
+        )
+        raise ExportError(
+            f"the exported file is not valid ONNX: {error}{advice if too_old else ''}"
+        ) from error

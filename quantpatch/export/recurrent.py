@@ -23,7 +23,14 @@ __all__ = ["demand_operators", "recurrent", "recurrent_layers_traced", "recurren
 _GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn_tanh": (0,), "rnn_relu": (0,)}
 
 
-@torch.library.custom_op("quantpatch::recurrent", mutates_args=())
+# Written out, since torch 2.6 on Python 3.10 takes ``list[Tensor]`` for no type of a result.
+_SCHEMA = (
+    "(str kind, Tensor x, Tensor[] state, Tensor[] weights, bool has_biases, int num_layers, "
+    "bool bidirectional, bool batch_first) -> Tensor[]"
+)
+
+
+@torch.library.custom_op("quantpatch::recurrent", mutates_args=(), schema=_SCHEMA)
 def recurrent(
     kind: str,
     x: Tensor,

@@ -113,7 +113,8 @@ def change(graph: Path, kind: str, position: int, by: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "operator", "position"), [(Images, "QLinearConv", 1), (Text, "MatMulIntegerToFloat", 3)]
+    ("kind", "operator", "position"),
+    [(Images, "QLinearConv", 1), (Images, "ConvTranspose", 1), (Text, "MatMulIntegerToFloat", 3)],
 )
 def test_a_kernel_that_computes_otherwise_is_found(
     kind: type[nn.Module], operator: str, position: int, tmp_path: Path
@@ -121,18 +122,46 @@ def test_a_kernel_that_computes_otherwise_is_found(
     path, data = exported(kind, tmp_path)
     graph = optimized(path)
     before = checked(path, graph, data[:2])
-    change(graph, operator, position, 1.1)  # one scale of one kernel
+    change(graph, operator, position, 1.1)  # one scale of one kernel, or all its weights
     after = checked(path, graph, data[:2])
     assert before.values == after.values
     assert 0.5 < (after.share or 0.0) < (before.share or 0.0) - 0.001
 
 
-def test_a_graph_without_integer_kernels_has_nothing_to_compare(tmp_path: Path) -> None:
-    x = torch.randn(2, 3, 4)
-    model: Any = nn.Sequential(nn.ConvTranspose1d(3, 4, 2)).eval()
-    qp.convert(model)
-    qp.calibrate(model, [x], progress=False)
+def test_a_graph_without_quantized_products_has_nothing_to_compare(tmp_path: Path) -> None:
+    x = torch.randn(2, 3)
+    model: Any = nn.Sequential(qp.TensorQuantizer(qp.QuantDescriptor(amax=2.0)), nn.ReLU()).eval()
     report = export_onnx(model, x, tmp_path / "m.onnx")
     assert report.comparison is not None
     assert (report.comparison.kernels, report.comparison.kernels_within_step) == (0, None)
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_a_float_product_of_integers_is_compared_with_what_the_file_says_of_its_weights(
+    tmp_path: Path,
+) -> None:
+    """Weights that are float once loaded, between integers, ONNX Runtime (1.32) quantizes again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose2d(64, 16, 2, 2), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.normal_()[0, 0] = 10.0  # what makes that one scale coarse
+    qp.convert(model)
+    x = torch.randn(2, 64, 12, 12)
+    qp.prepare(model, x)
+    qp.calibrate(model, [x], progress=False)
+    path = tmp_path / "m.onnx"
+    compared = export_onnx(model, x, path, input_names=["x"]).comparison
+    assert compared is not None
+    assert compared.kernels_within_step == 1.0
+    proto = onnx.load(str(path))
+    (node,) = (n for n in proto.graph.node if n.op_type == "ConvTranspose")
+    (signs,) = (n for n in proto.graph.node if node.input[2] in n.output)  # what keeps it from doing so
+    proto.graph.node.remove(signs)
+    proto.graph.initializer.append(
+        onnx.numpy_helper.from_array(model[0].bias.detach().numpy(), node.input[2])
+    )
+    onnx.save(proto, str(path))
+    check = checked(path, optimized(path), [x])
+    assert check.left == ()
+    assert check.share is not None
+    assert check.share < 0.999

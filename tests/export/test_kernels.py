@@ -2,76 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.export import ExportReport, export_onnx, prepare
-from quantpatch.export.kernel_check import _is_kernel
-from quantpatch.export.sessions import session_options
+from quantpatch.export import export_onnx
 
 onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from exported_files import Exported, built, images  # noqa: E402
+
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-class Exported:
-    """A model that was prepared, calibrated and exported, and what ONNX Runtime makes of its file."""
-
-    def __init__(self, model: nn.Module, x: torch.Tensor, folder: Path, **options: Any) -> None:
-        prepare(model, x)
-        qp.calibrate(model, [x], progress=False, strict=False)
-        self.path = folder / "m.onnx"
-        self.report: ExportReport = export_onnx(model, x, self.path, **options)
-        self.proto = onnx.load(str(self.path))
-        settings = session_options(optimized=True)
-        settings.optimized_model_filepath = str(folder / "optimized.onnx")
-        session = ort.InferenceSession(str(self.path), settings, providers=["CPUExecutionProvider"])
-        self.optimized = onnx.load(str(folder / "optimized.onnx"))
-        self.kernels = Counter(n.op_type for n in self.optimized.graph.node)
-        expected = model(x)
-        (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        self.difference = (torch.from_numpy(result) - expected).abs()
-        self.step = expected.abs().max() / 127
-
-    def assert_same(self) -> None:
-        """Off, the same integers; on, within a step of the outputs on 99.9 % of the values."""
-        compared = self.report.comparison
-        assert compared is not None
-        assert compared.integers > 0
-        assert (compared.differing, compared.mismatching) == (0, 0)
-        assert compared.relative_difference < 1e-5
-        assert compared.within_step is not None
-        assert compared.within_step >= 0.999
-        if compared.kernels:
-            assert compared.kernels_within_step is not None
-            assert compared.kernels_within_step >= 0.999
-        assert compared.kernels == sum(map(_is_kernel, self.optimized.graph.node))  # and none is left out
-        assert (self.difference <= self.step * 1.001).float().mean() >= 0.999
-
-    def weights(self) -> list[Any]:
-        """Shapes of the convolutions' weights, in the order they run."""
-        shapes = {tensor.name: tuple(tensor.dims) for tensor in self.proto.graph.initializer}
-        codes = {node.output[0]: node.input[0] for node in self.proto.graph.node}
-        return [shapes[codes[n.input[1]]] for n in self.proto.graph.node if n.op_type == "Conv"]
-
-
-def built(*layers: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(*layers).eval()
-    qp.convert(model)
-    return model
-
-
-def images(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("channels", [1, 6])
@@ -340,18 +286,6 @@ def test_weights_without_an_integer_kernel_are_floats_once_loaded(kind: str, tmp
     assert exported.report.nodes["DequantizeLinear"] == exported.report.nodes["QuantizeLinear"]
     assert not {"Cast", "Mul", "Slice", "Concat"} & exported.kernels.keys()
     assert exported.kernels["DequantizeLinear"] == exported.report.nodes["QuantizeLinear"]
-
-
-def test_a_transposed_convolution_between_integers_keeps_its_own_scales(tmp_path: Path) -> None:
-    """ONNX Runtime quantizes float weights of such a one again, as it loads the file."""
-    model = built(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 16, 2, 2), nn.Conv2d(16, 16, 1))
-    exported = Exported(model, images(2, 4, 8, 8), tmp_path)
-    exported.assert_same()
-    (node,) = (n for n in exported.optimized.graph.node if n.op_type == "ConvTranspose")
-    (weight,) = (n for n in exported.optimized.graph.node if node.input[1] in n.output)
-    constants = {t.name: onnx.numpy_helper.to_array(t) for t in exported.optimized.graph.initializer}
-    scale = torch.tensor(constants[weight.input[1]])
-    torch.testing.assert_close(scale, model[2].weight_quantizer.amax.flatten() / 127, rtol=0, atol=0)
 
 
 def test_projections_of_attention_run_on_integers_and_have_float_biases(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import quantpatch as qp
+from quantpatch.errors import ExportError
 from quantpatch.export.onnx import export_onnx
 from quantpatch.layers.embedding import QuantEmbedding
 from quantpatch.layers.operands import Add
@@ -184,3 +185,18 @@ def test_a_model_that_takes_no_random_inputs_is_checked_on_the_given_ones(tmp_pa
     assert (comparison.mismatching, comparison.integers) == (0, 24)
     assert "offsets[0] has to be 0" in comparison.not_random
     assert "on the given inputs alone" in str(comparison)
+
+
+@pytest.mark.parametrize("opset", [None, 21])
+def test_convolutions_of_bfloat16_are_of_opset_22(opset: int | None, tmp_path: Path) -> None:
+    x = torch.randn(1, 3, 6, 6)
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    qp.calibrate(model, [x], progress=False)
+    model, x = model.bfloat16(), x.bfloat16()
+    if opset is None:
+        assert export_onnx(model, x, tmp_path / "m.onnx").opset == 22
+        return
+    with pytest.raises(ExportError, match="leave opset out, or write opset=22"):
+        export_onnx(model, x, tmp_path / "m.onnx", opset=opset)
+    assert list(tmp_path.iterdir()) == []

@@ -89,7 +89,7 @@ for target in ("onnxruntime", "tensorrt"):
             found = {
                 "compared": [compared.integers, compared.differing, compared.mismatching],
                 "relative": compared.relative_difference,
-                "types": [tensor.data_type for tensor in proto.graph.initializer if len(tensor.dims) == 2],
+                "types": [t.data_type for t in proto.graph.initializer if min([*t.dims, 0][:2]) > 1],
                 "metadata": {prop.key: prop.value for prop in proto.metadata_props},
             }
         results[folder.name] = {**found, "files": [file.name for file in folder.iterdir()]}

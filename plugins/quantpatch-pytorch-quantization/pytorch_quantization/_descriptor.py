@@ -39,8 +39,7 @@ def _amax(value: Any) -> Any:
         return None
     if not isinstance(value, (float, list, np.ndarray, np.floating)):
         raise TypeError(f"amax must be float, list or ndarray; got {type(value).__name__}")
-    array = np.asarray(value, dtype=np.float32)
-    return array.copy() if array.ndim else np.float32(array)
+    return np.array(value, dtype=np.float32)
 
 
 def _amax_key(value: Any) -> Any:
@@ -88,7 +87,10 @@ class QuantDescriptor:
 
     def __attrs_post_init__(self) -> None:
         if self.learn_amax and self.axis is not None:
-            raise TypeError(f"a learned range is one number for the whole tensor, got axis={self.axis}")
+            raise TypeError(
+                f"axis is ignored and must be None when learn_amax is true: a learned range is one number "
+                f"for the whole tensor; got axis={self.axis}"
+            )
 
     def __str__(self) -> str:
         words = ["E4M3" if self.num_bits == (4, 3) else f"{self.num_bits}bit"]

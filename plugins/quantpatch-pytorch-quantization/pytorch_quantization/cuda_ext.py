@@ -33,7 +33,7 @@ def fake_tensor_quant(
     bound = bound_of(num_bits, unsigned)
     range_ = torch.as_tensor(amax, device=x.device).to(x.dtype)
     dead = range_ <= 2.0**-24
-    scale = (bound / range_).masked_fill(dead, 1.0)
+    scale = (torch.full_like(range_, bound) / range_).masked_fill(dead, 1.0)
     rounded = (x * scale).round_().clamp_(0.0 if unsigned else -bound, bound) / scale
     return rounded.masked_fill(dead, 0.0).to(inputs.dtype)
 

@@ -197,12 +197,17 @@ def round_to_integers(
 ) -> tuple[Tensor, Tensor]:
     """The integers and the scale, in the working precision."""
     if unsigned and can_look_at(x) and x.numel() and bool(x.min() < 0):
-        raise TypeError("negative values in unsigned quantization")
+        raise TypeError(
+            f"Negative values encountered in unsigned quantization: the smallest is {x.min().item():.4g}. "
+            f"Use a signed descriptor"
+        )
     if can_look_at(amax) and bool((amax < 0).any()):
-        raise ValueError("negative values in amax")
+        raise ValueError(f"Negative values in amax: the smallest is {amax.min().item():.4g}")
     bound = bound_of(num_bits, unsigned)
     lowest = 0.0 if unsigned else -bound if narrow_range else -bound - 1.0
-    scale = bound / amax
+    # Not `bound / amax`, which torch computes as a reciprocal times the bound, rounded twice: the toolkit's
+    # kernels divide.
+    scale = torch.full_like(amax, bound) / amax
     dead = amax <= _DEAD
     # The quotient of a range of 0 is infinite, and times 0 would be NaN.
     quantized = (working(x) * scale.masked_fill(dead, 0.0)).round_().clamp_(lowest, bound)

@@ -9,7 +9,7 @@ from torch import nn
 
 from pytorch_quantization import calib
 from pytorch_quantization import nn as quant_nn
-from pytorch_quantization.tensor_quant import fake_tensor_quant
+from pytorch_quantization.tensor_quant import QuantDescriptor, fake_tensor_quant
 from pytorch_quantization.utils import reduce_amax
 
 
@@ -253,8 +253,8 @@ def test_ranges_of_weights_have_the_shape_that_the_quantizer_keeps(method, perch
     m[1]._weight_quantizer = quant_nn.TensorQuantizer()
     calib.calibrate_weights(m, method=method, perchannel=perchannel, num_bins=256)
     amax = m[0]._weight_quantizer._amax
-    assert amax.shape == (6, 1)
-    assert (len(amax.unique()) > 1) == perchannel
+    assert amax.shape == ((6, 1) if perchannel else ())
+    assert m[0](torch.ones(2, 40)).shape == (2, 6)
     assert (amax <= m[0].weight.abs().max()).all()
     assert m[1]._weight_quantizer._amax.shape == ()
 
@@ -277,3 +277,35 @@ def test_ranges_of_weights_are_those_of_a_calibrator_for_each_channel(method):
         assert layer._weight_quantizer._amax[0, channel].item() == pytest.approx(expected.item())
     assert layer._weight_quantizer._amax.shape == (1, 3, 1, 1)
     assert layer._weight_quantizer._amax[0, 1].item() == 0
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse", "entropy"])
+def test_without_channels_the_range_is_that_of_a_calibrator_for_the_whole_weight(method):
+    layer = quant_nn.QuantConv2d(3, 5, 3)
+    calib.calibrate_weights(layer, method=method, perchannel=False, percentile=99, num_bins=256)
+    calibrator = histogram(num_bins=256)
+    calibrator.collect(layer.weight)
+    assert layer._weight_quantizer._amax.item() == calibrator.compute_amax(method, percentile=99).item()
+
+
+def test_messages_hold_the_toolkits_words():
+    calibrator = calib.MaxCalibrator(8, 0, False)
+    calibrator.collect(torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match=r"amax shape changed from \(2, 1\) to \(3, 1\)"):
+        calibrator.collect(torch.ones(3, 3))
+    with pytest.raises(ValueError, match="range from 0 to 100"):
+        histogram().compute_amax("percentile", percentile=-1)
+    with pytest.raises(RuntimeError, match="Calibrator returned None"):
+        quant_nn.TensorQuantizer().load_calib_amax()
+    with pytest.raises(ValueError, match="Only fake quantization is supported"):
+        quant_nn.QuantLinear(1, 1, quant_desc_weight=QuantDescriptor(fake_quant=False))
+    with pytest.raises(TypeError, match="axis is ignored and must be None when learn_amax is true"):
+        QuantDescriptor(learn_amax=True, axis=0)
+
+
+@pytest.mark.parametrize("axis", [(0, 1, 2), (0, 0, 1, -1)])
+def test_more_axes_than_there_are_cannot_be_reduced(axis):
+    with pytest.raises(
+        ValueError, match=r"Cannot reduce more axes than the tensor has: .* of shape \(2, 3\)"
+    ):
+        reduce_amax(torch.ones(2, 3), axis)

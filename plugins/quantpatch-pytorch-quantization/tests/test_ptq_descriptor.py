@@ -37,7 +37,9 @@ def test_what_is_refused(keywords, error):
 
 
 def test_ranges_are_kept_in_float32():
-    assert QuantDescriptor(amax=0.1).amax == np.float32(0.1)
+    one = QuantDescriptor(amax=0.1).amax
+    assert isinstance(one, np.ndarray)
+    assert (one, one.dtype, one.shape) == (np.float32(0.1), np.float32, ())
     for given in ([0.1, 0.2], np.array([0.1, 0.2])):
         amax = QuantDescriptor(amax=given, axis=0).amax
         assert amax.dtype == np.float32

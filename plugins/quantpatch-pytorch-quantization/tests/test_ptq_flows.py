@@ -208,9 +208,9 @@ def test_groups_for_an_optimizer():
     ]
     optimizer = torch.optim.SGD(groups, lr=0.5)
     assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.5]
-    with pytest.raises(ValueError, match="momentum"):
+    with pytest.raises(TypeError, match=r"len\(momentums\) must match len\(patterns_list\)"):
         helper.group_parameters(model, [["conv"]], momentums=[0.1, 0.2])
-    with pytest.raises(TypeError, match="list of lists"):
+    with pytest.raises(TypeError, match="must be list of list of patterns"):
         helper.group_parameters(model, ["conv"])
 
 

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -208,6 +209,24 @@ def test_clip_function_and_module():
     assert len(list(Clip(-1.0, 1.0).parameters())) == 0
     assert len(list(Clip(-1.0, 1.0, learn_min=True).parameters())) == 1
     assert Clip(-1.0, 1.0)(torch.tensor([3.0], dtype=torch.float16)).dtype == torch.float16
+
+
+@pytest.mark.parametrize("bound", [torch.tensor(0.5), torch.ones(3), np.ones(2)])
+def test_what_learns_a_bound_begins_with_a_number(bound):
+    assert Clip(0.0, bound)(torch.full((2, len(bound) if bound.ndim else 1), 7.0)).shape[0] == 2
+    with pytest.raises(ValueError, match="clip_value_max must be scalar to be learned, a number"):
+        Clip(0.0, bound, learn_max=True)
+
+
+def test_bounds_of_several_numbers_clip_and_cannot_be_learned():
+    low, high = torch.zeros(3), torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    x = torch.full((2, 3), 2.5, requires_grad=True)
+    functional.clip(x, low, high.detach()).sum().backward()
+    assert x.grad.tolist() == [[0, 0, 1]] * 2
+    y = functional.clip(x, low, high)
+    assert y.tolist() == [[1.0, 2.0, 2.5]] * 2
+    with pytest.raises(ValueError, match=r"can only be scalar: .* has the shape \(3,\)"):
+        y.sum().backward()
 
 
 # --- state -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from pytorch_quantization import tensor_quant as tq
 def reference(x, amax, num_bits=8, unsigned=False, narrow_range=True):
     bound = 2.0 ** (num_bits - 1 + unsigned) - 1
     low = 0 if unsigned else -bound if narrow_range else -bound - 1
-    scale = bound / amax
+    scale = torch.full_like(amax, bound) / amax  # rounded once
     return torch.clamp(torch.round(x * scale), low, bound), scale
 
 
@@ -49,12 +50,12 @@ def test_unsigned_8_bits_are_the_upper_half_of_9():
 
 
 def test_unsigned_takes_no_negative_values():
-    with pytest.raises(TypeError, match="negative"):
+    with pytest.raises(TypeError, match="Negative values encountered"):
         tq.fake_tensor_quant(torch.tensor([-1.0, 1.0]), torch.tensor(1.0), 8, True)
 
 
 def test_a_range_is_not_negative():
-    with pytest.raises(ValueError, match="negative values in amax"):
+    with pytest.raises(ValueError, match="Negative values in amax"):
         tq.fake_tensor_quant(torch.ones(2), torch.tensor(-1.0))
 
 
@@ -195,3 +196,18 @@ def test_kernels_on_any_device():
     assert cuda_ext.fake_tensor_quant_(y, torch.tensor(1.0)) is y
     assert torch.equal(y, expected)
     assert not torch.equal(x, expected)
+
+
+def test_in_place_is_what_numpy_makes_of_it():
+    rng = np.random.default_rng(0)
+    for bits in (4, 8):
+        x = rng.random(1023, dtype=np.float32)
+        scale = np.float32(2 ** (bits - 1) - 1) / x.max()
+        expected = np.round(x * scale) / scale
+        given = torch.from_numpy(x.copy())
+        assert cuda_ext.fake_tensor_quant_(given, given.max(), bits) is given
+        assert given.numpy().tolist() == expected.tolist()
+        assert (
+            tq.fake_tensor_quant(torch.from_numpy(x), torch.tensor(x.max()), bits).tolist()
+            == expected.tolist()
+        )

@@ -159,7 +159,7 @@ def _check(method: str, methods: tuple[str, ...], percentile: float) -> None:
     if method not in methods:
         raise TypeError(f"unknown calibration method {method!r}: expected one of {', '.join(methods)}")
     if not 0 <= percentile <= 100:
-        raise ValueError(f"percentile must be from 0 to 100, got {percentile!r}")
+        raise ValueError(f"percentile must be in the range from 0 to 100, got {percentile!r}")
 
 
 def _count(x: Tensor, edges: Tensor, width: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def calibrate_weights(
         model: A model with quantized layers.
         method: ``"max"``, ``"percentile"``, ``"mse"`` or ``"entropy"``.
         perchannel: Whether each index along the axes that a quantizer keeps gets a range of its own, else
-            all of them the same.
+            one number is the range of the whole weight.
         percentile: For ``"percentile"``.
         num_bins: Number of bins of the histograms.
 
@@ -204,19 +204,21 @@ def calibrate_weights(
     for quantizer, parts in quantized_weights(model):
         weight = joined(parts)
         reduced = kept_to_reduced(quantizer.axis, weight.dim())
-        kept = [] if reduced is None else [d for d in range(weight.dim()) if d not in reduced]
+        kept = (
+            [] if reduced is None or not perchannel else [d for d in range(weight.dim()) if d not in reduced]
+        )
         shape = (
             torch.Size(n if d in kept else 1 for d, n in enumerate(weight.shape)) if kept else torch.Size()
         )
         rows = weight.reshape(1, -1)
-        if kept and perchannel:
+        if kept:
             rows = weight.permute(*kept, *(reduced or ())).reshape(shape.numel(), -1)
         amax = rows.float().abs().amax(1)
         if method != "max":
             settings = method, quantizer.num_bits, quantizer.unsigned
             for some in torch.split(torch.arange(len(rows)), max(1, _MOST_BINS // num_bins)):
                 amax[some] = _ranges(rows[some].float().abs(), amax[some], num_bins, settings, percentile)
-        quantizer._hold_amax(amax.expand(shape.numel()).view(shape))
+        quantizer._hold_amax(amax.view(shape))
 
 
 def _ranges(

@@ -53,7 +53,8 @@ class MaxCalibrator(_Calibrator):
             self._calib_amax = amax.clone()
         elif amax.shape != self._calib_amax.shape:
             raise RuntimeError(
-                f"the shape of amax changed from {tuple(self._calib_amax.shape)} to {tuple(amax.shape)}"
+                f"amax shape changed from {tuple(self._calib_amax.shape)} to {tuple(amax.shape)}: collect "
+                f"tensors of the same length along axis={self._axis}, or call reset() first"
             )
         else:
             self._calib_amax = torch.maximum(self._calib_amax, amax.to(self._calib_amax.device))

@@ -17,11 +17,14 @@ def clip(x: Tensor, clip_value_min: Tensor | float, clip_value_max: Tensor | flo
 
     Args:
         x: A tensor.
-        clip_value_min: Lower bound, broadcastable to ``x``.
+        clip_value_min: Lower bound, broadcastable to ``x``; one number, if it is learned.
         clip_value_max: Upper bound.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
+
+    Raises:
+        ValueError: In backward, where a bound that needs a gradient is not one number.
     """
     low = torch.as_tensor(clip_value_min, device=x.device)
     high = torch.as_tensor(clip_value_max, device=x.device)
@@ -38,6 +41,12 @@ class _Clip(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, low, high = ctx.saved_tensors
+        for bound, needed in zip((low, high), ctx.needs_input_grad[1:], strict=True):
+            if needed and bound.dim() and bound.numel() != 1:
+                raise ValueError(
+                    f"a bound that is learned can only be scalar: one of clip_value_min and clip_value_max "
+                    f"has the shape {tuple(bound.shape)}"
+                )
         below, above = x <= low.to(x.dtype), x >= high.to(x.dtype)
         return (
             grad.masked_fill(below | above, 0.0),

@@ -49,21 +49,26 @@ def group_parameters(
         What an optimizer takes as its first argument.
 
     Raises:
-        TypeError: ``patterns_list`` is no list of lists.
-        ValueError: An option has not as many values as there are groups.
+        TypeError: ``patterns_list`` is no list of lists, or an option has not as many values as there are
+            groups.
     """
     if isinstance(patterns_list, str) or any(isinstance(patterns, str) for patterns in patterns_list):
-        raise TypeError(f"patterns_list is a list of lists of patterns, not {patterns_list!r}")
+        raise TypeError(
+            f"patterns_list must be list of list of patterns, such as [['conv1'], ['fc']]; got "
+            f"{patterns_list!r}"
+        )
+    options = {"lr": lrs, "momentum": momentums, "weight_decay": weight_decays}
+    for key, values in options.items():
+        if values is not None and len(values) != len(patterns_list):
+            raise TypeError(
+                f"len({key}s) must match len(patterns_list): got {len(values)} values for "
+                f"{len(patterns_list)} groups of parameters"
+            )
     groups: list[dict[str, Any]] = [
         {"params": list(match_parameters(model, patterns))} for patterns in patterns_list
     ]
-    options = {"lr": lrs, "momentum": momentums, "weight_decay": weight_decays}
     for key, values in options.items():
-        if values is None:
-            continue
-        if len(values) != len(groups):
-            raise ValueError(f"{len(values)} values of {key} for {len(groups)} groups of parameters")
-        for group, value in zip(groups, values, strict=True):
+        for group, value in zip(groups, values or [None] * len(groups), strict=True):
             if value is not None:
                 group[key] = value
     return groups

@@ -21,6 +21,9 @@ def reduce_amax(input: Tensor, axis: int | Sequence[int] | None = None, keepdims
 
     Returns:
         A tensor of the dtype of ``input``, without a gradient.
+
+    Raises:
+        ValueError: There are more axes to reduce than the tensor has.
     """
     if axis is None:
         low, high = torch.aminmax(input)
@@ -28,6 +31,11 @@ def reduce_amax(input: Tensor, axis: int | Sequence[int] | None = None, keepdims
         axes = [axis] if isinstance(axis, int) else list(axis)
         if not axes:
             return input.abs()
+        if len(axes) > input.dim():
+            raise ValueError(
+                f"Cannot reduce more axes than the tensor has: axis={axis} for one of shape "
+                f"{tuple(input.shape)}"
+            )
         low, high = input.amin(axes, keepdim=keepdims), input.amax(axes, keepdim=keepdims)
     return torch.maximum(low.abs(), high.abs())
 

@@ -33,7 +33,10 @@ def _checked(descriptor: Any) -> QuantDescriptor:
 
 def _for_layer(descriptor: QuantDescriptor) -> QuantDescriptor:
     if not _checked(descriptor).fake_quant:
-        raise ValueError(f"layers compute with fake quantization only; the descriptor {descriptor} has none")
+        raise ValueError(
+            f"Only fake quantization is supported in layers, and the descriptor {descriptor} has "
+            f"fake_quant=False"
+        )
     return descriptor
 
 

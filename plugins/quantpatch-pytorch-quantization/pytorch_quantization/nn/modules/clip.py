@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,9 @@ class Clip(nn.Module):
         clip_value_max: Upper bound.
         learn_min: Whether the lower bound is a parameter, else a buffer.
         learn_max: Whether the upper bound is a parameter.
+
+    Raises:
+        ValueError: A bound that is to be learned is not a number.
     """
 
     clip_value_min: Tensor
@@ -36,6 +40,12 @@ class Clip(nn.Module):
             "clip_value_max": (clip_value_max, learn_max),
         }
         for name, (value, learn) in bounds.items():
+            if learn and (isinstance(value, Tensor) or np.size(value) != 1):
+                shape = tuple(np.shape(value))
+                raise ValueError(
+                    f"{name} must be scalar to be learned, a number such as 1.0; got a "
+                    f"{type(value).__name__} of shape {shape}"
+                )
             tensor = torch.as_tensor(value, dtype=torch.float32).detach().clone()
             if learn:
                 self.register_parameter(name, nn.Parameter(tensor))

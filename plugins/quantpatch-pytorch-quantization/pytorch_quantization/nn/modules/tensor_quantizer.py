@@ -80,7 +80,7 @@ class TensorQuantizer(nn.Module):
         if quant_desc.amax is not None:
             self._hold(_AMAX, torch.as_tensor(quant_desc.amax))
         if quant_desc.learn_amax:
-            bound = 1.0 if quant_desc.amax is None else torch.as_tensor(quant_desc.amax).max()
+            bound = 1.0 if quant_desc.amax is None else float(quant_desc.amax.max())
             self.clip = Clip(-bound, bound, learn_min=True, learn_max=True)
         kind = HistogramCalibrator if quant_desc.calib_method == "histogram" else MaxCalibrator
         self._calibrator: _Calibrator | None = kind(self._num_bits, self._axis, self._unsigned)
@@ -217,7 +217,7 @@ class TensorQuantizer(nn.Module):
         """``maxbound / amax``, of the last tensor if that was turned into integers; None if not known."""
         if self._scale is not None or self.amax is None:
             return self._scale
-        return self.maxbound / self.amax
+        return torch.full_like(self.amax, self.maxbound) / self.amax
 
     # --- ranges --------------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class TensorQuantizer(nn.Module):
             raise RuntimeError(f"{self._called_name()} has no calibrator")
         amax = self._calibrator.compute_amax(*args, **kwargs)
         if amax is None:
-            message = f"the calibrator of {self._called_name()} has seen no data"
+            message = f"Calibrator returned None: that of {self._called_name()} has seen no data"
             if strict:
                 raise RuntimeError(f"{message}; load_calib_amax(strict=False) makes its range NaN")
             warnings.warn(f"{message}: its range is NaN", stacklevel=2)

@@ -9,12 +9,18 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["change_class", "dotted", "make_class", "own_class"]
+__all__ = ["change_class", "dotted", "make_class", "own_class", "written_name"]
 
 
 def dotted(thing: Any) -> str:
     """Where a class or function is found: ``module.Qualified.Name``."""
     return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def written_name(cls: type[Any]) -> str:
+    """A class's name as its author wrote it; what a quantized block goes by is its float class's."""
+    name: str = vars(cls).get("_written_name", cls.__name__)
+    return name
 
 
 def own_class(layer: nn.Module) -> type[Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import attrs
 
-from quantpatch.classes import dotted
+from quantpatch.classes import dotted, written_name
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import Entry, EntryLike
 from quantpatch.errors import EntryConflictError, EntryError, ScopeError, UnknownNameError, near_misses
@@ -127,7 +127,7 @@ def load_checked(offer: Offer, slot: Slot) -> Any:
         raise entry_error(offer, f"the replacement cannot take the target's place: {error}", hint) from error
     if offer.plugin is not None and isinstance(replacement, type) and not _is_importable(replacement):
         # In code of one's own, given as custom, that is a matter of one's own.
-        name = replacement.__name__
+        name = written_name(replacement)
         raise entry_error(
             offer,
             f"{replacement.__module__}.{replacement.__qualname__} is not found under that name, so that the "

@@ -137,7 +137,7 @@ def compare(float_model: nn.Module, quantized_model: nn.Module, data: Iterable[A
         )
     if not layers:
         raise ComparisonError(
-            f"{type(quantized_model).__name__} has no quantized layer by a name that "
+            f"{quantized_model._get_name()} has no quantized layer by a name that "
             f"{type(float_model).__name__} has; compare a model with its own quantized version"
         )
     sums = {name: _Sums() for name in layers}
@@ -163,7 +163,7 @@ def compare(float_model: nn.Module, quantized_model: nn.Module, data: Iterable[A
     if not ran:
         raise ComparisonError("the data holds no batch that reaches a quantized layer")
     rows = [
-        ComparisonRow(name, type(layers[name]).__name__, sums[name].sqnr(), sums[name].cosine())
+        ComparisonRow(name, layers[name]._get_name(), sums[name].sqnr(), sums[name].cosine())
         for name in layers
         if name in ran
     ]

@@ -242,7 +242,7 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
         key = (item.module, item.operation, operands, reason, item.of_weight)
         row = rows.get(key) or CoverageRow(
             item.module,
-            type(item.layer).__name__,
+            item.layer._get_name(),
             item.operation,
             0,
             0,
@@ -264,7 +264,7 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
         if is_quantizer(module) and name not in used and not module.disabled
     ]
     return CoverageReport(
-        type(model).__name__,
+        model._get_name(),
         tuple(rows.values()),
         tuple(unreached),
         tuple(sorted(seen.opaque)),

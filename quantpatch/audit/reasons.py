@@ -8,7 +8,7 @@ from torch.jit import ScriptModule
 
 from quantpatch.audit.operations import FAST_PATHS
 from quantpatch.audit.trace import Seen
-from quantpatch.classes import own_class
+from quantpatch.classes import own_class, written_name
 from quantpatch.errors import EntryError
 from quantpatch.layers.base import QuantizedLayer, quantizer_name, quantizers_of
 from quantpatch.layers.subclass import why_float
@@ -44,8 +44,9 @@ def reason_for(seen: Seen, targets: Targets) -> str:
         return "a weight is made of it, the same for every input: not counted"
     layer: Any = seen.layer
     cls = own_class(layer)
+    name = written_name(cls)
     if seen.operator in FAST_PATHS:
-        return f"torch's fast path ran {cls.__name__} in one piece and read the weights itself"
+        return f"torch's fast path ran {name} in one piece and read the weights itself"
     if isinstance(layer, QuantizedLayer):
         off = [
             name
@@ -53,10 +54,10 @@ def reason_for(seen: Seen, targets: Targets) -> str:
             if any(q.disabled or not q.quantizing for q in several)
         ]
         if off:
-            return f"{' and '.join(off)} of {cls.__name__} {'is' if len(off) == 1 else 'are'} switched off"
+            return f"{' and '.join(off)} of {name} {'is' if len(off) == 1 else 'are'} switched off"
         if missing == ["hidden"]:
             return (
-                f"the hidden state of {cls.__name__} stays in torch's fused kernel; Recipe(hidden=...) has "
+                f"the hidden state of {name} stays in torch's fused kernel; Recipe(hidden=...) has "
                 f"it quantized at each step"
             )
         return _about_layer(layer, missing)
@@ -77,7 +78,7 @@ def reason_for(seen: Seen, targets: Targets) -> str:
 
 def _about_layer(layer: Any, missing: list[str]) -> str:
     """Why operands of a quantized layer are float whose quantizers, if it has them, are all on."""
-    name = own_class(layer).__name__
+    name = written_name(own_class(layer))
     could_have = {*layer.inputs, *layer.weight_axes(), *layer._inner}
     left = [role for role in missing if role in could_have and not layer._modules.get(quantizer_name(role))]
     inside = [role for role in missing if role not in left]

@@ -351,6 +351,8 @@ def recording(model: nn.Module) -> Iterator[Trace]:
     finally:
         entered.remove()
         left.remove()
+        # torch forgets this one, and would take it for a hook of every module ever after.
+        nn.modules.module._global_forward_hooks_with_kwargs.pop(left.id, None)
 
 
 def trace(model: nn.Module, run: Callable[[], Any]) -> Trace:

@@ -14,3 +14,7 @@ from quantpatch.layers.recurrent import *  # noqa: F403
 __all__ = ["QuantizedLayer"]
 for _family in (attention, conv, embedding, linear, norm, operands, pooling, recurrent):
     __all__ += _family.__all__
+# Known beforehand, whatever modules somebody hangs into a layer.
+for _name in __all__:
+    if issubclass(_layer := globals()[_name], QuantizedLayer) and _layer is not QuantizedLayer:
+        _layer._settle(_layer in (QuantMultiheadAttention, QuantTransformerEncoder))  # noqa: F405

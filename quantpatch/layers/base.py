@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from quantpatch.classes import make_class
+from quantpatch.classes import make_class, own_class, written_name
 from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.errors import ConversionError, LayerError
 from quantpatch.fast_paths import allow_fast_paths, refuse_fast_paths
@@ -69,6 +69,7 @@ class QuantizedLayer:
     feature_axis: ClassVar[int] = -1
     float_class: ClassVar[type[nn.Module]]
 
+    _is_block: ClassVar[bool]  # whether its objects hold modules of their own, once that is known
     _inner: ClassVar[Mapping[str, int | None]] = {}  # operands of operations, by name, with their axis
     _rewritten: ClassVar[Any] = None  # the float class's forward with those, if there are any
 
@@ -162,6 +163,34 @@ class QuantizedLayer:
         for name, descriptor in self.descriptors(recipe):
             modules[quantizer_name(name)] = TensorQuantizer(descriptor, in_layer=True)
         self.guard_fast_paths()
+        self._go_by_float_name()
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self._go_by_float_name()
+
+    def _go_by_float_name(self) -> None:
+        """Of a block, gives the class the name of the float one.
+
+        Device maps, ``_no_split_modules`` and wrapping policies look for blocks by ``__class__.__name__``.
+        Pickles and checkpoints go by ``__qualname__``, which stays what was written.
+        """
+        cls: Any = own_class(self)  # type: ignore[arg-type]
+        if "_is_block" not in vars(cls):
+            others = set(self._modules) - set(quantizers_of(self))  # type: ignore[attr-defined]
+            if others - {"parametrizations"}:
+                cls._settle(True)
+
+    @classmethod
+    def _settle(cls, is_block: bool) -> None:
+        cls._is_block = is_block
+        if is_block:
+            cls._written_name = cls.__name__  # type: ignore[attr-defined]
+            cls.__name__ = cls.float_class.__name__
+
+    def _get_name(self) -> str:
+        """The name that ``print(model)`` shows."""
+        return written_name(type(self))
 
     def guard_fast_paths(self) -> None:
         """Refuses torch's fast paths, if they would pass a quantizer of this layer by, else allows them."""
@@ -197,7 +226,7 @@ class QuantizedLayer:
             ConversionError: It is a range, which torch's ``ColwiseParallel`` is about to cut.
         """
         if name.partition(".")[0] in self.quantizers():
-            raise ConversionError(f"{type(self).__name__} has learned ranges. {PARALLELIZE_FIRST}")
+            raise ConversionError(f"{self._get_name()} has learned ranges. {PARALLELIZE_FIRST}")
         super().register_parameter(name, param)  # type: ignore[misc]
 
     # --- computing -----------------------------------------------------------------------------

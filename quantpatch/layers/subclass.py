@@ -34,7 +34,7 @@ _found: weakref.WeakKeyDictionary[type, dict[Any, str]] = weakref.WeakKeyDiction
 # Who overrides these decides what happens before any forward.
 _ALWAYS_USED = {"__call__", "__getattr__", "__getattribute__"}
 # What a class may define of its own and have it replaced, since nothing is computed with it.
-_FOR_SHOW = {"extra_repr"}
+_FOR_SHOW = {"_get_name", "extra_repr"}
 
 
 def combine(replacement: type[QuantizedLayer], subclass: type[Any]) -> type[QuantizedLayer]:

@@ -107,7 +107,7 @@ def _row(name: str, holder: nn.Module, quantizer: TensorQuantizer) -> QuantizerR
     axis = quantizer.descriptor.kept_axes
     return QuantizerRow(
         name=name,
-        layer=type(holder).__name__,
+        layer=holder._get_name(),
         format=quantizer.format.name,
         bits=quantizer.format.bits,
         axis=() if axis is None else axis if isinstance(axis, tuple) else (axis,),
@@ -147,10 +147,10 @@ def summary(model: nn.Module) -> Summary:
         if isinstance(module, TensorQuantizer)
     )
     without = tuple(
-        (name, type(module).__name__)
+        (name, module._get_name())
         for name, module in modules.items()
         if not isinstance(module, (QuantizedLayer, TensorQuantizer))
         and module._parameters
         and not _is_operand(name, module, modules)
     )
-    return Summary(type(model).__name__, rows, without)
+    return Summary(model._get_name(), rows, without)

@@ -824,3 +824,8 @@ def test_operands_have_the_names_that_their_layer_has_for_them(recipe):
     own = Wrapped(lambda self, x: self.layer(x) @ self.own, layer=nn.Linear(3, 3))
     own.own = nn.Parameter(torch.randn(3, 2))
     assert roles(own, torch.randn(2, 3)) == {("input", "weight"), ("input", "own")}
+
+
+def test_no_hook_of_all_modules_is_left():
+    qp.audit(nn.Linear(2, 2), torch.ones(1, 2))
+    assert not nn.modules.module._has_any_global_hook()

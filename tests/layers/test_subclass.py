@@ -127,7 +127,7 @@ def test_it_is_an_object_of_its_class_with_quantizers(cls, built):
     assert type(layer) is combine(QuantLinear, cls)
     assert type(layer).float_class is cls
     assert inspect.signature(type(layer)) == inspect.signature(cls)
-    assert type(layer).__name__ == f"Quant{cls.__name__}"
+    assert type(layer).__qualname__ == layer._get_name() == f"Quant{cls.__name__}"
     assert type(layer).__module__ == cls.__module__
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from quantpatch.classes import written_name
 from quantpatch.errors import ComparisonError
 from quantpatch.fast_paths import without_fast_paths
 from quantpatch.layers.base import QuantizedLayer
@@ -137,7 +138,7 @@ def compare(float_model: nn.Module, quantized_model: nn.Module, data: Iterable[A
         )
     if not layers:
         raise ComparisonError(
-            f"{quantized_model._get_name()} has no quantized layer by a name that "
+            f"{written_name(type(quantized_model))} has no quantized layer by a name that "
             f"{type(float_model).__name__} has; compare a model with its own quantized version"
         )
     sums = {name: _Sums() for name in layers}
@@ -163,7 +164,7 @@ def compare(float_model: nn.Module, quantized_model: nn.Module, data: Iterable[A
     if not ran:
         raise ComparisonError("the data holds no batch that reaches a quantized layer")
     rows = [
-        ComparisonRow(name, layers[name]._get_name(), sums[name].sqnr(), sums[name].cosine())
+        ComparisonRow(name, written_name(type(layers[name])), sums[name].sqnr(), sums[name].cosine())
         for name in layers
         if name in ran
     ]

@@ -17,7 +17,7 @@ from torch.jit import ScriptModule
 from quantpatch.audit.paste import propose
 from quantpatch.audit.reasons import BY_RECIPE, known_targets, reason_for
 from quantpatch.audit.trace import Seen, Trace, trace
-from quantpatch.classes import dotted, own_class
+from quantpatch.classes import dotted, own_class, written_name
 from quantpatch.errors import CoverageError, InputError
 from quantpatch.fake_quant import fake_quantize, reduce_amax
 from quantpatch.layers.base import QuantizedLayer, is_quantizer, quantizer_name
@@ -242,7 +242,7 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
         key = (item.module, item.operation, operands, reason, item.of_weight)
         row = rows.get(key) or CoverageRow(
             item.module,
-            item.layer._get_name(),
+            written_name(type(item.layer)),
             item.operation,
             0,
             0,
@@ -264,7 +264,7 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
         if is_quantizer(module) and name not in used and not module.disabled
     ]
     return CoverageReport(
-        model._get_name(),
+        written_name(type(model)),
         tuple(rows.values()),
         tuple(unreached),
         tuple(sorted(seen.opaque)),

@@ -10,6 +10,7 @@ import attrs
 from rich.table import Table
 from torch import nn
 
+from quantpatch.classes import written_name
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.report.render import as_text
@@ -107,7 +108,7 @@ def _row(name: str, holder: nn.Module, quantizer: TensorQuantizer) -> QuantizerR
     axis = quantizer.descriptor.kept_axes
     return QuantizerRow(
         name=name,
-        layer=holder._get_name(),
+        layer=written_name(type(holder)),
         format=quantizer.format.name,
         bits=quantizer.format.bits,
         axis=() if axis is None else axis if isinstance(axis, tuple) else (axis,),
@@ -147,10 +148,10 @@ def summary(model: nn.Module) -> Summary:
         if isinstance(module, TensorQuantizer)
     )
     without = tuple(
-        (name, module._get_name())
+        (name, written_name(type(module)))
         for name, module in modules.items()
         if not isinstance(module, (QuantizedLayer, TensorQuantizer))
         and module._parameters
         and not _is_operand(name, module, modules)
     )
-    return Summary(model._get_name(), rows, without)
+    return Summary(written_name(type(model)), rows, without)

@@ -33,9 +33,18 @@ def demand_model(model: Any, function: str) -> None:
         function: Name of the function.
 
     Raises:
-        InputError: It is no module.
+        InputError: It is no module, or holds quantizers of another library that say that they are not for
+            this function.
     """
     if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            instead = getattr(type(module), "instead", None)
+            if isinstance(instead, Mapping) and function in instead:
+                raise InputError(
+                    f"{function} does not know the quantizers in {type(model).__name__}, such as {name!r}, a "
+                    f"{type(module).__name__} of {type(module).__module__.partition('.')[0]}. Instead write: "
+                    f"{instead[function]}"
+                )
         return
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise InputError(f"{function} takes a model, not its class: write {function}({model.__name__}(...))")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quantpatch.errors import ExportError, warn_caller
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.quantizer import TensorQuantizer
+from quantpatch.running import demand_model
 
 __all__ = ["FoldedWeights", "fold_weights"]
 
@@ -88,6 +89,7 @@ def fold_weights(model: nn.Module) -> FoldedWeights:
     Raises:
         ExportError: The model is in training mode, where folding would change what is trained.
     """
+    demand_model(model, "fold_weights")
     if model.training:
         raise ExportError("fold_weights is for evaluation, and the model is training: write model.eval()")
     users: dict[int, list[tuple[nn.Module, str]]] = {}

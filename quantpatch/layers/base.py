@@ -332,7 +332,9 @@ class ChannelsFirst3d(QuantizedLayer):
 def is_quantizer(module: Any) -> bool:
     """Whether a module is a quantizer: this library's, or of a plugin's own kind.
 
-    The class of one of these says ``is_quantizer = True`` and has ``disabled`` and ``quantizing``.
+    The class of one of these says ``is_quantizer = True`` and has ``disabled`` and ``quantizing``. It may
+    have ``format_name``, ``bits``, ``axis`` and ``amax`` for ``summary``, and ``instead``: what to write in
+    the place of functions of this library that know its own quantizers alone, by their names.
     """
     return isinstance(module, TensorQuantizer) or getattr(type(module), "is_quantizer", False) is True
 

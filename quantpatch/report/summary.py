@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from quantpatch.classes import written_name
-from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.base import QuantizedLayer, is_quantizer
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.report.render import as_text
 from quantpatch.running import demand_model
@@ -100,23 +100,41 @@ def _range(row: QuantizerRow) -> str:
     return f"{row.amax_min:.4g} .. {row.amax_max:.4g}"
 
 
-def _row(name: str, holder: nn.Module, quantizer: TensorQuantizer) -> QuantizerRow:
-    amax = None if quantizer.descriptor.dynamic else quantizer.amax
+def _row(name: str, holder: nn.Module, quantizer: Any) -> QuantizerRow:
+    if isinstance(quantizer, TensorQuantizer):
+        amax = None if quantizer.descriptor.dynamic else quantizer.amax
+        kind, bits = quantizer.format.name, quantizer.format.bits
+        axis, state = quantizer.descriptor.kept_axes, quantizer.state
+    else:  # of a plugin's own kind
+        amax = getattr(quantizer, "amax", None)
+        kind, bits = (
+            getattr(quantizer, "format_name", type(quantizer).__name__),
+            getattr(quantizer, "bits", 0),
+        )
+        axis, state = getattr(quantizer, "axis", None), _state_of(quantizer, amax)
     # Of a range in pieces those of this rank: another may not be here to ask.
     here = None if amax is None else local_part(amax.detach()).abs()
     known = here is not None and not here.is_meta and here.numel() > 0
-    axis = quantizer.descriptor.kept_axes
     return QuantizerRow(
         name=name,
         layer=written_name(type(holder)),
-        format=quantizer.format.name,
-        bits=quantizer.format.bits,
+        format=kind,
+        bits=bits,
         axis=() if axis is None else axis if isinstance(axis, tuple) else (axis,),
         ranges=0 if amax is None else amax.numel(),
         amax_min=float(here.min()) if here is not None and known else None,
         amax_max=float(here.max()) if here is not None and known else None,
-        state=quantizer.state,
+        state=state,
     )
+
+
+def _state_of(quantizer: Any, amax: Any) -> str:
+    """What a quantizer of a plugin's own kind does, in the words for this library's."""
+    if quantizer.disabled:
+        return "disabled"
+    if not quantizer.quantizing:
+        return "not quantizing"
+    return "dynamic (not calibrated)" if amax is None else "calibrated"
 
 
 def _is_operand(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> bool:
@@ -145,12 +163,12 @@ def summary(model: nn.Module) -> Summary:
     rows = tuple(
         _row(name, modules[name.rpartition(".")[0]] if name else model, module)
         for name, module in modules.items()
-        if isinstance(module, TensorQuantizer)
+        if is_quantizer(module)
     )
     without = tuple(
         (name, written_name(type(module)))
         for name, module in modules.items()
-        if not isinstance(module, (QuantizedLayer, TensorQuantizer))
+        if not (isinstance(module, QuantizedLayer) or is_quantizer(module))
         and module._parameters
         and not _is_operand(name, module, modules)
     )

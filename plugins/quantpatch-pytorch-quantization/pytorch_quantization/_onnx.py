@@ -7,6 +7,7 @@ constants of the graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,12 +48,14 @@ class Grid:
         Raises:
             RuntimeError: The number of bits is not 8, or ranges are kept along several axes.
         """
+        with _untraced():  # what a range looks like is no part of the graph
+            shape = tuple(self.amax.shape)
         if isinstance(self.num_bits, tuple):
-            if self.amax.numel() != 1:
+            if math.prod(shape) != 1:
                 raise RuntimeError(f"{who} cannot be exported: FP8 is exported with one range per tensor")
         elif self.num_bits != 8:
             raise RuntimeError(f"{who} cannot be exported: it has {self.num_bits} bits, and ONNX takes 8")
-        if sum(n > 1 for n in self.amax.shape) > 1:
+        if sum(n > 1 for n in shape) > 1:
             raise RuntimeError(f"{who} cannot be exported: ONNX takes ranges along one axis only")
 
     def kept_axis(self, dim: int) -> int | None:
@@ -99,8 +102,11 @@ def quantize_dequantize(x: Tensor, grid: Grid) -> Tensor:
 
 @contextmanager
 def _untraced() -> Iterator[None]:
-    """What is computed here does not go into the graph."""
+    """What is computed here does not go into the graph, if one is being traced."""
     state = torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pytorch_quantization.tensor_quant import bound_of, round_to_e4m3
+from pytorch_quantization.tensor_quant import as_tensor, bound_of, round_to_e4m3
 
 __all__ = ["fake_e4m3fy", "fake_tensor_quant", "fake_tensor_quant_", "fake_tensor_quant_with_axis"]
 
@@ -31,7 +31,7 @@ def fake_tensor_quant(
     """
     x = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
     bound = bound_of(num_bits, unsigned)
-    range_ = torch.as_tensor(amax, device=x.device).to(x.dtype)
+    range_ = as_tensor(amax).to(device=x.device, dtype=x.dtype)
     dead = range_ <= 2.0**-24
     scale = (torch.full_like(range_, bound) / range_).masked_fill(dead, 1.0)
     rounded = (x * scale).round_().clamp_(0.0 if unsigned else -bound, bound) / scale

@@ -28,6 +28,7 @@ __all__ = [
     "NumBits",
     "QuantDescriptor",
     "ScaledQuantDescriptor",
+    "as_tensor",
     "bound_of",
     "fake_affine_tensor_quant",
     "fake_tensor_quant",
@@ -189,7 +190,14 @@ def working(x: Tensor) -> Tensor:
 def _range(amax: Tensor | float, x: Tensor) -> Tensor:
     """A range as a tensor of the working precision on the device of ``x``."""
     dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    return torch.as_tensor(amax, device=x.device).detach().to(dtype)
+    return as_tensor(amax).detach().to(device=x.device, dtype=dtype)
+
+
+def as_tensor(value: Any) -> Tensor:
+    """A tensor as it is, a number as one; a tracer warns of ``torch.as_tensor``, whatever that does."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), float(value)) if isinstance(value, (int, float)) else torch.as_tensor(value)
 
 
 def round_to_integers(

@@ -257,3 +257,92 @@ def test_names_are_where_scripts_import_them_from(module):
 def test_the_version_is_the_toolkits():
     assert pytorch_quantization.__version__ == "2.2.1"
     assert quant_modules.enable_onnx_export is pytorch_quantization.enable_onnx_export
+
+
+# --- quantpatch's functions ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calibrated():
+    quant_modules.initialize()
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
+    quant_modules.deactivate()
+    quantizers = [m for m in model.modules() if isinstance(m, quant_nn.TensorQuantizer)]
+    for quantizer in quantizers:
+        quantizer.enable_calib()
+        quantizer.disable_quant()
+    model(torch.randn(2, 1, 4, 4))
+    for quantizer in quantizers:
+        quantizer.load_calib_amax()
+        quantizer.disable_calib()
+        quantizer.enable_quant()
+    return model
+
+
+def test_a_summary_lists_the_toolkits_quantizers(calibrated):
+    calibrated[3]._input_quantizer.disable()
+    del calibrated[3]._weight_quantizer._amax
+    rows = qp.summary(calibrated).rows
+    assert [(row.name, row.layer, row.format, row.bits, row.axis, row.ranges, row.state) for row in rows] == [
+        ("0._input_quantizer", "QuantConv2d", "int8", 8, (), 1, "calibrated"),
+        ("0._weight_quantizer", "QuantConv2d", "int8", 8, (0,), 4, "calibrated"),
+        ("3._input_quantizer", "QuantLinear", "int8", 8, (), 1, "disabled"),
+        ("3._weight_quantizer", "QuantLinear", "int8", 8, (0,), 0, "dynamic (not calibrated)"),
+    ]
+    assert rows[0].amax_max == calibrated[0]._input_quantizer._amax.item()
+    assert qp.summary(calibrated).float_layers == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("save", lambda m, path: qp.save(m, path)),
+        ("load", lambda m, path: qp.load(path, m)),
+        ("export_onnx", lambda m, path: qp.export_onnx(m, torch.randn(2, 1, 4, 4), path)),
+        ("prepare", lambda m, path: qp.prepare(m, torch.randn(2, 1, 4, 4))),
+        ("calibrate", lambda m, path: qp.calibrate(m, [torch.randn(2, 1, 4, 4)])),
+        ("fit_zero_points", lambda m, path: qp.fit_zero_points(m, [torch.randn(2, 1, 4, 4)])),
+        ("configure", lambda m, path: qp.configure(m, {"*": "int4"})),
+        ("sensitivity", lambda m, path: qp.sensitivity(m, lambda model: 0.0)),
+        ("fold_weights", lambda m, path: qp.fold_weights(m)),
+        ("float_state_dict", lambda m, path: qp.float_state_dict(m)),
+    ],
+)
+def test_functions_for_quantpatchs_own_quantizers_say_what_to_write_instead(name, call, calibrated, tmp_path):
+    before = {key: value.clone() for key, value in calibrated.state_dict().items()}
+    with pytest.raises(
+        qp.errors.InputError, match=f"^{name} does not know the quantizers in Sequential"
+    ) as told:
+        call(calibrated, tmp_path / "file")
+    assert "'0._input_quantizer', a TensorQuantizer of pytorch_quantization. Instead write: " in str(
+        told.value
+    )
+    assert quant_nn.TensorQuantizer.instead[name] in str(told.value)
+    assert list(tmp_path.iterdir()) == []
+    assert all(torch.equal(value, before[key]) for key, value in calibrated.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning:torch.nn.modules.rnn")
+@pytest.mark.parametrize("layer", ["calibrated", "uncalibrated", "learned", "lstm"])
+def test_a_tracer_warns_of_nothing_in_this_code(layer, calibrated):
+    x = torch.randn(2, 1, 4, 4)
+    if layer == "uncalibrated":
+        model = quant_nn.QuantConv2d(1, 4, 3)
+    elif layer == "learned":
+        model = quant_nn.QuantConv2d(1, 4, 3, quant_desc_input=QuantDescriptor(learn_amax=True))
+    elif layer == "lstm":
+        model, x = quant_nn.QuantLSTM(4, 3, 2, bidirectional=True), torch.randn(5, 2, 4)
+    else:
+        model = calibrated
+    traced = torch.jit.trace(model.eval(), x, check_trace=False)
+    expected, got = model(x), traced(x)
+    assert torch.equal(*(out[0] if isinstance(out, tuple) else out for out in (expected, got)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_exporter_that_traces_warns_of_nothing_in_this_code(calibrated, tmp_path):
+    with quant_modules.enable_onnx_export():
+        torch.onnx.export(
+            calibrated, (torch.randn(2, 1, 4, 4),), tmp_path / "a.onnx", opset_version=17, dynamo=False
+        )

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytorch_quantization.tensor_quant import as_tensor
+
 __all__ = ["clip"]
 
 
@@ -26,8 +28,7 @@ def clip(x: Tensor, clip_value_min: Tensor | float, clip_value_max: Tensor | flo
     Raises:
         ValueError: In backward, where a bound that needs a gradient is not one number.
     """
-    low = torch.as_tensor(clip_value_min, device=x.device)
-    high = torch.as_tensor(clip_value_max, device=x.device)
+    low, high = (as_tensor(bound).to(x.device) for bound in (clip_value_min, clip_value_max))
     result: Tensor = _Clip.apply(x, low, high)  # type: ignore[no-untyped-call]
     return result
 

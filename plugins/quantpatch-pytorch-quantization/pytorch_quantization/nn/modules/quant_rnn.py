@@ -112,8 +112,9 @@ class QuantLSTM(QuantLayer, nn.LSTM):
 
     def _zeros(self, step: Tensor) -> State:
         count = self.num_layers * self._directions
-        h = step.new_zeros(count, len(step), self.proj_size or self.hidden_size)
-        return h, step.new_zeros(count, len(step), self.hidden_size)
+        rows = step.shape[0]  # not len(step), which is a fixed number where a graph is traced
+        h = step.new_zeros(count, rows, self.proj_size or self.hidden_size)
+        return h, step.new_zeros(count, rows, self.hidden_size)
 
     def _run_layers(self, steps: list[Tensor], hx: State | None) -> tuple[list[Tensor], State]:
         """All layers, on the inputs of each time step; in a packed sequence later steps have fewer rows."""
@@ -139,7 +140,7 @@ class QuantLSTM(QuantLayer, nn.LSTM):
         h, c = state
         outputs = []
         for step in reversed(steps) if reverse else steps:
-            rows = len(step)
+            rows = step.shape[0]
             x, h_in = _together(quantizer, step, h[:rows])
             gates = F.linear(x, w_ih, b_ih) + F.linear(h_in, w_hh, b_hh)
             i, f, g, o = gates.chunk(4, -1)

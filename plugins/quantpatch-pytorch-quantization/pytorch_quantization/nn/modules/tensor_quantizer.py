@@ -49,6 +49,19 @@ class TensorQuantizer(nn.Module):
 
     #: For quantpatch: ``audit`` and ``revert`` know it by this.
     is_quantizer: ClassVar[bool] = True
+    #: For quantpatch: functions that know its own quantizers alone, and what to write in their place.
+    instead: ClassVar[Mapping[str, str]] = {
+        "calibrate": "quantizer.enable_calib() and load_calib_amax(), or pytorch_quantization.calib",
+        "configure": "a quant_desc_input or quant_desc_weight where the layer is built",
+        "export_onnx": "with quant_modules.enable_onnx_export(): torch.onnx.export(...)",
+        "fit_zero_points": "nothing: ranges of the toolkit are symmetric",
+        "float_state_dict": "{k: v for k, v in model.state_dict().items() if '_quantizer' not in k}",
+        "fold_weights": "pytorch_quantization.optim.helper.quant_weight_inplace(model)",
+        "load": "model.load_state_dict(torch.load(path))",
+        "prepare": "with quant_modules.enable_onnx_export(): torch.onnx.export(...)",
+        "save": "torch.save(model.state_dict(), path)",
+        "sensitivity": "quantizer.disable() and enable() around an evaluation, for each layer",
+    }
     #: Whether what is computed is meant for an exporter; see ``quant_modules.enable_onnx_export``.
     _enable_onnx_export: ClassVar[bool] = False
     #: The flag of the same meaning that the toolkit had before version 2.2.
@@ -140,6 +153,18 @@ class TensorQuantizer(nn.Module):
     def quantizing(self) -> bool:
         """Whether it quantizes, by quantpatch's name."""
         return self._if_quant
+
+    @property
+    def format_name(self) -> str:
+        """The format, by quantpatch's name."""
+        if isinstance(self._num_bits, tuple):
+            return "fp8"
+        return f"{'u' * self._unsigned}int{self._num_bits}{'_narrow' * self._narrow_range}"
+
+    @property
+    def bits(self) -> int:
+        """Bits an element, by quantpatch's name."""
+        return 8 if isinstance(self._num_bits, tuple) else self._num_bits
 
     # --- properties ----------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ def quantize_dequantize(x: Tensor, grid: Grid) -> Tensor:
 @contextmanager
 def _untraced() -> Iterator[None]:
     """What is computed here does not go into the graph, if one is being traced."""
-    state = torch._C._get_tracing_state()
+    state: Any = torch._C._get_tracing_state()
     if state is None:
         yield
         return

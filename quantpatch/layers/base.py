@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from types import FunctionType
 from typing import Any, ClassVar
@@ -81,6 +82,8 @@ class QuantizedLayer:
     @classmethod
     def _set_up(cls) -> None:
         """Finds the float class and fits the class to it."""
+        if "float_class" in vars(cls) or _is_filled_later():
+            return  # it was pickled by value, with all that is found out here
         floats = [c for c in cls.__mro__ if issubclass(c, nn.Module) and not issubclass(c, QuantizedLayer)]
         if not floats or floats[0] is nn.Module:
             return  # a mixin of its own, to be combined with a float class later
@@ -301,6 +304,16 @@ def make_replacement(name: str, bases: tuple[type[Any], ...], members: Mapping[s
     made = make_class(name, bases, {**members, "_is_made": True})
     super(made, made).__init_subclass__()  # of the mixins
     return made
+
+
+def _is_filled_later() -> bool:
+    """Whether cloudpickle makes a class, which first makes it empty, base classes included."""
+    frame: Any = sys._getframe(2)
+    for _ in range(8):  # through the __init_subclass__ of mixins
+        if frame is None or frame.f_code.co_name == "_make_skeleton_class":
+            break
+        frame = frame.f_back
+    return frame is not None and "cloudpickle" in frame.f_globals.get("__name__", "")
 
 
 def weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:

@@ -13,11 +13,15 @@ import functools
 import threading
 from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 __all__ = ["call_with", "is_stand_in", "without_stand_in"]
+
+
+class _Absent:  # a class, since that stays itself in a pickle
+    """What a class has under a name that it does not have."""
 
 
 class _Calls(threading.local):
@@ -29,7 +33,6 @@ class _Calls(threading.local):
 
 _calls = _Calls()
 _lock = threading.Lock()
-_ABSENT: Final = object()
 
 
 def call_with(
@@ -82,7 +85,7 @@ def is_stand_in(member: Any) -> bool:
 
 def _make_property(cls: type[Any], name: str) -> None:
     with _lock:
-        own = vars(cls).get(name, _ABSENT)
+        own = vars(cls).get(name, _Absent)
         if type(own) is not _StandIn:
             type.__setattr__(cls, name, _StandIn(name, own, any(name in vars(c) for c in cls.__mro__[1:])))
 
@@ -99,9 +102,9 @@ class _StandIn(property):
         plain: Gives a layer's attribute as if there were no stand-ins.
     """
 
-    def __init__(self, name: str, own: Any = _ABSENT, inherited: bool = False) -> None:
-        self._made_of = (name,) if own is _ABSENT and not inherited else (name, own, inherited)
-        plain = self._of_object(name) if own is _ABSENT and not inherited else self._of_class(name, own)
+    def __init__(self, name: str, own: Any = _Absent, inherited: bool = False) -> None:
+        self._made_of = (name,) if own is _Absent and not inherited else (name, own, inherited)
+        plain = self._of_object(name) if own is _Absent and not inherited else self._of_class(name, own)
         self.plain = plain
 
         def get(layer: Any) -> Any:
@@ -150,7 +153,7 @@ class _StandIn(property):
             if not hasattr(type(member), "__set__"):
                 if name in layer.__dict__:
                     return layer.__dict__[name]
-                if member is _ABSENT:
+                if member is _Absent:
                     return layer.__getattr__(name)
             bind = getattr(type(member), "__get__", None)
             return member if bind is None else bind(member, layer, type(layer))
@@ -159,13 +162,13 @@ class _StandIn(property):
 
     def _below(self, layer: Any, name: str, own: Any) -> Any:
         """What the layer's class would have under the name if this were not there."""
-        if own is not _ABSENT:
+        if own is not _Absent:
             return own
         classes = iter(type(layer).__mro__)
         for cls in classes:
             if vars(cls).get(name) is self:
                 break
-        return next((vars(cls)[name] for cls in classes if name in vars(cls)), _ABSENT)
+        return next((vars(cls)[name] for cls in classes if name in vars(cls)), _Absent)
 
 
 class _View:

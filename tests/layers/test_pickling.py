@@ -1,0 +1,97 @@
+"""Quantized layers of classes pickled by value, as cloudpickle, joblib and Ray do with ``__main__``."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import quantpatch as qp
+from quantpatch.layers.base import QuantizedLayer
+
+cloudpickle = pytest.importorskip("cloudpickle")
+
+SOURCE = """
+import quantpatch, torch
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, 3))
+    def forward(self, x):
+        return x @ self.weight
+
+class QuantOwn(quantpatch.QuantizedLayer, Own):
+    inputs = ("x",)
+    weights = {"weight": 1}
+
+class Mine(nn.Linear):
+    def __init__(self, width):
+        super().__init__(width, width)
+
+class Stage(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(3, 3)
+    def forward(self, x):
+        return self.body(x) + x
+
+class QuantStage(quantpatch.QuantizedLayer, Stage):
+    operations = {torch.add: ("left", "right")}
+
+def build():
+    return nn.Sequential(Own(), Mine(3), Stage())
+"""
+X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def by_value(package):
+    """A module whose classes are pickled by value, as those of ``__main__`` are."""
+    module = importlib.import_module(f"{package(main=SOURCE)}.main")
+    cloudpickle.register_pickle_by_value(module)
+    yield module
+    cloudpickle.unregister_pickle_by_value(module)
+
+
+def block(module):
+    custom = [(module, name, getattr(module, f"Quant{name}")) for name in ("Own", "Stage")]
+    return qp.quantize_modules(custom=custom, subclasses=True)
+
+
+def test_quantized_layers_are_read_where_their_classes_are_not(by_value, tmp_path):
+    with block(by_value):
+        model = by_value.build()
+    assert all(isinstance(layer, QuantizedLayer) for layer in model)
+    qp.calibrate(model, [X])
+    data = cloudpickle.dumps((model, X, model(X).detach()))
+    twin, x, expected = pickle.loads(data)
+    assert torch.equal(twin(x), expected)
+    (tmp_path / "model.pkl").write_bytes(data)
+    code = f"""
+import pickle, torch
+model, x, expected = pickle.load(open({str(tmp_path / "model.pkl")!r}, "rb"))
+assert torch.equal(model(x), expected)
+import quantpatch
+print([type(layer).__name__ for layer in model], str(model).count("Quant"))
+quantpatch.revert(model)
+print([type(layer).__name__ for layer in model])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["['QuantOwn', 'QuantMine', 'Stage'] 12", "['Own', 'Mine', 'Stage']"]
+
+
+def test_a_replacement_that_does_not_fit_is_still_refused():
+    class Own(nn.Module):
+        def forward(self, x):
+            return x
+
+    with pytest.raises(qp.errors.LayerError, match="forward takes"):
+        type("QuantOwn", (QuantizedLayer, Own), {})

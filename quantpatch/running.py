@@ -21,6 +21,7 @@ __all__ = [
     "explaining_devices",
     "run_batch",
     "run_over",
+    "telling",
     "uncompiled",
 ]
 
@@ -177,6 +178,21 @@ def _unfit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 def _quoted(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
+
+
+@contextlib.contextmanager
+def telling(progress: bool) -> Iterator[Callable[[str], None]]:
+    """A block that takes long: what it is given in words, it shows until the next.
+
+    Args:
+        progress: Whether to show it (on a terminal only).
+    """
+    console = Console(stderr=True)
+    if not (progress and console.is_terminal):
+        yield lambda text: None
+        return
+    with console.status("") as status:
+        yield status.update
 
 
 def run_over(model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], Any], *, progress: bool) -> None:

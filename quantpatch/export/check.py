@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from quantpatch.errors import ExportError
 from quantpatch.export.kernel_check import KernelCheck, check_kernels
+from quantpatch.export.latency import Latency, measure, on_floats
 from quantpatch.export.sessions import changed, session, session_options
 from quantpatch.export.targets import Operand, codes_name
 from quantpatch.fake_quant import fake_quantize, quantize
@@ -47,6 +48,7 @@ class Comparison:
             all behind it, which ``within_step`` counts, has no part in it.
         not_run: Why nothing was compared; empty if it was.
         not_random: Why the given inputs alone were compared; empty if random ones were as well.
+        latency: How long the file takes beside the same in float; None if that was not measured.
     """
 
     largest_difference: float = 0.0
@@ -59,6 +61,7 @@ class Comparison:
     kernels_within_step: float | None = None
     not_run: str = ""
     not_random: str = ""
+    latency: Latency | None = None
 
     @property
     def differing_share(self) -> float:
@@ -90,7 +93,8 @@ class ExportReport:
         nodes: How many nodes there are of each operator.
         bytes: Its size, with that of its data file.
         quantizers: Names of the quantizers in it.
-        comparison: How its results compare to the model's; None if that was not asked for.
+        comparison: How its results compare to the model's, and how long it takes; None if that was not asked
+            for.
     """
 
     path: Path
@@ -106,7 +110,10 @@ class ExportReport:
             f"{count} {name}" for name, count in sorted(self.nodes.items(), key=lambda n: -n[1])
         )
         text = f"{self.path} for {self.target}: {self.bytes:,} bytes, opset {self.opset}\n  {nodes}"
-        return text if self.comparison is None else f"{text}\n  {self.comparison}"
+        if self.comparison is None:
+            return text
+        latency = "" if self.comparison.latency is None else f"\n  {self.comparison.latency}"
+        return f"{text}\n  {self.comparison}{latency}"
 
 
 def compare_with_torch(
@@ -117,6 +124,7 @@ def compare_with_torch(
     found: list[Operand],
     *,
     optimized: bool = True,
+    float_path: Path | None = None,
 ) -> Comparison:
     """Runs the file and the model on the same inputs: those given, and random ones like them.
 
@@ -127,6 +135,7 @@ def compare_with_torch(
         path: The file.
         found: The model's quantizers.
         optimized: Whether to run the file with ONNX Runtime's optimizations on as well.
+        float_path: The same file in float, to measure latency beside; None not to.
 
     Raises:
         ExportError: ONNX Runtime cannot load or run the file.
@@ -137,7 +146,10 @@ def compare_with_torch(
         return Comparison(not_run="ONNX Runtime's CPU provider has no kernels of bfloat16")
     totals, runs, not_random = _as_written(model, args, kwargs, path, found)
     largest, relative, integers, differing, mismatching = zip(*totals, strict=True)
-    within, kernels = _optimized(path, runs) if optimized else (None, None)
+    within, kernels, left = _optimized(path, runs, found) if optimized else (None, None, ())
+    latency = None
+    if float_path is not None:
+        latency = Latency(*measure(path, float_path, runs[0][0]), left)
     return Comparison(
         max(largest),
         max(relative),
@@ -148,6 +160,7 @@ def compare_with_torch(
         kernels=len(kernels.compared) if kernels else 0,
         kernels_within_step=kernels.share if kernels else None,
         not_random=not_random,
+        latency=latency,
     )
 
 
@@ -315,11 +328,21 @@ def _largest(x: Tensor) -> float:
     return finite.abs().max().item() if finite.numel() else 0.0
 
 
-def _optimized(path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]]) -> tuple[float, KernelCheck]:
-    """The share of outputs within a step of the model's, and the kernels, when ONNX Runtime optimizes."""
+def _optimized(
+    path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], found: list[Operand]
+) -> tuple[float, KernelCheck, tuple[str, ...]]:
+    """What comes of ONNX Runtime's optimizations.
+
+    The share of outputs within a step of the model's, the kernels, and the layers that run on floats.
+    """
+    import onnx
+
     graph = path.with_name(f"{path.name}.optimized")
     try:
-        return _within_step(path, runs, graph), check_kernels(path, graph, [feed for feed, _ in runs])
+        within = _within_step(path, runs, graph)
+        kernels = check_kernels(path, graph, [feed for feed, _ in runs])
+        file, optimized = (onnx.load(str(each), load_external_data=False) for each in (path, graph))
+        return within, kernels, on_floats(file, optimized, found)
     finally:
         for written in graph.parent.glob(f"{glob.escape(graph.name)}*"):
             written.unlink()

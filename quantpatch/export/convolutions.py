@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantpatch.export.channels import pad_inputs, widen_channels
-from quantpatch.export.graph import attributes_of, constant, constant_of, maker, replaced
+from quantpatch.export.graph import attributes_of, constant, constant_of, is_float8, maker, replaced
 from quantpatch.export.weights import bias_fits
 
 __all__ = ["convolutions_for_onnxruntime"]
@@ -77,7 +77,8 @@ def _pools_as_convolutions(graph: Any) -> None:
     import onnx_ir as ir
 
     for node in list(graph):
-        if node.op_type != "AveragePool" or not maker(node.inputs[0], "DequantizeLinear"):
+        made = maker(node.inputs[0], "DequantizeLinear") if node.op_type == "AveragePool" else None
+        if made is None or is_float8(made.inputs[0]):
             continue
         shape, how = node.inputs[0].shape, attributes_of(node)
         kernel = list(how["kernel_shape"])

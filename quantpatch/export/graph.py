@@ -17,6 +17,7 @@ __all__ = [
     "maker",
     "quantizers_behind",
     "replaced",
+    "store_four_bits",
     "tidy",
 ]
 
@@ -45,7 +46,7 @@ def tidy(model: Any, target: str) -> None:
         common.RemoveUnusedNodesPass(),
         common.TopologicalSortPass(),
     )
-    _store_four_bits(model.graph)
+    store_four_bits(model.graph)
     shared(model)
     _quantize_once(model.graph)
     if target == "onnxruntime":
@@ -117,7 +118,7 @@ def replaced(graph: Any, node: Any, steps: Sequence[Any]) -> None:
     old, new = node.outputs[0], steps[-1].outputs[0]
     name = old.name
     for step in steps[:-1]:
-        step.outputs[0].name = f"{name}.{step.op_type.lower()}"
+        step.outputs[0].name = step.outputs[0].name or f"{name}.{step.op_type.lower()}"
         step.outputs[0].type = step.outputs[0].type or old.type
     old.name = f"{name}.{node.op_type.lower()}"
     new.name, new.type, new.shape = name, old.type, old.shape
@@ -129,7 +130,7 @@ def replaced(graph: Any, node: Any, steps: Sequence[Any]) -> None:
 # --- Passes -------------------------------------------------------------------------------------------------
 
 
-def _store_four_bits(graph: Any) -> None:
+def store_four_bits(graph: Any) -> None:
     """Casts of constants to 4 bits, which torch has no type for, become constants of 4 bits."""
     import onnx_ir as ir
 

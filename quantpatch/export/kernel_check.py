@@ -17,7 +17,7 @@ import attrs
 
 from quantpatch.export.sessions import changed, session_options
 
-__all__ = ["KernelCheck", "check_kernels", "kernels_of"]
+__all__ = ["KernelCheck", "check_kernels", "is_kernel", "kernels_of"]
 
 
 # What ONNX Runtime adds to the name of a value in front of which it moves a QuantizeLinear.
@@ -27,6 +27,7 @@ _FLOAT_PRODUCTS = ("Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatM
 # What lays channels out in blocks for a float kernel.
 _REORDERING = ("ReorderInput", "ReorderOutput")
 # What integer kernels do besides, on their way to the QuantizeLinear.
+_INTEGER_KERNELS = ("QLinear", "QGemm", "QAttention", "DynamicQuantize")
 _QUANTIZE = "QuantizeLinear"
 _FUSED = ("Relu", "Clip", _QUANTIZE)
 
@@ -106,7 +107,7 @@ def kernels_of(graph: Any) -> list[str]:
 
     found: list[str] = []
     for node in graph.node:
-        if _is_kernel(node):
+        if is_kernel(node):
             found += filter(None, node.output)
         elif node.op_type in _FLOAT_PRODUCTS and multiplies_integers(node):
             quantized = [
@@ -116,10 +117,10 @@ def kernels_of(graph: Any) -> list[str]:
     return found
 
 
-def _is_kernel(node: Any) -> bool:
+def is_kernel(node: Any) -> bool:
     """Whether a node of an optimized graph multiplies, adds, averages or puts together integers."""
     kind = node.op_type
-    return kind.startswith(("QLinear", "QGemm", "QAttention", "DynamicQuantize")) or "Integer" in kind
+    return kind.startswith(_INTEGER_KERNELS) or "Integer" in kind
 
 
 class _Twins:
@@ -144,7 +145,7 @@ class _Twins:
             if name is not None:
                 return value, name
             seen.add(value)
-            users = [user for user in self._users.get(value, ()) if not _is_kernel(user)]
+            users = [user for user in self._users.get(value, ()) if not is_kernel(user)]
             waiting += [name for user in users for name in user.output if name not in seen]
         return None
 

@@ -27,10 +27,11 @@ from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError, 
 from quantpatch.export.check import ExportReport, compare_with_torch
 from quantpatch.export.description import active_plugins, describe_quantizers
 from quantpatch.export.graph import tidy
+from quantpatch.export.latency import float_twin
 from quantpatch.export.stand_ins import standing_in
 from quantpatch.export.targets import TARGETS, Operand, Target, operands, problems
 from quantpatch.files import own_version, written_whole
-from quantpatch.running import demand_model, evaluating, uncompiled
+from quantpatch.running import demand_model, evaluating, telling, uncompiled
 
 __all__ = ["export_onnx"]
 
@@ -53,6 +54,8 @@ def export_onnx(
     output_names: list[str] | None = None,
     opset: int | None = None,
     check: bool = True,
+    latency: bool = True,
+    progress: bool = True,
 ) -> ExportReport:
     """Writes a quantized model as an ONNX file that computes the same integers, and checks that it does.
 
@@ -76,6 +79,10 @@ def export_onnx(
             then, as newer ones do themselves, and codes of 4 bits are stored in 8.
         check: Run ONNX Runtime on the arguments and on random ones, and compare: with its optimizations
             off, which computes what the file says, and for ``"onnxruntime"`` with them on as well.
+        latency: With the check, measure how long the file takes beside the same file in float, for half a
+            second or so: it is in the report, and a warning if the file is slower. Only for
+            ``"onnxruntime"``, and for weights of up to 512 MiB.
+        progress: Whether to show what is being done (on a terminal only).
 
     Returns:
         What was written, and how it compares.
@@ -84,6 +91,9 @@ def export_onnx(
         ExportError: The target cannot take some of the quantizers, the model cannot be traced, or the file
             does not run. Nothing was written.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+
+    Warns:
+        QuantPatchWarning: The file is slower than it would be in float, with the layers that make it so.
     """
     demand_model(model, "export_onnx")
     _demand_extra(check)
@@ -92,29 +102,43 @@ def export_onnx(
     has_bfloat16 = _has_bfloat16(model, args, kwargs)
     opset = opset if opset is not None else _OPSET_OF_BFLOAT16 if has_bfloat16 else _OPSET
     args, kwargs = _each_on_its_own(args if isinstance(args, tuple) else (args,), kwargs or {})
-    with _EXPORTING, _quiet(), evaluating(model):
+    with _EXPORTING, _quiet(), evaluating(model), telling(progress) as tell:
         # While another thread traces, its tensors stand in for the parameters of a model that both export.
         found = _checked_operands(model, target, opset)
+        tell(f"tracing {type(model).__name__}")
         program = _traced(
             model, args, kwargs, found, target, opset, dynamic_shapes, input_names, output_names
         )
         names = [operand.name for operand in found]
         program.model.ir_version = _ir_version(opset)
-        tidy(program.model, target)
-        program.model.metadata_props.update(_metadata(model, target))
-        nodes = Counter(node.op_type for node in program.model.graph)
         with written_whole(path) as folder:
+            beside = None
+            is_measured = latency and check and found and target == "onnxruntime" and not has_bfloat16
+            if is_measured and _weight_bytes(program.model) <= _LARGE // 4:
+                beside = folder / f"{path.name}.float"
+                _write(float_twin(program.model, found), beside)
+            tell("rewriting the graph")
+            tidy(program.model, target)
+            program.model.metadata_props.update(_metadata(model, target))
+            nodes = Counter(node.op_type for node in program.model.graph)
             size = _write(program.model, folder / path.name)
             del program
             if size > _LARGE // 8:
                 gc.collect()  # it refers to itself, and would keep its weights while the check needs more
+            tell("checking the file")
             _check_file(folder / path.name, has_bfloat16 and opset < _OPSET_OF_BFLOAT16)
             compared = None
             if check:
+                is_optimized = target == "onnxruntime"
                 compared = compare_with_torch(
-                    model, args, kwargs, folder / path.name, found, optimized=target == "onnxruntime"
+                    model, args, kwargs, folder / path.name, found, optimized=is_optimized, float_path=beside
                 )
+            if beside is not None:
+                beside.unlink()
             size = sum(file.stat().st_size for file in folder.iterdir())
+    measured = None if compared is None else compared.latency
+    if measured is not None and measured.is_slower:
+        warn_caller(measured.advice(path.name))
     return ExportReport(path, target, opset, dict(nodes), size, tuple(names), compared)
 
 
@@ -306,11 +330,16 @@ def _write(model: Any, path: Path) -> int:
     """Writes the file, its weights beside it if they are too large; returns their size, and frees them."""
     import onnx_ir as ir
 
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    size = _weight_bytes(model)
     ir.save(model, path, external_data=f"{path.name}.data" if size > _LARGE else None)
     for value in model.graph.initializers.values():
         value.const_value = None  # onnxscript's rules keep the last graph that they have seen
-    return int(size)
+    return size
+
+
+def _weight_bytes(model: Any) -> int:
+    values = model.graph.initializers.values()
+    return int(sum(value.const_value.nbytes for value in values if value.const_value is not None))
 
 
 def _check_file(path: Path, too_old: bool) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 
 from quantpatch.export.graph import attributes_of, constant, constant_of, maker, quantizers_behind, replaced
 
-__all__ = ["bias_fits", "biases_as_integers", "gives_integers", "pack_four_bits", "weights_for_onnxruntime"]
+__all__ = [
+    "bias_fits",
+    "biases_as_integers",
+    "fold_weight",
+    "gives_integers",
+    "pack_four_bits",
+    "weights_for_onnxruntime",
+]
 
 _PRODUCTS = ("Conv", "MatMul", "Gemm")
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -38,7 +45,7 @@ def weights_for_onnxruntime(graph: Any) -> None:
         if weight.is_graph_output() or _runs_on_codes(node):
             continue
         products = [use.node for use in weight.uses()]
-        _fold(graph, node)
+        fold_weight(graph, node)
         for product in products:
             if product.op_type in _CONVOLUTIONS and quantizers_behind(product.outputs[0])[0]:
                 _guard(graph, product)
@@ -113,8 +120,13 @@ def _takes_blocks(use: Any, dequantized: Any) -> bool:
     )
 
 
-def _fold(graph: Any, node: Any) -> None:
-    """Writes a weight as its codes, cast, times its scales."""
+def fold_weight(graph: Any, node: Any) -> None:
+    """Writes a weight as its codes, cast, times its scales.
+
+    Args:
+        graph: An ``onnx_ir.Graph``; changed in place.
+        node: The DequantizeLinear.
+    """
     import onnx_ir as ir
 
     codes, scale = node.inputs[:2]

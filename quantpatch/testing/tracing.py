@@ -72,7 +72,8 @@ def onnx(subject: Subject) -> None:
     keywords = dict(subject.example.keywords)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            export_onnx(quantized.eval(), subject.data(), Path(folder) / "layer.onnx", kwargs=keywords)
+            path = Path(folder) / "layer.onnx"
+            export_onnx(quantized.eval(), subject.data(), path, kwargs=keywords, latency=False)
         except MissingExtraError as error:
             raise NotApplicable(str(error)) from error
         except ExportError as error:

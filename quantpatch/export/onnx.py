@@ -111,7 +111,7 @@ def export_onnx(
         )
         names = [operand.name for operand in found]
         program.model.ir_version = _ir_version(opset)
-        with written_whole(path) as folder:
+        with written_whole(path, companion=f"{path.name}.data") as folder:
             beside = None
             is_measured = latency and check and found and target == "onnxruntime" and not has_bfloat16
             if is_measured and _weight_bytes(program.model) <= _LARGE // 4:

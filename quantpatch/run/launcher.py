@@ -12,7 +12,10 @@ from typing import NoReturn
 
 import attrs
 
-from quantpatch.errors import ScriptError
+from quantpatch.descriptor import Recipe
+from quantpatch.errors import ScriptError, UnknownNameError
+from quantpatch.files import temporary_folder
+from quantpatch.registry import registry
 from quantpatch.run.settings import VARIABLE, RunSettings
 
 __all__ = ["launch"]
@@ -28,7 +31,7 @@ def launch(settings: RunSettings, command: Sequence[str], *, module: bool = Fals
 
     Args:
         settings: How to quantize, and what to tell at the end.
-        command: The script and its arguments.
+        command: The script and its arguments; ``-`` is a script that comes from the standard input.
         module: Whether ``command`` begins with a module's name instead, as for ``python -m``.
 
     Raises:
@@ -36,7 +39,7 @@ def launch(settings: RunSettings, command: Sequence[str], *, module: bool = Fals
         QuantPatchError: The block cannot be opened.
     """
     script = command[0]
-    if not module and not os.path.exists(script):
+    if not module and script != "-" and not os.path.exists(script):
         hint = ""
         if not script.endswith(".py") and os.sep not in script:
             hint = f"; for a module write: quantpatch run -m {script}"
@@ -47,16 +50,35 @@ def launch(settings: RunSettings, command: Sequence[str], *, module: bool = Fals
             "reaches the script. Write: python -m quantpatch run ...",
             script=script,
         )
-    with settings.scope():  # whatever is wrong with the settings is told here, before anything runs
-        pass
-    directory = tempfile.mkdtemp(prefix="quantpatch-run-")
-    environment = _environment(attrs.evolve(settings, directory=directory))
+    _try(settings)
+    directory, _ = temporary_folder(Path(tempfile.gettempdir()), "quantpatch-run-", inherited=True)
+    environment = _environment(attrs.evolve(settings, directory=str(directory)))
     python = [sys.executable, *_flags(), *(["-m"] if module else []), *command]
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed, as under cron or in a daemon
+            stream.flush()
     if sys.platform == "win32":  # there, the caller would not wait for the new process
         raise SystemExit(subprocess.call(python, env=environment))
     os.execve(sys.executable, python, environment)
+
+
+def _try(settings: RunSettings) -> None:
+    """Opens and closes the block: whatever is wrong with the settings is told here, before anything runs."""
+    try:
+        with settings.scope():
+            pass
+    except UnknownNameError as error:
+        if error.kind != "layer in skip" or error.name in registry.named("quantpatch_recipes", Recipe):
+            raise
+        raise UnknownNameError.of(
+            error.kind,
+            error.name,
+            error.known,
+            "--skip takes names of classes, which `quantpatch layers` lists. By its name in the model a "
+            f"layer is left float by a rule of a recipe: qp.Recipe(name='mine', rules="
+            f"{{{error.name!r}: None}}), which a plugin returns from its hook quantpatch_recipes, and "
+            f"--recipe mine",
+        ) from None
 
 
 def _environment(settings: RunSettings) -> dict[str, str]:

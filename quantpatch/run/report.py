@@ -63,6 +63,8 @@ def report(parts: Sequence[Part], *, models: bool) -> None:
         parts: A part for each process.
         models: Whether the models were watched.
     """
+    if sys.stderr is None:  # closed
+        return
     console = Console(markup=False, stderr=True, width=None if sys.stderr.isatty() else 160, highlight=False)
     with console.capture() as captured:
         _print(console, parts, models=models)

@@ -8,7 +8,7 @@ import sys
 from multiprocessing import util
 from pathlib import Path
 
-from quantpatch.errors import QuantPatchError
+from quantpatch.errors import QuantPatchError, shown
 from quantpatch.files import written_whole
 from quantpatch.run.models import WatchedModels
 from quantpatch.run.report import Part, left_in, report
@@ -25,12 +25,12 @@ class Session:
     """
 
     def __init__(self, settings: RunSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._scope = settings.scope().start()
         self._models = self._watched()
 
     def _watched(self) -> WatchedModels | None:
-        settings, rules = self._settings, self._settings.rules()
+        settings, rules = self.settings, self.settings.rules()
         if not (settings.audit or settings.calibrate or rules):
             return None
         return WatchedModels(
@@ -58,7 +58,7 @@ class Session:
 
     def leave(self) -> None:
         """Ends the block and leaves what there is to tell for the first process, if that is still there."""
-        part, directory = self.close(), Path(self._settings.directory)
+        part, directory = self.close(), Path(self.settings.directory)
         if part and directory.is_dir():
             with written_whole(directory / f"{os.getpid()}.json") as folder:
                 (folder / f"{os.getpid()}.json").write_text(part.to_json())
@@ -79,10 +79,17 @@ def start(is_main: bool) -> None:
         is_main: Whether this is the first process: it tells at the end instead of leaving it.
     """
     global current
+    # Once: a script may change its environment as it likes.
     try:
-        current = Session(RunSettings.from_json(os.environ[VARIABLE]))
+        settings = RunSettings.from_json(os.environ[VARIABLE])
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        # Nothing that the command wrote. The script runs; `import torch` is no place to fail.
+        _say(f"{VARIABLE} cannot be read ({shown(error)}); what this process builds stays float")
+        return
+    try:
+        current = Session(settings)
     except QuantPatchError as error:  # the command had no such trouble: another environment, say
-        print(f"quantpatch run: the block cannot be opened: {error}", file=sys.stderr)
+        _say(f"the block cannot be opened: {error}")
         raise SystemExit(2) from None
     if not is_main:
         _leave_at_the_end()
@@ -90,6 +97,11 @@ def start(is_main: bool) -> None:
     util.register_after_fork(leave, lambda leave: util.Finalize(None, leave, exitpriority=0))
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_begin_again)
+
+
+def _say(what: str) -> None:
+    if sys.stderr is not None:  # print would take standard output instead
+        print(f"quantpatch run: {what}", file=sys.stderr)
 
 
 def _leave_at_the_end() -> None:
@@ -101,10 +113,11 @@ def tell(directory: str) -> None:
     """Prints what all processes have to tell; this one, the first, ends its block."""
     global current
     session, current = current, None
-    parts = [] if session is None else [session.close()]
-    parts += left_in(directory)
-    settings = RunSettings.from_json(os.environ[VARIABLE])
-    report(parts, models=bool(settings.calibrate or settings.audit))
+    if session is None:
+        report(left_in(directory), models=False)
+        return
+    settings = session.settings
+    report([session.close(), *left_in(directory)], models=bool(settings.calibrate or settings.audit))
 
 
 def leave() -> None:
@@ -121,5 +134,5 @@ def _begin_again() -> None:
     if current is None:
         return
     current.close()
-    current = Session(RunSettings.from_json(os.environ[VARIABLE]))
+    current = Session(current.settings)
     atexit.register(leave)

@@ -346,6 +346,80 @@ def test_a_block_that_cannot_be_opened_in_a_child_ends_it_with_the_reason(write,
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("closed", "source"),
+    [(">&-", ""), ("2>&-", ""), (">&- 2>&-", "import torch\nlayer = torch.nn.Linear(2, 2)\n")],
+)
+def test_a_script_whose_streams_are_closed_runs(closed, source, write, tmp_path):
+    script = write(
+        f"""
+        import os, subprocess, sys
+        {source.replace(chr(10), chr(10) + "        ")}
+        child = subprocess.run([sys.executable, "-c", "import sys; sys.exit(7 if sys.stdout is None else 8)"])
+        with open("ran", "w") as file:
+            file.write(f"{{child.returncode}} {{type(globals().get('layer')).__name__}}")
+        """
+    )
+    line = f"exec {sys.executable} -m quantpatch run {script} {closed}"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    # The child has its standard output just as it would have without the command.
+    child = 7 if ">&-" in closed.replace("2>&-", "") else 8
+    assert (tmp_path / "ran").read_text() == f"{child} {'QuantLinear' if source else 'NoneType'}"
+
+
+def test_a_script_from_standard_input(tmp_path):
+    done = command(
+        "-", "one", cwd=tmp_path, input="import sys, torch\nprint(sys.argv, torch.nn.Linear(2, 2))\n"
+    )
+    assert (done.returncode, done.stdout.split("Linear")[0]) == (0, "['-', 'one'] Quant")
+
+
+def test_a_script_that_clears_its_environment_and_forks_tells_what_it_built(write, tmp_path, environment):
+    script = write(
+        """
+        import os, torch
+        torch.nn.Linear(2, 2)
+        os.environ.clear()
+        child = os.fork()
+        if child == 0:
+            torch.nn.Linear(2, 2)
+            raise SystemExit(0)
+        os.waitpid(child, 0)
+        """
+    )
+    done = python("-W", "ignore", script, env=environment(), cwd=tmp_path)
+    assert done.returncode == 0
+    assert "2 layers replaced in 2 processes" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("text", "main"), [("{", True), ('{"recipe": 3, "new": 1}', False)])
+def test_a_variable_that_the_command_did_not_write_does_not_break_importing_torch(
+    text, main, write, tmp_path, environment
+):
+    env = {**environment(), "QUANTPATCH_RUN": text}
+    if not main:
+        del env["QUANTPATCH_RUN_MAIN"]
+    done = python(write("import torch\nprint(torch.nn.Linear(2, 2))\n"), env=env, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Linear(")
+    assert "QUANTPATCH_RUN cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_folder_of_a_run_that_was_killed_is_removed_by_the_next(write, tmp_path, monkeypatch):
+    folders = tmp_path / "tmp"
+    folders.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folders))
+    killed = command(write("import os\nos.kill(os.getpid(), 9)\n"), cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(folders.iterdir())) == 1
+    seen = command(write("import os, sys\nprint(os.listdir(sys.argv[1]))\n"), str(folders), cwd=tmp_path)
+    assert len(eval(seen.stdout)) == 1  # its own
+    assert list(folders.iterdir()) == []
+
+
 # --- before anything runs ----------------------------------------------------------------------
 
 
@@ -387,6 +461,8 @@ def test_the_settings_go_along_and_python_keeps_its_options(write, tmp_path, exe
         (["nothing.py"], {}, ScriptError, "there is no script 'nothing.py' in /"),
         (["nothing"], {}, ScriptError, "for a module write: quantpatch run -m nothing"),
         (["script.py"], {"skip": ["Linaer"]}, UnknownNameError, "Did you mean 'Linear'"),
+        (["script.py"], {"skip": ["conv1"]}, UnknownNameError, "rules={'conv1': None}\\), which a plugin"),
+        (["script.py"], {"skip": ["int4"]}, UnknownNameError, "It is a recipe"),
         (["script.py"], {"recipe": "int9"}, UnknownNameError, "unknown recipe 'int9'"),
         (["script.py"], {"plugins": ["nobody"]}, UnknownNameError, "unknown plugin 'nobody'"),
     ],

@@ -40,9 +40,12 @@ def _start(is_main: bool) -> None:
     except ModuleNotFoundError as error:
         if error.name != "quantpatch":
             raise
-        print(
-            f"quantpatch run: {sys.executable} has no quantpatch; what it builds stays float", file=sys.stderr
-        )
+        _say(f"{sys.executable} has no quantpatch; what it builds stays float")
+
+
+def _say(what: str) -> None:
+    if sys.stderr is not None:  # print would take standard output instead
+        print(f"quantpatch run: {what}", file=sys.stderr)
 
 
 def _by_path(file: Path) -> Any:
@@ -86,15 +89,12 @@ def _tell_at_the_end(settings: dict[str, Any], stop_watch: Callable[[], None]) -
             with contextlib.suppress(KeyboardInterrupt):
                 if "quantpatch.run.session" in sys.modules:
                     importlib.import_module("quantpatch.run.session").tell(directory)
-                elif os.listdir(directory):
+                elif os.path.isdir(directory) and os.listdir(directory):
                     report = _by_path(HERE.parent / "report.py")
                     watched = bool(settings["calibrate"] or settings["audit"])
                     report.report(report.left_in(directory), models=watched)
                 else:
-                    print(
-                        "quantpatch run: no process imported torch, so that nothing was quantized",
-                        file=sys.stderr,
-                    )
+                    _say("no process imported torch, so that nothing was quantized")
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
@@ -110,7 +110,8 @@ def _begin() -> None:
     if is_main:
         import json  # a few milliseconds that the other processes need not spend
 
-        _tell_at_the_end(json.loads(settings), stop_watch)
+        with contextlib.suppress(ValueError):  # it is told of where torch is imported
+            _tell_at_the_end(json.loads(settings), stop_watch)
 
 
 if __name__ == "sitecustomize":  # imported by Python itself, not looked at by a tool

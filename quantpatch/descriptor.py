@@ -11,6 +11,7 @@ import attrs
 
 from quantpatch.errors import DescriptorError, shown
 from quantpatch.formats import Float, Integer, NumberFormat
+from quantpatch.grouped_axes import GroupedAxes
 
 __all__ = ["CHANNEL", "REDUCTION", "Axis", "QuantDescriptor", "Recipe"]
 
@@ -44,6 +45,8 @@ class QuantDescriptor:
         axis: Axes that are *kept*, with a range for each index along them; None is one range for the
             whole tensor, ``"channel"`` the layer's output channels. For formats in blocks: the axis
             that blocks run along; ``"reduction"`` is the one that the layer's products sum over.
+        groups: With ``axis=(0, 1)``: of how many groups of neighbours, each with ranges of its own, the first
+            axis is made. Weights of transposed convolutions with groups have their output channels so.
         unsigned: Integers from 0 on: no negative values, unless ``zero_point`` makes room for them.
         zero_point: Which of the unsigned integers stands for 0: the grid goes from ``-zero_point`` to
             ``2**num_bits - 1 - zero_point``, and the range from ``-amax * zero_point / (2**num_bits - 1 -
@@ -65,6 +68,7 @@ class QuantDescriptor:
     axis: int | tuple[int, ...] | Literal["channel", "reduction"] | None = attrs.field(
         default=None, converter=_axis
     )
+    groups: int = 1
     unsigned: bool = False
     narrow_range: bool = False
     zero_point: int = 0
@@ -83,6 +87,9 @@ class QuantDescriptor:
             len(axes) > 0 and all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes)
         )
         self._demand(valid_axis, "axis", "an int, a tuple of ints, 'channel', 'reduction' or None")
+        whole = isinstance(self.groups, int) and not isinstance(self.groups, bool)
+        fits = whole and (self.groups == 1 or (self.groups > 1 and self.axis == (0, 1)))
+        self._demand(fits, "groups", "1, or more with axis=(0, 1)")
         for field in ("amax", "scale_amax"):
             value = getattr(self, field)
             self._demand(value is None or _is_positive(value), field, "a positive finite number or None")
@@ -132,6 +139,8 @@ class QuantDescriptor:
     @property
     def kept_axes(self) -> Axis:
         """``axis``, once a layer has filled in ``"channel"`` or ``"reduction"`` (before that: None)."""
+        if self.groups > 1:
+            return GroupedAxes(self.groups)
         return None if isinstance(self.axis, str) else self.axis
 
     def for_axes(self, channel: Axis, reduction: int | None) -> QuantDescriptor:
@@ -159,6 +168,8 @@ class QuantDescriptor:
 
 @functools.lru_cache(maxsize=1024)
 def _with_axis(descriptor: QuantDescriptor, axis: Axis) -> QuantDescriptor:
+    if isinstance(axis, GroupedAxes):
+        return attrs.evolve(descriptor, axis=(0, 1), groups=axis.groups)
     return attrs.evolve(descriptor, axis=axis)
 
 

@@ -23,6 +23,7 @@ from quantpatch.affine import magnitudes, upper_end
 from quantpatch.division import quotient
 from quantpatch.errors import DescriptorError, OperandError, RangeError
 from quantpatch.formats import Blocked, Integer, NumberFormat
+from quantpatch.grouped_axes import GroupedAxes
 from quantpatch.kernels import operations as kernels
 from quantpatch.rounding.in_memory import Axis, round_trip_to_range
 from quantpatch.rounding.modes import is_in_memory, is_jit_traced
@@ -86,6 +87,9 @@ def fake_quantize(
     check_operand(x)
     if amax is not None and (rounded := round_trip_to_range(x, amax, format, axis)) is not None:
         return rounded
+    if isinstance(axis, GroupedAxes):
+        split = fake_quantize(axis.split(x), _split_range(amax), format, axis=axis.SPLIT)
+        return split.flatten(0, 1)
     if not isinstance(format, Blocked):
         range_, scale = _range_and_scale(x, amax, format, axis)
         return round_trip(x, range_, scale, format, batch_axis=batch_axis)
@@ -119,6 +123,9 @@ def quantize(
         RangeError: As in :func:`fake_quantize`.
     """
     check_operand(x)
+    if isinstance(axis, GroupedAxes):
+        codes, scale = quantize(axis.split(x), _split_range(amax), format, axis=axis.SPLIT)
+        return codes.flatten(0, 1), axis.spread(scale.squeeze(1) if scale.dim() else scale, x.shape[0])
     with torch.no_grad():
         if not isinstance(format, Blocked):
             _, scale = _range_and_scale(x, amax, format, axis)
@@ -149,6 +156,8 @@ def dequantize(codes: Tensor, scale: Tensor, format: NumberFormat, *, axis: Axis
                 return dequantize(codes.unsqueeze(0), scale, format, axis=axis).squeeze(0)
             scale = spread(scale, codes, format, _block_axis(codes, axis))
             format = format.element
+        if isinstance(axis, GroupedAxes):
+            scale = axis.spread(scale, codes.shape[0])
         values = codes.to(torch.float32, copy=True)
         if type(format) is Integer and format.zero_point:
             values.sub_(format.zero_point)
@@ -171,6 +180,8 @@ def reduce_amax(x: Tensor, axis: Axis = None) -> Tensor:
         RangeError: ``axis`` does not exist.
     """
     check_operand(x)
+    if isinstance(axis, GroupedAxes):
+        return reduce_amax(axis.split(x), axis.SPLIT).squeeze(1)
     kept = _axes(x, axis)
     reduced = [d for d in range(x.dim()) if d not in kept]
     x = x.detach()
@@ -189,6 +200,11 @@ def reduce_amax(x: Tensor, axis: Axis = None) -> Tensor:
     else:
         low, high = x.amin(reduced, keepdim=axis is not None), x.amax(reduced, keepdim=axis is not None)
     return torch.maximum(low.abs(), high.abs()).float()
+
+
+def _split_range(amax: Tensor | None) -> Tensor | None:
+    """A range for :class:`GroupedAxes` as one for what these split."""
+    return amax.unsqueeze(1) if amax is not None and amax.dim() else amax
 
 
 # --- Scales -----------------------------------------------------------------------------------------------

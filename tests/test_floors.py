@@ -17,7 +17,7 @@ ROOT = Path(quantpatch.__file__).parent
 # From the ground up; what stands together may not import one another, but for a package its own parts.
 FLOORS = [
     {"errors", "division"},
-    {"formats", "entries", "example", "sharded", "ranks"},
+    {"formats", "entries", "example", "grouped_axes", "sharded", "ranks"},
     {"affine", "raised"},
     {"kernels"},
     {"rounding"},

@@ -20,6 +20,7 @@ from quantpatch.audit.trace import Seen, Trace, trace
 from quantpatch.classes import dotted, own_class, written_name
 from quantpatch.errors import CoverageError, InputError
 from quantpatch.fake_quant import fake_quantize, reduce_amax
+from quantpatch.grouped_axes import GroupedAxes
 from quantpatch.layers.base import QuantizedLayer, is_quantizer, quantizer_name
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.registry import registry
@@ -305,6 +306,7 @@ def _outgrown(model: nn.Module) -> Iterator[tuple[str, float]]:
                 # A channel of one element, or of two alike, has no error of its own, and yet need not be
                 # better known than to a step.
                 steps = reduce_amax(x, kept) / quantizer.format.max
+                steps = kept.spread(steps, x.shape[0]) if isinstance(kept, GroupedAxes) else steps
                 best = max(best, steps.square().expand_as(x).sum().item() / 12)
             if now > _OUTGROWN * best and now > 0:
                 yield f"{name}.{quantizer_name(operand)}".lstrip("."), now / best if best else math.inf

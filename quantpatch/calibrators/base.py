@@ -19,6 +19,7 @@ from torch import Tensor
 from quantpatch.errors import CalibrationError, warn_caller
 from quantpatch.fake_quant import reduce_amax
 from quantpatch.formats import NumberFormat
+from quantpatch.grouped_axes import GroupedAxes
 from quantpatch.ranks import Ranks
 from quantpatch.sharded import whole
 
@@ -97,6 +98,8 @@ class Calibrator(abc.ABC):
             if not x.is_floating_point():
                 x = x.to(torch.float32)
             x = whole(x)
+            if isinstance(self.axis, GroupedAxes):
+                x = self.axis.split(x)
             count, negative, lowest = x.numel(), 0, 0.0
             if self.format.lower_end == 0.0:
                 lowest = float(x.amin())
@@ -124,7 +127,8 @@ class Calibrator(abc.ABC):
         """
         shape = self._range_shape()
         with _plain_tensors():
-            return self._range().to(torch.float32, copy=True).reshape(shape)
+            found = self._range().to(torch.float32, copy=True).reshape(shape)
+            return found.squeeze(1) if isinstance(self.axis, GroupedAxes) else found
 
     def reset(self) -> None:
         """Forgets all that was collected."""
@@ -211,12 +215,13 @@ class Calibrator(abc.ABC):
 
     def _amax_of(self, x: Tensor) -> Tensor:
         """``max |x|`` over the axes not kept, once it is known to be usable."""
-        axes = () if self.axis is None else (self.axis,) if isinstance(self.axis, int) else self.axis
-        if any(not -x.dim() <= axis < x.dim() for axis in axes):
+        axis = self.axis.SPLIT if isinstance(self.axis, GroupedAxes) else self.axis
+        axes = () if axis is None else (axis,) if isinstance(axis, int) else axis
+        if any(not -x.dim() <= a < x.dim() for a in axes):
             raise CalibrationError(
                 f"batch {self.batches} has shape {tuple(x.shape)}, which has no axis {self.axis!r} to keep"
             )
-        amax = reduce_amax(x, self.axis)
+        amax = reduce_amax(x, axis)
         if self._shape is not None and amax.shape != self._shape:
             raise CalibrationError(
                 f"batch {self.batches} of shape {tuple(x.shape)} gives ranges of shape {tuple(amax.shape)} "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantpatch.fake_quant import dequantize, fake_quantize, own_range, quantize
 from quantpatch.formats import Blocked, Integer, NumberFormat
+from quantpatch.grouped_axes import GroupedAxes
 from quantpatch.quantizer import TensorQuantizer
 
 __all__ = [
@@ -80,6 +81,8 @@ def shape_of_range(
     axes = kept if isinstance(kept, tuple) else (kept,)
     if not all(-len(shape) <= a < len(shape) for a in axes):
         return None
+    if isinstance(axis, GroupedAxes):
+        return (axis.groups, shape[1], *(1 for _ in shape[2:])) if shape[0] % axis.groups == 0 else None
     places = {a % len(shape) for a in axes}
     if format.block_size is not None:
         dim = axes[0] % len(shape)
@@ -118,7 +121,7 @@ def unpacked_weight(
     values = dequantize(codes, scale, format, axis=axis)
     if not own_range:
         # amax / max * max need not be amax; the quantizer shall find amax again.
-        ends = amax
+        ends = axis.spread(amax, codes.shape[0]) if isinstance(axis, GroupedAxes) else amax
         if isinstance(format, Blocked):
             dim = (-1 if axis is None else axis if isinstance(axis, int) else axis[0]) % codes.dim()
             ends = amax.repeat_interleave(format.block_size, dim).narrow(dim, 0, codes.shape[dim])

@@ -281,6 +281,12 @@ def _tensorrt(operand: Operand) -> str | None:
     if blocked:
         return _tensorrt_blocks(operand)
     transposed = isinstance(operand.layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    if is_weight and transposed and operand.axes:
+        return (
+            "its scales are those of the output channels within groups, on two axes, and for a transposed "
+            "convolution TensorRT takes axis 0; set the quantizer's descriptor to "
+            "QuantDescriptor(axis=0, narrow_range=True) and calibrate again"
+        )
     if is_weight and transposed and operand.axis not in (None, 0):
         return (
             f"its scales are on axis {operand.axis}, and for a transposed convolution "

@@ -7,8 +7,12 @@ convolution has a scale for each element of its weight.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from torch import nn
 
+from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
+from quantpatch.grouped_axes import GroupedAxes
 from quantpatch.layers.base import ChannelsFirst1d, ChannelsFirst2d, ChannelsFirst3d, QuantizedLayer
 
 __all__ = [
@@ -41,6 +45,26 @@ class QuantConv3d(ChannelsFirst3d, nn.Conv3d):
 
 class _QuantizedTransposed(QuantizedLayer):
     weights = {"weight": 1}  # (in, out / groups, ...): torch keeps the input channels first
+    groups: int
+    in_channels: int
+    out_channels: int
+
+    def weight_axes(self) -> Mapping[str, Axis]:
+        """Where the output channels are: with groups along both of the first axes.
+
+        In a depthwise convolution the groups are the channels, and along the first alone.
+        """
+        if self.groups == 1:
+            return self.weights
+        is_depthwise = self.in_channels == self.out_channels == self.groups
+        return {"weight": 0 if is_depthwise else GroupedAxes(self.groups)}
+
+    def descriptors(self, recipe: Recipe) -> Iterable[tuple[str, QuantDescriptor]]:
+        """Blocks run along the input channels, whichever axes the output channels have."""
+        for name, descriptor in super().descriptors(recipe):
+            if name == "weight" and recipe.weight is not None:
+                descriptor = recipe.weight.for_axes(self.weight_axes()[name], 0)
+            yield name, descriptor
 
 
 class QuantConvTranspose1d(ChannelsFirst1d, _QuantizedTransposed, nn.ConvTranspose1d):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantpatch.errors import RangeError
@@ -62,7 +63,7 @@ class GroupedAxes(tuple[int, ...]):
                 f"a tensor of shape {tuple(x.shape)} has no {self.groups} groups along its first axis",
                 value=self.groups,
             )
-        return x.unflatten(0, (self.groups, x.shape[0] // self.groups))
+        return torch.unflatten(x, 0, (self.groups, x.shape[0] // self.groups))
 
     def spread(self, ranges: Tensor, length: int) -> Tensor:
         """Ranges or scales repeated, so that there is one for each index along the first axis.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from quantpatch.descriptor import CHANNEL, QuantDescriptor, Recipe
+from quantpatch.grouped_axes import GroupedAxes
 from quantpatch.layers import QuantizedLayer
 from quantpatch.layers.examples import EXAMPLES
 from quantpatch.plugins import BUILTIN
@@ -115,11 +117,13 @@ def with_coarse_ranges(quantized: Any) -> Any:
             continue
         weight = getattr(quantized, operand)
         axis = 1 if "Transpose" in type(quantized).__name__ else 0
-        assert axes[operand] == axis
+        groups = quantized.groups if axis else 1
+        assert axes[operand] == (GroupedAxes(groups) if groups > 1 else axis)
         shape = [weight.shape[axis] if d == axis else 1 for d in range(weight.dim())]
+        shape[0] = groups if groups > 1 else shape[0]
         scale = 0.4 + 0.05 * position
         quantizer.amax = (
-            scale * weight.detach().abs().max().float() * torch.linspace(0.5, 1, shape[axis]).view(shape)
+            scale * weight.detach().abs().max().float() * torch.linspace(0.5, 1, math.prod(shape)).view(shape)
         )
     return quantized
 
@@ -133,7 +137,10 @@ def reference(case: Any, layer: Any, quantized: Any, data: tuple[Any, ...]) -> A
     with torch.no_grad():
         for name in quantized.weight_axes():
             weight = layer.out_proj.weight if name == "out_proj_weight" else getattr(layer, name)
-            weight.copy_(coarse(weight, quantized.quantizer(name).amax))
+            amax = quantized.quantizer(name).amax
+            if amax.dim() and amax.shape[0] > 1:  # of transposed convolutions shared within a group
+                amax = amax.repeat_interleave(weight.shape[0] // amax.shape[0], 0)
+            weight.copy_(coarse(weight, amax))
     arguments = list(data)
     for position, name in enumerate(quantized.inputs):
         amax = quantized.quantizer(name).amax

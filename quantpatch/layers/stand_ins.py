@@ -13,7 +13,7 @@ import functools
 import threading
 from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -33,6 +33,8 @@ class _Calls(threading.local):
 
 _calls = _Calls()
 _lock = threading.Lock()
+# Where a class says which of its attributes have ever had a stand-in.
+_NAMES: Final = "_with_stand_ins"
 
 
 def call_with(
@@ -87,6 +89,7 @@ def _make_property(cls: type[Any], name: str) -> None:
     with _lock:
         own = vars(cls).get(name, _Absent)
         if type(own) is not _StandIn:
+            type.__setattr__(cls, _NAMES, frozenset({*getattr(cls, _NAMES, ()), name}))
             type.__setattr__(cls, name, _StandIn(name, own, any(name in vars(c) for c in cls.__mro__[1:])))
 
 
@@ -187,9 +190,9 @@ class _View:
         # Methods and properties run on this object, so that they see the stand-ins as well; static and
         # class methods have no object to run on.
         member = getattr(type(layer), name, None)
-        if type(member) is _StandIn:
-            return member.plain(layer)
-        if isinstance(member, property) and member.fget is not None:
+        # The compiler takes a subclass of property for a property: names tell which is which.
+        is_stand_in = name in getattr(type(layer), _NAMES, ())
+        if isinstance(member, property) and not is_stand_in and member.fget is not None:
             return member.fget(self)
         value = getattr(layer, name)
         if isinstance(value, MethodType) and value.__self__ is layer:

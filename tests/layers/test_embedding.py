@@ -49,3 +49,12 @@ def test_the_padding_row_gets_no_gradient():
     layer(torch.tensor([1, 2])).sum().backward()
     assert layer.weight.grad[2].abs().sum() == 0
     assert layer.weight.grad[1].abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's
+def test_a_table_compiles_after_another_was_renormalized():
+    """The other's call has left its class a property, which the compiler must not take for one of torch's."""
+    indices = torch.arange(3)
+    QuantEmbedding(5, 4, max_norm=1.0).eval()(indices)
+    layer = QuantEmbedding(5, 4).eval()
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(indices), layer(indices))

@@ -114,10 +114,10 @@ import os, torch
 
 def use():
     import quantpatch
-    from quantpatch_shiny.float_layers import Transposed
+    from quantpatch_shiny.float_layers import Scorer
 
     with quantpatch.quantize_modules() as scope:
-        layer = Transposed(8, 4)
+        layer = Scorer(8, heads=4)
     print(type(layer).__name__, [row.plugin for row in scope.replaced], flush=True)
 
 for blocked in ("", "shiny"):  # in processes of their own, which share what torch takes to import
@@ -129,6 +129,51 @@ for blocked in ("", "shiny"):  # in processes of their own, which share what tor
             os._exit(0)
     os.wait()
 """
+
+
+ADAPTED = {
+    "float_layers.py": """
+import torch
+from torch import nn
+
+class Scorer(nn.Module):
+    def __init__(self, features, *, heads):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(heads, features, features))
+
+    def forward(self, left, right, *, scale):
+        return torch.einsum("bi,hij,bj->bh", left, self.table, right) * scale, self.table.shape
+""",
+    "layers.py": """
+from quantpatch import QuantizedLayer
+from quantpatch_shiny.float_layers import Scorer
+
+class QuantScorer(QuantizedLayer, Scorer):
+    inputs = ("left", "right")
+    weights = {"table": 0}
+""",
+    "__init__.py": """
+import quantpatch
+
+@quantpatch.hookimpl
+def quantpatch_entries():
+    return [("quantpatch_shiny.float_layers", "Scorer", "quantpatch_shiny.layers:QuantScorer")]
+
+@quantpatch.hookimpl
+def quantpatch_examples():
+    import torch
+    from quantpatch_shiny.float_layers import Scorer
+
+    return [
+        quantpatch.Example(
+            "quantpatch_shiny.float_layers.Scorer",
+            build=lambda: Scorer(8, heads=4),
+            inputs=lambda: (torch.randn(16, 8), torch.randn(16, 8)),
+            keywords={"scale": 0.5},
+        )
+    ]
+""",
+}
 
 
 class Environment:
@@ -172,9 +217,19 @@ def test_the_walk_generate_install_test_use_block_uninstall(tmp_path):
         "--quantpatch-conformance", "--quantpatch-plugin", "shiny",
         "-k", "not compiled and not exported and not onnx",
     )  # fmt: skip
-    assert "22 passed, 3 deselected" in tests
+    assert "23 passed, 3 deselected" in tests
 
-    assert there.run("-c", USE) == "QuantTransposed ['shiny']\nTransposed []\n"
+    # The author names another layer, of a different kind; the tests stay as they were written.
+    for name, source in ADAPTED.items():
+        (folder / "quantpatch_shiny" / name).write_text(source)
+    there.pip("install", "--no-index", "--no-deps", "--no-build-isolation", "--force-reinstall", str(folder))
+    adapted = there.run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", str(folder / "tests"),
+        "-k", "example or block or near",
+    )  # fmt: skip
+    assert "3 passed, 1 deselected" in adapted
+
+    assert there.run("-c", USE) == "QuantScorer ['shiny']\nScorer []\n"
 
     there.pip("uninstall", "-y", "quantpatch-shiny")
     listed = json.loads(there.run("-m", "quantpatch", "plugins", "--json"))

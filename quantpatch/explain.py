@@ -24,7 +24,8 @@ from quantpatch.recipes import DEFAULT_RECIPE
 from quantpatch.registry import registry
 from quantpatch.report.render import as_text
 from quantpatch.settings import Settings
-from quantpatch.table import PARTS, Choice, Pattern, Table, compose, key_of, load_checked, nearest, slot_of
+from quantpatch.table import PARTS, Choice, Pattern, Table, compose, key_of, nearest
+from quantpatch.targets import load_checked, slot_of
 
 __all__ = ["Claim", "Explanation", "explain"]
 
@@ -250,7 +251,7 @@ class _Case:
         settings = self._settings
         recipe = registry.recipe(DEFAULT_RECIPE if settings.recipe is None else settings.recipe)
         return compose(
-            {},
+            Table(),
             offers,
             plugins=settings.plugins,
             skip=settings.skip,

@@ -1,4 +1,4 @@
-"""Tell a scope when a module it waits for gets imported, without importing it.
+"""Tell a scope when a module it waits for gets imported, or reloaded, without importing it.
 
 The watch is an item of its own on ``sys.meta_path``, there only while a scope waits for something. It
 lets the other finders find the module and only stands around its execution; the module keeps its real
@@ -24,7 +24,7 @@ class ImportWatch(importlib.abc.MetaPathFinder):
     """Calls ``notify(module)`` after any of the named modules has been imported.
 
     Args:
-        names: Dotted names of modules that are not imported yet.
+        names: Dotted names of modules, imported or not.
         notify: Called in the importing thread, right after the module's code has run.
     """
 
@@ -37,7 +37,7 @@ class ImportWatch(importlib.abc.MetaPathFinder):
         sys.meta_path.insert(0, self)
 
     def stop(self) -> None:
-        """Stops watching; harmless if somebody else has taken the item away."""
+        """Stops watching; harmless if it does not, or if somebody else has taken the item away."""
         with contextlib.suppress(ValueError):
             sys.meta_path.remove(self)
 

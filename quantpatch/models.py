@@ -22,7 +22,7 @@ from quantpatch.errors import ConversionError
 from quantpatch.fast_paths import allow_fast_paths
 from quantpatch.layers.base import QuantizedLayer, quantizers_of
 from quantpatch.layers.placed import placed_in, take_out
-from quantpatch.layers.subclass import combine, why_float
+from quantpatch.layers.subclass import combine, take_over, why_float
 from quantpatch.outcome import Outcome, Replaced, Skipped
 from quantpatch.recipes import DEFAULT_RECIPE
 from quantpatch.registry import registry
@@ -108,7 +108,7 @@ def convert(
     with contextlib.ExitStack() as undo:
         for step in steps:
             undo.callback(_unconvert, step.layer, own_class(step.layer), tuple(step.layer._modules))
-            _convert_layer(step, chosen)
+            take_over(step.layer, step.replacement, chosen)
         if chosen.rules:
             apply_rules([model], chosen.rules)
         undo.pop_all()  # all went well: keep it
@@ -168,14 +168,6 @@ def _fit_for_conversion(choice: Choice) -> type[QuantizedLayer]:
         f"replacement is no QuantizedLayer. Write: class Quant{target}(quantpatch.QuantizedLayer, {target})",
         entry=entry,
     )
-
-
-def _convert_layer(step: _Step, recipe: Recipe) -> None:
-    layer: Any = step.layer
-    change_class(layer, step.replacement)
-    layer.add_quantizers(recipe)
-    for name in layer.quantizers():
-        layer._modules[name].train(layer.training)
 
 
 def _unconvert(layer: Any, cls: type, children: tuple[str, ...]) -> None:

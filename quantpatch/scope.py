@@ -7,26 +7,31 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from types import ModuleType, TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import attrs
 from torch import nn
 
 from quantpatch import interception, tracing
-from quantpatch.classes import change_class, dotted
+from quantpatch.classes import dotted, own_class
 from quantpatch.configure import apply_rules, checked_rules
+from quantpatch.construction import settle, when_constructed
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import EntryLike
 from quantpatch.errors import EntryError, QuantPatchWarning, RuleError, ScopeError, warn_caller
 from quantpatch.interception import Activation, Policy, Slot
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.layers.subclass import combine, why_float
+from quantpatch.layers.subclass import combine, own_ways, take_over, why_float
 from quantpatch.lazy_imports import ImportWatch
 from quantpatch.outcome import Outcome, Replaced, Skipped
+from quantpatch.plugins import BUILTIN
 from quantpatch.recipes import DEFAULT_RECIPE
 from quantpatch.registry import registry
 from quantpatch.roots import Built
 from quantpatch.settings import Settings
-from quantpatch.table import Choice, Key, Pattern, Table, load, nearest, slot_of
+from quantpatch.statements import Exit, Statement
+from quantpatch.table import Choice, Key, Pattern, Table, load, nearest
+from quantpatch.targets import slot_of
 
 __all__ = ["Scope", "keep_float", "quantize_modules"]
 
@@ -52,59 +57,102 @@ class _Opening(Policy):
         self.subclasses = subclasses
         self.built = built  # what the recipe's rules will be applied to ...
         self.applies_rules = applies_rules  # ... by the opening that brought the recipe
+        self._late: dict[type, Callable[[Any], None] | None] = {}  # by class, for objects that came by late
         waiting = {c.offer.entry.module_name for key, c in table.items() if isinstance(key, str)}
-        slots = [key for key in table if not isinstance(key, str)]
-        if built is not None and _module_slot() not in slots:
+        self.watch = ImportWatch({*waiting, *_may_be_reloaded(table)}, self._imported)
+        self.activation = Activation(self, self.watch if self.watch.names else None)
+
+    def open(self) -> None:
+        """Puts in the hooks."""
+        slots = [key for key in self.table if not isinstance(key, str)]
+        if slots or self.built is not None:
             slots.append(_module_slot())
-        self.activation = Activation(slots, payload=self)
-        self.watch = ImportWatch(waiting, self._imported) if waiting else None
-        if self.watch is not None:
-            self.watch.start()
+        self.activation.open(slots)
         if tracing.is_on():
             self._say_what_it_replaces()
 
     def _say_what_it_replaces(self) -> None:
         choices = self.table.values()
         float_ = sum(bool(self.scope._float_because or choice.float_because) for choice in choices)
-        later = f"; waits for {', '.join(sorted(self.watch.names))}" if self.watch is not None else ""
+        waiting = sorted({c.offer.entry.module_name for key, c in self.table.items() if isinstance(key, str)})
+        later = f"; waits for {', '.join(waiting)}" if waiting else ""
         tracing.say(
             f"{self.scope!r} opened, recipe {self.recipe.name}: replaces {len(choices) - float_} targets, "
             f"leaves {float_} float{later}"
         )
 
+    # --- what is built -------------------------------------------------------------------------
+
     def replacement_for(self, slot: Slot) -> Any | None:
         choice = self.table.get(slot)
-        if choice is None:
+        if choice is None or self._because(choice):
             return None
-        because = self.scope._float_because or choice.float_because
-        if not because:
-            choice = self._loaded(slot, choice)
-        self.scope._outcome.count(choice.offer, because)
-        return None if because else choice.replacement
+        return self._loaded(slot, choice).replacement
 
-    def adopter_for(self, slot: Slot, cls: type) -> Callable[[Any], None] | None:
-        if self.built is not None and slot is _module_slot():
-            return self.built.add
-        found = None if cls is slot.target else nearest(self.table, cls)
-        if found is None or found[0] is not slot:  # a nearer base will tell of it
+    def came_out(self, slot: Slot) -> None:
+        choice = self.table.get(slot)
+        if choice is not None:
+            self.scope._outcome.count(choice.offer, self._because(choice), target=choice.stranger)
+
+    def subclass_came_out(self, slot: Slot, thing: Any) -> None:
+        if not isinstance(thing, nn.Module):  # modules are seen at their root
+            self._met(thing)
+
+    def passed_root(self, thing: Any) -> None:
+        if self.built is not None:
+            self.built.add(thing)
+        self._met(thing)
+
+    def _met(self, thing: Any) -> None:
+        """Sees an object that no hook has replaced: of a subclass, or built by ways that pass the hook by."""
+        cls = type(thing)
+        try:
+            late = self._late[cls]
+        except KeyError:
+            late = self._late[cls] = self._late_for(cls)
+        if late is not None:
+            late(thing)
+
+    def _late_for(self, cls: type) -> Callable[[Any], None] | None:
+        found = nearest(self.table, cls)
+        if found is None:
             return None
-        choice = found[1]
-        because = self.scope._float_because or choice.float_because
-        if self.subclasses and not because:
+        slot, choice = found
+        because, exact = self._because(choice), cls is slot.target
+        if because and exact:
+            return None  # its hook has told of it
+        if not because and (self.subclasses or exact):
             choice = self._loaded(slot, choice)
         target = choice.offer.entry.dotted
-        because = because or why_float(choice.replacement, cls, target, wanted=self.subclasses)
-        if because:
-            self.scope._outcome.count(choice.offer, because, target=dotted(cls))
-            return None
-        combined = combine(choice.replacement, cls)
-        self.scope._outcome.count(choice.offer, target=dotted(cls), replacement=dotted(combined))
+        if exact:
+            because = own_ways(choice.replacement, cls)
+            because = (
+                because and f"built by an __init__ saved or wrapped by other code; it is a class {because}"
+            )
+        else:
+            because = because or why_float(choice.replacement, cls, target, wanted=self.subclasses)
 
-        def adopt(layer: Any) -> None:
-            change_class(layer, combined)
-            layer.add_quantizers(self.recipe)
+        def late(thing: Any) -> None:
+            if exact and interception.is_being_replaced(slot):
+                return
+            if because:
+                self.scope._outcome.count(choice.offer, because, target=dotted(cls))
+            else:
+                when_constructed(thing, functools.partial(self._take_over, thing, cls, choice))
 
-        return adopt
+        return late
+
+    def _take_over(self, layer: Any, cls: type, choice: Choice) -> None:
+        if own_class(layer) is not cls:  # two of its bases have come by
+            return
+        exact = issubclass(choice.replacement, cls)
+        combined = choice.replacement if exact else combine(choice.replacement, cls)
+        take_over(layer, combined, self.recipe)
+        names = {} if exact else {"target": dotted(cls), "replacement": dotted(combined)}
+        self.scope._outcome.count(choice.offer, **names)
+
+    def _because(self, choice: Choice) -> str:
+        return self.scope._float_because or choice.float_because
 
     def _loaded(self, slot: Slot, choice: Choice) -> Choice:
         """The choice with its replacement, also if the target was imported since the block was opened."""
@@ -113,44 +161,74 @@ class _Opening(Policy):
             self._put(slot, choice)
         return choice
 
+    # --- what is imported ----------------------------------------------------------------------
+
     def _put(self, key: Slot, choice: Choice, instead_of: Key | None = None) -> None:
         with interception.lock:
-            table = {k: c for k, c in self.table.items() if k != instead_of}
-            table[key] = choice
-            self.table = table
+            choices = {k: c for k, c in self.table.items() if k != instead_of}
+            choices[key] = choice
+            self.table = Table(choices, self.table.skip)
+            self._late = {}
 
     def _imported(self, module: ModuleType) -> None:
-        """Takes up the entries that waited for a module."""
+        """Takes up the entries that waited for a module, and targets that it defines again."""
         for key, choice in self.table.items():
-            if isinstance(key, Slot) or choice.offer.entry.module_name != module.__name__:
-                continue
-            try:
-                slot = slot_of(choice.offer)
-            except EntryError as error:  # an exception here would break an import that is not ours
-                warnings.warn(f"{error}; nothing was replaced", QuantPatchWarning, stacklevel=2)
-                continue
-            if slot is None:  # an optional one, which this version of its package does not have
-                continue
-            earlier = self.table.get(slot)
-            # The replacement is imported at its first use: here its own imports may be half done.
-            self._put(slot, earlier or choice, instead_of=key)
-            self.activation.add(slot)
-            if earlier is not None and earlier.offer.plugin != choice.offer.plugin:
-                warnings.warn(
-                    f"{choice.offer.entry.dotted} is replaced by {earlier.offer.source}; the entry of "
-                    f"{choice.offer.source} is not used",
-                    QuantPatchWarning,
-                    stacklevel=2,
-                )
+            if isinstance(key, Slot):
+                self._reloaded(key, choice, module)
+            elif choice.offer.entry.module_name == module.__name__:
+                self._take_up(key, choice)
+
+    def _reloaded(self, key: Slot, choice: Choice, module: ModuleType) -> None:
+        target = key.target
+        if key.owner is module:  # a function, and reloading has put another one in the place of the hook
+            self.activation.add(key)
+        elif isinstance(target, type) and target.__module__ == module.__name__:
+            found = vars(module).get(target.__name__)
+            if isinstance(found, type) and found is not target and dotted(found) == dotted(target):
+                # Whether the replacement fits the new class is seen at its first use: by then whoever
+                # reloads has had the time to update the old one, which the replacement is made from.
+                slot = Slot.of_class(found)
+                self._put(slot, attrs.evolve(choice, replacement=None))
+                self.activation.add(slot)
+
+    def _take_up(self, key: str, choice: Choice) -> None:
+        try:
+            slot = slot_of(choice.offer)
+        except EntryError as error:  # an exception here would break an import that is not ours
+            warnings.warn(f"{error}; nothing was replaced", QuantPatchWarning, stacklevel=2)
+            return
+        if slot is None:  # an optional one, which this version of its package does not have
+            return
+        earlier = self.table.get(slot)
+        # The replacement is imported at its first use: here its own imports may be half done.
+        self._put(slot, earlier or choice, instead_of=key)
+        self.activation.add(slot)
+        if earlier is not None and earlier.offer.plugin != choice.offer.plugin:
+            warnings.warn(
+                f"{choice.offer.entry.dotted} is replaced by {earlier.offer.source}; the entry of "
+                f"{choice.offer.source} is not used",
+                QuantPatchWarning,
+                stacklevel=2,
+            )
 
     def close(self) -> list[str]:
         """Ends it; returns the names of targets whose hook somebody else has displaced."""
-        if self.watch is not None:
-            self.watch.stop()
+        displaced = self.activation.close()
+        settle()
         return sorted(
             self.table[slot].offer.entry.dotted if slot in self.table else dotted(slot.target)
-            for slot in self.activation.close()
+            for slot in displaced
         )
+
+
+def _may_be_reloaded(table: Table) -> set[str]:
+    """Modules of targets that are imported, but for torch's."""
+    names = {
+        str(key.target.__module__)
+        for key, choice in table.items()
+        if isinstance(key, Slot) and choice.offer.plugin != BUILTIN
+    }
+    return {name for name in names if name.partition(".")[0] != "torch"}
 
 
 class Scope:
@@ -163,7 +241,7 @@ class Scope:
     def __init__(self, settings: Settings, float_because: str = "") -> None:
         self._settings = settings
         self._float_because = float_because  # if not empty, nothing is replaced
-        self._openings: list[_Opening] = []
+        self._openings: list[_Opening] = []  # by calls of __enter__
         self._started: _Opening | None = None
         self._outcome = Outcome()
 
@@ -172,10 +250,10 @@ class Scope:
 
     # --- opening and closing -------------------------------------------------------------------
 
-    def _open(self) -> _Opening:
+    def _new_opening(self) -> _Opening:
         around = interception.current()
         outer: _Opening | None = None if around is None else around.payload
-        enclosing: Table = {} if outer is None else outer.table
+        enclosing = Table() if outer is None else outer.table
         settings = self._settings
         if settings.recipe is None and outer is not None:
             # What is built in here belongs to the models of the block whose recipe it is.
@@ -191,42 +269,56 @@ class Scope:
         return _Opening(self, table, recipe, subclasses=subclasses, built=built, applies_rules=applies_rules)
 
     def __enter__(self) -> Scope:
-        opening = self._open()
-        with interception.lock:
-            self._openings.append(opening)
-        opening.activation.enter()
+        statement = Statement.entering(self)
+        opening = statement.opening = self._new_opening()
+        try:
+            opening.open()
+            if not statement.is_real:
+                with interception.lock:
+                    self._openings.append(opening)
+            opening.activation.enter()
+        except BaseException:
+            opening.close()
+            raise
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        opening = self._opening_here()
-        with interception.lock:
-            self._openings.remove(opening)
-        self._close(opening, failed=exc is not None)
+    if TYPE_CHECKING:
+
+        def __exit__(
+            self,
+            exc_type: type[BaseException] | None,
+            exc: BaseException | None,
+            traceback: TracebackType | None,
+        ) -> None: ...
+
+    else:
+        __exit__ = Exit(lambda scope, statement, failed: scope._leave(statement.opening, failed=failed))
+
+    def _leave(self, opening: _Opening | None, *, failed: bool) -> None:
+        self._close(opening or self._opening_here(), failed=failed)
 
     def _opening_here(self) -> _Opening:
-        """The innermost opening of this scope in the current context.
+        """Of those that no ``with`` statement will close, the innermost opening of this scope here.
 
-        An asynchronous generator may be closed in another context than it was opened in; then it is
-        the one opened last.
+        What is closed in another context than it was opened in, is the one opened last.
         """
+        with interception.lock:
+            opened = [opening for opening in self._openings if not opening.activation.closed]
         activation = interception.current_in_context()
         while activation is not None:
-            if not activation.closed and activation.payload in self._openings:
+            if not activation.closed and activation.payload in opened:
                 found: _Opening = activation.payload
                 return found
             activation = activation.parent
-        with interception.lock:
-            if not self._openings:
-                raise ScopeError(f"{self!r} is left without having been entered")
-            return self._openings[-1]
+        if not opened:
+            raise ScopeError(f"{self!r} is left without having been entered")
+        return opened[-1]
 
     def _close(self, opening: _Opening, *, failed: bool) -> None:
         displaced = opening.close()
+        if self._openings:
+            with interception.lock:  # with those whose closing was interrupted
+                self._openings = [other for other in self._openings if not other.activation.closed]
         if failed:  # nothing gets in the way of an exception of the body
             return
         if displaced:
@@ -243,10 +335,17 @@ class Scope:
         Raises:
             ScopeError: It is started already.
         """
-        if self._started is not None:
+        if self._started is not None and not self._started.activation.closed:
             raise ScopeError(f"{self!r}.start() was called twice; call stop() in between")
-        self._started = opening = self._open()
-        opening.activation.start()
+        opening = self._new_opening()
+        try:
+            opening.open()
+            self._started = opening
+            opening.activation.start()
+        except BaseException:
+            self._started = None
+            opening.close()
+            raise
         return self
 
     def stop(self) -> None:
@@ -255,13 +354,17 @@ class Scope:
         Raises:
             ScopeError: It is not started.
         """
-        opening, self._started = self._started, None
+        opening = self._started
         if opening is None:
             raise ScopeError(
                 f"{self!r}.stop() without start(); keep the scope that was started: "
                 f"scope = quantize_modules(); scope.start(); ...; scope.stop()"
             )
-        self._close(opening, failed=False)
+        try:
+            self._close(opening, failed=False)
+        finally:
+            if opening.activation.closed:  # else it was interrupted before that, and can be stopped again
+                self._started = None
 
     # --- as a decorator ------------------------------------------------------------------------
 
@@ -319,17 +422,13 @@ class Scope:
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
-        """What was built in this scope so far and left float, why, and how often.
-
-        Subclasses of a target that never call its ``__init__`` go by unseen, and stay float. ``qp.audit``
-        names them; an entry for such a class, or ``qp.convert(model, subclasses=True)``, takes them.
-        """
+        """What was built in this scope so far and left float, why, and how often."""
         return self._outcome.skipped
 
 
 def _module_slot() -> Slot:
     """Where every module comes by while it is built."""
-    return Slot.of(nn.modules.module, "Module")
+    return Slot.of_root(nn.Module)
 
 
 def _apply_rules(opening: _Opening) -> None:
@@ -406,8 +505,9 @@ def quantize_modules(
 
 
 def keep_float() -> Scope:
-    """A block in which nothing is replaced, whatever blocks are around it.
+    """A block that builds float layers, whatever blocks are around it.
 
-    A ``quantize_modules()`` inside it starts again from what was replaced around it.
+    That goes for what is built directly in it: a ``quantize_modules()`` inside it replaces again what was
+    replaced around it.
     """
     return Scope(Settings(), float_because="keep_float()")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
 import attrs
+from torch import nn
 
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import Entry, EntryLike
@@ -86,7 +88,7 @@ class Settings:
         fresh = not enclosing or self.plugins is not None
         return load_all(
             compose(
-                enclosing or {},
+                enclosing or Table(),
                 registry.offers(self.plugins) if fresh else (),
                 plugins=self.plugins,
                 skip=self.skip,
@@ -100,10 +102,15 @@ def _several(given: Any, argument: str, single: tuple[type, ...]) -> tuple[Any, 
     """A sequence, where one item may be given bare."""
     if isinstance(given, single):
         return (given,)
-    if isinstance(given, Iterable) and not isinstance(given, (bytes, dict)):
+    if isinstance(given, Iterable) and not isinstance(given, (bytes, dict, nn.Module)):
         return tuple(given)
+    if isinstance(given, nn.Module):
+        raise ScopeError(
+            f"{argument} takes a list, not a model ({type(given).__name__}). quantize_modules() is for "
+            f"code that builds a model; one that is there already is quantized by qp.convert(model)"
+        )
     hint = "; write @quantize_modules() with parentheses" if inspect.isfunction(given) else ""
-    raise ScopeError(f"{argument} takes a list, not {given!r}{hint}")
+    raise ScopeError(f"{argument} takes a list, not {reprlib.repr(given)}{hint}")
 
 
 def _is_bare_entry(given: Any) -> bool:

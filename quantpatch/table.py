@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
-from quantpatch.classes import dotted, written_name
+from quantpatch.classes import dotted
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import Entry, EntryLike
-from quantpatch.errors import EntryConflictError, EntryError, ScopeError, UnknownNameError, near_misses
+from quantpatch.errors import EntryConflictError, ScopeError, UnknownNameError, near_misses
 from quantpatch.interception import Slot
 from quantpatch.plugins import BUILTIN, Offer
 from quantpatch.registry import registry
-from quantpatch.snapshot import Change, Setting, protected
-from quantpatch.tracing import listed
+from quantpatch.targets import entry_error, load_checked, missing_module, slot_of, stranger_under
 
 __all__ = [
     "PARTS",
@@ -36,10 +34,8 @@ __all__ = [
     "key_of",
     "load",
     "load_all",
-    "load_checked",
     "nearest",
     "outermost",
-    "slot_of",
 ]
 
 Pattern = str | type
@@ -54,11 +50,13 @@ class Choice:
         offer: The entry, and whose it is.
         float_because: Why the target stays float all the same; empty if it is replaced.
         replacement: What takes its place, once it has been loaded.
+        stranger: Dotted name of another class that has taken the target's name, if it is that one's.
     """
 
     offer: Offer
     float_because: str = ""
     replacement: Any = attrs.field(default=None, eq=False)
+    stranger: str = ""
 
     @property
     def is_skipped(self) -> bool:
@@ -66,109 +64,65 @@ class Choice:
         return self.float_because.startswith(_SKIP)
 
 
-Table = dict[Key, Choice]
+class Table(dict[Key, Choice]):
+    """What applies to each target.
+
+    Args:
+        choices: By target.
+        skip: Patterns that leave subclasses of targets float.
+    """
+
+    def __init__(
+        self, choices: Mapping[Key, Choice] | Iterable[tuple[Key, Choice]] = (), skip: Sequence[Pattern] = ()
+    ) -> None:
+        super().__init__(choices)
+        self.skip = tuple(skip)
+
+    @functools.cached_property
+    def _by_class(self) -> dict[Any, tuple[Slot, Choice]]:
+        return {key.target: (key, choice) for key, choice in self.items() if isinstance(key, Slot)}
+
+    @functools.cached_property
+    def _replacements(self) -> frozenset[Any]:
+        found = [c.offer.entry.replacement if c.replacement is None else c.replacement for c in self.values()]
+        return frozenset(found)
+
+    def choice_of(self, cls: type) -> tuple[Slot, Choice] | None:
+        """What applies to exactly this class, if it is a target."""
+        return self._by_class.get(cls)
+
+    def has_made(self, cls: type) -> bool:
+        """Whether a class is a replacement, or made from one."""
+        known = self._replacements
+        return any(base in known or f"{base.__module__}:{base.__qualname__}" in known for base in cls.__mro__)
+
 
 #: Classes that are parts of a target, which reads their weights and never calls them.
 PARTS = frozenset({"torch.nn.modules.linear.NonDynamicallyQuantizableLinear"})  # MultiheadAttention's
 
 _SKIP = "skip="
-
-
-def entry_error(offer: Offer, what: str, hint: str = "") -> EntryError:
-    """The error for an entry that cannot be used, naming it and whose it is."""
-    return EntryError(
-        f"{offer.source}: entry {offer.entry} cannot be used: {what}. {hint}".rstrip(),
-        entry=offer.entry,
-        plugin=offer.plugin,
-    )
-
-
-def slot_of(offer: Offer) -> Slot | None:
-    """The slot of an entry's target; None while its module is not imported, or lacks an optional one.
-
-    Raises:
-        EntryError: The module has no such name, or what it names cannot be replaced.
-    """
-    entry = offer.entry
-    module = entry.loaded_module()
-    if module is None:
-        return None
-    try:
-        return Slot.of(module, entry.name)
-    except AttributeError:
-        if entry.optional:
-            return None
-        hint = near_misses(entry.name, (name for name in dir(module) if not name.startswith("_")))
-        raise entry_error(offer, f"module {entry.module_name} has no {entry.name!r}", hint) from None
-    except TypeError as error:
-        raise entry_error(offer, str(error)) from error
-
-
-def load_checked(offer: Offer, slot: Slot) -> Any:
-    """The entry's replacement, imported and fit to take the target's place.
-
-    Raises:
-        EntryError: It is not; or it comes from a plugin and cannot be pickled, or changes torch when it is
-            imported.
-    """
-    try:
-        replacement = _imported(offer)
-    except EntryError as error:
-        raise entry_error(offer, str(error)) from error
-    try:
-        slot.check(replacement)
-    except TypeError as error:
-        name = offer.entry.name
-        hint = (
-            f"Write a subclass: class Quant{name}(quantpatch.QuantizedLayer, {name}): ..."
-            if isinstance(slot.target, type)
-            else f"Write a function that takes the arguments of {name}"
-        )
-        raise entry_error(offer, f"the replacement cannot take the target's place: {error}", hint) from error
-    if offer.plugin is not None and isinstance(replacement, type) and not _is_importable(replacement):
-        # In code of one's own, given as custom, that is a matter of one's own.
-        name = written_name(replacement)
-        raise entry_error(
-            offer,
-            f"{replacement.__module__}.{replacement.__qualname__} is not found under that name, so that the "
-            f"layers built from it could not be pickled",
-            f"Define the class at the top of a module, and name it as text: 'package.module:{name}'",
-        )
-    return replacement
-
-
-def _imported(offer: Offer) -> Any:
-    """The replacement; importing that of a plugin may not change torch."""
-    if offer.plugin in (None, BUILTIN) or not isinstance(offer.entry.replacement, str):
-        return offer.entry.load_replacement()
-    changes: list[Change | Setting] = []
-    with protected(changes):
-        replacement = offer.entry.load_replacement()
-    if changes:
-        what = listed(map(str, changes))
-        raise EntryError(f"importing it changes PyTorch: {what}. That was taken back")
-    return replacement
-
-
-def _is_importable(cls: type) -> bool:
-    found: Any = sys.modules.get(cls.__module__)
-    for name in cls.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is cls
+_BECOMES = ", which it becomes"
 
 
 def nearest(table: Table, cls: type) -> tuple[Slot, Choice] | None:
-    """The nearest base class of ``cls`` (or itself) that a table knows, and what applies to it.
+    """The nearest base class of ``cls`` (or itself) that a table knows, and what applies to ``cls``.
 
     None if there is none, if ``cls`` is a replacement's already, or if it is a part of a target, which
     multiplies with its weights itself.
     """
-    if dotted(cls) in PARTS:
+    if dotted(cls) in PARTS or table.has_made(cls):
         return None
-    known = {key.target: (key, choice) for key, choice in table.items() if isinstance(key, Slot)}
-    if any(choice.replacement in cls.__mro__ for _, choice in known.values()):
-        return None
-    return next((known[base] for base in cls.__mro__ if base in known), None)
+    skipped: Pattern | None = None
+    for base in cls.__mro__:
+        found = table.choice_of(base)
+        if found is not None:
+            slot, choice = found
+            if skipped is not None and not choice.float_because:
+                return slot, attrs.evolve(choice, float_because=f"{_SKIP}{skipped!r}")
+            return found
+        if skipped is None:
+            skipped = next((pattern for pattern in table.skip if _means(pattern, base)), None)
+    return None
 
 
 def key_of(offer: Offer) -> Key:
@@ -177,7 +131,7 @@ def key_of(offer: Offer) -> Key:
 
 
 def compose(
-    enclosing: Table,
+    enclosing: Mapping[Key, Choice],
     offers: Iterable[Offer],
     *,
     plugins: Sequence[str] | None = None,
@@ -201,8 +155,10 @@ def compose(
         EntryConflictError: Two plugins want the same target.
         UnknownNameError: A pattern matches no target.
     """
-    table: Table = {}
+    table = Table(skip=(*(enclosing.skip if isinstance(enclosing, Table) else ()), *skip))
     for key, choice in enclosing.items():
+        if choice.float_because.endswith(_BECOMES):
+            choice = attrs.evolve(choice, float_because="")
         if plugins is None or choice.offer.plugin in (None, BUILTIN, *plugins) or choice.is_skipped:
             if isinstance(key, Slot):
                 table[key] = choice
@@ -210,6 +166,8 @@ def compose(
                 table.setdefault(key_of(choice.offer), choice)
     inherited = dict(table)
     rivals: dict[Key, list[Offer]] = {}
+    given = _customized(custom)
+    offers = tuple(offers)
     for offer in offers:
         key = key_of(offer)
         entry, outer = offer.entry, inherited.get(key)
@@ -225,13 +183,38 @@ def compose(
         table[key] = attrs.evolve(table[key], float_because="")
     for key, pattern in _matching(table, skip, "skip").items():
         table[key] = attrs.evolve(table[key], float_because=f"{_SKIP}{pattern!r}")
-    given = _customized(custom)
     table.update(given)
+    _leave_lazy_forms_out(table)
+    for offer in (*offers, *(choice.offer for choice in given.values())):
+        _add_stranger(table, offer)
 
     for key, several in rivals.items():
         if len(several) > 1 and key not in given and not table[key].is_skipped:
             raise _conflict(several)
-    return table
+    return Table(table, table.skip)
+
+
+def _leave_lazy_forms_out(table: Table) -> None:
+    """What becomes a layer of a class that is skipped, once it sees its first input, is skipped as well."""
+    by_class = {key.target: choice for key, choice in table.items() if isinstance(key, Slot)}
+    for key, choice in table.items():
+        found = by_class.get(getattr(key.target, "cls_to_become", None)) if isinstance(key, Slot) else None
+        if found is not None and found.is_skipped and not choice.float_because and choice.offer.plugin:
+            table[key] = attrs.evolve(choice, float_because=f"{found.float_because}{_BECOMES}")
+
+
+def _add_stranger(table: Table, offer: Offer) -> None:
+    """A class that has taken a target's name stays float, and is told of."""
+    found = stranger_under(offer)
+    if found is None or issubclass(found, slot_of(offer).target):  # type: ignore[union-attr]
+        return  # a subclass is told of as such
+    try:
+        slot = Slot.of_class(found)
+    except TypeError:
+        return
+    target = dotted(slot_of(offer).target)  # type: ignore[union-attr]
+    because = f"it has taken the name {offer.entry.dotted}, but {offer.source} replaces {target}"
+    table.setdefault(slot, Choice(offer, because, stranger=dotted(found)))
 
 
 def _conflict(several: list[Offer]) -> EntryConflictError:
@@ -264,7 +247,33 @@ def _matches(pattern: Pattern, key: Key, entry: Entry) -> bool:
         return target is pattern
     if any(fnmatch.fnmatchcase(name, pattern) for name in (entry.name, entry.dotted)):
         return True
-    return "." in pattern and target is not None and _resolve_dotted(pattern) is target
+    return target is not None and "." in pattern and _means(pattern, target)
+
+
+def _means(pattern: Pattern, cls: Any) -> bool:
+    """Whether a pattern means a class, by the name that it was given by its own module or by another."""
+    if isinstance(pattern, type):
+        return cls is pattern
+    if any(fnmatch.fnmatchcase(name, pattern) for name in (cls.__name__, dotted(cls))):
+        return True
+    return "." in pattern and _resolve_dotted(pattern) is cls
+
+
+def _means_a_subclass(table: Table, pattern: Pattern) -> bool:
+    """Whether a pattern means a subclass of a target, or may, in a module that is not imported."""
+    if isinstance(pattern, type):
+        return nearest(table, pattern) is not None
+    targets = [key.target for key in table if isinstance(key, Slot) and isinstance(key.target, type)]
+    waiting: list[Any] = targets
+    seen = set(targets)
+    while waiting:
+        new = set(type.__subclasses__(waiting.pop())) - seen
+        if any(_means(pattern, cls) and not table.has_made(cls) for cls in new):
+            return True
+        seen |= new
+        waiting.extend(new)
+    module, _, _ = pattern.rpartition(".")
+    return bool(module) and module not in sys.modules and missing_module(module) is None
 
 
 def _matching(table: Table, patterns: Sequence[Pattern], argument: str) -> dict[Key, Pattern]:
@@ -275,8 +284,12 @@ def _matching(table: Table, patterns: Sequence[Pattern], argument: str) -> dict[
                 f"{argument} takes class names, dotted names, globs or classes, not {pattern!r}; "
                 f"write, for instance: {argument}=['Linear', 'torch.nn.Conv2d', 'AvgPool*', nn.LSTM]"
             )
-        keys = [key for key, choice in table.items() if _matches(pattern, key, choice.offer.entry)]
-        if not keys:
+        keys = [
+            key
+            for key, choice in table.items()
+            if _matches(pattern, key, choice.offer.entry) and not choice.stranger
+        ]
+        if not keys and not (argument == "skip" and _means_a_subclass(table, pattern)):
             raise _unmatched(pattern, table, argument)
         found.update(dict.fromkeys(keys, pattern))
     return found
@@ -303,7 +316,7 @@ def _unmatched(pattern: str | type, table: Table, argument: str) -> UnknownNameE
 
 
 def _customized(custom: Sequence[EntryLike]) -> Table:
-    table: Table = {}
+    table = Table()
     for given in custom:
         offer = Offer(Entry.of(given), None)
         key = key_of(offer)
@@ -316,19 +329,10 @@ def _customized(custom: Sequence[EntryLike]) -> Table:
 
 
 def _demand_module(offer: Offer) -> None:
-    """Raises EntryError if the module of an entry is neither imported nor to be found.
-
-    Looks as far as it can without importing anything: a parent that is not imported yet is taken at
-    its word.
-    """
+    """Raises EntryError if the module of an entry is neither imported nor to be found."""
     name = offer.entry.module_name
-    parent, _, _ = name.rpartition(".")
-    root = name if not parent or parent in sys.modules else name.partition(".")[0]
-    try:
-        found = root in sys.modules or importlib.util.find_spec(root) is not None
-    except (ImportError, ValueError):
-        found = False
-    if not found:
+    root = missing_module(name)
+    if root is not None:
         raise entry_error(offer, f"there is no module {root!r}", near_misses(name, sys.modules))
 
 
@@ -348,7 +352,8 @@ def load(slot: Slot, choice: Choice) -> Choice:
 
 def load_all(table: Table) -> Table:
     """The table with the replacements of all targets that are imported."""
-    return {key: choice if isinstance(key, str) else load(key, choice) for key, choice in table.items()}
+    loaded = [(key, choice if isinstance(key, str) else load(key, choice)) for key, choice in table.items()]
+    return Table(loaded, table.skip)
 
 
 def outermost(
@@ -378,4 +383,4 @@ def _outermost(
     include: tuple[Pattern, ...],
     targets: tuple[Any, ...],
 ) -> Table:
-    return load_all(compose({}, offers, plugins=plugins, skip=skip, include=include))
+    return load_all(compose(Table(), offers, plugins=plugins, skip=skip, include=include))

@@ -18,7 +18,7 @@ ROOT = Path(quantpatch.__file__).parent
 FLOORS = [
     {"errors", "division"},
     {"formats", "entries", "example", "grouped_axes", "sharded", "ranks"},
-    {"affine", "raised"},
+    {"affine", "raised", "slots", "mimicry", "construction", "statements"},
     {"kernels"},
     {"rounding"},
     {
@@ -38,7 +38,7 @@ FLOORS = [
     {"calibrators", "recipes"},
     {"plugins"},
     {"registry"},
-    {"held_range"},
+    {"held_range", "targets"},
     {"table", "quantizer", "outcome"},
     {"layers", "settings", "roots"},
     {"configure", "to_calibrate", "zero_points", "weight_reads"},

@@ -572,7 +572,7 @@ def test_the_same_object_can_be_entered_again_and_inside_itself() -> None:
 @pytest.mark.filterwarnings("error")
 def test_the_bodys_exception_is_never_masked() -> None:
     with pytest.raises(KeyError, match="mine"), quantize_modules():
-        nn.Linear.__init__ = nn.Linear.__init__.__wrapped__  # would warn
+        nn.Linear.__init__ = nn.Linear.__init__  # puts its own over the hook; would warn
         raise KeyError("mine")
     assert built() is Linear
 

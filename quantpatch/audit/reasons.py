@@ -14,7 +14,7 @@ from quantpatch.layers.base import QuantizedLayer, quantizer_name, quantizers_of
 from quantpatch.layers.subclass import why_float
 from quantpatch.plugins import Offer
 from quantpatch.registry import registry
-from quantpatch.table import slot_of
+from quantpatch.targets import slot_of
 
 __all__ = ["BY_RECIPE", "Targets", "known_targets", "reason_for"]
 

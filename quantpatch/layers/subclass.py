@@ -17,12 +17,13 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from quantpatch import interception
-from quantpatch.classes import dotted
+from quantpatch.classes import change_class, dotted
+from quantpatch.descriptor import Recipe
 from quantpatch.errors import LayerError
 from quantpatch.layers.base import QuantizedLayer, make_replacement
 from quantpatch.layers.stand_ins import is_stand_in
 
-__all__ = ["attributes_used", "combine", "own_ways", "replacement_of", "why_float"]
+__all__ = ["attributes_used", "combine", "own_ways", "replacement_of", "take_over", "why_float"]
 
 # Held as long as the class is in use, which holds the two classes that it is made of.
 _combined: weakref.WeakValueDictionary[tuple[type, type], type[QuantizedLayer]] = (
@@ -57,6 +58,14 @@ def combine(replacement: type[QuantizedLayer], subclass: type[Any]) -> type[Quan
             layer=subclass,
         )
     return _combined_now(replacement, subclass)
+
+
+def take_over(layer: Any, replacement: type[QuantizedLayer], recipe: Recipe) -> None:
+    """Makes a float layer that exists a quantized one: the same object, with quantizers."""
+    change_class(layer, replacement)
+    layer.add_quantizers(recipe)
+    for name in layer.quantizers():
+        layer._modules[name].train(layer.training)
 
 
 def _combined_now(replacement: type[QuantizedLayer], subclass: type[Any]) -> type[QuantizedLayer]:

@@ -1,0 +1,132 @@
+"""Attributes that can carry a hook, and get back what they held.
+
+Nothing here trusts its own notes: whether a hook is in place, and what it stands for, is read from where
+it lies. So every step can be interrupted, also by a signal handler that opens a block of its own, and made
+again.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Final
+
+__all__ = ["MISSING", "HookedAttribute", "lock"]
+
+Hook = Callable[..., Any]
+
+
+class _Missing:
+    """What an attribute held before, when its owner had none of its own: absent is a value."""
+
+
+MISSING: Final = _Missing()
+
+#: Held for a few instructions at a time, never while user code runs. Re-entrant, because the garbage
+#: collector may close a generator, and so a scope, at any allocation, and signal handlers may open one.
+lock: Final = threading.RLock()
+
+if hasattr(os, "register_at_fork"):  # the child's copy is whole, and not held by a thread it does not have
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+
+
+class HookedAttribute(abc.ABC):
+    """An attribute that holds a hook as long as it has users.
+
+    If somebody else has wrapped a hook when its last user leaves, it stays where it is, passes every
+    call through, and is taken out once it is on top again.
+
+    Attributes:
+        users: Who wants the hook. Whoever changes it calls ``install`` or ``uninstall`` after; all of this
+            with the lock held.
+    """
+
+    # Every hook that somebody may still hold: whose it is, and what it displaced.
+    _made: weakref.WeakKeyDictionary[Hook, tuple[weakref.ref[HookedAttribute], Any]] = (
+        weakref.WeakKeyDictionary()
+    )
+    # Those of which a hook may lie under somebody else's.
+    _buried: weakref.WeakSet[HookedAttribute] = weakref.WeakSet()
+
+    __slots__ = ("__weakref__", "_kept", "attribute", "owner", "users")
+
+    def __init__(self, owner: Any, attribute: str) -> None:
+        self.owner = owner
+        self.attribute = attribute
+        self.users: set[Any] = set()
+        # A hook and what it displaces, in place or not: making one is most of the cost.
+        self._kept: tuple[Hook, Any] | None = None
+
+    def install(self) -> None:
+        """Makes sure that a hook is in place, if there are users."""
+        # In a loop, because a signal handler may have opened or closed a block between two steps.
+        while self.users:
+            found = self._read()
+            if self._is_ours(found):
+                return
+            kept = self._kept
+            if kept is None or kept[1] is not found:
+                if kept is not None:  # it may be under what was found: one more on top does no harm
+                    HookedAttribute._buried.add(self)
+                hook = self._make_hook(found)
+                HookedAttribute._made[hook] = weakref.ref(self), found
+                self._kept = kept = hook, found
+            self._write(kept[0])
+
+    def uninstall(self) -> bool:
+        """Gives back what the hook displaced, if there are no users.
+
+        Returns:
+            Whether a hook was still in place.
+        """
+        in_place = self._is_ours(self._read())
+        if self.users:
+            return in_place
+        if in_place:
+            self._take_out()
+            if self.users:  # of a signal handler that ran meanwhile
+                self.install()
+        else:
+            self._kept = None
+            HookedAttribute._buried.add(self)
+        return in_place
+
+    @staticmethod
+    def sweep() -> None:
+        """Takes out every idle hook that was under somebody else's and has come up again."""
+        if HookedAttribute._buried:
+            for attribute in list(HookedAttribute._buried):
+                attribute._take_out()
+
+    def _take_out(self) -> None:
+        while not self.users and self._is_ours(found := self._read()):
+            self._write(self._displaced_by(found))
+
+    def _is_ours(self, found: Any) -> bool:
+        kept = self._kept
+        if kept is not None and (found is kept[0] or found is kept[1]):
+            return found is kept[0]
+        if found is MISSING:
+            return False
+        try:
+            known = HookedAttribute._made.get(found)
+        except TypeError:  # what others put there need be neither hashable nor weakly referenced
+            return False
+        return known is not None and known[0]() is self
+
+    def _displaced_by(self, hook: Hook) -> Any:
+        return HookedAttribute._made[hook][1]
+
+    def _read(self) -> Any:
+        return self.owner.__dict__.get(self.attribute, MISSING)
+
+    @abc.abstractmethod
+    def _make_hook(self, displaced: Any) -> Hook:
+        """A hook to stand for ``displaced``."""
+
+    @abc.abstractmethod
+    def _write(self, value: Any) -> None:
+        """Sets the owner's own attribute, or sees to it that there is none if the value is ``MISSING``."""

@@ -7,8 +7,7 @@ nothing of quantization and imports no torch.
 
 A *slot* is the one attribute that carries a hook: ``__init__`` in a class's own dictionary, or a
 function's name in its module. A hook asks the *activation* in force in its context which replacement
-applies. Activations form a stack through their ``parent``; one that was closed is passed over, so
-scopes may end in any order, in other threads, tasks and generators, and none outlives its end.
+applies.
 """
 
 from __future__ import annotations
@@ -18,188 +17,25 @@ import copy
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
-from contextvars import ContextVar
+from collections.abc import Callable
 from types import FunctionType, MethodType, ModuleType
-from typing import Any, Protocol
+from typing import Any
 
+from quantpatch.activations import (
+    Activation,
+    Policy,
+    current,
+    current_in_context,
+    is_being_replaced,
+    is_within,
+    within,
+)
 from quantpatch.mimicry import inheriting, is_made_here
 from quantpatch.slots import MISSING, HookedAttribute, lock
 
 __all__ = ["Activation", "Policy", "Slot", "current", "current_in_context", "is_being_replaced", "lock"]
 
 Hook = Callable[..., Any]
-
-
-class Policy:
-    """Who decides what is built while an activation is in force."""
-
-    def replacement_for(self, slot: Slot) -> Any | None:
-        """What to use instead of the target now, or None to leave it alone.
-
-        Args:
-            slot: Where the call came in: an object of exactly the target is being built, or the function
-                called.
-        """
-        return None
-
-    def came_out(self, slot: Slot) -> None:
-        """Learns that what ``replacement_for`` was asked for is built, or the call over, without an error."""
-
-    def subclass_came_out(self, slot: Slot, thing: Any) -> None:
-        """Learns that the target's ``__init__`` has run on an object of a subclass."""
-
-    def passed_root(self, thing: Any) -> None:
-        """Learns that the ``__init__`` of a root (see ``Slot.of_root``) has run on an object."""
-
-
-class Watch(Protocol):
-    """What an activation starts and stops with its hooks; stopping twice is harmless."""
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None: ...
-
-
-class Activation:
-    """One opening of a scope.
-
-    Attributes:
-        slots: Where its hooks are. May grow while it is open (a target imported later).
-        payload: The policy that decides, to be found again through ``current()``.
-        watch: What it starts and stops with its hooks.
-        parent: The activation in force where this one was opened.
-        closed: Set once, when the scope ends; a closed activation decides nothing.
-    """
-
-    __slots__ = ("__weakref__", "closed", "parent", "payload", "slots", "watch")
-
-    def __init__(self, payload: Any, watch: Watch | None = None) -> None:
-        self.slots: list[Slot] = []
-        self.payload = payload
-        self.watch = watch
-        self.parent: Activation | None = None
-        self.closed = False
-
-    def open(self, slots: Iterable[Slot]) -> None:
-        """Puts in the hooks; if anything goes wrong, none stays."""
-        try:
-            with lock:
-                _finish_closing()
-                for slot in slots:
-                    self._add(slot)
-                if self.watch is not None:
-                    self.watch.start()
-        except BaseException:
-            self.close()
-            raise
-
-    def add(self, slot: Slot) -> None:
-        """Installs one more slot's hook, or puts it in again."""
-        with lock:
-            if not self.closed:
-                self._add(slot)
-
-    def _add(self, slot: Slot) -> None:
-        if self not in slot.users:
-            self.slots.append(slot)
-            slot.users.add(self)
-        slot.install()
-
-    def enter(self) -> None:
-        """Takes force in the current context (and those copied from it later)."""
-        self.parent = current_in_context()
-        _in_context.set(self)
-
-    def start(self) -> None:
-        """Takes force in every context that has no activation of its own."""
-        _process_wide.append(self)
-
-    def close(self) -> list[Slot]:
-        """Ends it everywhere, and takes out the hooks that nobody else needs.
-
-        May be interrupted anywhere: it decides nothing from its first steps on, and what is left to be
-        taken out then, the next call, or the next activation that opens or closes, takes out.
-
-        Returns:
-            The slots where somebody else's value stood instead of a hook.
-        """
-        with lock:
-            _closing[self] = None
-            self.closed = True
-            _finish_closing(but=self)
-            displaced = self._take_out()
-        if _in_context.get() is not None:
-            _in_context.set(current_in_context())
-        return displaced
-
-    def _take_out(self) -> list[Slot]:
-        displaced = []
-        while self in _process_wide:
-            _process_wide.remove(self)
-        if self.watch is not None:
-            self.watch.stop()
-        for slot in self.slots:
-            if self in slot.users:
-                slot.users.discard(self)
-                if not slot.uninstall():
-                    displaced.append(slot)
-            elif not slot.users:  # an earlier try may have come this far
-                slot._take_out()
-        Slot.sweep()
-        # If a signal handler has opened a block meanwhile, that has taken out the rest.
-        alone = self in _closing
-        _closing.pop(self, None)
-        return displaced if alone else []
-
-
-_in_context: ContextVar[Activation | None] = ContextVar("quantpatch_activation", default=None)
-_process_wide: list[Activation] = []
-# Those that are being closed, or whose closing was interrupted.
-_closing: dict[Activation, None] = {}
-# Targets whose replacement is being built or called here: what it needs of its own target is float.
-_within: ContextVar[tuple[Slot, Any] | None] = ContextVar("quantpatch_within", default=None)
-
-
-def _finish_closing(but: Activation | None = None) -> None:
-    """Takes out what an interrupted ``close`` has left."""
-    for activation in list(_closing):
-        if activation is not but:
-            activation.closed = True
-            activation._take_out()
-
-
-def current_in_context() -> Activation | None:
-    """The innermost open activation of this context alone."""
-    activation = _in_context.get()
-    while activation is not None and activation.closed:
-        activation = activation.parent
-    return activation
-
-
-def current() -> Activation | None:
-    """The activation in force: this context's, or else the last one started process-wide."""
-    activation = _in_context.get()
-    while activation is not None:
-        if not activation.closed:
-            return activation
-        activation = activation.parent
-    if _process_wide:
-        return next((started for started in reversed(_process_wide[:]) if not started.closed), None)
-    return None
-
-
-def is_being_replaced(slot: Slot) -> bool:
-    """Whether the target's replacement is at work here, to which its target is float."""
-    return _is_within(slot, _within.get())
-
-
-def _is_within(slot: Slot, link: tuple[Slot, Any] | None) -> bool:
-    while link is not None:
-        if link[0] is slot:
-            return True
-        link = link[1]
-    return False
 
 
 class Slot(HookedAttribute):
@@ -209,7 +45,7 @@ class Slot(HookedAttribute):
         target: The class or function.
     """
 
-    _all: weakref.WeakValueDictionary[tuple[int, str], Slot] = weakref.WeakValueDictionary()
+    _all: dict[tuple[int, str], weakref.ref[Slot]] = {}
 
     __slots__ = ("target",)
 
@@ -251,10 +87,13 @@ class Slot(HookedAttribute):
     @staticmethod
     def _known(kind: type[Slot], owner: Any, attribute: str, target: Any) -> Slot:
         with lock:
-            slot = Slot._all.get((id(owner), attribute))
+            reference = Slot._all.get((id(owner), attribute))
+            slot = None if reference is None else reference()
             if slot is None:  # it will keep its owner alive, so the id stays the owner's
+                if len(Slot._all) > 1000:
+                    Slot._all = {key: known for key, known in Slot._all.items() if known() is not None}
                 slot = kind(owner, attribute, target)
-                Slot._all[id(owner), attribute] = slot
+                Slot._all[id(owner), attribute] = weakref.ref(slot)
             return slot
 
     @abc.abstractmethod
@@ -276,6 +115,30 @@ def _as_function(init: Any, target: Any) -> Callable[..., Any]:
     return run
 
 
+_MARK = "__quantpatch__"
+
+
+class _Mark:
+    """On a function that is a hook: whose it is, and what it displaced."""
+
+    __slots__ = ("displaced", "hook", "slot")
+
+    def __init__(self, hook: Any, slot: Slot, displaced: Any) -> None:
+        self.hook = hook
+        self.slot = slot
+        self.displaced = displaced
+
+    @staticmethod
+    def on(hook: Any, slot: Slot, displaced: Any) -> None:
+        vars(hook)[_MARK] = _Mark(hook, slot, displaced)
+
+    @staticmethod
+    def of(found: Any, slot: Slot) -> _Mark | None:
+        mark = vars(found).get(_MARK) if type(found) is FunctionType else None
+        # functools.wraps copies what it finds on a function, this as well.
+        return mark if mark is not None and mark.hook is found and mark.slot is slot else None
+
+
 class _Init:
     """``__init__`` of a class while it is hooked: objects come by here, the class itself shows its own.
 
@@ -283,10 +146,11 @@ class _Init:
     that saves it) gets the function that it would get without the hook.
     """
 
-    __slots__ = ("__weakref__", "_act", "_below", "_inherited", "_target")
+    __slots__ = ("__weakref__", "_act", "_below", "_inherited", "_target", "slot")
 
-    def __init__(self, target: type, below: Any) -> None:
-        self._target = target
+    def __init__(self, slot: Slot, below: Any) -> None:
+        self.slot = slot
+        self._target = slot.target
         self._below = below
         self._inherited: Any = None  # made where it is asked for
         self._act: Callable[..., Any] = self.run_below
@@ -371,13 +235,16 @@ class _ClassSlot(Slot):
         elif self.attribute in vars(self.owner):
             type.__delattr__(self.owner, self.attribute)
 
+    def _is_hook_of_mine(self, found: Any) -> bool:
+        return type(found) is _Init and found.slot is self
+
     def _displaced_by(self, hook: Any) -> Any:
         return hook.displaced
 
     def _make_hook(self, displaced: Any) -> Hook:
         slot, target = self, self.target
         become = object.__setattr__
-        init = _Init(target, displaced)
+        init = _Init(self, displaced)
         base_init = displaced if type(displaced) is FunctionType else init.run_below
 
         @functools.wraps(displaced if type(displaced) is FunctionType else target.__init__)
@@ -385,17 +252,17 @@ class _ClassSlot(Slot):
             activation = current()
             if activation is None:
                 return base_init(self, *args, **kwargs)
-            within = _within.get()
+            inside = within.get()
             cls = type(self)
-            if within is not None:
-                if within[0] is slot and cls is not target:
+            if inside is not None:
+                if inside[0] is slot and cls is not target:
                     # The replacement has come to its base: what the base builds inside is replaced again.
-                    token = _within.set(within[1])
+                    token = within.set(inside[1])
                     try:
                         return base_init(self, *args, **kwargs)
                     finally:
-                        _within.reset(token)
-                if _is_within(slot, within):
+                        within.reset(token)
+                if is_within(slot, inside):
                     return base_init(self, *args, **kwargs)
             policy: Policy = activation.payload
             if cls is not target:
@@ -407,11 +274,11 @@ class _ClassSlot(Slot):
                 result = base_init(self, *args, **kwargs)
             else:
                 become(self, "__class__", replacement)
-                token = _within.set((slot, within))
+                token = within.set((slot, inside))
                 try:
                     result = self.__init__(*args, **kwargs)
                 finally:
-                    _within.reset(token)
+                    within.reset(token)
             policy.came_out(slot)
             return result
 
@@ -444,8 +311,11 @@ class _RootSlot(_ClassSlot):
     def check(self, replacement: Any) -> None:
         raise TypeError(f"{self.target.__qualname__} is what all modules are made of")
 
+    def _is_hook_of_mine(self, found: Any) -> bool:
+        return _Mark.of(found, self) is not None
+
     def _displaced_by(self, hook: Any) -> Any:
-        return Slot._made[hook][1]
+        return vars(hook)[_MARK].displaced
 
     def uninstall(self) -> bool:
         super().uninstall()
@@ -462,6 +332,7 @@ class _RootSlot(_ClassSlot):
             if activation is not None and slot._kept is not None and slot._kept[0] is __init__:
                 activation.payload.passed_root(self)
 
+        _Mark.on(__init__, slot, displaced)
         return __init__
 
 
@@ -481,6 +352,12 @@ class _FunctionSlot(Slot):
         if replacement is self.target:
             raise TypeError("it is the target itself")
 
+    def _is_hook_of_mine(self, found: Any) -> bool:
+        return _Mark.of(found, self) is not None
+
+    def _displaced_by(self, hook: Any) -> Any:
+        return vars(hook)[_MARK].displaced
+
     def _write(self, value: Any) -> None:
         if value is not MISSING:
             vars(self.owner)[self.attribute] = value
@@ -494,20 +371,21 @@ class _FunctionSlot(Slot):
         def dispatch(*args: Any, **kwargs: Any) -> Any:
             activation = current()
             if activation is not None:
-                within = _within.get()
-                if not _is_within(slot, within):
+                inside = within.get()
+                if not is_within(slot, inside):
                     policy: Policy = activation.payload
                     replacement = policy.replacement_for(slot)
                     if replacement is None:
                         result = original(*args, **kwargs)
                     else:
-                        token = _within.set((slot, within))
+                        token = within.set((slot, inside))
                         try:
                             result = replacement(*args, **kwargs)
                         finally:
-                            _within.reset(token)
+                            within.reset(token)
                     policy.came_out(slot)
                     return result
             return original(*args, **kwargs)
 
+        _Mark.on(dispatch, slot, displaced)
         return dispatch

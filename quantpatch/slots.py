@@ -44,12 +44,9 @@ class HookedAttribute(abc.ABC):
             with the lock held.
     """
 
-    # Every hook that somebody may still hold: whose it is, and what it displaced.
-    _made: weakref.WeakKeyDictionary[Hook, tuple[weakref.ref[HookedAttribute], Any]] = (
-        weakref.WeakKeyDictionary()
-    )
-    # Those of which a hook may lie under somebody else's.
-    _buried: weakref.WeakSet[HookedAttribute] = weakref.WeakSet()
+    # Those of which a hook may lie under somebody else's. Here as everywhere on the way into a block and out
+    # of it, references have no callbacks: an interrupt that comes in one is swallowed by Python.
+    _buried: dict[int, weakref.ref[HookedAttribute]] = {}
 
     __slots__ = ("__weakref__", "_kept", "attribute", "owner", "users")
 
@@ -70,10 +67,8 @@ class HookedAttribute(abc.ABC):
             kept = self._kept
             if kept is None or kept[1] is not found:
                 if kept is not None:  # it may be under what was found: one more on top does no harm
-                    HookedAttribute._buried.add(self)
-                hook = self._make_hook(found)
-                HookedAttribute._made[hook] = weakref.ref(self), found
-                self._kept = kept = hook, found
+                    self._bury()
+                self._kept = kept = self._make_hook(found), found
             self._write(kept[0])
 
     def uninstall(self) -> bool:
@@ -91,14 +86,20 @@ class HookedAttribute(abc.ABC):
                 self.install()
         else:
             self._kept = None
-            HookedAttribute._buried.add(self)
+            self._bury()
         return in_place
+
+    def _bury(self) -> None:
+        HookedAttribute._buried[id(self)] = weakref.ref(self)
 
     @staticmethod
     def sweep() -> None:
         """Takes out every idle hook that was under somebody else's and has come up again."""
-        if HookedAttribute._buried:
-            for attribute in list(HookedAttribute._buried):
+        for key, reference in list(HookedAttribute._buried.items()):
+            attribute = reference()
+            if attribute is None:
+                HookedAttribute._buried.pop(key, None)
+            else:
                 attribute._take_out()
 
     def _take_out(self) -> None:
@@ -109,16 +110,15 @@ class HookedAttribute(abc.ABC):
         kept = self._kept
         if kept is not None and (found is kept[0] or found is kept[1]):
             return found is kept[0]
-        if found is MISSING:
-            return False
-        try:
-            known = HookedAttribute._made.get(found)
-        except TypeError:  # what others put there need be neither hashable nor weakly referenced
-            return False
-        return known is not None and known[0]() is self
+        return self._is_hook_of_mine(found)
 
-    def _displaced_by(self, hook: Hook) -> Any:
-        return HookedAttribute._made[hook][1]
+    @abc.abstractmethod
+    def _is_hook_of_mine(self, found: Any) -> bool:
+        """Whether something was made by ``_make_hook``."""
+
+    @abc.abstractmethod
+    def _displaced_by(self, hook: Any) -> Any:
+        """What a hook of this attribute stands for."""
 
     def _read(self) -> Any:
         return self.owner.__dict__.get(self.attribute, MISSING)

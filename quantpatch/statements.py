@@ -37,28 +37,23 @@ class Statement:
         """The statement that is about to enter a scope here; a new one if it is no statement that does."""
         reference = _found.get()
         found = None if reference is None else reference()
-        if found is None or found.scope is not scope or found.guard.statement.opening is not None:
+        if found is None or found.scope is not scope or found.statement.opening is not None:
             return Statement()
-        return found.guard.statement
+        return found.statement
 
 
 class _Guard:
     """Closes what its statement has opened, if it is dropped with that."""
 
-    __slots__ = ("statement",)
-
-    def __init__(self, statement: Statement) -> None:
-        self.statement = statement
+    statement: Statement | None = None
 
     def __del__(self) -> None:
-        if self.statement.opening is not None:
+        if self.statement is not None and self.statement.opening is not None:
             self.statement.opening.close()
 
 
 class _Relieved:
     """A guard that has nothing left to do. Code that runs as it is dropped might swallow an interrupt."""
-
-    __slots__ = ("statement",)
 
 
 class _Leave(functools.partial):  # type: ignore[type-arg]
@@ -69,7 +64,8 @@ class _Leave(functools.partial):  # type: ignore[type-arg]
     """
 
     scope: Any
-    guard: _Guard
+    statement: Statement
+    guard: Any
 
 
 # What this context has looked up last.
@@ -93,7 +89,9 @@ class Exit:
         reference: list[Any] = []
         leave = _Leave(self._left, scope, statement, reference)
         leave.scope = scope
-        leave.guard = _Guard(statement)
+        leave.statement = statement
+        leave.guard = _Guard()
+        leave.guard.statement = statement
         reference.append(weakref.ref(leave))
         _found.set(reference[0])
         return leave

@@ -19,6 +19,7 @@ FLOORS = [
     {"errors", "division"},
     {"formats", "entries", "example", "grouped_axes", "sharded", "ranks"},
     {"affine", "raised", "slots", "mimicry", "construction", "statements"},
+    {"activations"},
     {"kernels"},
     {"rounding"},
     {
@@ -41,7 +42,7 @@ FLOORS = [
     {"held_range", "targets"},
     {"table", "quantizer", "outcome"},
     {"layers", "settings", "roots"},
-    {"configure", "to_calibrate", "zero_points", "weight_reads"},
+    {"configure", "opening", "to_calibrate", "zero_points", "weight_reads"},
     {"builtin", "scope", "report", "new_plugin"},
     {"calibration", "models", "audit", "export"},
     {"analysis", "explain"},

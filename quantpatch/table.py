@@ -15,7 +15,7 @@ from typing import Any
 
 import attrs
 
-from quantpatch.classes import dotted
+from quantpatch.classes import dotted, written_name
 from quantpatch.descriptor import Recipe
 from quantpatch.entries import Entry, EntryLike
 from quantpatch.errors import EntryConflictError, ScopeError, UnknownNameError, near_misses
@@ -94,7 +94,9 @@ class Table(dict[Key, Choice]):
     def has_made(self, cls: type) -> bool:
         """Whether a class is a replacement, or made from one."""
         known = self._replacements
-        return any(base in known or f"{base.__module__}:{base.__qualname__}" in known for base in cls.__mro__)
+        return any(
+            base in known or f"{base.__module__}:{written_name(base)}" in known for base in cls.__mro__
+        )
 
 
 #: Classes that are parts of a target, which reads their weights and never calls them.

@@ -11,7 +11,7 @@ import sys
 from types import FunctionType
 from typing import Any
 
-from quantpatch.classes import dotted
+from quantpatch.classes import dotted, written_name
 from quantpatch.entries import Entry
 from quantpatch.errors import EntryError, near_misses
 from quantpatch.interception import Slot
@@ -139,7 +139,7 @@ def load_checked(offer: Offer, slot: Slot) -> Any:
     _check_base(offer, slot, replacement)
     if offer.plugin is not None and isinstance(replacement, type) and not _is_importable(replacement):
         # In code of one's own, given as custom, that is a matter of one's own.
-        name = replacement.__name__
+        name = written_name(replacement)
         raise entry_error(
             offer,
             f"{replacement.__module__}.{replacement.__qualname__} is not found under that name, so that the "

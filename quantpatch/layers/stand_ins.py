@@ -10,12 +10,15 @@ parameter.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, Final
 
 import torch
+from torch.utils import checkpoint
 
 __all__ = ["call_with", "is_stand_in", "without_stand_in"]
 
@@ -25,10 +28,10 @@ class _Absent:  # a class, since that stays itself in a pickle
 
 
 class _Calls(threading.local):
-    """The calls that run in a thread: by the id of the layer, what stands in for its attributes."""
+    """The calls that run in a thread, by the id of the layer: what stands in, and how autograd records."""
 
     def __init__(self) -> None:
-        self.running: dict[int, dict[str, Any]] = {}
+        self.running: dict[int, tuple[dict[str, Any], Any]] = {}
 
 
 _calls = _Calls()
@@ -65,13 +68,37 @@ def call_with(
         if type(getattr(cls, name, None)) is not _StandIn:
             _make_property(cls, name)
     try:
-        running[key] = dict(stand_ins)
+        running[key] = dict(stand_ins), _recording()
         return function(layer, *args, **kwargs)
     finally:
         if outer is None:
             running.pop(key, None)
         else:
             running[key] = outer
+
+
+# Layers that have read a weight under a checkpoint inside their own forward. The backward pass runs that part
+# again, in no call of the layer.
+_repeated: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _recording() -> Any:
+    """Tells code under a checkpoint from the code around it: it records for autograd in another way."""
+    return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _repeated_weight(layer: Any, name: str) -> Any:
+    """A quantized weight for code that a checkpoint runs again; None for any other."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
+        frame = frame.f_back
+    if frame is None or name not in layer.weight_axes():
+        return None
+    if not _recording():  # what this records is used
+        return layer.quantize_weights().get(name)
+    with torch.no_grad():  # only what is saved of it is used, and must be as much as the first time
+        weight = layer.quantize_weights().get(name)
+    return None if weight is None else weight.requires_grad_(without_stand_in(layer, name).requires_grad)
 
 
 def without_stand_in(layer: Any, name: str) -> Any:
@@ -113,14 +140,20 @@ class _StandIn(property):
         def get(layer: Any) -> Any:
             if not torch.compiler.is_dynamo_compiling():
                 found = _calls.running.get(id(layer))
-                if found is not None and name in found:
-                    return found[name]
+                if found is not None and name in found[0]:
+                    if found[1] != _recording():
+                        _repeated.add(layer)
+                    return found[0][name]
+                if layer in _repeated and torch._C._current_graph_task_id() != -1:
+                    weight = _repeated_weight(layer, name)
+                    if weight is not None:
+                        return weight
             return plain(layer)
 
         def put(layer: Any, value: Any) -> None:
             found = _calls.running.get(id(layer))
-            if found is not None and name in found:
-                found[name] = value
+            if found is not None and name in found[0]:
+                found[0][name] = value
                 return
             member = self._below(layer, name, own)
             if hasattr(type(member), "__set__"):

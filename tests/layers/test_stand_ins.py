@@ -170,6 +170,43 @@ def test_gradients_through_checkpointing_are_those_without():
         assert all(map(torch.equal, grads[0], other))
 
 
+class Checkpointed(nn.Module):
+    """Runs a part of its own forward, which reads its weight, under a checkpoint."""
+
+    mode = None
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, 3) - 0.3)
+
+    def part(self, x):
+        return torch.tanh(x @ self.weight) @ self.weight
+
+    def forward(self, x):
+        if self.mode is None:
+            return self.part(x) * self.weight.sum()
+        return checkpoint(self.part, x, use_reentrant=self.mode) * self.weight.sum()
+
+
+class QuantCheckpointed(QuantizedLayer, Checkpointed):
+    inputs = ("x",)
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_checkpoint_inside_a_forward_computes_with_quantized_weights_again(around):
+    grads = []
+    for mode in (None, False, True):
+        torch.manual_seed(0)
+        layer, x = quantized(Checkpointed(), QuantCheckpointed, "int4"), X.clone().requires_grad_()
+        layer.mode = mode
+        output = checkpoint(layer, x, use_reentrant=False) if around and not mode else layer(x)
+        output.square().sum().backward()
+        grads.append((layer.weight.grad, x.grad))
+        assert layer.weight is layer._parameters["weight"]
+    for other in grads[1:]:
+        assert all(map(torch.allclose, grads[0], other))
+
+
 def test_a_layer_that_ran_is_copied_pickled_and_changed_as_one_that_did_not():
     layer, never_ran = scaled(), scaled()
     layer(X)

@@ -231,7 +231,7 @@ class OperandError(QuantPatchError, TypeError):
 
     Attributes:
         quantizer: Name of the quantizer, where it is known.
-        value: What came: a tensor's dtype, or the type of what is no tensor.
+        value: What came: a tensor's dtype, its layout if that is at fault, or the type of what is no tensor.
     """
 
     quantizer: str | None = None

@@ -31,7 +31,15 @@ from quantpatch.rounding.round_trip import round_trip
 from quantpatch.rounding.scales import block_views, divisor, rescale_, spread
 from quantpatch.sharded import beside, is_sharded
 
-__all__ = ["check_operand", "dequantize", "fake_quantize", "own_range", "quantize", "reduce_amax"]
+__all__ = [
+    "check_operand",
+    "dequantize",
+    "fake_quantize",
+    "own_range",
+    "quantize",
+    "reduce_amax",
+    "what_is_odd_about",
+]
 
 
 def fake_quantize(
@@ -335,6 +343,22 @@ def check_operand(x: Any) -> None:
         raise OperandError(f"only tensors can be quantized, got {type(x).__name__}", value=type(x))
     if not x.is_floating_point():
         raise OperandError(f"only real floating-point tensors can be quantized, got {x.dtype}", value=x.dtype)
+
+
+def what_is_odd_about(x: Any) -> str | None:
+    """What keeps torch's operations from a tensor that is not dense, and what to write; None if it is."""
+    if not isinstance(x, Tensor):
+        return None
+    if isinstance(x, torch.masked.MaskedTensor):
+        return "only dense tensors can be quantized, got a masked one; write x.to_tensor(0.0)"
+    if x.is_nested:
+        return (
+            "only dense tensors can be quantized, got a nested one; write "
+            "torch.nested.to_padded_tensor(x, 0.0), and hand on a mask of the padding"
+        )
+    if x.layout is not torch.strided:
+        return f"only dense tensors can be quantized, got one of {x.layout}; write x.to_dense()"
+    return None
 
 
 def _checked_amax(amax: Tensor, x: Tensor, wanted: Sequence[int]) -> Tensor:

@@ -21,7 +21,7 @@ from quantpatch.affine import has_zero_point, longer_side, magnitudes, upper_end
 from quantpatch.calibrators import Calibrator, warn_of_negatives
 from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import CalibrationError, DescriptorError, ExportError, OperandError, RangeError
-from quantpatch.fake_quant import check_operand, fake_quantize
+from quantpatch.fake_quant import check_operand, fake_quantize, what_is_odd_about
 from quantpatch.fast_paths import refuse_fast_paths
 from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.held_range import HeldRange
@@ -216,7 +216,7 @@ class TensorQuantizer(HeldRange):
 
         Raises:
             CalibrationError: It holds NaN or infinity and statistics are being collected.
-            OperandError: It is no tensor of real floating-point numbers.
+            OperandError: It is no dense tensor of real floating-point numbers.
             RangeError: The range does not fit its shape.
         """
         if self.disabled:
@@ -231,6 +231,15 @@ class TensorQuantizer(HeldRange):
         except (OperandError, RangeError) as error:
             self._say_where(error)
             raise
+        except (RuntimeError, TypeError) as error:
+            # Looked for only now: in every call it would cost time, and torch can do more with some of them
+            # than with others.
+            why = what_is_odd_about(x)
+            if why is None:
+                raise
+            odd = OperandError(why, value=x.layout)
+            self._say_where(odd)
+            raise odd from error
 
     def _collect(self, x: Tensor) -> None:
         assert self.calibrator is not None
@@ -251,7 +260,7 @@ class TensorQuantizer(HeldRange):
             return
         error.quantizer = name
         message = f"{name}: {error}"
-        if isinstance(error, OperandError) and isinstance(error.value, torch.dtype):
+        if isinstance(error, OperandError) and isinstance(error.value, (torch.dtype, torch.layout)):
             layer = name.rpartition(".")[0] or name
             message += f". To leave its layer float write: qp.configure(model, {{{layer!r}: None}})"
         error.args = (message,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import threading
+import warnings
 
 import pytest
 import torch
@@ -237,6 +238,56 @@ def test_what_cannot_be_quantized_is_told_by_the_quantizers_place_in_the_model(x
     assert caught.value.quantizer == name
     assert isinstance(caught.value, TypeError)
     assert (f"{{'{layer}': None}}" in str(caught.value)) is isinstance(x, torch.Tensor)
+
+
+def masked(x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype of torch
+        return torch.masked.masked_tensor(x, x > 0)
+
+
+def of_rows(x, layout):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([x[:1], x], layout=layout)
+
+
+ODD = {
+    "sparse_coo": (lambda x: x.to_sparse(), r"x\.to_dense\(\)"),
+    "sparse_csr": (lambda x: x.to_sparse_csr(), r"x\.to_dense\(\)"),
+    "_mkldnn": (lambda x: x.to_mkldnn(), r"x\.to_dense\(\)"),
+    "masked": (masked, r"x\.to_tensor\(0\.0\)"),
+    "nested": (lambda x: of_rows(x, torch.strided), "to_padded_tensor"),
+    "a nested one": (lambda x: of_rows(x, torch.jagged), "to_padded_tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("state", ["dynamic", "static", "calibrating"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.filterwarnings("ignore:.*[Mm]asked")
+def test_a_tensor_that_is_not_dense_is_refused_with_what_makes_it_so(kind, state):
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.Linear(4, 2))
+    make, advice = ODD[kind]
+    x = make(torch.ones(3, 4))
+    if state == "static":
+        if kind in ("masked", "a nested one"):
+            return  # torch divides and rounds these; whatever comes next is the float layer's affair
+        model[0].input_quantizer.amax = 1.0
+    with pytest.raises(OperandError, match=rf"^0\.input_quantizer: .*{kind}.*{advice}") as caught:
+        qp.calibrate(model, lambda model: model(x)) if state == "calibrating" else model(x)
+    assert "qp.configure(model, {'0': None})" in str(caught.value)
+    assert caught.value.quantizer == "0.input_quantizer"
+
+
+def test_an_error_that_has_nothing_to_do_with_the_tensor_stays_what_it_is():
+    class Broken(TensorQuantizer):
+        def _quantized(self, *args):
+            raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="^something else$"):
+        Broken()(torch.ones(2))
 
 
 def test_a_range_that_does_not_fit_is_told_by_the_quantizers_place_in_the_model():

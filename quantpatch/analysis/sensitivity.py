@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from quantpatch.errors import ComparisonError, warn_caller
+from quantpatch.errors import ComparisonError, shown, warn_caller
 from quantpatch.files import written_whole
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.report.render import as_text
@@ -244,6 +244,13 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _result(value: Any) -> float:
+    """A number from a file; NaN is none, nor are text and truth values."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise ValueError(f"{value!r} is no result")
+    return float(value)
+
+
 class _Results:
     """Results by key, kept in a file if there is one; the file is replaced whole each time."""
 
@@ -256,11 +263,17 @@ class _Results:
             try:
                 data = json.loads(self._path.read_text())
                 mode_found, model_found = data["mode"], data["model"]
-                self._found = {str(key): float(value) for key, value in data["results"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ComparisonError(f"{self._path} holds no results of sensitivity: {error}") from error
+                self._found = {str(key): _result(value) for key, value in data["results"].items()}
+            except IsADirectoryError:
+                raise ComparisonError(f"resume={str(self._path)!r} is a folder: name a file in it") from None
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                raise ComparisonError(
+                    f"{self._path} holds no results of sensitivity: {type(error).__name__}: {shown(error)}"
+                ) from error
             if mode_found != mode:
-                raise ComparisonError(f"{self._path} holds results of mode {mode_found!r}, not {mode!r}")
+                raise ComparisonError(
+                    f"{self._path} holds results of mode {shown(repr(mode_found))}, not {mode!r}"
+                )
             if model_found != model:
                 raise ComparisonError(
                     f"{self._path} holds results of another model, or of other weights, ranges or settings; "

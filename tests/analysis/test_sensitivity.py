@@ -153,14 +153,25 @@ qp.sensitivity(model, evaluate, resume={str(path)!r})
         "[]",
         '{"mode": "quantize_one", "model": "", "results": []}',
         '{"mode": "float_one", "model": "", "results": {}}',
+        '{"mode": "quantize_one", "model": "", "results": {"float": NaN}}',
+        '{"mode": "quantize_one", "model": "", "results": {"float": 1' + "0" * 400 + "}}",
+        '{"mode": "quantize_one", "model": "", "results": {"float": "1.5"}}',
+        '{"mode": "' + "x" * 100_000 + '", "model": "", "results": {}}',
+        "[" * 100_000,
     ],
 )
 def test_a_file_of_something_else_is_an_error(model, tmp_path, text):
     path = tmp_path / "results.json"
     path.write_text(text)
-    with pytest.raises(ComparisonError, match=r"results\.json"):
+    with pytest.raises(ComparisonError, match=r"results\.json") as caught:
         qp.sensitivity(model, metric, resume=path)
+    assert len(str(caught.value)) < 1_000
     assert path.read_text() == text
+
+
+def test_a_folder_holds_no_results(model, tmp_path):
+    with pytest.raises(ComparisonError, match="is a folder: name a file in it"):
+        qp.sensitivity(model, metric, resume=tmp_path)
 
 
 def test_what_is_no_number_and_no_mode_is_an_error(model):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -323,6 +324,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
+        if zipfile.is_zipfile(path):
+            raise wrong(
+                "torch.save wrote it, or what calls that. Build the model in a block as it was quantized, "
+                "and load it there: with qp.quantize_modules(recipe=...): model = build(); "
+                "model.load_state_dict(torch.load(path)). Of a Lightning module write "
+                "LitModel.load_from_checkpoint(path) in the block"
+            ) from error
         raise wrong(f"it is truncated or no safetensors file ({shown(error)})") from error
     if "quantpatch" not in metadata:
         raise wrong(

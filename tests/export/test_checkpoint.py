@@ -435,6 +435,9 @@ def test_other_files(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "plain.safetensors")
     with pytest.raises(CheckpointError, match=r"qp\.save did not write it"):
         load(tmp_path / "plain.safetensors", small())
+    torch.save(ready().state_dict(), tmp_path / "torch.pt")
+    with pytest.raises(CheckpointError, match="torch.save wrote it.*LitModel.load_from_checkpoint"):
+        load(tmp_path / "torch.pt", small())
     header = json.dumps({"__metadata__": {"quantpatch": "[]"}}).encode()
     (tmp_path / "odd.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(CheckpointError, match="cannot be read"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -22,6 +23,8 @@ from quantpatch.files import own_version
 from quantpatch.interception import Slot
 from quantpatch.new_plugin import new_plugin
 from quantpatch.registry import registry
+from quantpatch.report.folding import alike
+from quantpatch.report.render import as_text
 from quantpatch.run import RunSettings, launch
 from quantpatch.scope import quantize_modules
 from quantpatch.table import compose
@@ -44,7 +47,7 @@ Subclasses = Annotated[bool, typer.Option("--subclasses", help="Quantize subclas
 
 def _print(what: Any) -> None:
     # Where nobody looks at a terminal, nothing is cut off to fit one.
-    Console(markup=False, width=None if sys.stdout.isatty() else 160).print(what)
+    typer.echo(shown(as_text(what, of_names=True), 10_000_000, keep="\n"))
 
 
 def _print_report(report: Any, as_json: bool) -> None:
@@ -119,12 +122,55 @@ def layers(
     if as_json:
         _print_json(rows)
         return
-    listed = Table()
-    for heading in ("target", "replacement", "plugin", "state"):
-        listed.add_column(heading, overflow="fold")
-    for row in rows:
-        _add_row(listed, *row.values())
-    _print(listed)
+    _print(_Layers([{key: str(value) for key, value in row.items()} for row in rows]))
+
+
+def _package(row: dict[str, str]) -> str:
+    return row["target"].partition(".")[0]
+
+
+def _state_of_any(row: dict[str, str]) -> str:
+    """The state without the target's own name, which it may tell to write somewhere."""
+    return row["state"].replace(repr(row["target"].rpartition(".")[2]), "...")
+
+
+@attrs.frozen
+class _Layers:
+    """What a block would replace, as a table."""
+
+    rows: list[dict[str, str]]
+
+    def __rich__(self) -> Table:
+        return self._table([tuple(row.values()) for row in self.rows])
+
+    def folded(self) -> Table:
+        """One row for the targets in a package that are replaced alike; their modules are in JSON."""
+        groups = alike(self.rows, lambda row: (_package(row), row["plugin"], _state_of_any(row)))
+        return self._table([self._folded(group) for group in groups])
+
+    @staticmethod
+    def _folded(group: list[dict[str, str]]) -> tuple[str, ...]:
+        row = group[0]
+        if len(group) == 1:
+            return tuple(row.values())
+        parts = [row["target"].split(".") for row in group]
+        same = itertools.takewhile(
+            lambda found: len(set(found)) == 1, zip(*(p[:-1] for p in parts), strict=False)
+        )
+        modules, names = ".".join(found[0] for found in same), [p[-1] for p in parts]
+        made = (row["replacement"].rpartition(":")[2] for row in group)
+        by_rule = all(m.startswith(f"Quant{name}") for name, m in zip(names, made, strict=True))
+        replaced_by = "Quant..." if by_rule else "each by its own"
+        return f"{modules}: {', '.join(names)}", replaced_by, row["plugin"], _state_of_any(row)
+
+    @staticmethod
+    def _table(rows: list[tuple[str, ...]]) -> Table:
+        table = Table()
+        for heading in ("target", "replacement", "plugin", "state"):
+            table.add_column(heading, overflow="fold")
+        for row in rows:
+            _add_row(table, *row)
+        return table
 
 
 @app.command("explain")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -24,6 +24,7 @@ from quantpatch.grouped_axes import GroupedAxes
 from quantpatch.layers.base import QuantizedLayer, is_quantizer, quantizer_name
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.registry import registry
+from quantpatch.report.folding import alike, folded_name, folded_names, starred
 from quantpatch.report.render import as_percent, as_text
 from quantpatch.running import demand_model, explaining_devices, uncompiled
 from quantpatch.sharded import is_sharded
@@ -138,6 +139,13 @@ class CoverageReport:
         return f"{share}; {of_weights}" if left and quantized else share
 
     def __rich__(self) -> Group:
+        return self._shown(self.rows, list)
+
+    def folded(self) -> Group:
+        """The same with one row for alike products in modules whose names differ in numbers alone."""
+        return self._shown([_folded(group) for group in alike(self.rows, _likeness)], folded_names)
+
+    def _shown(self, rows: Sequence[CoverageRow], names: Callable[[Iterable[str]], list[str]]) -> Group:
         table = Table(title=f"{self.model}: {self.headline()}")
         table.add_column("module", overflow="fold")
         table.add_column("layer")
@@ -145,7 +153,7 @@ class CoverageReport:
         for heading in ("calls", "MACs", "share"):
             table.add_column(heading, justify="right")
         table.add_column("float because", overflow="fold")
-        for row in self.rows:
+        for row in rows:
             floats = ", ".join(row.float_operands)
             why = f"{floats}: {row.reason}" if floats else ""
             share = "-" if row.of_weight or not self.macs else as_percent(row.macs / self.macs)
@@ -161,7 +169,9 @@ class CoverageReport:
             )
         notes: list[Any] = [table]
         if self.unreached:
-            notes.append(Text(f"Quantizers that no tensor passed through: {', '.join(self.unreached)}"))
+            notes.append(
+                Text(f"Quantizers that no tensor passed through: {', '.join(names(self.unreached))}")
+            )
         if self.opaque:
             notes.append(Text(f"Operators that cannot be looked into: {', '.join(self.opaque)}"))
         if self.outgrown:
@@ -173,15 +183,29 @@ class CoverageReport:
                 )
             )
         for name, code in self.to_paste:
-            notes.append(
-                Text(f"\nNothing covers {name}. This, tried on what it was called with, does:\n{code}")
-            )
+            notes.append(Text(f"\nNothing covers {name}. This, tried on what it was called with, does:"))
+            notes.append(Text(code, no_wrap=True))  # to be pasted as it is
         for name, why in self.no_code:
             notes.append(Text(f"\nNothing covers {name}, and no replacement that was tried: {why}"))
         return Group(*notes)
 
     def __str__(self) -> str:
         return as_text(self)
+
+
+def _likeness(row: CoverageRow) -> Any:
+    """What rows have in common that can be shown as one."""
+    operands = tuple((role, quantizer and starred(quantizer)) for role, quantizer in row.operands)
+    return starred(row.module), row.layer, row.operation, operands, row.reason, row.of_weight
+
+
+def _folded(rows: list[CoverageRow]) -> CoverageRow:
+    return attrs.evolve(
+        rows[0],
+        module=folded_name([row.module for row in rows]),
+        calls=sum(row.calls for row in rows),
+        macs=sum(row.macs for row in rows),
+    )
 
 
 def audit(model: nn.Module, *inputs: Any, minimum: float | None = None, **keywords: Any) -> CoverageReport:

@@ -12,31 +12,58 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from quantpatch.report.narrow import narrow_lines, wrapped
+
 __all__ = ["as_percent", "as_text"]
 
 _LONG = 200  # rows
+_MANY = 60  # rows, from which on those that are alike become one
+_ROOMY = 100  # columns, from which on rich's layout of cells that do not fit can be read
+_NARROWEST = 40
 
 
 def as_text(renderable: Any, *, of_names: bool = False) -> str:
-    """A rich renderable as plain text, as wide as the terminal (at least 100 columns; 120 without one).
+    """A rich renderable as plain text, as wide as the terminal, or ``COLUMNS``; 120 without either.
+
+    Where that is too narrow for all rows as they are, or there are many, those that are alike become one if
+    the renderable knows how: it has a method ``folded`` then.
 
     Args:
         renderable: What is to be shown. Cells that do not fit are folded.
-        of_names: Whether it is a table of names, which somebody may search for: if it is long, or there is
-            no terminal, it is as wide as they are.
+        of_names: Whether it is a table of names, which somebody may search for: without a terminal it is as
+            wide as they are.
     """
-    if hasattr(renderable, "__rich__"):
-        renderable = renderable.__rich__()
-    if isinstance(renderable, Group):
-        return "\n".join(as_text(part, of_names=of_names) for part in renderable.renderables)
     terminal = shutil.get_terminal_size((0, 24)).columns
-    width = max(100, terminal or 120)
-    if isinstance(renderable, Table):
-        grid = _Grid(renderable)
-        is_wide = of_names and (not terminal or renderable.row_count > _LONG)
+    width = max(_NARROWEST, terminal or 120)
+    shown = renderable.__rich__() if hasattr(renderable, "__rich__") else renderable
+    if terminal and hasattr(renderable, "folded") and not _is_handy(shown, width):
+        shown = renderable.folded()
+    parts = shown.renderables if isinstance(shown, Group) else [shown]
+    return "\n".join(_part(part, width, of_names, is_wide=not terminal) for part in parts)
+
+
+def _is_handy(shown: Any, width: int) -> bool:
+    """Whether tables fit into the width, and are not long."""
+    parts = shown.renderables if isinstance(shown, Group) else [shown]
+    tables = [part for part in parts if isinstance(part, Table)]
+    return all(table.row_count <= _MANY and _Grid(table).width <= width for table in tables)
+
+
+def _part(part: Any, width: int, of_names: bool, *, is_wide: bool) -> str:
+    if isinstance(part, Group):
+        return "\n".join(_part(each, width, of_names, is_wide=is_wide) for each in part.renderables)
+    if isinstance(part, Text) and part.no_wrap:
+        return part.plain
+    if isinstance(part, Table):
+        grid = _Grid(part)
+        is_wide = of_names and (is_wide or (part.row_count > _LONG and width >= _ROOMY))
         if grid.is_plain and (is_wide or grid.width <= width):
             return "\n".join(grid.lines())
-    return _by_rich(renderable, width)
+        if width < _ROOMY and part.columns:
+            return "\n".join(narrow_lines(part, width))
+    if width < _ROOMY and isinstance(part, (Text, str)):
+        return "\n".join(wrapped(str(part), width))
+    return _by_rich(part, width)
 
 
 def _by_rich(renderable: Any, width: int, **options: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -13,6 +14,7 @@ from torch import nn
 from quantpatch.classes import written_name
 from quantpatch.layers.base import QuantizedLayer, is_quantizer
 from quantpatch.quantizer import TensorQuantizer
+from quantpatch.report.folding import alike, folded_name, starred
 from quantpatch.report.render import as_text
 from quantpatch.running import demand_model
 from quantpatch.sharded import local_part
@@ -67,6 +69,14 @@ class Summary:
         return json.dumps(attrs.asdict(self), indent=2)
 
     def __rich__(self) -> Table:
+        return self._table(self.rows)
+
+    def folded(self) -> Table:
+        """The table with one row for quantizers that are alike and whose names differ in numbers alone."""
+        groups = alike(self.rows, lambda r: (starred(r.name), r.layer, r.format, r.bits, r.axis, r.state))
+        return self._table([_folded(group) for group in groups])
+
+    def _table(self, rows: Sequence[QuantizerRow]) -> Table:
         table = Table(title=f"{self.model}: {len(self.rows)} quantizers", caption=self._caption())
         table.add_column("quantizer", overflow="fold")
         for heading in ("layer", "format"):
@@ -74,7 +84,7 @@ class Summary:
         for heading in ("bits", "axis", "amax"):
             table.add_column(heading, justify="right")
         table.add_column("state")
-        for row in self.rows:
+        for row in rows:
             axis = ", ".join(map(str, row.axis)) or "-"
             table.add_row(row.name, row.layer, row.format, str(row.bits), axis, _range(row), row.state)
         return table
@@ -90,6 +100,18 @@ class Summary:
 
     def __str__(self) -> str:
         return as_text(self, of_names=True)
+
+
+def _folded(rows: list[QuantizerRow]) -> QuantizerRow:
+    lows = [row.amax_min for row in rows if row.amax_min is not None]
+    highs = [row.amax_max for row in rows if row.amax_max is not None]
+    return attrs.evolve(
+        rows[0],
+        name=folded_name([row.name for row in rows]),
+        ranges=max(row.ranges for row in rows) if len(rows) == 1 else sum(row.ranges for row in rows),
+        amax_min=min(lows, default=None),
+        amax_max=max(highs, default=None),
+    )
 
 
 def _range(row: QuantizerRow) -> str:

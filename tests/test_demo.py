@@ -57,3 +57,12 @@ def test_without_scikit_learn_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'quantpatch\[demo\]'"):
         demo.load_data()
+
+
+def test_the_table_says_that_figures_differ_between_machines_and_what_was_left_out():
+    report = demo.DemoReport(
+        (demo.DemoRow("float", 32, 0.5, 0.0, 0.0, 1.0),), "not run in ONNX Runtime: no file"
+    )
+    text = " ".join(str(report).split())
+    assert "accuracy and time differ somewhat between machines and versions of torch" in text
+    assert text.endswith("not run in ONNX Runtime: no file")

@@ -6,7 +6,7 @@ PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test check format bench zoo clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,5 +53,18 @@ PEERS := torchao nvidia-modelopt requests brevitas optimum-quanto
 bench: .bench/.installed  ## compare with peers in one run and print ratios
 	.bench/venv/bin/python -m benchmarks
 
+# timm comes without what it requires: torchvision's wheel is of another build of torch, and would bring that.
+ZOO := timm==1.0.31 torchvision==0.28.0
+.zoo/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .zoo/venv
+	.zoo/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	.zoo/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	.zoo/venv/bin/python -m pip install -q --disable-pip-version-check --no-deps $(ZOO)
+	.zoo/venv/bin/python -m pip install -q --disable-pip-version-check huggingface_hub pillow pyyaml
+	touch $@
+
+zoo: .zoo/.installed  ## build, prepare and calibrate the smallest model of each family of timm (an hour)
+	.zoo/venv/bin/python -m benchmarks.zoo
+
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .bench
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .bench .zoo

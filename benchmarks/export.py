@@ -27,7 +27,18 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import quantpatch as qp
-from benchmarks.networks import LanguageModel, Transformer, UNet, mobilenet, plain_cnn, small_resnet
+from benchmarks.networks import (
+    Inception,
+    LanguageModel,
+    Pyramid,
+    Transformer,
+    UNet,
+    mobilenet,
+    plain_cnn,
+    resnet_stem,
+    segmentation_head,
+    small_resnet,
+)
 from benchmarks.timing import medians
 from quantpatch import demo
 from quantpatch.export import ExportReport
@@ -102,6 +113,11 @@ class Case:
 CASES = {
     "demo CNN": Case(_digits_cnn, _digits, torch.clone),
     "small ResNet": Case(small_resnet, _images(1, 3, 96, 96)),
+    "ResNet's stem": Case(resnet_stem, _images(1, 3, 128, 128)),
+    "Inception": Case(Inception, _images(1, 3, 32, 32)),
+    "feature pyramid": Case(Pyramid, _images(1, 3, 64, 64)),
+    "segmentation head": Case(segmentation_head, _images(1, 64, 40, 40)),
+    "a convolution": Case(lambda: nn.Sequential(nn.Conv2d(64, 64, 3)), _images(1, 64, 40, 40)),
     "plain CNN": Case(plain_cnn, _images(1, 1, 28, 28)),
     # What is far out makes the surest of its answers, and "mse" cuts it off.
     "MobileNetV3-small": Case(_digits_mobilenet, _photographs, _as_photographs, "max"),

@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LanguageModel", "Transformer", "UNet", "mobilenet", "plain_cnn", "small_resnet"]
+__all__ = [
+    "Inception",
+    "LanguageModel",
+    "Pyramid",
+    "Transformer",
+    "UNet",
+    "mobilenet",
+    "plain_cnn",
+    "resnet_stem",
+    "segmentation_head",
+    "small_resnet",
+]
 
 
 class _Block(nn.Module):
@@ -44,6 +55,75 @@ def small_resnet() -> nn.Module:
         nn.Flatten(),
         nn.Linear(128, 100),
     )
+
+
+def _normalized(inside: int, outside: int, size: int, stride: int = 1) -> nn.Sequential:
+    """A convolution, batch norm and ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(inside, outside, size, stride, size // 2, bias=False), nn.BatchNorm2d(outside), nn.ReLU()
+    )
+
+
+def resnet_stem() -> nn.Module:
+    """What every ResNet begins with: max pooling goes into a convolution and into the addition behind it."""
+    return nn.Sequential(
+        _normalized(3, 64, 7, 2),
+        nn.MaxPool2d(3, 2, 1),
+        _Block(64, 64, 1),
+        _Block(64, 64, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+class _Mixed(nn.Module):
+    """A block of Inception: convolutions of several sizes and max pooling side by side."""
+
+    def __init__(self, inside: int, width: int) -> None:
+        super().__init__()
+        self.small = _normalized(inside, width, 1)
+        self.large = nn.Sequential(_normalized(inside, width, 1), _normalized(width, width, 3))
+        self.pool = nn.MaxPool2d(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.small(x), self.large(x), self.pool(x)], 1)
+
+
+class Inception(nn.Sequential):
+    """Two such blocks between convolutions."""
+
+    def __init__(self) -> None:
+        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+        super().__init__(
+            _normalized(3, 64, 3), _Mixed(64, 32), _Mixed(128, 32), _normalized(192, 64, 1), *head
+        )
+
+
+class Pyramid(nn.Module):
+    """A feature pyramid (arXiv 1612.03144): from coarse to fine by nearest neighbours and additions."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.fine, self.middle = _normalized(3, width, 3, 2), _normalized(width, width, 3, 2)
+        self.coarse = _normalized(width, width, 3, 2)
+        self.aside = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(3))
+        self.up = nn.Upsample(scale_factor=2)
+        self.smooth = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The finest level."""
+        fine = self.fine(x)
+        middle = self.middle(fine)
+        y = self.aside[0](self.coarse(middle))
+        y = self.aside[1](middle) + self.up(y)
+        y = self.aside[2](fine) + self.up(y)
+        return torch.as_tensor(self.smooth(y))
+
+
+def segmentation_head() -> nn.Module:
+    """Features to a map of classes, which is what the model returns."""
+    return nn.Sequential(_normalized(64, 64, 3), nn.Conv2d(64, 21, 1))
 
 
 def plain_cnn() -> nn.Module:

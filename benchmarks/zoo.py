@@ -19,7 +19,6 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,8 +35,8 @@ from quantpatch.quantizer import in_float
 
 # What float models may differ by, relative to the size of the output, since folding rounds once more.
 EXACT = 1e-5
-# Sizes of images to try on models that take any, before that which they were made for.
-_SIZES = (64, 96, 128, 256)
+# Sizes of images to try before that which a model was made for.
+_SIZES = (64, 112, 128, 224, 256)
 
 # The smallest by number of parameters, in timm 1.0.31; of other families it is looked for, in a while.
 _SMALLEST = """
@@ -138,14 +137,6 @@ def _lively(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _sizes(model: nn.Module) -> Iterator[int]:
-    settings: Any = model.pretrained_cfg
-    native: int = settings["input_size"][-1]
-    if not settings.get("fixed_input_size"):
-        yield from (size for size in _SIZES if size < native)
-    yield native
-
-
 def _tensor(output: Any) -> Tensor:
     """The first tensor of an output."""
     while not isinstance(output, Tensor):
@@ -153,16 +144,25 @@ def _tensor(output: Any) -> Tensor:
     return output
 
 
-@torch.no_grad()
-def _first_run(model: nn.Module, row: Row) -> tuple[Tensor, Tensor]:
-    """An input of the smallest size that the model takes, and what the model gives."""
-    sizes = list(_sizes(model))
-    for row.size in sizes:
-        x = torch.randn(2, 3, row.size, row.size)
+def _small(timm: Any, row: Row) -> tuple[dict[str, int], nn.Module, Tensor, Tensor]:
+    """A model with the smallest images that it takes: how to build it, it, its input and its output."""
+    with torch.device("meta"):
+        settings: Any = timm.create_model(row.model, pretrained=False).pretrained_cfg
+    native: int = settings["input_size"][-1]
+    fixed = settings.get("fixed_input_size")
+    for row.size in (*(size for size in _SIZES if size < native), native):
+        options = {"img_size": row.size} if fixed and row.size != native else {}
         try:
-            return x, _tensor(model(x))
+            if options:
+                with torch.device("meta"):
+                    timm.create_model(row.model, pretrained=False, **options)
+            torch.manual_seed(0)
+            model = _lively(timm.create_model(row.model, pretrained=False, **options))
+            x = torch.randn(1, 3, row.size, row.size)
+            with torch.no_grad():
+                return options, model, x, _tensor(model(x))
         except Exception:
-            if row.size == sizes[-1]:
+            if row.size == native:
                 raise
     raise AssertionError
 
@@ -189,11 +189,9 @@ def measure(timm: Any, family: str) -> Row:
 
 
 def _measure(timm: Any, row: Row) -> None:
-    torch.manual_seed(0)
-    model = _lively(timm.create_model(row.model, pretrained=False))
-    x, expected = _first_run(model, row)
+    options, model, x, expected = _small(timm, row)
     with qp.quantize_modules():
-        quantized = timm.create_model(row.model, pretrained=False).eval()
+        quantized = timm.create_model(row.model, pretrained=False, **options).eval()
     quantized.load_state_dict(model.state_dict(), strict=True)
     del model
     row.share = qp.audit(quantized, x).share

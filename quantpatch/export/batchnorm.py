@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from quantpatch.errors import ExportError, warn_caller
-from quantpatch.export.dataflow import BATCHNORM, MOVING, Dataflow, Value, dataflow
+from quantpatch.export.dataflow import BATCHNORM, Dataflow, Value, dataflow
 from quantpatch.export.folded_batchnorm import (
     LAYERS,
     Fold,
@@ -26,6 +26,7 @@ from quantpatch.export.folded_batchnorm import (
     computes_as_torch,
     is_per_channel,
 )
+from quantpatch.export.moving import MOVING
 from quantpatch.export.verified import made_if_same, run_of
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.running import demand_model

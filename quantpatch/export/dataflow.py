@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from quantpatch.quantizer import TensorQuantizer
 from quantpatch.running import evaluating
 
-__all__ = ["BATCHNORM", "MOVING", "Dataflow", "Operator", "Value", "dataflow"]
+__all__ = ["BATCHNORM", "Dataflow", "Operator", "Value", "dataflow"]
 
 #: Operators that normalize a batch.
 BATCHNORM = frozenset(
@@ -32,16 +32,6 @@ BATCHNORM = frozenset(
         "_native_batch_norm_legit_no_training",
     )
 )
-#: Operators that only move values, or pick the largest.
-MOVING = frozenset(
-    f"aten::{name}"
-    for name in (
-        "alias", "clone", "contiguous", "detach", "expand", "flatten", "max_pool2d",
-        "max_pool2d_with_indices", "max_pool3d_with_indices", "permute", "select", "slice", "split",
-        "split_with_sizes", "squeeze", "t", "transpose", "unsqueeze", "upsample_nearest2d", "view",
-        "_reshape_alias", "_unsafe_view",
-    )
-)  # fmt: skip
 
 
 @attrs.define(eq=False)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from quantpatch.export.moving import MOVING_NODES
+
 __all__ = [
-    "MOVING",
     "attributes_of",
     "constant",
     "constant_of",
@@ -21,10 +22,8 @@ __all__ = [
     "tidy",
 ]
 
-#: Operators that only move values.
-MOVING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 # What a convolution's integer kernel does besides, and what a QuantizeLinear moves in front of.
-_PASSED = (*MOVING, "Relu", "Clip", "MaxPool")
+_PASSED = (*MOVING_NODES, "Relu", "Clip")
 
 
 def tidy(model: Any, target: str) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from quantpatch.export.convolutions import convolutions_for_onnxruntime
-from quantpatch.export.graph import MOVING, attributes_of, constant, constant_of, is_float8, maker, replaced
+from quantpatch.export.graph import attributes_of, constant, constant_of, maker, replaced
+from quantpatch.export.integers import move_integers
 from quantpatch.export.weights import biases_as_integers, pack_four_bits, weights_for_onnxruntime
 
 __all__ = ["for_onnxruntime"]
@@ -29,7 +30,7 @@ def for_onnxruntime(graph: Any, opset: int) -> None:
     """
     _split_constants(graph)
     _turn_weights(graph)
-    _move_integers(graph)
+    move_integers(graph)
     _subtract_biases(graph)
     _keep_norms_apart(graph)
     convolutions_for_onnxruntime(graph)
@@ -149,26 +150,6 @@ def _turned(graph: Any, value: Any) -> Any:
     new.outputs[0].shape = ir.Shape([codes.shape[1], codes.shape[0]])
     graph.insert_before(node, new)
     return new.outputs[0]
-
-
-def _move_integers(graph: Any) -> None:
-    """What reshapes dequantized values reshapes their integers instead, and they are dequantized after it.
-
-    An integer kernel wants the DequantizeLinear right before it.
-    """
-    import onnx_ir as ir
-
-    for node in list(graph):
-        made = maker(node.inputs[0], "DequantizeLinear") if node.op_type in MOVING else None
-        if made is None or len(made.inputs) < 3 or made.inputs[1].shape.rank():
-            continue
-        if maker(made.inputs[0], "QuantizeLinear", *MOVING) is None or is_float8(made.inputs[2]):
-            continue
-        attributes = attributes_of(node)
-        moved = ir.node(node.op_type, [made.inputs[0], *node.inputs[1:]], attributes)
-        moved.outputs[0].type = made.inputs[0].type
-        moved.outputs[0].shape = node.outputs[0].shape
-        replaced(graph, node, [moved, ir.node("DequantizeLinear", [moved.outputs[0], *made.inputs[1:]])])
 
 
 def _subtract_biases(graph: Any) -> None:

@@ -6,7 +6,8 @@ what the data shows.
 
 from __future__ import annotations
 
-from quantpatch.export.dataflow import MOVING, Value
+from quantpatch.export.dataflow import Value
+from quantpatch.export.moving import MOVING
 
 __all__ = ["is_never_negative"]
 

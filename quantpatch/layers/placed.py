@@ -68,7 +68,7 @@ def placed_in(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def take_out(module: nn.Module) -> None:
-    """Undoes ``quantize_output_of`` for a module that is no quantized layer."""
+    """Undoes ``quantize_output_of``."""
     for key, hook in list(module._forward_hooks.items()):
         if hook is _quantized_output:
             del module._forward_hooks[key]

@@ -375,3 +375,17 @@ def test_a_model_that_is_never_the_same_is_folded() -> None:
             return super().forward(x) + Counting.calls
 
     assert fold_batchnorm(lively(Counting(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))), Y).folded == {"1": "0"}
+
+
+def test_rounding_that_a_model_amplifies_is_not_taken_for_a_difference() -> None:
+    class Amplifying(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sin(1e5 * super().forward(x))
+
+    model = lively(Amplifying(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    expected = model(Y)
+    assert fold_batchnorm(model, Y).folded == {"1": "0"}
+    assert (model(Y) - expected).norm() / expected.norm() > 1e-3
+    model = lively(Amplifying(nn.Conv2d(4, 4, 1), Weighing(4)))
+    with pytest.warns(qp.QuantPatchWarning, match="1: the model failed"):
+        assert fold_batchnorm(model, Y).folded == {}

@@ -57,7 +57,7 @@ def test_few_output_channels_are_widened_as_far_as_nobody_sees_it(tmp_path: Path
     exported = Exported(model, images(2, 4, 16, 16), tmp_path)
     exported.assert_same()
     assert exported.weights() == [(16, 4, 3, 3), (16, 1, 2, 2), (16, 1, 3, 3), (8, 16, 3, 3)]
-    assert exported.kernels["QLinearConv"] == 3
+    assert exported.kernels["QLinearConv"] == 4
 
 
 def test_what_is_flattened_is_not_widened(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_depthwise_convolutions_get_a_multiple_of_sixteen_channels_with_all_that
     widened = [(32, 4, 1, 1), (32, 1, 3, 3), (8, 32, 1, 1), (32, 8, 1, 1), (16, 32, 1, 1), (3, 16, 1, 1)]
     assert exported.weights() == widened
     assert "Pad" not in exported.report.nodes
-    assert exported.kernels["QLinearConv"] == 5  # and the last gives floats
+    assert exported.kernels["QLinearConv"] == 6
 
 
 @pytest.mark.parametrize("seen", ["by a mean over channels", "by another operand", "by the model's caller"])
@@ -175,11 +175,12 @@ def test_a_convolution_of_images_with_hard_swish_runs_on_floats_up_to_its_one_qu
     )
     exported = Exported(model, images(2, 3, 16, 16), tmp_path)
     exported.assert_same()
-    assert exported.report.nodes["QuantizeLinear"] == 2
-    assert exported.report.quantizers == tuple(
-        f"{i}.{q}_quantizer" for i in (3, 5) for q in ("input", "weight")
+    assert exported.report.nodes["QuantizeLinear"] == 3
+    assert exported.report.quantizers == (
+        *(f"{i}.{q}_quantizer" for i in (3, 5) for q in ("input", "weight")),
+        "5.output_quantizer",
     )
-    assert exported.kernels["QLinearConv"] == 1
+    assert exported.kernels["QLinearConv"] == 2
     assert "Pad" not in exported.kernels
 
 
@@ -204,7 +205,7 @@ def test_a_bias_that_no_int32_holds_is_added_to_floats(tiny: str, tmp_path: Path
             norm.weight[5] = 1e-9
     exported = Exported(model, x, tmp_path)
     exported.assert_same()
-    assert exported.kernels["QLinearConv"] == 1  # the second one
+    assert exported.kernels["QLinearConv"] == 2  # the second and the last one
 
 
 class Residual(nn.Module):

@@ -127,7 +127,11 @@ def test_what_is_never_negative_is_known_from_the_operators(before: nn.Module, u
 
 def test_concatenations_have_quantized_operands_that_max_pooling_passes_on() -> None:
     model, report = prepared(Forked)
-    assert set(report.placed) == {"first.1.output_quantizer", "up.output_quantizer"}
+    assert set(report.placed) == {
+        "first.1.output_quantizer",
+        "up.output_quantizer",
+        "last.output_quantizer",
+    }
     assert report.shared == {"down.input_quantizer": "first.1.output_quantizer"}
     assert model.last.input_quantizer.format.name == "int8"
 
@@ -234,7 +238,77 @@ def test_data_dependent_code_is_followed() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.second(torch.tanh(self.first(x))) if x.sum() != 0 else x
 
-    assert prepared(Branching)[1].placed == ("first.output_quantizer",)
+    assert prepared(Branching)[1].placed == ("first.output_quantizer", "second.output_quantizer")
+
+
+def test_what_the_model_returns_is_quantized_where_a_convolution_gives_it() -> None:
+    """Else ONNX Runtime runs the convolution on floats."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), Block(3)
+            self.flat = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten())
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y = self.first(x)
+            return self.block(y), self.flat(y), y.tanh()
+
+    _, report = prepared(Two)
+    assert set(report.placed) == {
+        "first.1.output_quantizer",
+        "block.output_quantizer",
+        "block.body.3.output_quantizer",
+        "flat.0.output_quantizer",
+    }
+    assert report.left == {}
+    assert prepared(lambda: nn.Sequential(nn.Linear(8, 4)))[1].placed == ()  # its kernel gives floats
+
+
+def test_outputs_stay_float_if_asked_and_are_named() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh(), nn.Conv2d(3, 2, 1), nn.ReLU())
+
+    _, report = prepared(build, outputs=False)
+    assert report.placed == ("0.output_quantizer",)
+    assert list(report.left) == ["2"]
+    assert "outputs=False" in report.left["2"]
+
+
+def test_a_quantizer_stands_behind_what_moves_values_where_none_can_stand_before() -> None:
+    class Coarse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            self.up, self.last = nn.Upsample(scale_factor=2), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.relu(self.first(x) + self.second(x))
+            return self.last(torch.tanh(self.up(y)))
+
+    _, report = prepared(Coarse)
+    assert report.left == {}
+    assert "up.output_quantizer" in report.placed
+
+
+def test_what_a_quantizer_at_an_output_changes_is_undone_and_named() -> None:
+    class Counting(nn.Module):
+        """Computes something else where its convolution has a hook."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act, self.last = nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.tanh(self.act(self.conv(x)))) + len(self.act._forward_hooks)
+
+    model = built(Counting)
+    with pytest.warns(qp.QuantPatchWarning, match=r"act is left: .* off by \d"):
+        report = prepare(model, X)
+    assert "act.output_quantizer" not in report.placed
+    assert "undone" in report.left["act"]
+    assert not model.act._forward_hooks
+    assert not [name for name, _ in model.named_modules() if name.startswith("act.")]
 
 
 def test_linear_layers_and_float_activations_get_none() -> None:
@@ -253,7 +327,7 @@ def test_operations_that_are_modules_have_their_quantizers_already() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.last(self.add(self.one(x), self.two(x)))
 
-    assert prepared(Added)[1].placed == ()
+    assert prepared(Added)[1].placed == ("last.output_quantizer",)
 
 
 def stem(activation: nn.Module, channels: int = 3, size: int = 3, groups: int = 1) -> nn.Module:
@@ -269,7 +343,7 @@ def test_images_stay_float_where_a_small_convolution_has_an_activation_without_a
     model, report = prepared(lambda: stem(activation))
     assert list(report.left) == ["0"]
     assert "switched off" in report.left["0"]
-    assert report.placed == ()
+    assert report.placed == ("4.output_quantizer",)
     off = [name for name, m in model.named_modules() if isinstance(m, qp.TensorQuantizer) and m.disabled]
     assert off == ["0.input_quantizer", "0.weight_quantizer"]
     qp.calibrate(model, [X], progress=False)  # and nothing has to be said of those

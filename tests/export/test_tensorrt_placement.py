@@ -122,3 +122,25 @@ def test_activations_have_one_scale_and_weights_one_for_each_channel(graph: Grap
             assert scale.shape == (weight.shape[0],)
         else:
             assert scale.shape == ()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_weights_of_transposed_convolutions_get_their_scales_on_axis_0(
+    tmp_path: Path, calibrated: bool
+) -> None:
+    """pytorch-quantization's tensor_quant.py: per-channel scales of ConvTranspose weights are on axis 0."""
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 5, 5)
+    if calibrated:
+        qp.calibrate(model, [x], progress=False)
+    report = prepare(model, x, target="tensorrt")
+    assert report.turned == ("0.weight_quantizer",)
+    assert ("calibrate again" in report.left.get("0.weight_quantizer", "")) is calibrated
+    assert prepare(model, x, target="tensorrt").turned == ()
+    qp.calibrate(model, [x], progress=False, only_missing=calibrated)
+    assert model[0].weight_quantizer.amax.shape == (3, 1, 1, 1)
+    model.train()(x).sum().backward()
+    exported = export_onnx(model.eval(), x, tmp_path / "m.onnx", target="tensorrt")
+    assert exported.comparison is not None
+    assert exported.comparison.mismatching == 0

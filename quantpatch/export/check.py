@@ -19,12 +19,13 @@ from torch.utils import _pytree as pytree
 from quantpatch.errors import ExportError
 from quantpatch.export.kernel_check import KernelCheck, check_kernels
 from quantpatch.export.latency import Latency, measure, on_floats
+from quantpatch.export.moving import MOVING_NODES
 from quantpatch.export.sessions import changed, session, session_options
 from quantpatch.export.targets import Operand, codes_name
 from quantpatch.fake_quant import fake_quantize, quantize
 from quantpatch.formats import Integer
 
-__all__ = ["Comparison", "ExportReport", "compare_with_torch"]
+__all__ = ["Comparison", "ExportReport", "compare_with_torch", "steps_of_outputs"]
 
 
 @attrs.frozen
@@ -39,9 +40,9 @@ class Comparison:
             side of the edge between two integers, and what follows from it.
         mismatching: How many differ from what the model's quantizers make of the very floats that the file
             quantizes. None should.
-        within_step: The share of output values that are within a quantization step, 1/127 of the largest
-            one, of the model's when ONNX Runtime runs the file with its optimizations on, on integer kernels;
-            None if the file is for another target.
+        within_step: The share of output values that are within a quantization step, that of the output's own
+            quantizer or 1/127 of the largest value, of the model's when ONNX Runtime runs the file with its
+            optimizations on, on integer kernels; None if the file is for another target.
         kernels: How many integer kernels ONNX Runtime's optimized graph has that could be compared alone.
         kernels_within_step: The share of the values of these that are within a step of what the file says of
             the very inputs that the kernel got; None if there are none. An integer on the edge that changes
@@ -353,7 +354,8 @@ def _within_step(path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], gr
     options = session_options(optimized=True, written_to=graph)
     count = within = 0
     expected = [[output.detach().cpu().double() for output in outputs] for _, outputs in runs]
-    steps = [max(map(_largest, values)) / 127 * 1.001 for values in zip(*expected, strict=True)]
+    largest = [max(map(_largest, values)) / 127 for values in zip(*expected, strict=True)]
+    steps = [1.001 * max(each) for each in zip(largest, steps_of_outputs(path), strict=True)]
     try:
         opened = session(path, options)
         for (feed, _), outputs in zip(runs, expected, strict=True):
@@ -365,6 +367,24 @@ def _within_step(path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], gr
     except Exception as error:
         raise ExportError(f"ONNX Runtime cannot run the exported file with optimizations: {error}") from error
     return within / count if count else 1.0
+
+
+def steps_of_outputs(path: Path) -> list[float]:
+    """The step of each output that comes out of a quantizer of its own; 0 of the others."""
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+
+    def step(name: str) -> float:
+        node = makers.get(name)
+        while node is not None and node.op_type in MOVING_NODES:
+            node = makers.get(node.input[0])
+        scale = None if node is None or node.op_type != "DequantizeLinear" else tensors.get(node.input[1])
+        return 0.0 if scale is None else float(onnx.numpy_helper.to_array(scale).max())
+
+    return [step(output.name) for output in graph.output]
 
 
 def _in_model(operand: Operand, values: Tensor, shape: torch.Size) -> Tensor:

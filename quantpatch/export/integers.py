@@ -39,7 +39,7 @@ def _moves(node: Any) -> bool:
         return False
     if node.op_type == "MaxPool" and any(output.uses() for output in node.outputs[1:]):
         return False  # where they were
-    return node.op_type != "Resize" or attributes_of(node).get("mode", "nearest") == "nearest"
+    return node.op_type != "Resize" or bool(attributes_of(node).get("mode", "nearest") == "nearest")
 
 
 def _quantize_before(graph: Any, node: Any) -> None:

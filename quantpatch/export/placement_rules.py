@@ -56,7 +56,6 @@ class Rules:
         self.left: dict[str, str] = {}
         self.plans: dict[Value, tuple[str, QuantDescriptor]] = {}
         self._outputs = outputs
-        self.left: dict[str, str] = {}
         self._modules = dict(model.named_modules())
         self._float: dict[Operator, QuantizedLayer] = {}
         self._uses = Counter(o.quantizer for o in flow.operators if o.quantizer is not None)

@@ -18,6 +18,7 @@ from quantpatch.affine import longer_side
 from quantpatch.calibrators import Calibrator, warn_of_negatives
 from quantpatch.errors import CalibrationError, OptionError, warn_caller
 from quantpatch.formats import Integer
+from quantpatch.late_ranges import telling_of_late_ranges
 from quantpatch.layers.base import weight_quantizers
 from quantpatch.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.ranks import Ranks
@@ -182,8 +183,9 @@ def collecting(
             ranges = _ranges(calibrators, quantizers, of_weights, tell, excused)
             fits = _fits(watched, ends_on_all(ranks, seen), ranges, calibrators)
         coming_back.difference_update(ranges)
-    for name, amax in ranges.items():
-        quantizers[name].replace_range(amax)
+    with telling_of_late_ranges([model]):
+        for name, amax in ranges.items():
+            quantizers[name].replace_range(amax)
     for name, fit in fits.items():
         watched[name].use_zero_point(*fit, found=True)
     warn_of_negatives({name: calibrators[name] for name in ranges})

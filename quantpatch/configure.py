@@ -12,8 +12,9 @@ from torch import nn
 
 from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.errors import RuleError, near_misses
+from quantpatch.late_ranges import telling_of_late_ranges
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.registry import registry
 from quantpatch.running import demand_model
 
@@ -120,8 +121,14 @@ def apply_rules(models: Sequence[nn.Module], rules: Rules) -> None:
         decided.update(dict.fromkeys(matched, value))
     made: dict[Any, TensorQuantizer] = {}
     new = [(place, _quantizer_for(place, value, made)) for place, value in decided.items()]
-    for place, quantizer in new:
-        _put(place, quantizer)
+    with telling_of_late_ranges(models):
+        before = [(place.quantizer, quantizer) for place, quantizer in new]
+        for place, quantizer in new:
+            _put(place, quantizer)
+        _hand_on(before, models)
+        for holder in dict.fromkeys(place.holder for place, _ in new):
+            if isinstance(holder, QuantizedLayer):
+                holder.make_room_for_ranges()
 
 
 _EVERYTHING = Recipe(name="everything", output=QuantDescriptor(), hidden=QuantDescriptor())
@@ -282,3 +289,14 @@ def _put(place: _Place, quantizer: TensorQuantizer | None) -> None:
     if quantizer is not known:
         quantizer.train(place.holder.training)
         place.holder._modules[place.own_name] = quantizer
+
+
+def _hand_on(
+    replaced: Iterable[tuple[TensorQuantizer | None, TensorQuantizer | None]], models: Sequence[nn.Module]
+) -> None:
+    """Gives quantizers the tensors of those that they replaced, which an optimizer may have listed."""
+    staying = {q for model in models for q in named_quantizers(model).values()}
+    for old, new in replaced:
+        if old is not None and new is not None and old not in staying:
+            staying.add(old)  # of several that replace it one has its tensor
+            new.take_tensor_of(old)

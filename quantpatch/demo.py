@@ -190,7 +190,7 @@ def run(*, epochs: int = 20, tuning_epochs: int = 4) -> DemoReport:
         for bits, recipe in ((8, "int8"), (4, "int4")):
             with quantize_modules(recipe=recipe) as scope:
                 quantized = build_model()  # the same function, unchanged
-            quantized.load_state_dict(model.state_dict())  # strict: the keys are those of the float model
+            quantized.load_state_dict(model.state_dict())  # strict: a float checkpoint needs no ranges
             replaced = _share_replaced(model, scope)
             images = [x for x, _ in batches(data, seed=0)]
             for name, step in (

@@ -1,89 +1,40 @@
-"""A quantizer's range and zero point, as the state of a module: known or not, set, saved, loaded, moved.
+"""A quantizer's range and zero point, as the state of a module: known or not, set, saved, loaded.
 
-There are no tensors until the range is known, so a model built from uncalibrated quantizers has exactly the
-``state_dict`` keys of its float twin. The range stays float32 whatever the model is cast to. Beside the range
-of unsigned integers the state has their zero point: without it the range would mean another one.
+The tensor of the range is held by :mod:`quantpatch.range_tensor`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantpatch.descriptor import QuantDescriptor
-from quantpatch.errors import DescriptorError, RangeError
-from quantpatch.formats import Integer, NumberFormat
+from quantpatch.errors import DescriptorError, RangeError, warn_caller
+from quantpatch.fake_quant import own_range, reduce_amax
+from quantpatch.formats import Blocked, Integer, NumberFormat
+from quantpatch.places import place_in_running_model
+from quantpatch.range_tensor import RANGE_KEY, ZERO_POINT_KEY, RangeTensor, fits, outside_inference_mode
 from quantpatch.registry import registry
 from quantpatch.rounding.compiled import ZeroPointAsData
-from quantpatch.sharded import beside, is_passed_over, local_part
+from quantpatch.rounding.modes import is_in_memory, is_jit_traced, is_traced
+from quantpatch.sharded import beside, is_in_checkpoint, is_replicated, local_part
 
 __all__ = ["RANGE_KEY", "ZERO_POINT_KEY", "HeldRange"]
 
-#: Name of the range in a quantizer's state.
-RANGE_KEY = "_amax"
-#: Name of the zero point beside it, where the integers are unsigned.
-ZERO_POINT_KEY = "_zero_point"
 
-
-class HeldRange(nn.Module):
+class HeldRange(RangeTensor):
     """The part of a quantizer that holds its range.
 
     Attributes:
-        descriptor: How to quantize.
-        format: The number format that the descriptor means.
         zero_point_is_found: Whether the zero point is what data was found to need, so that other data may
             need another; one that was asked for stays.
     """
 
-    descriptor: QuantDescriptor
-    format: NumberFormat
     zero_point_is_found: bool = False
-
-    @property
-    def amax(self) -> Tensor | None:
-        """The range: float32, with one element for each kept index; None while unknown.
-
-        One range for the whole tensor is 0-dim; learned, it has the shape ``(1,)``, since ``fully_shard``
-        takes no parameter without an axis.
-        """
-        learned = self._parameters.get(RANGE_KEY)
-        return self._buffers.get(RANGE_KEY) if learned is None else learned
-
-    @amax.setter
-    def amax(self, value: Tensor | float | None) -> None:
-        """Sets the range, on the device of the value; None forgets it.
-
-        Raises:
-            RangeError: The value is negative or not finite, or its shape is not that of the range known
-                so far.
-        """
-        known = self.amax
-        if value is None:
-            self._buffers.pop(RANGE_KEY, None)
-            self._parameters.pop(RANGE_KEY, None)
-            self._show_zero_point()
-            return
-        # A copy: whoever hands in a tensor may go on changing it.
-        # A number is put on the CPU, whatever the default device is: on "meta" it would be lost.
-        device = None if isinstance(value, Tensor) else "cpu"
-        with torch.inference_mode(False):  # training may come after the mode
-            amax = self.shaped(torch.as_tensor(value, dtype=torch.float32, device=device).detach().clone())
-        self._check_range(amax)
-        if known is None:
-            self._hold(amax)
-            return
-        if known.shape != amax.shape:
-            raise RangeError(
-                f"{self}: its range has the shape {tuple(known.shape)} and cannot become one of shape "
-                f"{tuple(amax.shape)}; set amax to None first",
-                value=value,
-            )
-        with torch.no_grad():
-            known.copy_(beside(amax, known, in_pieces=True))
 
     def replace_range(self, amax: Tensor) -> None:
         """Sets the range, whatever shape the one known so far has; in place where it is the same.
@@ -98,16 +49,17 @@ class HeldRange(nn.Module):
         self.amax = amax
 
     def expect_range(self, shape: tuple[int, ...], device: torch.device, *, zero_point: bool = False) -> None:
-        """Makes room for a range that something else fills in; until then it is NaN, as is what it quantizes.
+        """Makes room for a range that something else fills in.
 
         Args:
             shape: That of the range.
             device: Where it is to be.
             zero_point: Whether a zero point comes with it.
         """
-        with torch.inference_mode(False):
-            if self.amax is None:
-                self._hold(torch.full(shape, torch.nan, device=device))
+        held = self.held
+        with outside_inference_mode():
+            if held is None or (self.amax is None and held.shape != shape):
+                self._hold(torch.full(shape, torch.nan, device=device), known=False)
             if zero_point and ZERO_POINT_KEY not in self._buffers:
                 self._buffers[ZERO_POINT_KEY] = torch.zeros((), dtype=torch.uint8, device=device)
 
@@ -125,26 +77,54 @@ class HeldRange(nn.Module):
         magnitude = amax.abs()
         return magnitude.reshape(()) if magnitude.shape == (1,) else magnitude
 
-    def shaped(self, amax: Tensor) -> Tensor:
-        """A range in the shape that it is held in; see ``amax``."""
-        one = amax.numel() == 1 and self.descriptor.kept_axes is None and self.format.block_size is None
-        shape = (1,) if self.descriptor.learn_amax else ()
-        return amax.reshape(shape) if (one or not amax.dim()) and amax.shape != shape else amax
+    def _settled(self, x: Tensor, *, is_weight: bool) -> Tensor | None:
+        """The range, if it has become known; None if not.
 
-    def _check_range(self, amax: Tensor) -> None:
-        amax = local_part(amax)
-        if amax.is_meta or amax.numel() == 0:
-            return
-        if not torch.isfinite(amax).all() or (amax < 0).any():
-            raise RangeError(f"{self}: a range is finite and not negative, this one is {amax}", value=amax)
+        Where nobody can look, as its values are on an accelerator or recorded operations are to find them,
+        these take the range if it is known, and that of the tensor at hand if not.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return None
+        held, traced = self.held, is_traced()
+        if not traced and not x.is_meta:
+            if held is None or held.is_meta:
+                self.make_room(x.device, x if is_weight else None)
+            elif is_weight and self._shape_of_weight != self._range_of(x):
+                self.make_room(held.device, x)
+            held = self.held
+        if held is None or held.is_meta:
+            return None
+        if self._look(held):
+            return held
+        # DistributedDataParallel waits for the gradient of every parameter, if it is 0; for others that would
+        # mean to decay and average what is NaN.
+        takes_part = held.requires_grad and torch.is_grad_enabled() and is_replicated()
+        if is_in_memory(held) and not takes_part:
+            return None
+        if held.dim() > 1 and not is_jit_traced() and not fits(held.shape, x.shape):
+            return None
+        if held.device != x.device:
+            held = held.to(x.device) if x.is_meta else self._follow(x.device)
+        known, format = self._magnitude(held), self.format
+        assert known is not None
+        one = isinstance(format, Blocked) and (format.scale == "e4m3" or not x.dim())
+        own = reduce_amax(x) if one else own_range(x, format, self.descriptor.kept_axes)
+        known = beside(known, own)
+        return torch.where(known.isnan(), own, known)
 
-    def _hold(self, amax: Tensor) -> None:
-        if self.descriptor.learn_amax:
-            with torch.inference_mode(False):
-                self._parameters[RANGE_KEY] = nn.Parameter(amax)
-        else:
-            self._buffers[RANGE_KEY] = amax
-        self._show_zero_point()
+    def _unless_of_another_weight(self, weight: Tensor, amax: Tensor) -> Tensor | None:
+        """The range; None if the weight has got another shape since it was found, and it is forgotten."""
+        if is_traced() or fits(amax.shape, weight.shape) or amax.shape != self._shape_of_weight:
+            return amax
+        self.amax = None
+        self.make_room(amax.device, weight)
+        name = place_in_running_model(self) or str(self)
+        warn_caller(
+            f"{name}: its weight has the shape {tuple(weight.shape)} now, and its range, of shape "
+            f"{tuple(amax.shape)}, was found for another one: it is forgotten. Until you calibrate anew, "
+            f"qp.calibrate(model, batches, only_missing=True), each tensor is quantized by its own range"
+        )
+        return None
 
     @property
     def is_symmetric(self) -> bool:
@@ -205,52 +185,12 @@ class HeldRange(nn.Module):
         self._show_zero_point()
 
     @property
-    def _zero_point_of_format(self) -> int | None:
-        """Of unsigned integers; others have none."""
-        format = self.format
-        return format.zero_point if isinstance(format, Integer) and format.unsigned else None
-
-    @property
     def _format_as_compiled(self) -> NumberFormat:
         """The format for ``torch.compile``, to which a zero point is no constant but that of the state."""
         zero_point = self._buffers.get(ZERO_POINT_KEY)
         if zero_point is None or type(self.format) is not Integer or self.descriptor.learn_amax:
             return self.format
         return ZeroPointAsData(self.format.bits, zero_point)
-
-    def _show_zero_point(self) -> None:
-        """Puts the zero point into the state beside the range; computed with only where it is compiled."""
-        amax, z = self.amax, self._zero_point_of_format
-        if amax is None or z is None:
-            self._buffers.pop(ZERO_POINT_KEY, None)
-            return
-        with torch.inference_mode(False):
-            self._buffers[ZERO_POINT_KEY] = torch.tensor(z, dtype=torch.uint8, device=amax.device)
-
-    def _follow(self, device: torch.device) -> Tensor:
-        self._apply(lambda tensor: tensor.to(device))
-        amax = self.amax
-        assert amax is not None
-        return amax
-
-    # --- what nn.Module does with tensors ------------------------------------------------------
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeldRange:
-        before = None if self.amax is None else self.amax.detach()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        amax = self.amax
-        if before is None or amax is None or before.is_meta or amax.is_meta:
-            return self
-        # Of what a model does to its tensors only the device is meant for a range: .half() would make it
-        # another range, and to_empty() none.
-        exact = before.to(amax.device)
-        if isinstance(amax, nn.Parameter):
-            amax.data = exact
-        else:
-            self._buffers[RANGE_KEY] = exact
-        if self._zero_point_of_format is not None:  # else there may be room for one that is to be loaded
-            self._show_zero_point()
-        return self
 
     def _load_from_state_dict(
         self,
@@ -263,16 +203,19 @@ class HeldRange(nn.Module):
         error_msgs: list[str],
     ) -> None:
         saved = state_dict.get(prefix + RANGE_KEY)
+        held = self.held
         if saved is None:  # a float checkpoint: strict loading asks for nothing that it cannot have
-            if self.amax is None and is_passed_over(prefix + RANGE_KEY):
+            if held is None and is_in_checkpoint(prefix + RANGE_KEY):
                 error_msgs.append(
                     f"{prefix + RANGE_KEY}: the checkpoint has it, and torch.distributed.checkpoint passed "
                     f"it over, as the model had no room for it. Call qp.expect_ranges(model, checkpoint) "
                     f"before loading"
                 )
             return
+        unknown = _is_unknown(saved)
         try:
-            self._check_range(saved.abs() if self.descriptor.learn_amax else saved)
+            if not unknown:
+                self._check_range(saved.abs() if self.descriptor.learn_amax else saved)
         except RangeError as error:
             error_msgs.append(f"{prefix + RANGE_KEY}: {error}")
             return
@@ -280,22 +223,29 @@ class HeldRange(nn.Module):
         if problem:
             error_msgs.append(f"{prefix + ZERO_POINT_KEY}: {problem}")
             return
+        if unknown:  # the model that was saved was not calibrated
+            self._forget()
+            return
         shaped = self.shaped(saved)
         if shaped is not saved:  # it was learned where it was saved, and is not here, or the other way round
             saved, state_dict = shaped, {**state_dict, prefix + RANGE_KEY: shaped}
-        if self.amax is None:
-            with torch.inference_mode(False):
-                self._hold(torch.empty_like(saved, dtype=torch.float32))
+        if held is None or (held.shape != saved.shape and self.may_become(tuple(saved.shape))):
+            with outside_inference_mode():
+                device = saved.device if held is None or held.is_meta else held.device
+                self._hold(torch.empty_like(saved, dtype=torch.float32, device=device), known=False)
+        problems = len(error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         # A range of integers from 0 on may come from a model, or a toolkit, that keeps no zero points.
         if (key := prefix + ZERO_POINT_KEY) in missing_keys:
             missing_keys.remove(key)
-        amax = self.amax
-        if amax is not None and amax.dtype != torch.float32:  # loaded with assign=True
-            self.amax = None
-            self._hold(amax.detach().float())
+        held = self.held
+        self._note_own()
+        if held is not None and held.dtype != torch.float32:  # loaded with assign=True
+            self._hold(held.detach().float())
+        if len(error_msgs) == problems and not (held is not None and held.is_meta and not saved.is_meta):
+            self.__dict__["_known"] = True
 
     def _take_zero_point(self, saved: Tensor | None) -> str | None:
         """Makes the zero point that which a checkpoint's range was found for; says why if it cannot be."""
@@ -312,3 +262,9 @@ class HeldRange(nn.Module):
         except DescriptorError as error:
             return f"the checkpoint has {int(saved)}; {error}"
         return None
+
+
+def _is_unknown(saved: Tensor) -> bool:
+    """Whether a range in a checkpoint was not known when it was saved."""
+    local = local_part(saved)
+    return not local.is_meta and local.numel() > 0 and bool(local.isnan().all())

@@ -99,10 +99,13 @@ class TensorQuantizer(HeldRange):
             quantizing=True,
             calibrator=None,
         )
-        if not in_layer:
-            refuse_fast_paths(self)
+        if in_layer:  # which makes room for the range
+            return
+        refuse_fast_paths(self)
         if descriptor.amax is not None:
             self.amax = descriptor.amax
+        else:
+            self.make_room()
 
     # --- the stages ----------------------------------------------------------------------------
 
@@ -267,7 +270,9 @@ class TensorQuantizer(HeldRange):
 
     def _quantized(self, x: Tensor, batch_axis: int | None) -> Tensor:
         descriptor = self.descriptor
-        amax = None if descriptor.dynamic else self.amax
+        amax = None if descriptor.dynamic else self.held
+        if not self._known and not descriptor.dynamic:
+            amax = self._settled(x, is_weight=batch_axis is None)
         # First what comes in nearly every call, in few steps; see round_trip_to_range.
         if amax is not None:
             rounded = round_trip_to_range(x, amax, self.format, descriptor.kept_axes)
@@ -277,6 +282,8 @@ class TensorQuantizer(HeldRange):
         if amax is not None and amax.device != x.device:  # a checkpoint loaded it before any tensor came
             # To the meta device it does not go along: it would be lost.
             amax = amax.to(x.device) if x.is_meta else self._follow(x.device)
+        if batch_axis is None and amax is not None:
+            amax = self._unless_of_another_weight(x, amax)
         format = self._format_as_compiled if amax is not None and is_compiled() else self.format
         if not descriptor.learn_amax or x.dim() < 2:
             batch_axis = None
@@ -295,7 +302,9 @@ class TensorQuantizer(HeldRange):
             return False
         if (self.disabled, self.quantizing) != (other.disabled, other.quantizing):
             return False
-        mine, others = self.amax, other.amax
+        mine, others = (
+            None if (r := q.held) is None or not (q._known or q._look(r)) else r for q in (self, other)
+        )
         if self.descriptor.dynamic or (mine is None and others is None):
             return True
         if mine is None or others is None or self.descriptor.learn_amax or is_traced():

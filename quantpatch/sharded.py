@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 __all__ = [
     "beside",
-    "is_passed_over",
+    "is_in_checkpoint",
+    "is_replicated",
     "is_sharded",
     "local_part",
     "sharding_of",
@@ -76,14 +77,24 @@ def sharding_of(modules: Iterable[nn.Module]) -> str:
     return ""
 
 
-def is_passed_over(key: str) -> bool:
-    """Whether ``torch.distributed.checkpoint.load`` is running, and does not load what its checkpoint has.
+def is_replicated() -> bool:
+    """Whether this is the forward pass of a ``DistributedDataParallel``."""
+    active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    return active is not None
 
-    It fills what it finds in a model's ``state_dict`` and tells nobody of the rest, so its own variables are
-    looked at. It cannot be found out where it got a dictionary and no model.
+
+def is_in_checkpoint(key: str) -> bool | None:
+    """Whether the checkpoint that ``torch.distributed.checkpoint.load`` is loading has a tensor.
+
+    It fills what it finds in a model's ``state_dict``, fails where that has more and tells nobody of what it
+    has itself, so its own variables are looked at. It cannot be found out where it got a dictionary and no
+    model.
 
     Args:
-        key: Of the model's ``state_dict``, in which it was missing.
+        key: Of the model's ``state_dict``.
+
+    Returns:
+        None: it is not running.
     """
     loader = sys.modules.get("torch.distributed.checkpoint.state_dict_loader")
     frame: FrameType | None = None if loader is None else sys._getframe(1)
@@ -92,12 +103,21 @@ def is_passed_over(key: str) -> bool:
             model, reader = (frame.f_locals.get(name) for name in ("key", "storage_reader"))
             if hasattr(reader, "read_metadata"):
                 keys = _keys_in(reader, id(frame))
-                return any(k.startswith(f"{model}.") and k.endswith(f".{key}") for k in keys)
+                wanted = f".{_unwrapped(key)}"
+                return any(k.startswith(f"{model}.") and k.endswith(wanted) for k in keys)
         frame = frame.f_back
-    return False
+    return None
+
+
+def _unwrapped(key: str) -> str:
+    """A key without what wrappers put into it, which functions of torch's checkpoints take out."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+_WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
 @functools.lru_cache(maxsize=1)
 def _keys_in(reader: Any, call: int) -> tuple[str, ...]:
     """The keys in a distributed checkpoint; read once in each call of ``load``."""
-    return tuple(reader.read_metadata().state_dict_metadata)
+    return tuple(map(_unwrapped, reader.read_metadata().state_dict_metadata))

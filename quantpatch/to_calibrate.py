@@ -66,12 +66,13 @@ def to_calibrate(model: nn.Module, overwrite: bool, only_missing: bool) -> dict[
             f"these quantizers are being calibrated already: {listing(busy)}; end that calibration first",
             quantizers=tuple(busy),
         )
-    learned = [name for name, q in wanted.items() if q.descriptor.learn_amax and q.amax is None]
+    learned = [name for name, q in wanted.items() if q.descriptor.learn_amax and q.held is None]
     sharding = sharding_of(model.modules()) if learned else ""
     if sharding:
         raise CalibrationError(
-            f"learned ranges become parameters when they are calibrated, too late for {sharding} to average "
-            f"their gradients: {listing(learned)}. Calibrate the model first, then wrap it",
+            f"the shape of these learned ranges shows only with data, so that they become parameters when "
+            f"they are calibrated, too late for {sharding} to average their gradients: {listing(learned)}. "
+            f"Calibrate the model first, then wrap it",
             quantizers=tuple(learned),
         )
     known = [name for name, q in wanted.items() if q.amax is not None]

@@ -340,8 +340,8 @@ def test_a_model_calibrated_in_inference_mode_trains(learn_amax):
 
 
 def test_learned_ranges_are_calibrated_before_the_model_is_distributed(tmp_path):
-    """They would be parameters that nobody averages over the ranks."""
-    recipe = qp.Recipe(name="learned", input=qp.QuantDescriptor(learn_amax=True))
+    """Where data shows their shape they would be parameters that nobody averages over the ranks."""
+    recipe = qp.Recipe(name="learned", input=qp.QuantDescriptor(axis=1, learn_amax=True))
     with qp.quantize_modules(recipe=recipe):
         model = nn.Sequential(nn.Linear(4, 2))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
@@ -350,7 +350,8 @@ def test_learned_ranges_are_calibrated_before_the_model_is_distributed(tmp_path)
         with pytest.raises(CalibrationError, match="then wrap it") as caught:
             qp.calibrate(wrapped, [torch.randn(2, 4)])
         assert caught.value.quantizers == ("module.0.input_quantizer",)
-        qp.calibrate(model, [torch.randn(2, 4)])
+        with pytest.warns(qp.QuantPatchWarning, match="after DistributedDataParallel took the model"):
+            qp.calibrate(model, [torch.randn(2, 4)])
         qp.calibrate(nn.parallel.DistributedDataParallel(model), [torch.randn(2, 4)], overwrite=True)
     finally:
         dist.destroy_process_group()

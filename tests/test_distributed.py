@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import quantpatch as qp
 from quantpatch.calibrators import MaxCalibrator
-from quantpatch.errors import CheckpointError, QuantPatchError
+from quantpatch.errors import CheckpointError, InputError, QuantPatchError
 from quantpatch.formats import Integer
 from quantpatch.quantizer import named_quantizers
 
@@ -37,6 +37,7 @@ LEARNED = qp.Recipe(
     input=qp.QuantDescriptor(learn_amax=True),
     weight=qp.QuantDescriptor(axis="channel", narrow_range=True, learn_amax=True),
 )
+BY_FEATURE = qp.Recipe(name="by feature", input=qp.QuantDescriptor(axis=-1, learn_amax=True))
 DATA = torch.randn(3, 16, 6, generator=torch.Generator().manual_seed(2))
 
 
@@ -119,6 +120,7 @@ def run_rank(rank, folder):
     sharding(found, rank, mesh, folder)
     tensor_parallel(found, mesh)
     calibration(found, rank)
+    replicated(found, rank)
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -140,8 +142,15 @@ def sharding(found, rank, mesh, folder):
         halved = {key: t if "_amax" in key else t * 0.5 for key, t in model.state_dict().items()}
         model.load_state_dict(halved)
         found["halved"] = model(DATA[0])
+    late = fully_sharded(quantized(LEARNED, calibrated=False), mesh)
+    steps = optimizer(late)
+    qp.calibrate(late, [DATA[0].chunk(RANKS)[rank]])
+    found["calibrated sharded"] = gathered(late)
+    late(DATA[1].chunk(RANKS)[rank]).square().mean().backward()
+    steps.step()
+    found["and trained"] = gathered(late)
     found["learned too late"] = message(
-        qp.calibrate, fully_sharded(quantized(LEARNED, calibrated=False), mesh), [DATA[0]]
+        qp.calibrate, fully_sharded(quantized(BY_FEATURE, calibrated=False), mesh), [DATA[0]]
     )
     qp.calibrate(model, [5 * DATA[0]], overwrite=True)
     found["recalibrated"] = gathered(model)["0.input_quantizer._amax"]
@@ -149,7 +158,6 @@ def sharding(found, rank, mesh, folder):
     dcp.save({"model": model, "optimizer": {}}, checkpoint_id=f"{folder}/learned")
     empty = quantized(LEARNED, calibrated=False)
     found["expected"] = qp.expect_ranges(empty, f"{folder}/learned")
-    found["not loaded yet"] = bool(empty(DATA[0]).isnan().all())
     empty = fully_sharded(empty, mesh)
     dcp.load({"model": empty}, checkpoint_id=f"{folder}/learned")
     found["loaded"], found["saved"] = gathered(empty), gathered(model)
@@ -207,6 +215,25 @@ def calibration(found, rank):
     model = nn.parallel.DistributedDataParallel(nn.Sequential(quantized(calibrated=False), nn.BatchNorm1d(4)))
     qp.calibrate(model, [DATA[0]] if rank else [DATA[0], 2 * DATA[1], 3 * DATA[2]])
     found["wrapped"] = ranges(model)["module.0.0.input_quantizer"]
+
+
+def replicated(found, rank):
+    """DistributedDataParallel takes what rank 0 has."""
+    for recipe in ("int8", LEARNED):
+        model = quantized(recipe, calibrated=rank == 0)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped(DATA[0]).sum().backward()
+        known = ranges(model), {name: q.state for name, q in named_quantizers(model).items()}
+        found["replicated", getattr(recipe, "name", recipe)] = known
+    model = quantized(LEARNED, calibrated=False)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    steps = optimizer(wrapped)
+    wrapped(DATA[0]).sum().backward()  # every parameter takes part, those of unknown ranges too
+    qp.calibrate(wrapped, [DATA[0].chunk(RANKS)[rank]])
+    steps.zero_grad()
+    wrapped(DATA[1].chunk(RANKS)[rank]).square().mean().backward()
+    steps.step()
+    found["replicated, calibrated afterwards"] = model.state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -267,16 +294,59 @@ def test_every_change_of_a_weight_is_seen_under_fsdp2(ranks, trained_alone):
         torch.testing.assert_close(found["halved"], expected)
 
 
-def test_ranges_are_calibrated_again_under_fsdp2_but_learned_ones_not_for_the_first_time(ranks):
+@pytest.fixture(scope="module")
+def calibrated_and_trained_alone():
+    """A model whose ranges are found after its optimizer is made, in one process: found, and trained."""
+    model = quantized(LEARNED, calibrated=False)
+    steps = optimizer(model)
+    qp.calibrate(model, [DATA[0]])
+    calibrated = copy.deepcopy(model.state_dict())
+    for half in DATA[1].chunk(RANKS):
+        (model(half).square().mean() / RANKS).backward()
+    steps.step()
+    return calibrated, model.state_dict()
+
+
+def test_ranges_are_calibrated_again_under_fsdp2(ranks):
     torch.testing.assert_close(ranks[0]["recalibrated"], 5 * DATA[0].abs().max().reshape(1))
+
+
+def test_learned_ranges_are_calibrated_and_trained_when_they_are_sharded_already(
+    ranks, calibrated_and_trained_alone
+):
+    calibrated, trained = calibrated_and_trained_alone
+    for how, expected in (("calibrated sharded", calibrated), ("and trained", trained)):
+        for key, value in expected.items():
+            torch.testing.assert_close(ranks[0][how][key], value, msg=f"{how}: {key}")
+
+
+def test_learned_ranges_whose_shape_data_shows_come_too_late_for_fsdp2(ranks):
     for found in ranks:
         assert "too late for fully_shard to average their gradients: 0.input_qu" in found["learned too late"]
+
+
+@pytest.mark.parametrize("recipe", ["int8", "learned"])
+def test_ranges_that_are_known_on_rank_0_alone_are_those_of_all_ranks_when_the_model_is_replicated(
+    ranks, recipe
+):
+    first, others = ranks[0]["replicated", recipe], ranks[1]["replicated", recipe]
+    assert first[1] == others[1]
+    assert set(first[1].values()) == {"learned" if recipe == "learned" else "calibrated"}
+    for name, amax in first[0].items():
+        assert torch.equal(amax, others[0][name]), name
+
+
+def test_learned_ranges_are_calibrated_and_trained_in_a_model_that_is_replicated_already(
+    ranks, calibrated_and_trained_alone
+):
+    for found in ranks:
+        for key, value in calibrated_and_trained_alone[1].items():
+            torch.testing.assert_close(found["replicated, calibrated afterwards"][key], value, msg=key)
 
 
 def test_a_distributed_checkpoint_brings_its_ranges_where_they_are_expected(ranks):
     for found in ranks:
         assert found["expected"] == tuple(ranges(quantized(LEARNED)))
-        assert found["not loaded yet"]
     assert ranks[0]["saved"].keys() == ranks[0]["loaded"].keys()
     for key, value in ranks[0]["saved"].items():
         assert torch.equal(ranks[0]["loaded"][key], value), key
@@ -366,21 +436,62 @@ def saved(tmp_path):
     return write
 
 
-def test_without_room_for_them_no_range_is_loaded_and_with_it_all_are(saved):
+@pytest.mark.parametrize("given", ["model", "dictionary", "dictionary, not loaded"])
+def test_a_distributed_checkpoint_fills_ranges_that_are_not_known_yet(saved, given):
     folder, model = saved(model=quantized()), quantized(calibrated=False)
-    with one_process(), pytest.raises(RuntimeError) as caught:
-        dcp.load({"model": model}, checkpoint_id=folder)
-    for name in ranges(model):
-        assert f"{name}._amax: the checkpoint has it" in str(caught.value)
-    assert "Call qp.expect_ranges(model, checkpoint) before" in str(caught.value)
     assert set(ranges(model).values()) == {None}
-    assert qp.expect_ranges(model, folder) == tuple(ranges(model))
-    assert model(DATA[0]).isnan().all()
-    state = {"model": model.state_dict()}  # the other way that torch's guides show
+    state = {"model": model if given == "model" else model.state_dict()}  # torch's guides show both
     with one_process():
         dcp.load(state, checkpoint_id=folder)
-    model.load_state_dict(state["model"])
+    if given == "dictionary":
+        model.load_state_dict(state["model"])
     assert torch.equal(model(DATA[0]), quantized()(DATA[0]))
+
+
+def by_feature(*, calibrated=True):
+    """A model with ranges whose shapes data shows."""
+    model = quantized(BY_FEATURE, calibrated=False)
+    if calibrated:
+        qp.calibrate(model, [DATA[0]])
+    return model
+
+
+def test_without_room_for_them_no_range_is_loaded_and_with_it_all_are(saved):
+    folder, model = saved(model=by_feature()), by_feature(calibrated=False)
+    with one_process(), pytest.raises(RuntimeError) as caught:
+        dcp.load({"model": model}, checkpoint_id=folder)
+    for name in ("0.input_quantizer", "2.input_quantizer"):
+        assert f"{name}._amax: the checkpoint has it" in str(caught.value)
+    assert "Call qp.expect_ranges(model, checkpoint) before" in str(caught.value)
+    assert qp.expect_ranges(model, folder) == tuple(ranges(model))
+    with one_process():
+        dcp.load({"model": model}, checkpoint_id=folder)
+    assert torch.equal(model(DATA[0]), by_feature()(DATA[0]))
+
+
+def test_ranges_are_expected_of_a_state_dict_too():
+    model, trained = by_feature(calibrated=False), by_feature()
+    before = dict(model.named_parameters())
+    assert qp.expect_ranges(model, trained.state_dict()) == tuple(ranges(model))
+    parameters = dict(model.named_parameters())
+    assert parameters["0.input_quantizer._amax"].shape == (1, 6)
+    assert all(parameters[name] is parameter for name, parameter in before.items())
+    model.load_state_dict(trained.state_dict())
+    assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+    for wrong in (3, [trained], trained):
+        with pytest.raises(InputError, match=rf"or a state_dict, not {type(wrong).__name__}"):
+            qp.expect_ranges(model, wrong)
+    with pytest.raises(CheckpointError, match="holds no ranges"):
+        qp.expect_ranges(by_feature(calibrated=False), build().state_dict())
+
+
+def test_an_optimizer_that_misses_expected_ranges_is_named():
+    model, trained = by_feature(calibrated=False), by_feature()
+    late = optimizer(model)
+    with pytest.warns(qp.QuantPatchWarning, match=r"0\.input_quantizer, 2\.input_quantizer .* after SGD was"):
+        qp.expect_ranges(model, trained.state_dict())
+    late.add_param_group({"params": [model[0].input_quantizer.held, model[2].input_quantizer.held]})
+    assert len(late.param_groups[1]["params"]) == 2
 
 
 class State:
@@ -402,8 +513,9 @@ def test_ranges_are_passed_over_in_silence_only_where_the_checkpoint_has_none_of
     with one_process():
         dcp.load({"model": State(model)}, checkpoint_id=folder)  # a float one
         assert set(ranges(model).values()) == {None}
-        with pytest.raises(RuntimeError, match=r"2\.weight_quantizer\._amax: the checkpoint has it"):
-            dcp.load({"ema": State(model)}, checkpoint_id=folder)
+        dcp.load({"model": State(quantized())}, checkpoint_id=folder)
+        dcp.load({"ema": State(model)}, checkpoint_id=folder)
+        assert torch.equal(model(DATA[0]), quantized()(DATA[0]))
         dcp.load({"other": State(quantized())}, checkpoint_id=folder)
 
 
@@ -439,16 +551,17 @@ def test_expected_ranges_that_do_not_fit_are_an_error_and_nothing_changes(saved,
         ),
     ]
     for model, prefix, expected in cases:
+        before = {key: tensor.shape for key, tensor in model.state_dict().items()}
         with pytest.raises(CheckpointError, match=expected):
             qp.expect_ranges(model, folder, prefix=prefix)
-        assert not any("_amax" in key for key in model.state_dict())
+        assert {key: tensor.shape for key, tensor in model.state_dict().items()} == before
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         qp.expect_ranges(fresh, tmp_path / "nowhere")
 
 
 def test_quantizers_that_the_checkpoint_has_no_range_for_are_named(saved):
     half = quantized()
-    half[2].input_quantizer.amax = None
+    del half[2]._modules["input_quantizer"]
     model = quantized(calibrated=False)
     with pytest.warns(qp.QuantPatchWarning, match=r"no range for 2\.input_quantizer: they go on"):
         qp.expect_ranges(model, saved(model=half))

@@ -45,7 +45,7 @@ def test_a_linear_layer(name):
     assert (None if inputs is None else inputs.format.name) == input_format
     assert layer.weight_quantizer.format.name == weight_format
     twin = nn.Linear(256, 64)
-    twin.load_state_dict(layer.state_dict())
+    twin.load_state_dict(qp.float_state_dict(layer))
     x = torch.randn(16, 256)
     theirs = twin(x)
     relative = ((layer(x) - theirs).norm() / theirs.norm()).item()

@@ -475,7 +475,7 @@ def test_copies_casts_and_files_keep_it(tmp_path: Path) -> None:
     emptied = copy.deepcopy(model).to_empty(device="cpu")
     assert emptied.state_dict()["0.input_quantizer._zero_point"] == model[0].input_quantizer.format.zero_point
     model[0].input_quantizer.amax = None
-    assert list(model[0].input_quantizer.state_dict()) == []
+    assert model[0].input_quantizer.state_dict()["_amax"].isnan()
 
 
 def test_calibrating_again_keeps_the_zero_point() -> None:

@@ -127,7 +127,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, packed: bool = False
     demand_model(model, "save")
     safetensors = _safetensors("qp.save")
     path = Path(path)
-    state = model.state_dict()
+    unknown = {name: None for name, q in named_quantizers(model, every_name=True).items() if q.amax is None}
+    state = outside_of(unknown, model.state_dict())
     _check_writable(state, path)
     first_name: dict[Any, str] = {}
     tied: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Room for the ranges in a checkpoint of ``torch.distributed.checkpoint``, which fills only what is there."""
+"""Room for ranges whose shapes a checkpoint knows, where it is loaded by filling what is there."""
 
 from __future__ import annotations
 
@@ -7,75 +7,77 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from quantpatch.errors import CheckpointError, warn_caller
+from quantpatch.errors import CheckpointError, InputError, warn_caller
 from quantpatch.export.structure import device_near
 from quantpatch.held_range import RANGE_KEY, ZERO_POINT_KEY
-from quantpatch.quantizer import named_quantizers
+from quantpatch.late_ranges import telling_of_late_ranges
+from quantpatch.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.running import demand_model
 from quantpatch.sharded import sharding_of
 
 __all__ = ["expect_ranges"]
 
 
 def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = None) -> tuple[str, ...]:
-    """Makes room in a model for the ranges that ``torch.distributed.checkpoint`` is about to load.
+    """Makes room in a model for the ranges in a checkpoint that is loaded by filling what is there.
 
     ::
 
         qp.expect_ranges(model, "checkpoint")  # before fully_shard, and before an optimizer is made
         torch.distributed.checkpoint.load({"model": model}, checkpoint_id="checkpoint")
 
-    That module loads what it finds in the model's ``state_dict``, in which a range appears only once it is
-    known: without this call it would load the weights alone, and every tensor would go on being quantized by
-    its own range. If it was given the model, or an object that holds it, that is an error, which names the
-    ranges; if it was given what ``model.state_dict()`` returned, nobody can tell. Until it is loaded a range
-    is NaN, and so is what is quantized by it.
+    Mostly there is room from construction on. This is for what the checkpoint alone knows: the shapes of
+    ranges that follow an axis of an activation, and the zero points that were found in data. A range that is
+    not loaded then stays unknown.
 
     Args:
         model: Holds the quantizers.
-        checkpoint: The folder, or a ``torch.distributed.checkpoint.StorageReader``.
+        checkpoint: The folder of ``torch.distributed.checkpoint``, one of its ``StorageReader``, or a
+            ``state_dict``.
         prefix: What stands before the model's keys in the checkpoint, such as ``"model."``; found out if it
             can be only one.
 
     Returns:
-        The names of the quantizers whose range is expected.
+        The names of the quantizers whose range is in the checkpoint.
 
     Raises:
         CheckpointError: The folder holds no checkpoint, or not one of this model, or no ranges; or it holds
             ranges that the model has no place for. The model is as it was.
+        InputError: The first argument is no model, or the second nothing of that kind.
 
     Warns:
         QuantPatchWarning: It holds no range for some of the quantizers.
     """
-    where = os.fspath(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else str(checkpoint)
-    entries = _entries(checkpoint, where)
+    demand_model(model, "expect_ranges")
+    where, shapes_by_key = _entries(checkpoint)
     quantizers = named_quantizers(model)
     if prefix is None:
-        prefix = _prefix(model, entries, where)
-    shapes: dict[str, Any] = {
-        key.removeprefix(prefix).removesuffix(RANGE_KEY).rstrip("."): getattr(entry, "size", None)
-        for key, entry in entries.items()
+        prefix = _prefix(model, shapes_by_key, where)
+    shapes = {
+        key.removeprefix(prefix).removesuffix(RANGE_KEY).rstrip("."): shape
+        for key, shape in shapes_by_key.items()
         if key.startswith(prefix) and key.rpartition(".")[2] == RANGE_KEY
     }
-
-    def misfit(name: str, shape: torch.Size | None) -> str:
-        if name not in quantizers:
-            return "there is no quantizer here"
-        return _mismatch(quantizers[name], shape)
-
     if not shapes:
         raise CheckpointError(
             f"{where} holds no ranges: the model that was saved was not calibrated. Calibrate this one after "
             f"loading",
             path=where,
         )
-    problems = [f"{name}: {problem}" for name, shape in shapes.items() if (problem := misfit(name, shape))]
-    learned = [name for name in shapes if name in quantizers and quantizers[name].descriptor.learn_amax]
+    problems = []
+    for name, shape in shapes.items():
+        quantizer = quantizers.get(name)
+        problem = "there is no quantizer here" if quantizer is None else _mismatch(quantizer, shape)
+        if problem:
+            problems.append(f"{name}: {problem}")
+    new = [name for name, shape in shapes.items() if name in quantizers and _is_new(quantizers[name], shape)]
+    learned = [name for name in new if quantizers[name].descriptor.learn_amax]
     if learned and (sharding := sharding_of(model.modules())):
         problems.append(
-            f"{sharding} would not average the gradients of learned ranges: expect them before it wraps the "
-            f"model"
+            f"{', '.join(learned[:5])}: {sharding} would not average the gradients of learned ranges that "
+            f"become parameters now. Expect them before it wraps the model"
         )
     if problems:
         raise CheckpointError(
@@ -84,14 +86,16 @@ def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = Non
             problems=tuple(problems),
         )
     modules = dict(model.named_modules())
-    for name, shape in shapes.items():
-        key = f"{prefix}{name}.{ZERO_POINT_KEY}" if name else f"{prefix}{ZERO_POINT_KEY}"
-        device = device_near(modules[name.rpartition(".")[0]])
-        quantizers[name].expect_range(shape, device, zero_point=key in entries)
+    with telling_of_late_ranges([model]):
+        for name, shape in shapes.items():
+            assert shape is not None
+            key = f"{prefix}{name}.{ZERO_POINT_KEY}" if name else f"{prefix}{ZERO_POINT_KEY}"
+            device = device_near(modules[name.rpartition(".")[0]])
+            quantizers[name].expect_range(shape, device, zero_point=key in shapes_by_key)
     left = [
         name
         for name, q in quantizers.items()
-        if q.amax is None and not q.disabled and not q.descriptor.dynamic
+        if name not in shapes and q.amax is None and not q.disabled and not q.descriptor.dynamic
     ]
     if left:
         warn_caller(
@@ -100,18 +104,33 @@ def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = Non
     return tuple(shapes)
 
 
-def _entries(checkpoint: Any, where: str) -> Mapping[str, Any]:
-    """What there is in the checkpoint, by its key."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+def _entries(checkpoint: Any) -> tuple[str, dict[str, tuple[int, ...] | None]]:
+    """What a checkpoint is called, and the shape of each tensor in it by its key; None for what is none."""
+    if isinstance(checkpoint, Mapping):
+        return "the state_dict", {
+            str(key): tuple(value.shape) if isinstance(value, Tensor) else None
+            for key, value in checkpoint.items()
+        }
+    is_path = isinstance(checkpoint, (str, os.PathLike))
+    where = os.fspath(checkpoint) if is_path else str(checkpoint)
+    if is_path:
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    reader = FileSystemReader(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint
+        checkpoint = FileSystemReader(checkpoint)
+    elif not hasattr(checkpoint, "read_metadata"):
+        raise InputError(
+            f"expect_ranges takes the folder of a checkpoint of torch.distributed.checkpoint, a "
+            f"StorageReader or a state_dict, not {type(checkpoint).__name__}. Write: "
+            f"qp.expect_ranges(model, 'checkpoint')"
+        )
     try:
-        found: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+        found = checkpoint.read_metadata().state_dict_metadata
     except OSError as error:
         raise CheckpointError(
             f"{where} is no checkpoint of torch.distributed.checkpoint: {error}", path=where
         ) from error
-    return found
+    sizes = {key: getattr(entry, "size", None) for key, entry in found.items()}
+    return where, {key: None if size is None else tuple(size) for key, size in sizes.items()}
 
 
 def _prefix(model: nn.Module, entries: Mapping[str, Any], where: str) -> str:
@@ -137,11 +156,17 @@ def _prefix(model: nn.Module, entries: Mapping[str, Any], where: str) -> str:
     )
 
 
-def _mismatch(quantizer: Any, shape: torch.Size | None) -> str:
+def _mismatch(quantizer: TensorQuantizer, shape: tuple[int, ...] | None) -> str:
     """Why a range of this shape cannot be the quantizer's; empty if it can."""
     if shape is None:
         return "what is there is no tensor"
-    expected = quantizer.shaped(torch.empty(shape, device="meta")).shape
-    if quantizer.amax is not None:
-        expected = quantizer.amax.shape
-    return "" if expected == shape else f"its shape is {tuple(shape)} there and {tuple(expected)} here"
+    expected = tuple(quantizer.shaped(torch.empty(shape, device="meta")).shape)
+    held = quantizer.held
+    if expected == shape and held is not None and not quantizer.may_become(shape):
+        expected = tuple(held.shape)
+    return "" if expected == shape else f"its shape is {shape} there and {expected} here"
+
+
+def _is_new(quantizer: TensorQuantizer, shape: tuple[int, ...] | None) -> bool:
+    """Whether its tensor, of this shape, is not there yet."""
+    return quantizer.held is None or tuple(quantizer.held.shape) != shape

@@ -274,6 +274,7 @@ class StructurePlan:
         for name in described:
             layer = self._modules[name]
             if isinstance(layer, QuantizedLayer):
+                layer.make_room_for_ranges()
                 layer.guard_fast_paths()
 
     def set_ranges(self) -> None:
@@ -295,6 +296,8 @@ class StructurePlan:
         quantizer = self._modules.get(name)
         if not isinstance(quantizer, TensorQuantizer) or quantizer.descriptor != saved.made.descriptor:
             old, quantizer = quantizer, saved.made
+            if isinstance(old, TensorQuantizer) and id(old) in names:
+                quantizer.take_tensor_of(old)
             # A quantizer that several layers share stays shared.
             for place in names.pop(id(old), [name]):
                 self._place(place, quantizer)
@@ -313,6 +316,7 @@ class StructurePlan:
 
     @staticmethod
     def _set_range(quantizer: TensorQuantizer, amax: Tensor | None, device: torch.device) -> None:
+        quantizer.make_room(device)
         known = quantizer.amax
         if amax is None or (known is not None and (known.shape != amax.shape or known.is_meta)):
             quantizer.amax = None

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from quantpatch.classes import make_class, own_class, written_name
 from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
@@ -165,6 +166,7 @@ class QuantizedLayer:
         modules: dict[str, nn.Module | None] = self._modules  # type: ignore[attr-defined]
         for name, descriptor in self.descriptors(recipe):
             modules[quantizer_name(name)] = TensorQuantizer(descriptor, in_layer=True)
+        self.make_room_for_ranges()
         self.guard_fast_paths()
         self._go_by_float_name()
 
@@ -194,6 +196,34 @@ class QuantizedLayer:
     def _get_name(self) -> str:
         """The name that ``print(model)`` shows."""
         return written_name(type(self))
+
+    def make_room_for_ranges(self) -> None:
+        """Has the ranges of this layer's quantizers among its tensors, before they are known.
+
+        On the device of the layer's own tensors; where these are on the meta device, see
+        :mod:`quantpatch.held_range`.
+        """
+        first = self._first_tensor()
+        device = None if first is None else first.device
+        of_weights = {quantizer_name(operand): operand for operand in self.weight_axes()}
+        for name, quantizer in self.quantizers().items():
+            operand = of_weights.get(name)
+            quantizer.make_room(device, None if operand is None else _shaped(self, operand))
+
+    def _first_tensor(self) -> torch.Tensor | None:
+        held: Any = self
+        for tensor in (*held._parameters.values(), *held._buffers.values()):
+            if tensor is not None:
+                return tensor  # type: ignore[no-any-return]
+        return None
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        # What was built on the meta device, or in a lazy layer, has its tensors by now.
+        first = self._first_tensor()
+        is_there = first is not None and not first.is_meta and not is_lazy(first)
+        if is_there and any((held := q.held) is None or held.is_meta for q in self.quantizers().values()):
+            self.make_room_for_ranges()
+        super()._save_to_state_dict(*args)  # type: ignore[misc]
 
     def guard_fast_paths(self) -> None:
         """Refuses torch's fast paths, if they would pass a quantizer of this layer by, else allows them."""
@@ -314,6 +344,24 @@ def _is_filled_later() -> bool:
             break
         frame = frame.f_back
     return frame is not None and "cloudpickle" in frame.f_globals.get("__name__", "")
+
+
+def _shaped(layer: Any, operand: str) -> torch.Tensor | None:
+    """A weight of a layer, for its shape; None while it has none. A parametrization is left as it is."""
+    weight = layer._parameters.get(operand)
+    if weight is None:
+        computed = layer._modules.get("parametrizations")
+        ways = computed[operand] if computed is not None and operand in computed else None
+        modes = {} if ways is None else {module: module.training for module in ways.modules()}
+        try:
+            for module in modes:  # in training mode some change what they compute, whenever they are asked
+                module.training = False
+            with torch.no_grad():
+                weight = getattr(layer, operand, None)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+    return weight if isinstance(weight, torch.Tensor) and not is_lazy(weight) else None
 
 
 def weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:

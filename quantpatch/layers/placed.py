@@ -53,6 +53,8 @@ def quantize_output_of(module: Any, quantizer: TensorQuantizer | QuantDescriptor
         quantizer = TensorQuantizer(quantizer)
     module._modules[_OUTPUT] = quantizer
     quantizer.train(module.training)
+    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+    quantizer.make_room(device)
     if not isinstance(module, QuantizedLayer) and _quantized_output not in module._forward_hooks.values():
         module.register_forward_hook(_quantized_output)
     return quantizer

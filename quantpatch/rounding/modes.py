@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["is_in_memory", "is_jit_traced", "is_plain_gradient", "is_traced"]
+__all__ = ["is_in_memory", "is_jit_traced", "is_plain_gradient", "is_readable", "is_traced"]
 
 # Modes that make tensors up or write operations down. Others, such as FlopCounterMode, see real values go
 # by: a checkpointed part is computed in one and computed again outside of it, by the same way.
@@ -24,9 +24,13 @@ def is_jit_traced() -> bool:
 
 def is_in_memory(x: Tensor) -> bool:
     """Whether ``x`` is a plain tensor in main memory, and nobody records what is done with it."""
+    return x.is_cpu and is_readable(x)
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether ``x`` is a plain tensor, whose values can be asked for, and nobody records what is done."""
     return (
-        x.is_cpu
-        and not is_traced()
+        not is_traced()
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._are_functorch_transforms_active()
         and not (torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, _RECORDING)))

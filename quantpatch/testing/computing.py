@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from quantpatch.export.checkpoint import float_state_dict
 from quantpatch.fast_paths import without_fast_paths
 from quantpatch.quantizer import named_quantizers
 from quantpatch.testing.checks import check, demand_close, demand_equal
@@ -62,7 +63,7 @@ def initial(subject: Subject) -> None:
     quantized = subject.fresh_quantized()
     if not torch.equal(torch.rand(1), after):
         raise Broken("it draws more or fewer random numbers than the float layer")
-    demand_equal(quantized.state_dict(), layer.state_dict(), "its weights are others")
+    demand_equal(float_state_dict(quantized), layer.state_dict(), "its weights are others")
 
 
 # --- Computing ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from quantpatch.errors import ConversionError
+from quantpatch.export.checkpoint import float_state_dict
 from quantpatch.fast_paths import without_fast_paths
 from quantpatch.models import convert, revert
 from quantpatch.quantizer import named_quantizers
@@ -34,21 +35,20 @@ from quantpatch.testing.subject import (
 
 
 @check(
-    "Register nothing with a tensor but TensorQuantizers, which have none until their range is known: no "
+    "Register nothing with a tensor but TensorQuantizers, whose ranges no float checkpoint has to have: no "
     "buffer, no parameter, no float layer as a child"
 )
 def state_dict(subject: Subject) -> None:
     """Checkpoints of the float layer load strictly, before and after calibration; ranges load too."""
     layer, quantized = subject.fresh_float(), subject.fresh_quantized()
     state = layer.state_dict()
-    if list(quantized.state_dict()) != list(state):
-        extra = [key for key in quantized.state_dict() if key not in state]
+    if list(float_state_dict(quantized)) != list(state):
+        extra = [key for key in float_state_dict(quantized) if key not in state]
         missing = [key for key in state if key not in quantized.state_dict()]
-        raise Broken(f"before calibration its state_dict has {extra} besides and lacks {missing}")
+        raise Broken(f"its state_dict has {extra} besides the ranges and lacks {missing}")
     quantized.load_state_dict(state, strict=True)
     subject.calibrate(quantized)
-    ranges = {f"{n}._amax" for n, q in named_quantizers(quantized).items() if q.amax is not None}
-    extra = sorted(set(quantized.state_dict()) - set(state) - ranges)
+    extra = [key for key in float_state_dict(quantized) if key not in state]
     if extra:
         raise Broken(f"after calibration its state_dict has {extra} besides the ranges")
     quantized.load_state_dict(state, strict=True)

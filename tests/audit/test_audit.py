@@ -511,7 +511,7 @@ def same(left, right):
         left[0] == right[0]
         and left[2:4] == right[2:4]
         and torch.equal(left[4], right[4])
-        and all(torch.equal(value, right[1][key]) for key, value in left[1].items())
+        and all(torch.allclose(value, right[1][key], 0, 0, equal_nan=True) for key, value in left[1].items())
     )
 
 

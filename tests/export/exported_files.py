@@ -61,7 +61,7 @@ def assert_same(before: Any, after: Any) -> None:
     assert list(before[1]) == list(after[1])
     for key, (address, value) in before[1].items():
         assert after[1][key][0] == address
-        assert torch.equal(after[1][key][1], value)
+        torch.testing.assert_close(after[1][key][1], value, rtol=0, atol=0, equal_nan=True)
 
 
 def initializers(path: Path) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def seen(model: nn.Module) -> Any:
             (name, type(m), id(m), list(m._modules), list(m._forward_hooks))
             for name, m in model.named_modules()
         ],
-        {name: value.tolist() for name, value in model.state_dict().items()},
+        {name: str(value.tolist()) for name, value in model.state_dict().items()},  # NaN is NaN
         [
             (q.disabled, q.quantizing, q.descriptor)
             for q in model.modules()

@@ -112,7 +112,7 @@ def test_our_path_is_torchs_slow_path(need_weights, grad, batch_first):
     """
     layer = made(batch_first=batch_first, add_bias_kv=True).eval()
     twin = nn.MultiheadAttention(8, 2, batch_first=batch_first, add_bias_kv=True).eval()
-    twin.load_state_dict(layer.state_dict())
+    twin.load_state_dict(qp.float_state_dict(layer))
     for quantizer in layer.quantizers().values():
         quantizer.disable_quant()
         quantizer.enable_calib()
@@ -128,7 +128,7 @@ def test_our_path_is_torchs_slow_path(need_weights, grad, batch_first):
 def test_where_every_key_is_hidden_output_and_gradients_are_those_of_torch(dtype):
     layer = made()
     twin = nn.MultiheadAttention(8, 2)
-    twin.load_state_dict(layer.state_dict())
+    twin.load_state_dict(qp.float_state_dict(layer))
     x = torch.randn(5, 3, 8, requires_grad=True)
     hidden = torch.zeros(3, 5, dtype=dtype)
     hidden[1] = True if dtype == torch.bool else -torch.inf
@@ -318,7 +318,7 @@ def test_an_encoder_of_the_block_makes_no_nested_tensors():
     with qp.quantize_modules():
         model = nn.TransformerEncoder(encoder_layer(), 2)
     float_model = nn.TransformerEncoder(encoder_layer(), 2).eval()
-    float_model.load_state_dict(model.state_dict(), strict=True)
+    float_model.load_state_dict(qp.float_state_dict(model), strict=True)
     x = torch.randn(3, 5, 8)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
     assert not operators(model, x, src_key_padding_mask=padding) & FAST

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import quantpatch as qp
 import quantpatch.layers as layers
 from quantpatch.fake_quant import fake_quantize
 from quantpatch.formats import BUILTIN_FORMATS
@@ -22,7 +23,7 @@ def test_the_range_of_a_channel_is_its_own(kind, n):
         layer.weight.select(axis, 2).mul_(1000)  # spoils no other channel
     x = torch.randn(2, 4, *(6,) * n)
     twin = getattr(nn, f"{kind}{n}d")(4, 6, 3, bias=False)
-    twin.load_state_dict(layer.state_dict())
+    twin.load_state_dict(qp.float_state_dict(layer))
     layer.input_quantizer.disable()
     for channel in range(6):
         ours, theirs = layer(x).select(1, channel), twin(x).select(1, channel)

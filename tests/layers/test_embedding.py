@@ -22,7 +22,7 @@ def test_renormalizing_works_on_the_table_and_stays_on_the_grid(cls):
     torch.manual_seed(0)
     layer = cls(10, 4, max_norm=0.5)
     twin = cls.float_class(10, 4, max_norm=0.5)
-    twin.load_state_dict(layer.state_dict())
+    twin.load_state_dict(qp.float_state_dict(layer))
     layer.weight_quantizer.amax = torch.full((10, 1), 0.5)
     indices = torch.tensor([[1, 2], [3, 4]])
     output = layer(indices)

@@ -79,7 +79,7 @@ def test_running_layer_by_layer_is_the_stack(kind):
     """With quantizers that change nothing, one call a layer gives what one call for the stack gives."""
     layer = made(kind, 5, 4, num_layers=3, dropout=0.5, bidirectional=True)
     twin = layer.float_class(5, 4, num_layers=3, dropout=0.5, bidirectional=True)
-    twin.load_state_dict(layer.state_dict())
+    twin.load_state_dict(qp.float_state_dict(layer))
     for quantizer in layer.quantizers().values():
         quantizer.disable_quant()
         quantizer.enable_calib()  # active, so the stack is taken apart
@@ -333,7 +333,7 @@ def test_with_the_quantizers_inside_disabled_the_kernel_runs_and_nothing_differs
     for quantizer in layer.quantizers().values():
         quantizer.disable()
     reference = layer.float_class(5, 4, **options)
-    reference.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.endswith("_amax")})
+    reference.load_state_dict(qp.float_state_dict(layer))
     assert torch.equal(layer(x)[0], reference(x)[0])
 
 
@@ -357,7 +357,7 @@ def test_one_layer_of_a_stack_can_run_by_steps_and_the_others_by_the_kernel(kind
 def test_steps_drop_between_layers_as_the_kernel_does(kind):
     layer = with_hidden(kind, num_layers=2, dropout=0.5, bidirectional=True)
     twin = layer.float_class(5, 4, num_layers=2, dropout=0.5, bidirectional=True)
-    twin.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.endswith("_amax")})
+    twin.load_state_dict(qp.float_state_dict(layer))
     for quantizer in layer.quantizers().values():
         quantizer.disable_quant()
         quantizer.enable_calib()  # active, and changes nothing

@@ -68,7 +68,7 @@ def test_the_first_calls_calibrate_in_float_with_gradients_and_the_scripts_own_m
     model.first.register_forward_hook(lambda module, *_: modes.append(module.training))
     plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     plain.load_state_dict(
-        {k.replace("first", "0").replace("second", "2"): v for k, v in model.state_dict().items()}
+        {k.replace("first", "0").replace("second", "2"): v for k, v in qp.float_state_dict(model).items()}
     )
     for scale in (1.0, 3.0):
         x = torch.full((2, 4), scale)

@@ -30,7 +30,7 @@ SEEN = {
     "unchanged": "forward changes last",
     "threads": "threads that share it get other results",
     "checkpointing": "the gradient of input 0 is another under checkpointing",
-    "state_dict": "before calibration its state_dict has ['scale'] besides",
+    "state_dict": "its state_dict has ['scale'] besides the ranges",
     "pickled": "it raised",
     "copied": "copied, it shares weight",
     "weights_only": "it raised UnpicklingError",

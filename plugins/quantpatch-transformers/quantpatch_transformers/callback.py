@@ -90,8 +90,8 @@ class QuantPatchCallback(TrainerCallback):
         """Calibrates and reports.
 
         Raises:
-            CalibrationError: See ``quantpatch.calibrate``; or ranges are to be learned, and have to be known
-                before the Trainer makes its optimizer.
+            CalibrationError: See ``quantpatch.calibrate``; or ranges are to be learned whose shape only data
+                shows, after the Trainer has made its optimizer.
         """
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         unknown = _without_range(model)
@@ -123,11 +123,13 @@ class QuantPatchCallback(TrainerCallback):
     @staticmethod
     def _refuse_learned(model: nn.Module, unknown: list[str]) -> None:
         quantizers = named_quantizers(model)
-        learned = [name for name in unknown if quantizers[name].descriptor.learn_amax]
+        late = (name for name in unknown if quantizers[name].held is None)
+        learned = [name for name in late if quantizers[name].descriptor.learn_amax]
         if learned:
             raise CalibrationError(
-                f"learned ranges become parameters when they are calibrated, and the Trainer has made its "
-                f"optimizer without them: {', '.join(learned[:5])}{' …' * (len(learned) > 5)}. Write "
+                f"the shape of these learned ranges shows only with data, so that they become parameters "
+                f"when they are calibrated, and the Trainer has made its optimizer without them: "
+                f"{', '.join(learned[:5])}{' …' * (len(learned) > 5)}. Write "
                 f"qp.calibrate(model, batches) before trainer.train()",
                 quantizers=tuple(learned),
             )

@@ -40,6 +40,7 @@ class Checkpoint:
         files = [str(file) for file in files]
         self.path = files[0] if files else "a state_dict"
         self._files = [file for file in files if file.endswith(".safetensors")]
+        self._keys: dict[str, str] = {}  # all of them: the file
         self._where: dict[str, tuple[str, str]] = {}  # by name in the model: the file, and the key in it
         self.zero_points: tuple[str, ...] = ()
         self._renamed: dict[str, str] = {}  # by name in the model: what transformers makes of the key
@@ -56,7 +57,12 @@ class Checkpoint:
             CheckpointError: A file cannot be read.
         """
         keys = {key: file for file in self._files for key in self._read(file, lambda f: list(f.keys()))}
-        renamed = _renaming(model)
+        self._keys = keys
+        renaming = _renaming(model)
+
+        def renamed(key: str) -> str:
+            return renaming(key)[0]
+
         self.zero_points = tuple(key for key in keys if key.endswith(_ZERO_POINT_SUFFIX))
         names = {key: name for name, key in (aliases or {}).items() if key in keys}
         names.update(
@@ -68,6 +74,47 @@ class Checkpoint:
             self._where[name] = (keys[key], key)
             self._renamed[name] = renamed(key)
 
+    def leave_out_unknown(self) -> None:
+        """Forgets of ranges that were not known when they were saved, and of the zero points beside them."""
+        unknown = {name for name, (file, key) in self._where.items() if self._tensor(file, key).isnan().all()}
+        beside = {self._where.pop(name)[1].removesuffix(RANGE_KEY) + ZERO_POINT_KEY for name in unknown}
+        self.zero_points = tuple(key for key in self.zero_points if key not in beside)
+
+    def leave_out_resized(self, model: PreTrainedModel) -> dict[str, list[str]]:
+        """Forgets of the ranges of layers whose weight has another shape in a model, where it starts anew.
+
+        Returns:
+            The names of the quantizers, by layer.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        renaming = _renaming(model)
+        plain: dict[str, str] = {}  # the key of what is not put together from several, by name
+        for key in self._keys:
+            name, converted = renaming(key)
+            if converted is None and not key.endswith((_SUFFIX, _ZERO_POINT_SUFFIX)):
+                plain[name] = key
+        own = names_in(model, {name.rpartition(".")[0] for name in plain})
+        resized: set[str] = set()
+        for name, key in plain.items():
+            layer, _, leaf = name.rpartition(".")
+            name = f"{own.get(layer, layer)}.{leaf}"
+            if name in parameters and self._shape(key) != [*parameters[name].shape]:
+                resized.add(name)
+        tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+        resized |= {target for target, source in tied.items() if source in resized}
+        anew: dict[str, list[str]] = {}
+        for quantizer in self._where:
+            if quantizer.removesuffix("_quantizer") in resized:
+                anew.setdefault(quantizer.rpartition(".")[0], [])
+        for quantizer in [q for q in self._where if q.rpartition(".")[0] in anew]:
+            anew[quantizer.rpartition(".")[0]].append(quantizer)
+            del self._where[quantizer]
+        return anew
+
+    def _shape(self, key: str) -> list[int]:
+        shape: list[int] = self._read(self._keys[key], lambda f: f.get_slice(key).get_shape())
+        return shape
+
     @property
     def range_names(self) -> Collection[str]:
         """Names of the quantizers whose range the files hold, as the model has or would have them."""
@@ -75,10 +122,11 @@ class Checkpoint:
 
     def ranges(self) -> dict[str, Tensor]:
         """The ranges, by their names in the model's ``state_dict``."""
-        return {
-            f"{name}.{RANGE_KEY}": self._read(file, lambda f, key=key: f.get_tensor(key))
-            for name, (file, key) in self._where.items()
-        }
+        return {f"{name}.{RANGE_KEY}": self._tensor(file, key) for name, (file, key) in self._where.items()}
+
+    def _tensor(self, file: str, key: str) -> Tensor:
+        found: Tensor = self._read(file, lambda f: f.get_tensor(key))
+        return found
 
     def metadata(self) -> Mapping[str, str]:
         """The metadata, which every file has alike."""
@@ -87,7 +135,8 @@ class Checkpoint:
     def patterns_of(self, quantizers: Collection[str]) -> set[str]:
         """Regular expressions for the keys of ranges of these quantizers and of zero points, and no more."""
         ranges = [new for name, new in self._renamed.items() if name in quantizers]
-        return {rf"^{re.escape(key)}$" for key in (*ranges, *self.zero_points)}
+        zero_points = (key for key in self._keys if key.endswith(_ZERO_POINT_SUFFIX))
+        return {rf"^{re.escape(key)}$" for key in (*ranges, *zero_points)}
 
     def _read(self, file: str, what: Any) -> Any:
         try:
@@ -99,12 +148,16 @@ class Checkpoint:
             ) from error
 
 
-def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
-    """What transformers makes of the keys of a checkpoint when it loads it into a model."""
+def _renaming(model: PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
+    """What transformers makes of the keys of a checkpoint when it loads it into a model.
+
+    Returns:
+        A function of a key. It gives the key in the model, and what converts the tensor, if anything does.
+    """
     transforms = get_model_conversion_mapping(model)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    return lambda key: str(rename_source_key(key, renamings, converters)[0])
+    return lambda key: rename_source_key(key, renamings, converters)
 
 
 def aliased(model: PreTrainedModel, quantizers: Iterable[str]) -> dict[str, str]:

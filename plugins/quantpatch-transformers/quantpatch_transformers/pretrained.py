@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import quantpatch as qp
 from quantpatch.classes import dotted
-from quantpatch.errors import CheckpointError, ConversionError
+from quantpatch.errors import CheckpointError, ConversionError, QuantPatchWarning
 from quantpatch.export.description import active_plugins, describe_layers, describe_quantizers
 from quantpatch.export.structure import StructurePlan
 from quantpatch.files import own_version
@@ -129,6 +130,7 @@ class QuantPatchQuantizer(HfQuantizer):
         self.built_in_block = False
         self._plan: StructurePlan | None = None
         self._ignored: Any = None
+        self._anew: dict[str, list[str]] = {}  # ranges that are not taken, by layer
 
     # --- what transformers asks ----------------------------------------------------------------
 
@@ -170,12 +172,18 @@ class QuantPatchQuantizer(HfQuantizer):
         if self.is_saved:
             description = self._saved_description(checkpoint, model)
             checkpoint.find_ranges(model, description["aliases"])
+            self._anew = checkpoint.leave_out_resized(model)
+            described = description["quantizers"]
+            for name in described.keys() & {name for names in self._anew.values() for name in names}:
+                described[name] = {**described[name], "known": False}
             if description["attention"] and not attention_is_quantized(model):
                 quantize_attention(model)
         else:
             if not self.built_in_block:
                 self._convert(model)
             checkpoint.find_ranges(model)
+            checkpoint.leave_out_unknown()
+            self._anew = checkpoint.leave_out_resized(model)
             if checkpoint.zero_points:
                 raise CheckpointError(
                     f"{checkpoint.path}: it has zero points ({checkpoint.zero_points[0]}, …), and does not "
@@ -193,6 +201,8 @@ class QuantPatchQuantizer(HfQuantizer):
                 problems=tuple(plan.problems),
             )
         plan.restructure()
+        for quantizer in named_quantizers(model).values():
+            quantizer.leave_meta()
         self._plan = plan
         # transformers finds no place for the ranges, which are set afterwards, and would warn of them.
         self._ignored = model._keys_to_ignore_on_load_unexpected
@@ -205,6 +215,16 @@ class QuantPatchQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected, self._ignored = self._ignored, None
         assert plan is not None
         plan.set_ranges()
+        anew, self._anew = self._anew, {}
+        if anew:
+            warnings.warn(
+                f"{', '.join(anew)} of {type(model).__name__} start anew, as their weights have other shapes "
+                f"in the checkpoint, and their ranges with them: "
+                f"{', '.join(name for names in anew.values() for name in names)}. Write "
+                f"qp.calibrate(model, batches, only_missing=True)",
+                QuantPatchWarning,
+                stacklevel=2,
+            )
         for module in model.modules():
             if isinstance(module, qp.TensorQuantizer):
                 module.train(model.training)

@@ -177,8 +177,9 @@ def test_from_pretrained_inside_a_block_fills_quantized_layers(name, tmp_path):
         ours, info = cls.from_pretrained(tmp_path, attn_implementation="eager", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     theirs = dict(model.named_buffers())
-    assert {key for key, _ in ours.named_buffers()} == set(theirs)
-    assert all(torch.equal(buffer, theirs[key]) for key, buffer in ours.named_buffers())
+    buffers = {key: buffer for key, buffer in ours.named_buffers() if not key.endswith("_amax")}
+    assert buffers.keys() == theirs.keys()
+    assert all(torch.equal(buffer, theirs[key]) for key, buffer in buffers.items())
     assert all(torch.equal(ours.state_dict()[key], value) for key, value in model.state_dict().items())
     assert (
         Counter(type(m).__name__ for m in ours.modules() if isinstance(m, qp.QuantizedLayer))

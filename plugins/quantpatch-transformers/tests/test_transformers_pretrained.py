@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
@@ -61,7 +62,8 @@ def assert_same(model, other, name="gpt2"):
     assert states(model) == states(other)
     mine, theirs = model.state_dict(), other.state_dict()
     assert list(mine) == list(theirs)
-    assert all(torch.equal(mine[key], value) for key, value in theirs.items())
+    for key, value in theirs.items():
+        torch.testing.assert_close(mine[key], value, rtol=0, atol=0, equal_nan=True, msg=key)
     assert torch.equal(output(model, name), output(other, name))
 
 
@@ -193,6 +195,84 @@ def test_learned_ranges_come_back_as_parameters_that_go_on_learning(tmp_path):
     assert all(quantizer.amax.grad is not None for quantizer in quantizers(again).values())
 
 
+@pytest.mark.parametrize("described", [True, False], ids=["described", "in a block"])
+def test_a_layer_of_another_shape_starts_anew_with_its_ranges_as_the_float_one_does(tmp_path, described):
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    kind = transformers.BertForSequenceClassification
+    with qp.quantize_modules():
+        model = kind(config).eval()
+    ids = {"input_ids": torch.randint(0, 99, (2, 5))}
+    qp.calibrate(model, [ids], progress=False)
+    (saved if described else type(model).save_pretrained)(model, tmp_path)
+
+    def load(**options):
+        block = contextlib.nullcontext() if described else qp.quantize_modules()
+        with block:
+            return kind.from_pretrained(tmp_path, num_labels=5, **options)
+
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # transformers' own
+        load()
+    with pytest.warns(
+        qp.QuantPatchWarning, match=r"classifier of .* start anew.*classifier\.weight_quantizer.*only_missing"
+    ):
+        other = load(ignore_mismatched_sizes=True)
+    anew = {name for name, state in states(other).items() if state != "calibrated"}
+    assert anew == {"classifier.input_quantizer", "classifier.weight_quantizer"}
+    assert other.classifier.weight_quantizer.state_dict()["_amax"].shape == (5, 1)
+    assert torch.equal(
+        other.bert.pooler.dense.weight_quantizer.amax, model.bert.pooler.dense.weight_quantizer.amax
+    )
+    qp.calibrate(other, [ids], only_missing=True, progress=False)
+    assert set(states(other).values()) == {"calibrated"}
+    assert other(**ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("how", ["in a block", "configured"])
+def test_ranges_of_a_float_checkpoint_have_their_tensors_when_it_is_loaded(tmp_path, how, learned):
+    MODELS["gpt2"].build().save_pretrained(tmp_path)
+    recipe = qp.Recipe(
+        name="r",
+        input=qp.QuantDescriptor(learn_amax=learned),
+        weight=qp.QuantDescriptor(axis="channel", learn_amax=learned),
+        output=qp.QuantDescriptor(amax=6.0),
+    )
+    if how == "in a block":
+        with qp.quantize_modules(recipe=recipe):
+            model = loaded(transformers.GPT2LMHeadModel, tmp_path)  # nothing is missing, or told of
+    else:
+        config = QuantPatchConfig(recipe=recipe)
+        model = loaded(transformers.GPT2LMHeadModel, tmp_path, quantization_config=config)
+    held = {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if key.endswith("_amax")}
+    assert held.keys() == {f"{name}._amax" for name in quantizers(model)}
+    assert not any(tensor.is_meta for tensor in held.values())
+    for name, quantizer in quantizers(model).items():
+        if name.endswith("output_quantizer"):
+            assert quantizer.amax == 6.0
+        else:
+            assert quantizer.amax is None
+            assert held[f"{name}._amax"].isnan().all()
+            assert held[f"{name}._amax"].requires_grad is learned
+    model(input_ids=IDS)
+    qp.calibrate(model, [MODELS["gpt2"].inputs], progress=False)
+    after = model.state_dict(keep_vars=True)
+    assert all(after[key] is tensor for key, tensor in held.items())
+
+
+def test_an_uncalibrated_model_is_saved_and_comes_back_uncalibrated(tmp_path):
+    with qp.quantize_modules(recipe=qp.Recipe(name="unsigned", input=qp.QuantDescriptor(unsigned=True))):
+        model = MODELS["gpt2"].build()
+    model.save_pretrained(tmp_path / "plain")
+    with qp.quantize_modules(recipe=qp.Recipe(name="unsigned", input=qp.QuantDescriptor(unsigned=True))):
+        plain = loaded(type(model), tmp_path / "plain")
+    described = loaded(type(model), saved(model, tmp_path / "described") and tmp_path / "described")
+    for again in (plain, described):
+        assert set(states(again).values()) == {"dynamic (not calibrated)"}
+        assert torch.equal(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
 def test_what_was_configured_and_disabled_comes_back(tmp_path):
     model = calibrated()
     qp.configure(model, {"transformer.h.0.*": "int4", "lm_head": None})
@@ -315,9 +395,11 @@ def test_every_architecture_is_quantized_inside_a_block_and_nothing_is_made_up(n
         if any(word in message for word in ("REPORT", "checkpoint", "initialized"))
     ] == []
     assert set(states(model).values()) == {"dynamic (not calibrated)"}
-    assert {key for key, _ in model.named_buffers()} == {key for key, _ in reference.named_buffers()}
+    buffers = {key: tensor for key, tensor in model.named_buffers() if not key.endswith("_amax")}
+    assert buffers.keys() == dict(reference.named_buffers()).keys()
+    assert all(quantizer.state_dict()["_amax"].isnan().all() for quantizer in quantizers(model).values())
     theirs = loaded(type(reference), tmp_path, dtype=torch.bfloat16).state_dict()
-    mine = model.state_dict()
+    mine = qp.float_state_dict(model)
     assert list(mine) == list(theirs)
     assert all(torch.equal(mine[key], value) for key, value in theirs.items())
 

@@ -1,0 +1,76 @@
+"""Learned ranges that become parameters after others were listed, and who has listed these.
+
+A range is a parameter from construction on, where its shape is known then. One whose shape only data shows,
+or that is made a learned one later, is missed by an optimizer that exists already: it would never be trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from quantpatch.errors import warn_caller
+from quantpatch.quantizer import named_quantizers
+
+__all__ = ["telling_of_late_ranges"]
+
+
+@contextlib.contextmanager
+def telling_of_late_ranges(models: Iterable[nn.Module]) -> Iterator[None]:
+    """A block that warns of learned ranges that became parameters in it, too late for an optimizer.
+
+    Args:
+        models: Those whose ranges change in it.
+
+    Warns:
+        QuantPatchWarning: There is an optimizer, or a wrapper that averages gradients, of other parameters of
+            these models.
+    """
+    models = list(models)
+    before = {id(parameter) for parameter in _learned(models).values()}
+    yield
+    late = {name: p for name, p in _learned(models).items() if id(p) not in before}
+    if late:
+        _tell(models, late)
+
+
+def _learned(models: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
+    held = {name: q.held for model in models for name, q in named_quantizers(model).items()}
+    return {name: tensor for name, tensor in held.items() if isinstance(tensor, nn.Parameter)}
+
+
+def _tell(models: Iterable[nn.Module], late: Mapping[str, nn.Parameter]) -> None:
+    others = {id(p) for model in models for p in model.parameters()} - {id(p) for p in late.values()}
+    names = list(late)
+    shown = f"{', '.join(names[:5])}{' …' * (len(names) > 5)}"
+    for kind, listed in _lists_of_parameters():
+        missed = [name for name, parameter in late.items() if id(parameter) not in listed]
+        if not missed or others.isdisjoint(listed):
+            continue
+        if issubclass(kind, Optimizer):
+            warn_caller(
+                f"the learned ranges of {shown} became parameters after {kind.__name__} was made, which does "
+                f"not train them. Make it anew, or write optimizer.add_param_group({{'params': "
+                f"[quantizer.amax, ...]}})"
+            )
+        else:
+            warn_caller(
+                f"the learned ranges of {shown} became parameters after {kind.__name__} took the model, "
+                f"which does not average their gradients over the ranks. Wrap it anew"
+            )
+
+
+def _lists_of_parameters() -> Iterable[tuple[type[Any], set[int]]]:
+    """Every optimizer and wrapper that there is, by its class, with the identities of what it has listed."""
+    for found in gc.get_objects():
+        kind = type(found)  # not isinstance, which asks what pretends to be of another class
+        if issubclass(kind, Optimizer):
+            groups = vars(found).get("param_groups", [])
+            yield kind, {id(parameter) for group in groups for parameter in group["params"]}
+        elif issubclass(kind, nn.parallel.DistributedDataParallel):
+            yield kind, {id(parameter) for parameter in vars(found).get("_module_parameters", [])}

@@ -153,10 +153,11 @@ class CoverageReport:
         for heading in ("calls", "MACs", "share"):
             table.add_column(heading, justify="right")
         table.add_column("float because", overflow="fold")
+        macs = self.macs  # a sum over all rows
         for row in rows:
             floats = ", ".join(row.float_operands)
             why = f"{floats}: {row.reason}" if floats else ""
-            share = "-" if row.of_weight or not self.macs else as_percent(row.macs / self.macs)
+            share = "-" if row.of_weight or not macs else as_percent(row.macs / macs)
             table.add_row(
                 row.module or "(model)",
                 row.layer,

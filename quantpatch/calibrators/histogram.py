@@ -4,18 +4,30 @@ A histogram must cost the same whatever comes: any first batch, a later one that
 larger, the same data in other batches or on other processes. So a bin's width is always a power of
 two, the smallest at which the bins reach the largest magnitude seen. Widening then merges neighbours,
 and every count is exactly what binning all data at once with the final width would have given.
+
+One outlier may be so large that all else is in the first bins. For methods that clip it a second histogram is
+kept from then on, which ends where the other values do.
 """
 
 from __future__ import annotations
 
 import abc
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from quantpatch.calibrators.base import AllReduce, Calibrator
+from quantpatch.calibrators.bins import (
+    MIN_EXPONENT,
+    channels_first,
+    count,
+    merge,
+    power_of_two,
+    width_exponent,
+)
 from quantpatch.calibrators.thresholds import (
     entropy_threshold,
     mse_threshold,
@@ -24,7 +36,6 @@ from quantpatch.calibrators.thresholds import (
 )
 from quantpatch.errors import OptionError
 from quantpatch.formats import NumberFormat
-from quantpatch.kernels import operations as kernels
 
 __all__ = [
     "EntropyCalibrator",
@@ -34,8 +45,20 @@ __all__ = [
     "SQNRCalibrator",
 ]
 
-_CHUNK = 1 << 19  # elements binned at a time on a CPU: the scratch buffers stay in its cache
-_MIN_EXPONENT = -126  # of the bin width: the smallest normal float32
+_BINS, _FEWEST_BINS = 2048, 256
+_ALL_BINS = 1 << 22  # of all channels
+
+
+class _Fine(NamedTuple):
+    """A histogram whose last bin also holds what is beyond it.
+
+    Attributes:
+        counts: ``(channels, bins)``, int64.
+        exponent: The widths of bins, as powers of two; ``(channels,)``, int64.
+    """
+
+    counts: Tensor
+    exponent: Tensor
 
 
 class HistogramCalibrator(Calibrator):
@@ -50,23 +73,32 @@ class HistogramCalibrator(Calibrator):
 
     The range never exceeds the largest magnitude seen, where the last bin in use ends beyond it.
 
+    A subclass whose ranges leave out the largest values sets ``_kept_share``. Where that share of the values
+    is in the first sixteenth of the bins, a second histogram resolves them; its last bin has what is beyond.
+
     Args:
         format: The number format that the range is for.
         axis: The axes kept, each position with a histogram and a bin width of its own; None for one.
-        num_bins: Number of bins, from 8 to 2**24.
+        num_bins: Number of bins, from 8 to 2**24; default 2048, and of more than 2048 channels fewer, so that
+            these have four million bins together, but at least 256 each.
 
     Raises:
         OptionError: ``num_bins`` is out of range.
     """
 
+    #: Which share of the values a range holds at least; None: outliers are never left out.
+    _kept_share: float | None = None
+    _fine: _Fine | None = None
+
     def __init__(
-        self, format: NumberFormat, axis: int | tuple[int, ...] | None = None, *, num_bins: int = 2048
+        self, format: NumberFormat, axis: int | tuple[int, ...] | None = None, *, num_bins: int | None = None
     ) -> None:
         # Fewer bins of the largest floats would be so wide that the reciprocal of the width is subnormal.
-        if not 8 <= num_bins <= 1 << 24:
+        if num_bins is not None and not 8 <= num_bins <= 1 << 24:
             raise OptionError(f"num_bins must be from 8 to 2**24, got {num_bins!r}")
         super().__init__(format, axis)
-        self.num_bins = num_bins
+        self.num_bins = _BINS if num_bins is None else num_bins
+        self._chooses_bins = num_bins is None
 
     @abc.abstractmethod
     def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
@@ -92,35 +124,89 @@ class HistogramCalibrator(Calibrator):
         """
         shape = self._range_shape()
         counts = self._counts.clone().reshape(*shape, self.num_bins)
-        return counts, _power_of_two(self._exponent).reshape(shape)
+        return counts, power_of_two(self._exponent).reshape(shape)
 
     def _start(self, shape: torch.Size, device: torch.device) -> None:
         channels = shape.numel()
+        if self._chooses_bins:
+            fewer = _ALL_BINS // max(1, channels)
+            self.num_bins = min(_BINS, max(_FEWEST_BINS, 1 << fewer.bit_length() - 1 if fewer else 0))
         self._amax = torch.zeros(channels, dtype=torch.float32, device=device)
         # Of a channel that was all zero so far the width is the smallest: any other is reached by widening.
-        self._exponent = torch.full((channels,), _MIN_EXPONENT, dtype=torch.int64, device=device)
+        self._exponent = torch.full((channels,), MIN_EXPONENT, dtype=torch.int64, device=device)
         self._counts = torch.zeros(channels, self.num_bins, dtype=torch.int64, device=device)
+        self._fine = None
 
     def _update(self, x: Tensor, amax: Tensor) -> None:
+        before = _Fine(self._counts, self._exponent)  # of the batches before
         self._widen(amax.reshape(-1))
-        _count(_channels_first(x, amax.shape), self._exponent, self._counts)
+        is_wider = self._counts is not before.counts
+        values = channels_first(x, amax.shape)
+        count(values, self._exponent, self._counts)
+        if not bool(self._is_coarse().any()):
+            self._fine = None
+            return
+        if self._fine is None:
+            self._fine = before if is_wider else self._finer(values)
+        count(values, self._fine.exponent, self._fine.counts, clamp=True)
+        # Batches before it, if it is new: where their values are is not known.
+        self._fine.counts[:, -1] += self._counts.sum(1) - self._fine.counts.sum(1)
+
+    def _is_coarse(self) -> Tensor:
+        """Of which channels too few bins hold what the range is to hold; ``(channels,)``."""
+        if self._kept_share is None or self._kept_share >= 1.0:
+            return torch.zeros(1, dtype=torch.bool)
+        first = self._counts[:, : max(1, self.num_bins // 16)].sum(1)
+        enough = first >= self._kept_share * self._counts.sum(1)
+        return enough & (self._exponent > MIN_EXPONENT)
+
+    def _finer(self, values: Tensor) -> _Fine:
+        """An empty histogram that ends at twice what the range is to hold of these values."""
+        assert self._kept_share is not None
+        rank = max(1, math.ceil(self._kept_share * values.shape[1]))
+        end = values.abs().float().kthvalue(rank, dim=1).values.to(self._exponent.device)
+        exponent = torch.minimum(width_exponent(2 * end, self.num_bins), self._exponent)
+        exponent = torch.where(end > 0, exponent, self._exponent)  # of nearly nothing but zeros
+        return _Fine(torch.zeros_like(self._counts), exponent)
 
     def _range(self) -> Tensor:
-        return torch.minimum(self._threshold(self._counts, _power_of_two(self._exponent)), self._amax)
+        found = self._threshold(self._counts, power_of_two(self._exponent))
+        if self._fine is not None and self._kept_share is not None:
+            counts, exponent = self._fine.counts, self._fine.exponent
+            fits = counts[:, :-1].sum(1) >= self._kept_share * counts.sum(1)
+            fine = self._threshold(counts, power_of_two(exponent))
+            found = torch.where(self._is_coarse() & fits, fine, found)
+        return torch.minimum(found, self._amax)
 
     def _reduce(self, all_reduce: AllReduce) -> None:
+        if self._kept_share is not None:  # else no rank has a second one
+            self._reduce_fine(all_reduce)
         self._widen(all_reduce(self._amax, dist.ReduceOp.MAX))
         self._counts = all_reduce(self._counts, dist.ReduceOp.SUM)
 
+    def _reduce_fine(self, all_reduce: AllReduce) -> None:
+        has_one = torch.tensor(int(self._fine is not None), device=self._counts.device)
+        if not bool(all_reduce(has_one, dist.ReduceOp.MAX)):
+            return
+        own = self._fine or _Fine(self._counts.clone(), self._exponent)
+        common = all_reduce(own.exponent, dist.ReduceOp.MAX)
+        counts = merge(own.counts, common - own.exponent)
+        # What was beyond the last bin stays in the last one.
+        moved = own.counts[:, -1:].clone()
+        counts.scatter_add_(1, (self.num_bins - 1 >> (common - own.exponent))[:, None], -moved)
+        counts[:, -1:] += moved
+        self._fine = _Fine(all_reduce(counts, dist.ReduceOp.SUM), common)
+
     def _widen(self, amax: Tensor) -> None:
-        """Merges neighbouring bins until they reach ``amax``, channel by channel."""
+        """Merges neighbouring bins until they reach ``amax``, channel by channel, which makes new counts."""
         self._amax = torch.maximum(self._amax, amax)
-        exponent = _width_exponent(self._amax, self.num_bins)
+        exponent = width_exponent(self._amax, self.num_bins)
         merged = exponent - self._exponent
-        if bool(merged.any()):
-            bins = torch.arange(self.num_bins, device=merged.device) >> merged[:, None]
-            self._counts = torch.zeros_like(self._counts).scatter_add_(1, bins, self._counts)
-            self._exponent = exponent
+        if not bool(merged.any()):
+            return
+        self._exponent = exponent
+        if bool(self._counts.any()):  # else there is nothing to merge
+            self._counts = merge(self._counts, merged)
 
 
 class EntropyCalibrator(HistogramCalibrator):
@@ -137,6 +223,8 @@ class EntropyCalibrator(HistogramCalibrator):
     Raises:
         OptionError: An option is out of range.
     """
+
+    _kept_share = 0.9999
 
     def __init__(
         self,
@@ -161,7 +249,7 @@ class MSECalibrator(HistogramCalibrator):
     Args:
         format: The number format that the range is for.
         axis: The axes kept; None for one range.
-        num_bins: Number of bins.
+        num_bins: Number of bins, see ``HistogramCalibrator``.
         start_bin: The smallest candidate, in bins.
 
     Raises:
@@ -173,7 +261,7 @@ class MSECalibrator(HistogramCalibrator):
         format: NumberFormat,
         axis: int | tuple[int, ...] | None = None,
         *,
-        num_bins: int = 2048,
+        num_bins: int | None = None,
         start_bin: int = 1,
     ) -> None:
         super().__init__(format, axis, num_bins=num_bins)
@@ -191,7 +279,7 @@ class SQNRCalibrator(HistogramCalibrator):
     Args:
         format: The number format that the range is for.
         axis: The axes kept; None for one range.
-        num_bins: Number of bins.
+        num_bins: Number of bins, see ``HistogramCalibrator``.
         start_bin: The smallest candidate, in bins.
         clip_weight: How much the noise of clipped values counts; 1 gives the range of ``mse``.
 
@@ -204,7 +292,7 @@ class SQNRCalibrator(HistogramCalibrator):
         format: NumberFormat,
         axis: int | tuple[int, ...] | None = None,
         *,
-        num_bins: int = 2048,
+        num_bins: int | None = None,
         start_bin: int = 1,
         clip_weight: float = 3.0,
     ) -> None:
@@ -228,7 +316,7 @@ class PercentileCalibrator(HistogramCalibrator):
     Args:
         format: The number format that the range is for.
         axis: The axes kept; None for one range.
-        num_bins: Number of bins.
+        num_bins: Number of bins, see ``HistogramCalibrator``.
         percentile: The percentage, above 1 and up to 100, which is the largest magnitude.
 
     Raises:
@@ -240,7 +328,7 @@ class PercentileCalibrator(HistogramCalibrator):
         format: NumberFormat,
         axis: int | tuple[int, ...] | None = None,
         *,
-        num_bins: int = 2048,
+        num_bins: int | None = None,
         percentile: float = 99.99,
     ) -> None:
         if not 1.0 < percentile <= 100.0:  # a share of 1 would leave next to nothing of a range
@@ -249,6 +337,7 @@ class PercentileCalibrator(HistogramCalibrator):
             )
         super().__init__(format, axis, num_bins=num_bins)
         self.percentile = percentile
+        self._kept_share = percentile / 100.0
 
     def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
         return percentile_threshold(counts, bin_width, percentile=self.percentile)
@@ -259,73 +348,3 @@ def _checked_start_bin(start_bin: int) -> int:
     if start_bin < 1:
         raise OptionError(f"start_bin must be at least 1, got {start_bin!r}")
     return start_bin
-
-
-def _width_exponent(amax: Tensor, num_bins: int) -> Tensor:
-    """The smallest ``k`` with ``num_bins * 2**k >= amax``; int64."""
-    mantissa, exponent = torch.frexp(amax.double() / num_bins)  # mantissa in [0.5, 1), or 0
-    exponent = exponent.to(torch.int64) - (mantissa == 0.5).to(torch.int64)
-    return torch.where(amax > 0, exponent, _MIN_EXPONENT).clamp_min_(_MIN_EXPONENT)
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """``2**exponent`` in float32, from its bits: exact, as no ``pow`` promises to be."""
-    return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
-
-
-def _channels_first(x: Tensor, shape: torch.Size) -> Tensor:
-    """``x`` as ``(channels, values of a channel)``, copied only where its memory asks for it."""
-    if shape.numel() == 1:
-        # Order does not matter to a histogram: take the values as they lie, channels_last too.
-        order = sorted(range(x.dim()), key=x.stride, reverse=True)
-        return x.permute(order).reshape(1, -1)
-    kept = [axis for axis, size in enumerate(shape) if size != 1]
-    others = [axis for axis in range(x.dim()) if axis not in kept]
-    return x.permute(kept + others).reshape(shape.numel(), -1)
-
-
-def _count(x: Tensor, exponent: Tensor, counts: Tensor) -> None:
-    """Adds to ``counts (channels, bins)`` those of the finite ``x (channels, values)``.
-
-    The index of a bin is ``ceil(|x| / width) - 1``, and 0 for 0. As ``width`` is a power of two, the
-    quotient is exact; multiplying by the float just below ``1 / width`` instead rounds to the float
-    just below the quotient, whose integer part is that index. So no pass over the data goes into
-    ``ceil``, and ``|.|`` is left to the integers, which are half as wide.
-
-    A CPU waits for a count to be written before it raises it again, and after a ReLU half of the values are
-    in one bin. So of two neighbours one is counted in a second histogram: as one integer of twice the width
-    the indices of both take the second's offset in one operation.
-    """
-    channels, bins = counts.shape
-    below = (((127 - exponent) << 23) - 1).to(torch.int32).view(torch.float32)[:, None]
-    if kernels.count(x, below.view(-1), counts):
-        return
-    chunk = _CHUNK if x.device.type == "cpu" else 1 << 26
-    length = min(chunk, x.shape[1])
-    rows = max(1, min(chunk // length, (1 << 20) // bins, channels))
-    size = rows * bins
-    dtype = torch.int16 if size <= 1 << 15 else torch.int32 if size < 1 << 31 else torch.int64
-    halves = 2 if size <= 1 << 14 and x.device.type == "cpu" else 1
-    scratch = torch.empty(rows, length, dtype=torch.float32, device=x.device)
-    indices = torch.empty(rows, length, dtype=dtype, device=x.device)
-    first = torch.arange(0, size, bins, dtype=dtype, device=x.device)[:, None]  # index of each row
-    for row in range(0, channels, rows):
-        some = slice(row, row + rows)
-        factor, target = below[some], counts[some]
-        for part in torch.split(x[some], length, dim=1):
-            n, m = part.shape
-            # Rows of a narrower part are packed, so that bincount can take them as one.
-            scaled = scratch.view(-1)[: n * m].view(n, m)
-            index = indices.view(-1)[: n * m].view(n, m)
-            if part.dtype == torch.float32:
-                torch.mul(part, factor, out=scaled)
-            else:
-                scaled.copy_(part).mul_(factor)
-            index.copy_(scaled).abs_()
-            if n > 1:
-                index.add_(first[:n])
-            flat = index.view(-1)
-            if halves > 1:
-                flat[: flat.numel() & ~1].view(torch.int32).add_(n * bins << 16)
-            for half in torch.bincount(flat, minlength=halves * n * bins).view(halves, n, bins):
-                target.add_(half)

@@ -114,9 +114,18 @@ def sqnr_threshold(
     Returns:
         Float32 of shape ``(...)``; 0 where there is no count.
     """
-    b = counts.reshape(-1, counts.shape[-1]).to(torch.int64)
+    every = counts.reshape(-1, counts.shape[-1])
+    candidates = _candidates(start_bin, every.shape[1], every.device)
+    rows = max(1, 4 * _CHUNK // max(1, every.shape[1]))
+    best = [
+        _least_error(b.to(torch.int64), candidates, format, clip_weight) for b in torch.split(every, rows)
+    ]
+    return _edges(torch.cat(best), bin_width, counts)
+
+
+def _least_error(b: Tensor, candidates: Tensor, format: NumberFormat, clip_weight: float) -> Tensor:
+    """The candidate with the least error for each histogram; ``(rows,)``."""
     top = _top(b)
-    candidates = _candidates(start_bin, b.shape[1], b.device)
     # The largest quantized value in float32: the candidate, or a rounding beside it.
     scales = candidates.float() / format.max
     bounds = (scales * format.max).double()
@@ -127,7 +136,7 @@ def sqnr_threshold(
     least = errors.amin(1, keepdim=True)
     # argmax gives the first of equals.
     first = (errors <= least * (1 + _ERROR_TIE)).to(torch.uint8).argmax(1)
-    return _edges(torch.minimum(candidates[first], top), bin_width, counts)
+    return torch.minimum(candidates[first], top)
 
 
 def percentile_threshold(counts: Tensor, bin_width: Tensor | float, *, percentile: float = 99.99) -> Tensor:

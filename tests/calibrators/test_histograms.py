@@ -17,8 +17,8 @@ from quantpatch.calibrators import (
     MSECalibrator,
     PercentileCalibrator,
     SQNRCalibrator,
+    bins,
     entropy_threshold,
-    histogram,
     mse_threshold,
     percentile_threshold,
     sqnr_threshold,
@@ -111,7 +111,7 @@ def test_each_channel_has_the_histogram_it_would_have_alone(rows):
 def test_chunks_do_not_show(chunk, axis, dtype, monkeypatch):
     x = torch.randn(5, 13, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = collected([x], axis).histogram()
-    monkeypatch.setattr(histogram, "_CHUNK", chunk)
+    monkeypatch.setattr(bins, "_CHUNK", chunk)
     for a, b in zip(collected([x], axis).histogram(), expected, strict=True):
         assert torch.equal(a, b)
 

@@ -6,6 +6,7 @@ in any order, in other threads, tasks and generators, and none outlives its end.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +23,7 @@ __all__ = [
     "current_in_context",
     "is_being_replaced",
     "is_within",
+    "opened_here",
     "within",
 ]
 
@@ -65,9 +67,10 @@ class Activation:
         watch: What it starts and stops with its hooks.
         parent: The activation in force where this one was opened.
         closed: Set once, when the scope ends; a closed activation decides nothing.
+        thread: The thread that opened it.
     """
 
-    __slots__ = ("__weakref__", "closed", "parent", "payload", "slots", "watch")
+    __slots__ = ("__weakref__", "closed", "parent", "payload", "slots", "thread", "watch")
 
     def __init__(self, payload: Any, watch: Watch | None = None) -> None:
         self.slots: list[Slot] = []
@@ -75,6 +78,7 @@ class Activation:
         self.watch = watch
         self.parent: Activation | None = None
         self.closed = False
+        self.thread = threading.get_ident()
 
     def open(self, slots: Iterable[Slot]) -> None:
         """Puts in the hooks; if anything goes wrong, none stays."""
@@ -182,6 +186,17 @@ def current() -> Activation | None:
     if _process_wide:
         return next((started for started in reversed(_process_wide[:]) if not started.closed), None)
     return None
+
+
+def opened_here() -> list[Activation]:
+    """The open activations of this context, and those that this thread has started process-wide."""
+    found = [a for a in _process_wide[:] if a.thread == threading.get_ident() and not a.closed]
+    activation = current_in_context()
+    while activation is not None:
+        if not activation.closed:
+            found.append(activation)
+        activation = activation.parent
+    return found
 
 
 def is_being_replaced(slot: Slot) -> bool:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+from quantpatch import activations
 from quantpatch.activations import (
     Activation,
     Policy,
@@ -84,6 +85,9 @@ class Slot(HookedAttribute):
         """
         return Slot._known(_RootSlot, target, "__init__", target)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(None), ()  # it is of this process; hooks that are pickled by value do without
+
     @staticmethod
     def _known(kind: type[Slot], owner: Any, attribute: str, target: Any) -> Slot:
         with lock:
@@ -127,6 +131,9 @@ class _Mark:
         self.hook = hook
         self.slot = slot
         self.displaced = displaced
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(None), ()  # a function that is pickled by value is no hook any more
 
     @staticmethod
     def on(hook: Any, slot: Slot, displaced: Any) -> None:
@@ -365,27 +372,28 @@ class _FunctionSlot(Slot):
             vars(self.owner).pop(self.attribute, None)
 
     def _make_hook(self, displaced: Any) -> Hook:
-        slot, original = self, (self.target if displaced is MISSING else displaced)
+        slot: Slot | None = self
+        original = self.target if displaced is MISSING else displaced
 
         @functools.wraps(original)
         def dispatch(*args: Any, **kwargs: Any) -> Any:
             activation = current()
-            if activation is not None:
-                inside = within.get()
+            if activation is not None and slot is not None:  # None where a pickle has brought this
+                inside = activations.within.get()  # as the module's, since no pickle holds a ContextVar
                 if not is_within(slot, inside):
                     policy: Policy = activation.payload
                     replacement = policy.replacement_for(slot)
                     if replacement is None:
                         result = original(*args, **kwargs)
                     else:
-                        token = within.set((slot, inside))
+                        token = activations.within.set((slot, inside))
                         try:
                             result = replacement(*args, **kwargs)
                         finally:
-                            within.reset(token)
+                            activations.within.reset(token)
                     policy.came_out(slot)
                     return result
             return original(*args, **kwargs)
 
-        _Mark.on(dispatch, slot, displaced)
+        _Mark.on(dispatch, self, displaced)
         return dispatch

@@ -26,7 +26,7 @@ from quantpatch.example import Example
 from quantpatch.files import own_version
 from quantpatch.interception import lock
 from quantpatch.raised import is_from_outside, said
-from quantpatch.snapshot import Change, Setting, protected
+from quantpatch.snapshot import Trace, protected
 
 __all__ = ["BLOCK_VARIABLE", "BUILTIN", "Offer", "Plugin", "discover"]
 
@@ -144,7 +144,7 @@ class Plugin:
                 self.plugin = plugin
 
     def _import(self) -> Any:
-        changes: list[Change | Setting] = []
+        changes: list[Trace] = []
         try:
             with tracing.timed(f"{self!r} imported"):
                 if self.name == BUILTIN or not self.where:

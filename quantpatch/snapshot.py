@@ -16,7 +16,9 @@ import attrs
 import torch
 from torch import nn
 
-__all__ = ["ABSENT", "Change", "Snapshot", "protected"]
+from quantpatch.activations import Activation, opened_here
+
+__all__ = ["ABSENT", "Change", "Snapshot", "Trace", "protected"]
 
 
 class _Absent:
@@ -240,13 +242,34 @@ class _Settings:
                 yield Setting(name, old, list(hooks.items()), functools.partial(_refilled, hooks))
 
 
+@attrs.frozen(eq=False)
+class LeftOpen:
+    """A block that was opened and not closed.
+
+    Attributes:
+        activation: What is in force.
+    """
+
+    activation: Activation
+
+    def __str__(self) -> str:
+        return f"a block was left open: {self.activation.payload.scope!r}"
+
+    def undo(self) -> None:
+        """Closes it."""
+        self.activation.payload.close()
+
+
 # --- code that may not change torch ------------------------------------------------------------
+
+#: What code of others has done to torch.
+Trace = Change | Setting | LeftOpen
 
 _last: Snapshot | None = None  # good as long as nothing has changed since: comparing is cheaper than taking
 
 
 @contextlib.contextmanager
-def protected(changes: list[Change | Setting]) -> Iterator[None]:
+def protected(changes: list[Trace]) -> Iterator[None]:
     """A block after which torch is what it was before, whatever code of others did in it.
 
     What torch itself changes (some of its parts do when they are imported) stays, and so do the hooks
@@ -258,12 +281,13 @@ def protected(changes: list[Change | Setting]) -> Iterator[None]:
     global _last
     if _last is None or _last.changes():
         _last = Snapshot(further=True)
-    before, settings = _last, _Settings()
+    before, settings, blocks = _last, _Settings(), opened_here()
     try:
         yield
     finally:
-        found: list[Change | Setting] = [c for c in before.changes() if _is_foreign(c, before)]
-        for change in (*found, *settings.changes()):
+        left = [LeftOpen(activation) for activation in opened_here() if activation not in blocks]
+        found = [c for c in before.changes() if _is_foreign(c, before)]
+        for change in (*left, *found, *settings.changes()):
             change.undo()
             changes.append(change)
 

@@ -17,7 +17,7 @@ from quantpatch.errors import EntryError, near_misses
 from quantpatch.interception import Slot
 from quantpatch.plugins import BUILTIN, Offer
 from quantpatch.registry import registry
-from quantpatch.snapshot import Change, Setting, protected
+from quantpatch.snapshot import Trace, protected
 from quantpatch.tracing import listed
 
 __all__ = ["entry_error", "load_checked", "missing_module", "own_class", "slot_of", "stranger_under"]
@@ -153,7 +153,7 @@ def _imported(offer: Offer) -> Any:
     """The replacement; importing that of a plugin may not change torch."""
     if offer.plugin in (None, BUILTIN) or not isinstance(offer.entry.replacement, str):
         return offer.entry.load_replacement()
-    changes: list[Change | Setting] = []
+    changes: list[Trace] = []
     with protected(changes):
         replacement = offer.entry.load_replacement()
     if changes:

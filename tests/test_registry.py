@@ -256,10 +256,30 @@ def test_what_torch_changes_by_itself_while_a_plugin_is_imported_is_not_the_plug
 
 def test_blocks_that_other_threads_open_during_an_import_are_not_the_plugins_doing(install) -> None:
     shared.plugins()  # the registry of blocks, which would find the plugin and keep it for other tests
-    source = "import quantpatch\nscope = quantpatch.quantize_modules(plugins=[]).start()\n"
+    source = (
+        "import quantpatch, threading\nscope = quantpatch.quantize_modules(plugins=[])\n"
+        "other = threading.Thread(target=scope.start)\nother.start()\nother.join()\n"
+    )
     module = install("busy", source + GOOD)
     assert "busy" in {offer.plugin for offer in Registry().offers(["busy"])}
     sys.modules[module].scope.stop()
+
+
+@pytest.mark.parametrize("how", ["start", "__enter__"])
+def test_a_block_that_a_plugin_leaves_open_is_closed(how, install) -> None:
+    shared.plugins()
+    source = f"import quantpatch\nquantpatch.quantize_modules(plugins=[]).{how}()\n{GOOD}"
+    install("open", source, "open-dist")
+    with (
+        qp.quantize_modules(plugins=[]) as around,
+        pytest.raises(
+            PluginError,
+            match=r"'open' \(from open-dist 1.2\) .*a block was left open: quantize_modules",
+        ),
+    ):
+        Registry().offers(["open"])
+    assert type(torch.nn.Linear(1, 1)) is torch.nn.Linear
+    assert not around.replaced
 
 
 def test_a_plugin_written_for_an_older_api_is_to_be_updated(install, monkeypatch) -> None:

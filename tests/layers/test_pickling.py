@@ -45,6 +45,21 @@ class Stage(nn.Module):
 class QuantStage(quantpatch.QuantizedLayer, Stage):
     operations = {torch.add: ("left", "right")}
 
+class Bare(nn.Module):
+    pass
+
+class QuantBare(Bare):
+    pass
+
+def helper(x):
+    return "helper"
+
+def other(x):
+    return "other"
+
+def helped(x):
+    return helper(x)
+
 def build():
     return nn.Sequential(Own(), Mine(3), Stage())
 """
@@ -61,7 +76,7 @@ def by_value(package):
 
 
 def block(module):
-    custom = [(module, name, getattr(module, f"Quant{name}")) for name in ("Own", "Stage")]
+    custom = [(module, name, getattr(module, f"Quant{name}")) for name in ("Own", "Stage", "Bare")]
     return qp.quantize_modules(custom=custom, subclasses=True)
 
 
@@ -95,3 +110,28 @@ def test_a_replacement_that_does_not_fit_is_still_refused():
 
     with pytest.raises(qp.errors.LayerError, match="forward takes"):
         type("QuantOwn", (QuantizedLayer, Own), {})
+
+
+def test_float_models_are_pickled_inside_a_block_as_outside(by_value, tmp_path):
+    plain, helped = by_value.build(), by_value.helped
+    custom = [(by_value, "helper", by_value.other), (by_value, "Own", by_value.QuantOwn)]
+    with qp.quantize_modules(custom=custom, subclasses=True), block(by_value):
+        data = cloudpickle.dumps((plain, by_value.Bare, helped, X))
+        assert helped(X) == "other"
+    (tmp_path / "model.pkl").write_bytes(data)
+    code = f"""
+import inspect, pickle, torch
+model, bare, helped, x = pickle.load(open({str(tmp_path / "model.pkl")!r}, "rb"))
+print([type(layer).__name__ for layer in model], [*inspect.signature(type(model[1])).parameters], helped(x))
+print(type(type(model[0])()).__name__, type(bare()).__name__, tuple(model(x).shape))
+import quantpatch
+with quantpatch.quantize_modules():
+    print(helped(x))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "['Own', 'Mine', 'Stage'] ['width'] helper",
+        "Own Bare (4, 3)",
+        "helper",
+    ]

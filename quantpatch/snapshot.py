@@ -287,7 +287,8 @@ def protected(changes: list[Trace]) -> Iterator[None]:
     finally:
         left = [LeftOpen(activation) for activation in opened_here() if activation not in blocks]
         found = [c for c in before.changes() if _is_foreign(c, before)]
-        for change in (*left, *found, *settings.changes()):
+        traces: list[Trace] = [*left, *found, *settings.changes()]
+        for change in traces:
             change.undo()
             changes.append(change)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from quantpatch.affine import longer_side
 from quantpatch.calibrators import Calibrator, warn_of_negatives
+from quantpatch.call_ranges import CallRanges
 from quantpatch.errors import CalibrationError, OptionError, warn_caller
 from quantpatch.formats import Integer
 from quantpatch.late_ranges import telling_of_late_ranges
@@ -106,6 +107,7 @@ def calibrating(
 
     with (
         FirstCall(model) as first,
+        CallRanges(model) as calls,
         collecting(
             model,
             choose,
@@ -122,6 +124,7 @@ def calibrating(
     ):
         yield
     first.leave_float()
+    calls.warn()
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ FLOORS = [
     {"held_range", "targets"},
     {"table", "quantizer", "outcome"},
     {"layers", "settings", "roots", "late_ranges"},
-    {"configure", "opening", "to_calibrate", "zero_points", "weight_reads"},
+    {"configure", "opening", "to_calibrate", "call_ranges", "zero_points", "weight_reads"},
     {"builtin", "scope", "report", "new_plugin"},
     {"calibration", "models", "audit", "export"},
     {"analysis", "explain"},

@@ -17,6 +17,7 @@ from torch.jit import ScriptModule
 from quantpatch.audit.paste import propose
 from quantpatch.audit.reasons import BY_RECIPE, known_targets, reason_for
 from quantpatch.audit.trace import Seen, Trace, trace
+from quantpatch.call_ranges import CallRanges
 from quantpatch.classes import dotted, own_class, written_name
 from quantpatch.errors import CoverageError, InputError
 from quantpatch.fake_quant import fake_quantize, reduce_amax
@@ -240,8 +241,9 @@ def audit(model: nn.Module, *inputs: Any, minimum: float | None = None, **keywor
     runner = uncompiled(model)
     if isinstance(runner, nn.DataParallel):
         raise InputError("nn.DataParallel runs copies of the layers: write audit(model.module, ...)")
-    with explaining_devices(runner, (inputs, keywords)):
+    with explaining_devices(runner, (inputs, keywords)), CallRanges(runner) as calls:
         seen = trace(runner, lambda: runner(*inputs, **keywords))
+    calls.warn()
     report = report_of(runner, seen)
     if minimum is not None and report.share < minimum:
         floats = (row for row in report.rows if not (row.quantized or row.of_weight))

@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 from torch import Tensor, nn
 
+from quantpatch.call_ranges import CallRanges
 from quantpatch.errors import UnknownNameError, warn_caller
 from quantpatch.export.batchnorm import FoldedBatchNorm, fold_batchnorm
 from quantpatch.export.dataflow import Dataflow, Value, dataflow
@@ -109,7 +110,8 @@ def prepare(
         fold = target == "onnxruntime"
         folded = fold_batchnorm(model, args, kwargs=kwargs) if fold else FoldedBatchNorm({}, {})
         run = run_of(model, args, kwargs)
-        flow = dataflow(model, run)
+        with CallRanges(model) as calls:
+            flow = dataflow(model, run)
         rules = Rules(model, flow, outputs=outputs)
         left = rules.left
         unsigned: tuple[str, ...] = ()
@@ -130,6 +132,7 @@ def prepare(
             del changes[place]
             left[place] = f"{how} with its output quantized, so that was undone"
             warn_caller(f"{place} is left: {left[place]}")
+    calls.warn()
     placed = tuple(f"{place}.{quantizer_name('output')}" for place in changes)
     shared = {
         name: new for new, change in zip(placed, changes.values(), strict=True) for name in change.shared

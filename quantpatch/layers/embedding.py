@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,6 +31,18 @@ class _QuantizedTable(QuantizedLayer):
             torch.embedding_renorm_(self.weight, indices.contiguous(), self.max_norm, self.norm_type)
         stand_ins = {**self.quantize_weights(), "max_norm": None}
         return self.quantize_output(self.run_float(stand_ins, args, kwargs))
+
+    def run_float(
+        self, stand_ins: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The float class's forward; with a quantized table its gradient is dense, also with ``sparse=True``.
+
+        All of the table goes through its quantizer, and so does the gradient: a learned range has one from
+        every element, and those outside of a range have none.
+        """
+        if "weight" in stand_ins:
+            stand_ins = {**stand_ins, "sparse": False}
+        return super().run_float(stand_ins, args, kwargs)
 
 
 class QuantEmbedding(_QuantizedTable, nn.Embedding):

@@ -58,3 +58,29 @@ def test_a_table_compiles_after_another_was_renormalized():
     QuantEmbedding(5, 4, max_norm=1.0).eval()(indices)
     layer = QuantEmbedding(5, 4).eval()
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(indices), layer(indices))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("kind", ["Embedding", "EmbeddingBag"])
+def test_a_sparse_table_trains_as_a_dense_one(kind, learned):
+    """Its gradient is dense, as all of the table is quantized."""
+    recipe = qp.Recipe(name="rows", weight=qp.QuantDescriptor(num_bits=4, axis="channel", learn_amax=learned))
+    tables = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        with qp.quantize_modules(recipe=recipe, include=[kind]):
+            tables.append(getattr(nn, kind)(10, 8, sparse=sparse))
+        qp.calibrate(tables[-1], [torch.tensor([[0, 1], [2, 3]])], progress=False)
+        with torch.no_grad():
+            tables[-1].weight.mul_(1.3)  # so that some elements are outside of their ranges
+        optimizer = torch.optim.SGD(tables[-1].parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            tables[-1](torch.tensor([[1, 2], [2, 7]])).square().sum().backward()
+            optimizer.step()
+    for one, other in zip(tables[0].parameters(), tables[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    tables[0].weight_quantizer.disable()
+    tables[0].weight.grad = None
+    tables[0](torch.tensor([[1, 2]])).sum().backward()
+    assert tables[0].weight.grad.is_sparse  # as in float

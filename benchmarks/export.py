@@ -33,11 +33,14 @@ from benchmarks.networks import (
     Pyramid,
     Transformer,
     UNet,
+    decoder,
     mobilenet,
     plain_cnn,
     resnet_stem,
     segmentation_head,
     small_resnet,
+    strided,
+    volumes,
 )
 from benchmarks.timing import medians
 from quantpatch import demo
@@ -102,12 +105,23 @@ class Case:
         batches: What gives the batches to calibrate on, and those to measure the error on.
         look: What makes its inputs of the demo's digits, if it is trained on these: it has an accuracy then.
         method: How its ranges are found.
+        recipe: How it is quantized; quantize_static makes it int8.
     """
 
     build: Callable[[], nn.Module]
     batches: Callable[[], tuple[Batches, Batches]]
     look: Callable[[Tensor], Tensor] | None = None
     method: str = "mse"
+    recipe: str = "int8"
+
+
+def _mlp(recipe: str) -> Case:
+    """What a transformer does between its attentions, for one token."""
+    return Case(
+        lambda: nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)),
+        _images(1, 512),
+        recipe=recipe,
+    )
 
 
 CASES = {
@@ -125,6 +139,10 @@ CASES = {
     "LSTM": Case(LanguageModel, _ids(1, 64)),
     "BERT": Case(lambda: Transformer("BERT"), _ids(1, 64)),
     "GPT-2": Case(lambda: Transformer("GPT-2"), _ids(1, 64)),
+    "strides of 2": Case(strided, _images(1, 16, 64, 64)),
+    "volumes": Case(volumes, _images(1, 3, 8, 24, 24)),
+    "decoder": Case(decoder, _images(1, 32, 12, 12)),
+    **{f"MLP, {recipe}": _mlp(recipe) for recipe in ("int8", "w4a8", "int4", "int4-weight-only", "fp8")},
 }
 
 
@@ -183,12 +201,14 @@ def _quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def _quantized(model: nn.Module, batches: Batches, method: str) -> nn.Module:
+def _quantized(model: nn.Module, batches: Batches, case: Case) -> nn.Module:
     """As docs/deploy.md does it."""
     quantized = copy.deepcopy(model)
-    qp.convert(quantized)
+    qp.convert(quantized, recipe=case.recipe)
     qp.prepare(quantized, batches[0], target="onnxruntime")
-    qp.calibrate(quantized, batches, method=method, zero_points=True, progress=False, strict=False)
+    # A zero point is of integers.
+    is_int8 = case.recipe == "int8"
+    qp.calibrate(quantized, batches, method=case.method, zero_points=is_int8, progress=False, strict=False)
     return quantized
 
 
@@ -205,9 +225,9 @@ def measure(name: str) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         paths = {kind: Path(folder) / f"{kind}.onnx" for kind in _FILES}
         with _quiet():
-            quantized = _quantized(model, seen, case.method)
+            quantized = _quantized(model, seen, case)
             qp.export_onnx(model, seen[0], paths["float"], input_names=["x"], check=False)
-            report = qp.export_onnx(quantized, seen[0], paths["ours"], input_names=["x"])
+            report = qp.export_onnx(quantized, seen[0], paths["ours"], input_names=["x"], latency=False)
             _static(paths["float"], paths["static"], seen)
         sessions = {kind: _session(path) for kind, path in paths.items()}
         x = seen[0].numpy()
@@ -256,7 +276,7 @@ def table_of(measured: list[Row]) -> Table:
             f"{compared.mismatching} / {compared.differing} of {compared.integers:,}",
             f"{compared.largest_difference:.2g}",
             f"{compared.within_step:.2%}",
-            f"{compared.kernels_within_step:.2%} of {compared.kernels}",
+            "-" if not compared.kernels else f"{compared.kernels_within_step:.2%} of {compared.kernels}",
             ", ".join(f"{row.size[kind] / 1024:.0f}" for kind in _FILES),
             ", ".join(f"{row.ms[kind]:.3f}" for kind in _FILES),
             f"{row.ratio('ours'):.2f}, {row.ratio('static'):.2f}",

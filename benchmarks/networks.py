@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -11,11 +13,14 @@ __all__ = [
     "Pyramid",
     "Transformer",
     "UNet",
+    "decoder",
     "mobilenet",
     "plain_cnn",
     "resnet_stem",
     "segmentation_head",
     "small_resnet",
+    "strided",
+    "volumes",
 ]
 
 
@@ -133,6 +138,38 @@ def plain_cnn() -> nn.Module:
         nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
         nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(),
         nn.Flatten(), nn.Linear(64 * 7 * 7, 10),
+    )  # fmt: skip
+
+
+def strided() -> nn.Module:
+    """Four convolutions that halve what they get, as a network for embedded cameras begins."""
+    widths = (16, 32, 64, 128, 128)
+    layers: list[nn.Module] = []
+    for inside, outside in itertools.pairwise(widths):
+        layers += [nn.Conv2d(inside, outside, 3, 2, 1), nn.BatchNorm2d(outside), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def volumes() -> nn.Module:
+    """Convolutions of short videos."""
+    return nn.Sequential(
+        nn.Conv3d(3, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv3d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv3d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(32, 5),
+    )  # fmt: skip
+
+
+def decoder() -> nn.Module:
+    """Transposed convolutions between others, their channels of different size as after batch norm."""
+    up = [nn.ConvTranspose2d(32, 32, 2, 2), nn.ConvTranspose2d(32, 16, 2, 2)]
+    with torch.no_grad():
+        for layer in up:
+            layer.weight *= torch.logspace(-1, 0, layer.out_channels).reshape(1, -1, 1, 1)
+    return nn.Sequential(
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        up[0], nn.ReLU(), up[1], nn.ReLU(),
+        nn.Conv2d(16, 3, 3, padding=1),
     )  # fmt: skip
 
 

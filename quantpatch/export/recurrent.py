@@ -182,7 +182,9 @@ def recurrent_layers_traced(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             layer.__dict__["in_steps"] = True
-        with _Whole():
+        # A mode is asked at every call of a function while torch traces, and there are some 100,000.
+        recurs = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        with _Whole() if recurs else contextlib.nullcontext():
             yield
     finally:
         for layer in layers:

@@ -60,7 +60,7 @@ def test_convolutions_of_four_bits_run_on_integers(tmp_path: Path) -> None:
     exported = Exported(model, images(1, 3, 12, 12), tmp_path)
     exported.assert_same()
     assert kinds(exported) == {onnx.TensorProto.INT4}
-    assert exported.kernels["QLinearConv"] == 2
+    assert exported.kernels["QLinearConv"] == 3
     assert dequantized_at_each_run(exported) == []
 
 
@@ -139,7 +139,7 @@ def test_opsets_before_21_are_for_runtimes_that_want_integer_biases_and_cast_no_
     qp.convert(model.eval(), recipe="w4a8")
     exported = Exported(model, images(2, 4, 8, 8), tmp_path, opset=opset)
     assert exported.proto.ir_version == 9
-    assert exported.kernels["QLinearConv"] == 2
+    assert exported.kernels["QLinearConv"] == 3
     constants = {tensor.name: tensor for tensor in exported.proto.graph.initializer}
     made = {name: node for node in exported.proto.graph.node for name in node.output}
     for convolution in [n for n in exported.proto.graph.node if n.op_type == "Conv"][:2]:
@@ -164,4 +164,4 @@ def test_convolutions_of_volumes_are_padded_as_those_of_images(tmp_path: Path) -
     exported = Exported(model, images(1, 18, 3, 4, 5), tmp_path)
     exported.assert_same()
     assert exported.weights() == [(24, 20, 2, 2, 2), (16, 24, 1, 1, 1), (4, 16, 1, 1, 1)]
-    assert exported.kernels["QLinearConv"] == 2
+    assert exported.kernels["QLinearConv"] == 3

@@ -115,7 +115,6 @@ class RangeTensor(nn.Module):
             raise RangeError(f"{self}: a range is finite and not negative, this one is {amax}", value=amax)
 
     def _hold(self, amax: Tensor, *, known: bool = True) -> None:
-        self.__dict__.update(_known=known, _seen=None)
         if self.descriptor.learn_amax:
             old = self._parameters.get(RANGE_KEY)
             with outside_inference_mode():
@@ -123,7 +122,7 @@ class RangeTensor(nn.Module):
                 self._parameters[RANGE_KEY] = nn.Parameter(amax, requires_grad=trains)
         else:
             self._buffers[RANGE_KEY] = amax
-        self._note_own()
+        self.__dict__.update(_known=known, _seen=None, _own=self.held)
         self._show_zero_point()
 
     def _note_own(self) -> None:
@@ -202,8 +201,8 @@ class RangeTensor(nn.Module):
         version = None if local.is_inference() else local._version
         if not (again or local.is_cpu or version != self._seen):
             return False
-        # What no range may be comes from code that initialises all parameters alike.
-        known = not bool((local.isnan() | (local < 0)).any())
+        # What is negative is no range, but comes from code that initialises all parameters alike.
+        known = local.item() >= 0 if local.numel() == 1 else bool((local >= 0).all())
         if known and held is self._own:
             self.__dict__["_known"] = True
         elif not known and not local.is_cpu:

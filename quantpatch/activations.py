@@ -144,7 +144,7 @@ class Activation:
                 if not slot.uninstall():
                     displaced.append(slot)
             elif not slot.users:  # an earlier try may have come this far
-                slot._take_out()
+                slot.clear()
         HookedAttribute.sweep()
         # If a signal handler has opened a block meanwhile, that has taken out the rest.
         alone = self in _closing
@@ -156,8 +156,9 @@ _in_context: ContextVar[Activation | None] = ContextVar("quantpatch_activation",
 _process_wide: list[Activation] = []
 # Those that are being closed, or whose closing was interrupted.
 _closing: dict[Activation, None] = {}
-# Targets whose replacement is being built or called here: what it needs of its own target is float.
-within: ContextVar[tuple[Slot, Any] | None] = ContextVar("quantpatch_within", default=None)
+# Targets whose replacement is being built or called here: what it needs of its own target is float. With the
+# activation that decided so: what an interrupt has left here goes with that.
+within: ContextVar[tuple[Slot, Activation, Any] | None] = ContextVar("quantpatch_within", default=None)
 
 
 def _finish_closing(but: Activation | None = None) -> None:
@@ -204,10 +205,10 @@ def is_being_replaced(slot: Slot) -> bool:
     return is_within(slot, within.get())
 
 
-def is_within(slot: Slot, link: tuple[Slot, Any] | None) -> bool:
+def is_within(slot: Slot, link: tuple[Slot, Activation, Any] | None) -> bool:
     """Whether a slot is among those whose replacement is at work."""
     while link is not None:
-        if link[0] is slot:
+        if link[0] is slot and not link[1].closed:
             return True
-        link = link[1]
+        link = link[2]
     return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from quantpatch.registry import registry
 from quantpatch.report.render import as_text
 from quantpatch.settings import Settings
 from quantpatch.table import PARTS, Choice, Pattern, Table, compose, key_of, nearest
-from quantpatch.targets import load_checked, slot_of
+from quantpatch.targets import load_checked, own_class, slot_of
 
 __all__ = ["Claim", "Explanation", "explain"]
 
@@ -187,9 +188,12 @@ class _Case:
             if not same:
                 raise UnknownNameError.of("layer", target, entries)
             target = same[0]
+        if target not in entries:
+            target = _exported_as(target, entries.values()) or target
         if target in entries:
             module = entries[target].loaded_module()
-            return target, None if module is None else getattr(module, entries[target].name, None)
+            found = None if module is None else getattr(module, entries[target].name, None)
+            return target, own_class(entries[target], found) if isinstance(found, type) else found
         return target, _imported(target, entries)
 
     def _claimants(self, name: str, found: Any) -> list[Offer]:
@@ -319,6 +323,20 @@ class _Case:
 
 
 _CUSTOM = "custom=[(module, name, replacement)] gives an entry for it"
+
+
+def _exported_as(name: str, entries: Iterable[Entry]) -> str | None:
+    """Under which name an entry waits for what a module of the same package, not imported either, defines."""
+    module, _, last = name.rpartition(".")
+    if module in sys.modules:
+        return None
+    root = f"{module.partition('.')[0]}."
+    waiting = {e.dotted for e in entries if e.name == last and f"{e.module_name}.".startswith(root)}
+    return next(iter(waiting)) if len(waiting) == 1 and not _is_there(*waiting) else None
+
+
+def _is_there(dotted_name: str) -> bool:
+    return dotted_name.rpartition(".")[0] in sys.modules
 
 
 def _replaces(offer: Offer, cls: type) -> bool:

@@ -264,11 +264,11 @@ class _ClassSlot(Slot):
             if inside is not None:
                 if inside[0] is slot and cls is not target:
                     # The replacement has come to its base: what the base builds inside is replaced again.
-                    token = within.set(inside[1])
                     try:
+                        within.set(inside[2])
                         return base_init(self, *args, **kwargs)
                     finally:
-                        within.reset(token)
+                        within.set(inside)
                 if is_within(slot, inside):
                     return base_init(self, *args, **kwargs)
             policy: Policy = activation.payload
@@ -281,11 +281,11 @@ class _ClassSlot(Slot):
                 result = base_init(self, *args, **kwargs)
             else:
                 become(self, "__class__", replacement)
-                token = within.set((slot, inside))
                 try:
+                    within.set((slot, activation, inside))
                     result = self.__init__(*args, **kwargs)
                 finally:
-                    within.reset(token)
+                    within.set(inside)
             policy.came_out(slot)
             return result
 
@@ -386,11 +386,11 @@ class _FunctionSlot(Slot):
                     if replacement is None:
                         result = original(*args, **kwargs)
                     else:
-                        token = activations.within.set((slot, inside))
                         try:
+                            activations.within.set((slot, activation, inside))
                             result = replacement(*args, **kwargs)
                         finally:
-                            activations.within.reset(token)
+                            activations.within.set(inside)
                     policy.came_out(slot)
                     return result
             return original(*args, **kwargs)

@@ -20,7 +20,6 @@ from quantpatch.interception import Activation, Policy, Slot
 from quantpatch.layers.subclass import combine, own_ways, take_over, why_float
 from quantpatch.lazy_imports import ImportWatch
 from quantpatch.outcome import Outcome
-from quantpatch.plugins import BUILTIN
 from quantpatch.roots import Built
 from quantpatch.table import Choice, Key, Table, load, nearest
 from quantpatch.targets import slot_of
@@ -52,24 +51,22 @@ class Opening(Policy):
         self.built = built  # what the recipe's rules will be applied to ...
         self.applies_rules = applies_rules  # ... by the opening that brought the recipe
         self._late: dict[type, Callable[[Any], None] | None] = {}  # by class, for objects that came by late
-        waiting = {c.offer.entry.module_name for key, c in table.items() if isinstance(key, str)}
-        self.watch = ImportWatch({*waiting, *_may_be_reloaded(table)}, self._imported)
-        self.activation = Activation(self, self.watch if self.watch.names else None)
+        watched = table.waits_for | table.may_be_reloaded
+        self.activation = Activation(self, ImportWatch(watched, self._imported) if watched else None)
 
     def open(self) -> None:
         """Puts in the hooks."""
-        slots = [key for key in self.table if not isinstance(key, str)]
-        if slots or self.built is not None:
-            slots.append(_module_slot())
-        self.activation.open(slots)
+        slots = self.table.slots
+        watches = bool(slots) or self.built is not None
+        self.activation.open((*slots, _module_slot()) if watches else ())
         if tracing.is_on():
             self._say_what_it_replaces()
 
     def _say_what_it_replaces(self) -> None:
         choices = self.table.values()
         float_ = sum(bool(self.float_because or choice.float_because) for choice in choices)
-        waiting = sorted({c.offer.entry.module_name for key, c in self.table.items() if isinstance(key, str)})
-        later = f"; waits for {', '.join(waiting)}" if waiting else ""
+        waiting = self.table.waits_for
+        later = f"; waits for {', '.join(sorted(waiting))}" if waiting else ""
         tracing.say(
             f"{self.scope!r} opened, recipe {self.recipe.name}: replaces {len(choices) - float_} targets, "
             f"leaves {float_} float{later}"
@@ -104,10 +101,7 @@ class Opening(Policy):
     def _met(self, thing: Any) -> None:
         """Sees an object that no hook has replaced: of a subclass, or built by ways that pass the hook by."""
         cls = type(thing)
-        try:
-            late = self._late[cls]
-        except KeyError:
-            late = self._late[cls] = self._late_for(cls)
+        late = self._late[cls] if cls in self._late else self._late.setdefault(cls, self._late_for(cls))
         if late is not None:
             late(thing)
 
@@ -217,16 +211,6 @@ class Opening(Policy):
             self.table[slot].offer.entry.dotted if slot in self.table else dotted(slot.target)
             for slot in displaced
         )
-
-
-def _may_be_reloaded(table: Table) -> set[str]:
-    """Modules of targets that are imported, but for torch's."""
-    names = {
-        str(key.target.__module__)
-        for key, choice in table.items()
-        if isinstance(key, Slot) and choice.offer.plugin != BUILTIN
-    }
-    return {name for name in names if name.partition(".")[0] != "torch"}
 
 
 def _module_slot() -> Slot:

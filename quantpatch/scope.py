@@ -278,9 +278,10 @@ def quantize_modules(
 
     Args:
         skip: Targets to leave float: class names (``"Linear"``), dotted names (``"torch.nn.Linear"``),
-            globs (``"AvgPool*"``) or classes.
+            globs (``"AvgPool*"``) or classes; of targets, or of subclasses of one.
         custom: Entries ``(module, name, replacement)`` of your own; they override plugins and
-            built-ins, and ``skip`` does not remove them.
+            built-ins, and ``skip`` does not remove them. A function is replaced under its name in its module,
+            not where it was imported earlier under a name of its own.
         recipe: How to quantize: a recipe or its name. Default: that of the enclosing block, else int8. Rules
             in it are applied when the block ends, to the models that were built inside.
         plugins: Names of the installed plugins that take part; default: all of them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import reprlib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -82,6 +83,9 @@ class Settings:
             UnknownNameError: A name in ``skip``, ``include`` or ``plugins`` means nothing.
         """
         include = (*recipe.include, *self.include)
+        changes_nothing = not (self.custom or self.skip or include) and self.plugins is None
+        if enclosing and changes_nothing and sys.modules.keys().isdisjoint(enclosing.waits_for):
+            return enclosing
         if not enclosing and not self.custom:
             return outermost(registry.offers(self.plugins), self.plugins, self.skip, include)
         # A block inside another adds the plugins it names; otherwise what it starts from says it all.

@@ -58,17 +58,15 @@ class HookedAttribute(abc.ABC):
         self._kept: tuple[Hook, Any] | None = None
 
     def install(self) -> None:
-        """Makes sure that a hook is in place, if there are users."""
-        # In a loop, because a signal handler may have opened or closed a block between two steps.
-        while self.users:
-            found = self._read()
-            if self._is_ours(found):
+        """Makes sure that a hook is in place, for the users that there are."""
+        found, kept = self._read(), self._kept
+        if kept is None or (found is not kept[0] and found is not kept[1]):
+            if self._is_hook_of_mine(found):
                 return
-            kept = self._kept
-            if kept is None or kept[1] is not found:
-                if kept is not None:  # it may be under what was found: one more on top does no harm
-                    self._bury()
-                self._kept = kept = self._make_hook(found), found
+            if kept is not None:  # it may be under what was found: one more on top does no harm
+                self._bury()
+            self._kept = kept = self._make_hook(found), found
+        if found is not kept[0]:
             self._write(kept[0])
 
     def uninstall(self) -> bool:
@@ -77,11 +75,12 @@ class HookedAttribute(abc.ABC):
         Returns:
             Whether a hook was still in place.
         """
-        in_place = self._is_ours(self._read())
+        found, kept = self._read(), self._kept
+        in_place = (kept is not None and found is kept[0]) or self._is_hook_of_mine(found)
         if self.users:
             return in_place
         if in_place:
-            self._take_out()
+            self._write(self._displaced_by(found))
             if self.users:  # of a signal handler that ran meanwhile
                 self.install()
         else:
@@ -100,17 +99,12 @@ class HookedAttribute(abc.ABC):
             if attribute is None:
                 HookedAttribute._buried.pop(key, None)
             else:
-                attribute._take_out()
+                attribute.clear()
 
-    def _take_out(self) -> None:
-        while not self.users and self._is_ours(found := self._read()):
+    def clear(self) -> None:
+        """Takes out what is on top, if there are no users."""
+        while not self.users and self._is_hook_of_mine(found := self._read()):
             self._write(self._displaced_by(found))
-
-    def _is_ours(self, found: Any) -> bool:
-        kept = self._kept
-        if kept is not None and (found is kept[0] or found is kept[1]):
-            return found is kept[0]
-        return self._is_hook_of_mine(found)
 
     @abc.abstractmethod
     def _is_hook_of_mine(self, found: Any) -> bool:

@@ -79,6 +79,22 @@ class Table(dict[Key, Choice]):
         self.skip = tuple(skip)
 
     @functools.cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        """Those of the targets that are imported."""
+        return tuple(key for key in self if isinstance(key, Slot))
+
+    @functools.cached_property
+    def waits_for(self) -> frozenset[str]:
+        """Modules of targets that are not imported."""
+        return frozenset(c.offer.entry.module_name for key, c in self.items() if isinstance(key, str))
+
+    @functools.cached_property
+    def may_be_reloaded(self) -> frozenset[str]:
+        """Modules of targets that are imported, but for torch's."""
+        modules = {str(key.target.__module__) for key in self.slots if self[key].offer.plugin != BUILTIN}
+        return frozenset(name for name in modules if name.partition(".")[0] != "torch")
+
+    @functools.cached_property
     def _by_class(self) -> dict[Any, tuple[Slot, Choice]]:
         return {key.target: (key, choice) for key, choice in self.items() if isinstance(key, Slot)}
 

@@ -120,6 +120,17 @@ def test_an_entry_waits_for_its_module_and_is_not_imported_for_this(package):
     assert f"{name}.layers" not in sys.modules
 
 
+@pytest.mark.parametrize("order", [("", ".layers"), (".layers", "")])
+def test_a_class_is_explained_alike_by_the_name_that_is_exported_and_by_its_own(package, order):
+    name = package(
+        __init__="from .layers import Thing", layers="from torch import nn\nclass Thing(nn.Linear): ...\n"
+    )
+    custom = [(name, "Thing", f"{__name__}:QuantMyLinear")]
+    assert [explain(f"{name}{module}.Thing", custom=custom).state for module in order] == ["waiting"] * 2
+    __import__(name)
+    assert [explain(f"{name}{module}.Thing", custom=custom).state for module in order] == ["replaced"] * 2
+
+
 @pytest.mark.parametrize("subclasses", [None, True])
 @pytest.mark.parametrize("cls", [Plain, Doubled])
 def test_subclasses_are_explained_as_a_block_treats_them(cls, subclasses):

@@ -11,12 +11,15 @@ changed; to have it in all tests, write ``usefixtures = ["torch_untouched"]`` un
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from quantpatch.activations import Activation
     from quantpatch.snapshot import Snapshot
     from quantpatch.testing import Trial
 
@@ -119,22 +122,69 @@ class ConformanceItem(pytest.Item):
         return self.path, None, f"{self.trial.plugin}: {self.trial.target}, {self.trial.check}"
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Remembers which test has left a block open, for ``torch_untouched`` of a later one to name it."""
+    result = yield
+    if "quantpatch.activations" in sys.modules:
+        from quantpatch.testing.untouched import open_here
+
+        known = [activation for activation, _ in _left_open]
+        _left_open.extend(
+            (activation, item.nodeid)
+            for activation in open_here()
+            if activation not in known and activation not in _of_fixtures
+        )
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """What is open before a test's own code runs belongs to its fixtures, and may serve others as well."""
+    if "quantpatch.activations" in sys.modules:
+        from quantpatch.testing.untouched import open_here
+
+        _of_fixtures[:] = open_here()
+    return (yield)
+
+
+# Blocks that the fixtures of the current test have opened, and those left open with the test that did.
+_of_fixtures: list[Activation] = []
+_left_open: list[tuple[Activation, str]] = []
+
 _snapshot: Snapshot | None = None
 
 
 @pytest.fixture
 def torch_untouched() -> Iterator[None]:
-    """Fails a test that leaves a block of quantpatch open, or PyTorch other than it found it."""
+    """Fails a test that leaves a block of quantpatch open, or PyTorch other than it found it.
+
+    A block that an earlier test without this fixture has left open is closed before, with a warning that
+    names that test.
+    """
+    from quantpatch.errors import QuantPatchWarning
     from quantpatch.snapshot import Snapshot
-    from quantpatch.testing.untouched import close_blocks, import_hooks, warm_up
+    from quantpatch.testing.untouched import close_blocks, import_hooks, open_here, warm_up
 
     global _snapshot
+    for activation, test in _left_open:
+        if not activation.closed:
+            activation.payload.close()
+            warnings.warn(
+                f"{test} left a block open: {activation.payload.scope!r}. It was closed",
+                QuantPatchWarning,
+                stacklevel=2,
+            )
+    _left_open.clear()
+    before = open_here()
     if _snapshot is None:
         warm_up()
     if _snapshot is None or _snapshot.changes():
         _snapshot = Snapshot()  # what came before this test is not its doing
     yield
-    found = [*close_blocks(), *import_hooks(), *map(str, _snapshot.changes())]
+    found = close_blocks(before)
+    if not before:  # the hooks of a block around are no fault of the test's
+        found += [*import_hooks(), *map(str, _snapshot.changes())]
     if found:
         _snapshot = None  # one test's fault is reported once
         pytest.fail("PyTorch is not what it was before this test:\n" + "\n".join(found), pytrace=False)

@@ -23,6 +23,7 @@ __all__ = [
     "current_in_context",
     "is_being_replaced",
     "is_within",
+    "open_here",
     "opened_here",
     "within",
 ]
@@ -189,15 +190,21 @@ def current() -> Activation | None:
     return None
 
 
-def opened_here() -> list[Activation]:
-    """The open activations of this context, and those that this thread has started process-wide."""
-    found = [a for a in _process_wide[:] if a.thread == threading.get_ident() and not a.closed]
+def open_here() -> list[Activation]:
+    """All that are open in this context or process-wide, the innermost first."""
+    found = []
     activation = current_in_context()
     while activation is not None:
         if not activation.closed:
             found.append(activation)
         activation = activation.parent
-    return found
+    return found + [started for started in reversed(_process_wide[:]) if not started.closed]
+
+
+def opened_here() -> list[Activation]:
+    """The open activations of this context, and those that this thread has started process-wide."""
+    here = threading.get_ident()
+    return [a for a in open_here() if a not in _process_wide or a.thread == here]
 
 
 def is_being_replaced(slot: Slot) -> bool:

@@ -31,8 +31,8 @@ class Entry:
     """What to replace, and by what.
 
     A target is the class that its package defined. Another class that has taken its name since stays float.
-    A function is replaced under its name in its module only: where it was imported earlier under a name of its
-    own (``from torch.nn.functional import relu``), the function itself is called.
+    A function is replaced under its name in its module only: where it was imported earlier under a name of
+    its own (``from torch.nn.functional import relu``), the function itself is called.
 
     Attributes:
         module: The module that holds the target: its dotted name, or the module itself.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Container
 
 import torch
 import torch._dynamo
 import torch.onnx
 
-from quantpatch import interception
+from quantpatch.activations import Activation, open_here
 
-__all__ = ["close_blocks", "import_hooks", "warm_up"]
+__all__ = ["close_blocks", "import_hooks", "open_here", "warm_up"]
 
 
 def warm_up() -> None:
@@ -18,15 +19,20 @@ def warm_up() -> None:
     torch.compile(lambda x: x + 1, backend="aot_eager")(torch.zeros(1))
 
 
-def close_blocks() -> list[str]:
-    """Ends the blocks that are open here, and tells of each."""
+def close_blocks(but: Container[Activation] = ()) -> list[str]:
+    """Ends the blocks that are open here, and tells of each.
+
+    Args:
+        but: Those that were open before, such as one of a fixture for several tests.
+    """
     found = []
-    while (activation := interception.current()) is not None:
-        activation.payload.close()
-        found.append(
-            f"a block was left open: {activation.payload.scope!r}. Use it in a `with` statement, or call "
-            f"stop() for every start(), also where the test fails"
-        )
+    for activation in open_here():
+        if activation not in but:
+            activation.payload.close()
+            found.append(
+                f"a block was left open: {activation.payload.scope!r}. Use it in a `with` statement, or call "
+                f"stop() for every start(), also where the test fails"
+            )
     return found
 
 

@@ -182,6 +182,44 @@ def test_the_fixture_fails_tests_that_leave_a_block_open_or_torch_changed(projec
     assert "torch.nn.modules.linear.Linear.shiny: nothing became 1" in report
 
 
+CARELESS = """
+import pytest
+from torch import nn
+
+import quantpatch
+
+scope = quantpatch.quantize_modules()
+
+
+@pytest.fixture(scope="module")
+def block():
+    with quantpatch.quantize_modules():
+        yield
+
+
+def test_careless():
+    scope.start()
+
+
+@pytest.mark.usefixtures("torch_untouched")
+def test_innocent():
+    assert type(nn.Linear(1, 1)) is nn.Linear
+
+
+@pytest.mark.usefixtures("block", "torch_untouched")
+@pytest.mark.parametrize("number", [1, 2])
+def test_in_the_block_of_a_fixture(number):
+    assert type(nn.Linear(1, 1)) is not nn.Linear
+"""
+
+
+def test_a_block_left_open_is_laid_to_the_test_that_opened_it(project):
+    report = project("-p", "no:randomly", "-rA", test_careless=CARELESS).stdout
+    assert "4 passed" in report, report
+    assert "error" not in report, report
+    assert "test_careless.py::test_careless left a block open: quantize_modules()" in report
+
+
 def test_the_plugin_is_named_in_the_distribution_as_the_module_is():
     # Under another name `-p pytest_quantpatch` and the entry point would register it twice.
     project_file = Path(__file__).parents[2] / "pyproject.toml"

@@ -6,7 +6,7 @@ PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench zoo clean
+.PHONY: help install demo test check format bench zoo oldest clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,5 +66,14 @@ ZOO := timm==1.0.31 torchvision==0.28.0
 zoo: .zoo/.installed  ## build, prepare and calibrate the smallest model of each family of timm (an hour)
 	.zoo/venv/bin/python -m benchmarks.zoo
 
+# In an environment of its own, of a Python that has these: make oldest PYTHON=python3.10
+.oldest/.installed: pyproject.toml constraints-oldest.txt $(wildcard plugins/*/pyproject.toml)
+	$(PYTHON) -m venv .oldest/venv
+	.oldest/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]' $(foreach p,$(PLUGINS),-e '$(p)[dev]')
+	touch $@
+
+oldest: .oldest/.installed  ## run all tests with the oldest releases that are allowed
+	.oldest/venv/bin/python -m pytest -n 2 -q
+
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .bench .zoo
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .bench .zoo .oldest

@@ -23,7 +23,7 @@ __all__ = ["demand_operators", "recurrent", "recurrent_layers_traced", "recurren
 _GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn_tanh": (0,), "rnn_relu": (0,)}
 
 
-# Written out, since torch 2.6 on Python 3.10 takes ``list[Tensor]`` for no type of a result.
+# Written out: releases of torch differ in what they take for the type of a result.
 _SCHEMA = (
     "(str kind, Tensor x, Tensor[] state, Tensor[] weights, bool has_biases, int num_layers, "
     "bool bidirectional, bool batch_first) -> Tensor[]"

@@ -170,7 +170,8 @@ def on_floats(file: Any, optimized: Any, found: Collection[Operand]) -> tuple[st
         for n in node.input
     )
     left = stored - _named(quantizers, taken)
-    return tuple(name.rpartition(".")[0] or "the model" for name in quantizers if name in left)
+    layers = (name.rpartition(".")[0] or "the model" for name in quantizers if name in left)
+    return tuple(dict.fromkeys(layers))
 
 
 def _named(quantizers: Collection[str], constants: Any) -> set[str]:

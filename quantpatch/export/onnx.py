@@ -271,6 +271,7 @@ def _traced(
                 kwargs=kwargs,
                 dynamo=True,
                 verbose=False,
+                optimize=True,  # which torch 2.6 does not by itself
                 opset_version=opset,
                 dynamic_shapes=dynamic_shapes,
                 input_names=input_names,

@@ -318,7 +318,8 @@ def test_where_no_range_is_missing_nothing_is_done_and_it_is_said(batches, caplo
     before = copy.deepcopy(model.state_dict())
     qp.calibrate(model, [100 * x for x in batches], only_missing=True)
     assert "5: has a range already; 1 of 5: is disabled" in caplog.records[0].message.replace("4 of 5", "5")
-    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+    for key, value in model.state_dict().items():  # that of the quantizer which is off is NaN
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
 
 
 def test_formats_without_ranges_are_told_apart_from_models_without_quantizers():

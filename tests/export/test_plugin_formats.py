@@ -111,7 +111,7 @@ def test_an_installed_plugins_formats(install: Callable[..., str], tmp_path: Pat
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
 
-    for target, stored in (("onnxruntime", 22), ("tensorrt", 1)):  # INT4, FLOAT
+    for target, stored in (("onnxruntime", 3), ("tensorrt", 1)):  # INT8 (packing so few is no gain), FLOAT
         written = found[f"{target}.fifty"]
         assert written["compared"] == [2 * 9 * (8 + 6), 0, 0]
         assert written["relative"] < 1e-5

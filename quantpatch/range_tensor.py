@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import RangeError
 from quantpatch.formats import Integer, NumberFormat
+from quantpatch.grouped_axes import GroupedAxes
 from quantpatch.rounding.modes import is_readable
 from quantpatch.sharded import beside, is_in_checkpoint, is_sharded, local_part
 
@@ -335,8 +336,10 @@ _NOTHING = nullcontext()
 
 @functools.lru_cache(maxsize=1024)
 def _kept(shape: tuple[int, ...], axis: int | tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a tensor in which only the kept axes are longer than 1."""
+    """The shape of the ranges of a tensor of this shape: only the kept axes are longer than 1."""
     count = len(shape)
+    if isinstance(axis, GroupedAxes):  # neighbours along the first share a range
+        shape = (axis.groups, *shape[1:])
     axes = {a % count for a in (axis if isinstance(axis, tuple) else (axis,)) if -count <= a < count}
     return tuple(n if d in axes else 1 for d, n in enumerate(shape))
 

@@ -95,6 +95,16 @@ def test_codes_and_scales_go_with_the_weight() -> None:
     assert torch.equal(reduce_amax(made.weight, axis), amax)
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_ranges_load_into_a_layer_that_has_none_yet(size: tuple[int, int, int]) -> None:
+    found = layer(2, *size)
+    qp.calibrate(found, [torch.randn(1, size[0], 5, 5)], progress=False)
+    fresh = layer(2, *size)
+    assert fresh.weight_quantizer.held.shape == found.weight_quantizer.amax.shape
+    fresh.load_state_dict(found.state_dict())
+    assert torch.equal(fresh.weight_quantizer.amax, found.weight_quantizer.amax)
+
+
 def test_learned_ranges_get_the_gradient_of_their_channel() -> None:
     recipe = qp.Recipe(
         name="learned", input=None, weight=qp.QuantDescriptor(num_bits=4, axis="channel", learn_amax=True)

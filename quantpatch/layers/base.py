@@ -159,7 +159,7 @@ class QuantizedLayer:
 
     def weight_axes(self) -> Mapping[str, Axis]:
         """``weights``, for a layer whose weights depend on its arguments."""
-        return self.weights
+        return type(self).weights  # of the class: as an attribute of a module torch 2.8 compiles no mapping
 
     def add_quantizers(self, recipe: Recipe) -> None:
         """Gives the layer its quantizers; an operand that the recipe leaves float gets none."""

@@ -215,8 +215,9 @@ class _View:
     """
 
     def __init__(self, layer: Any, stand_ins: Mapping[str, Any]) -> None:
-        self.__dict__.update(stand_ins)
-        self.__dict__["_layer"] = layer
+        # One by one: the compiler of torch 2.8 does not follow an update of the dictionary.
+        for name, value in {**stand_ins, "_layer": layer}.items():
+            object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         layer = self._layer

@@ -101,7 +101,7 @@ class HeldRange(RangeTensor):
         takes_part = held.requires_grad and torch.is_grad_enabled() and is_replicated()
         if is_in_memory(held) and not takes_part:
             return None
-        if held.dim() > 1 and not is_jit_traced() and not fits(held.shape, x.shape):
+        if held.dim() > 1 and not is_jit_traced() and not fits(held.shape, self._shape_of_weight or x.shape):
             return None
         if held.device != x.device:
             held = held.to(x.device) if x.is_meta else self._follow(x.device)
@@ -114,7 +114,9 @@ class HeldRange(RangeTensor):
 
     def _unless_of_another_weight(self, weight: Tensor, amax: Tensor) -> Tensor | None:
         """The range; None if the weight has got another shape since it was found, and it is forgotten."""
-        if is_traced() or fits(amax.shape, weight.shape) or amax.shape != self._shape_of_weight:
+        if is_traced() or amax.shape != self._shape_of_weight:
+            return amax
+        if fits(amax.shape, self._range_of(weight) or weight.shape):
             return amax
         self.amax = None
         self.make_room(amax.device, weight)

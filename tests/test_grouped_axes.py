@@ -74,7 +74,7 @@ def test_so_has_it_before_it_is_calibrated_and_by_convert() -> None:
     made = layer(2, 4, 6, 2)
     assert torch.equal(made.weight_quantizer(made.weight), by_channel(made))
     model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2))
-    model[0].load_state_dict(made.state_dict())
+    model[0].load_state_dict(qp.float_state_dict(made))
     qp.convert(model)
     assert torch.equal(calibrated(model[0]).weight_quantizer(made.weight), by_channel(made))
     qp.configure(model, {"0": "int4"})

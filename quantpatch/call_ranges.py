@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from quantpatch.errors import warn_caller
+from quantpatch.fake_quant import what_is_odd_about
 from quantpatch.layers.base import QuantizedLayer, weight_quantizers
 from quantpatch.layers.recurrent import QuantizedRecurrent
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
@@ -95,8 +96,8 @@ class CallRanges:
         x = args[0] if args else None
         if not self._running or quantizer.disabled or not isinstance(x, Tensor) or not x.numel():
             return
-        if not x.is_floating_point() or x.is_meta:
-            return
+        if not x.is_floating_point() or x.is_meta or what_is_odd_about(x) is not None:
+            return  # nothing to measure, or what the quantizer refuses, and names
         # Whoever records the model's operators is to see its own.
         with _disable_current_modes(), torch.no_grad():
             range_ = torch.stack(torch.aminmax(x.detach())).abs().amax().float()

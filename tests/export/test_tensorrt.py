@@ -198,6 +198,7 @@ def test_tensorrt_weights_are_floats_with_a_pair(for_tensorrt: Any) -> None:
     assert torch.allclose(run(path, X)[0], model(X), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:these quantizers of unsigned numbers saw negative")
 def test_tensorrt_takes_no_unsigned_integers(tmp_path: Path) -> None:
     """WQT: signed INT8."""
     error = refused(linear(input=qp.QuantDescriptor(unsigned=True)), tmp_path / "m.onnx", target="tensorrt")

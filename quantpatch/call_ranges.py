@@ -43,6 +43,7 @@ class CallRanges:
         self._running = False
         self._passes = 0
         self._calls: dict[TensorQuantizer, int] = {}
+        self._begun: set[TensorQuantizer] = set()  # those that a call of a layer around them has begun for
         self._seen: dict[TensorQuantizer, list[Tensor]] = {}
         self._handles: list[Any] = []
 
@@ -58,12 +59,17 @@ class CallRanges:
         def ends(*_: Any) -> None:
             self._running = False
 
+        def enters(layer: nn.Module, _: Any) -> None:
+            if self._running:
+                self._begun.update(m for m in layer.modules() if isinstance(m, TensorQuantizer))
+
         def sees(quantizer: Any, args: Any) -> None:
             self._sees(quantizer, args)
 
         self._handles = [
             self._runner.register_forward_pre_hook(begins),
             self._runner.register_forward_hook(ends, always_call=True),
+            *(layer.register_forward_pre_hook(enters) for layer in self._layers()),
             *(quantizer.register_forward_pre_hook(sees) for quantizer in watched),
         ]
         return self
@@ -72,6 +78,9 @@ class CallRanges:
         for handle in self._handles:
             handle.remove()
         self._handles, self._running, self._passes = [], False, _PASSES
+
+    def _layers(self) -> Iterator[nn.Module]:
+        return (m for m in self._model.modules() if isinstance(m, QuantizedLayer))
 
     def _watched(self) -> Iterator[TensorQuantizer]:
         """Those of activations with one range, found beforehand. Steps of a recurrent layer are no calls."""
@@ -91,6 +100,7 @@ class CallRanges:
         self._running = self._passes < _PASSES
         self._passes += 1
         self._calls.clear()
+        self._begun.clear()
 
     def _sees(self, quantizer: TensorQuantizer, args: Any) -> None:
         x = args[0] if args else None
@@ -101,8 +111,11 @@ class CallRanges:
         # Whoever records the model's operators is to see its own.
         with _disable_current_modes(), torch.no_grad():
             range_ = torch.stack(torch.aminmax(x.detach())).abs().amax().float()
-        number = self._calls.get(quantizer, 0)
-        self._calls[quantizer] = number + 1
+        # Several tensors in one call of the layer are steps of its own, as of a scan; no copy parts them.
+        number = self._calls.get(quantizer, -1) + (quantizer in self._begun)
+        self._begun.discard(quantizer)
+        number = max(0, number)
+        self._calls[quantizer] = number
         seen = self._seen.setdefault(quantizer, [])
         if number < len(seen):
             seen[number] = torch.maximum(seen[number], range_.to(seen[number].device))

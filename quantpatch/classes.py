@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["change_class", "dotted", "make_class", "own_class", "written_name"]
+__all__ = ["Overlay", "change_class", "dotted", "make_class", "own_class", "written_name"]
 
 
 def dotted(thing: Any) -> str:
@@ -34,6 +34,16 @@ def change_class(layer: nn.Module, cls: type[Any]) -> None:
     if parametrize.is_parametrized(layer):
         cls = _parametrized(cls, like=type(layer))
     object.__setattr__(layer, "__class__", cls)
+
+
+class Overlay(property):
+    """A property over what a class has under its name; a class made after that one has this as it was.
+
+    Attributes:
+        covers: What the class itself has under the name, if it has anything.
+    """
+
+    covers: tuple[Any, ...] = ()
 
 
 class _Unseen:
@@ -73,10 +83,21 @@ def make_class(name: str, bases: tuple[type[Any], ...], members: Mapping[str, An
     return made
 
 
+# Members that say something of the very class that has them.
+_OF_ONE_CLASS: Final = {
+    *("__dict__", "__weakref__", "__slotnames__", "__signature__"),
+    *("float_class", "_changed_from", "_with_stand_ins"),
+}
+
+
 def _parametrized(cls: type[Any], like: type[Any]) -> type[Any]:
     """A class that is to ``cls`` what ``parametrize`` made of a layer's class before it was changed."""
-    own = ("__dict__", "__weakref__", "__slotnames__", "float_class", "__signature__", "_changed_from")
-    members = {name: value for name, value in vars(like).items() if name not in own}
+    members = {
+        name: meant
+        for name, value in vars(like).items()
+        if name not in _OF_ONE_CLASS
+        for meant in (value.covers if isinstance(value, Overlay) else (value,))
+    }
     earlier: type[Any] | None = vars(like).get("_changed_from")
     if earlier is not None and earlier.__bases__ == (cls,) and members.keys() <= vars(earlier).keys():
         return earlier

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,50 @@ def test_a_float_model_gets_no_hooks() -> None:
     model = nn.Linear(2, 2)
     with CallRanges(model):
         assert not model._forward_pre_hooks
+
+
+class Scan(nn.Module):
+    """Steps over its input; its projection is read and never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(0) @ self.project.weight
+
+
+class QuantScan(qp.QuantizedLayer, Scan):
+    inputs = ()
+    weights = {}
+
+    def descriptors(self, recipe: qp.Recipe) -> Iterator[tuple[str, qp.QuantDescriptor]]:
+        assert recipe.input is not None
+        yield "state", recipe.input
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = [self.quantize_operand("state", self.project.input_quantizer(step)) for step in x]
+        return self.run_float({}, (torch.stack(steps),), {})
+
+
+class Scans(nn.Module):
+    def __init__(self, scales: tuple[float, ...]) -> None:
+        super().__init__()
+        self.scan, self.scales = Scan(), scales
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.scan(scale * x) for scale in self.scales]
+
+
+def test_steps_inside_a_layer_are_one_call_of_it() -> None:
+    x = torch.randn(5, 2, 4) * torch.logspace(0, 2, 5)[:, None, None]
+    for scales in ((1.0,), (1.0, 100.0)):
+        with qp.quantize_modules(custom=[(__name__, "Scan", QuantScan)]):
+            model = Scans(scales)
+        with CallRanges(model) as calls:
+            model(x)
+        seen = calls.differing()
+        assert set(seen) == (
+            {"scan.state_quantizer", "scan.project.input_quantizer"} if scales[1:] else set()
+        )
+        assert all(later == pytest.approx(100 * first) for first, later in seen.values())

@@ -165,6 +165,18 @@ def test_a_layer_parametrized_after_conversion_reverts():
     assert type(model.fc) is nn.Linear
 
 
+def test_a_layer_parametrized_while_quantized_has_nothing_of_its_calls_after_reverting():
+    model = net()
+    qp.convert(model)
+    parametrizations.weight_norm(model.fc)
+    model(IMAGES)
+    qp.revert(model)
+    of_torch = type(parametrizations.weight_norm(nn.Linear(2, 2)))
+    own = vars(type(model.fc))
+    assert type(own["weight"]) is property
+    assert own.keys() - {"_changed_from"} <= vars(of_torch).keys()
+
+
 def test_a_second_parametrization_after_conversion_stays_when_reverting():
     model = net()
     parametrizations.weight_norm(model.fc)

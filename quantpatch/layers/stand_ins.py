@@ -20,6 +20,8 @@ from typing import Any, Final
 import torch
 from torch.utils import checkpoint
 
+from quantpatch.classes import Overlay
+
 __all__ = ["call_with", "is_stand_in", "without_stand_in"]
 
 
@@ -120,7 +122,7 @@ def _make_property(cls: type[Any], name: str) -> None:
             type.__setattr__(cls, name, _StandIn(name, own, any(name in vars(c) for c in cls.__mro__[1:])))
 
 
-class _StandIn(property):
+class _StandIn(Overlay):
     """An attribute that may have a stand-in.
 
     Args:
@@ -134,6 +136,7 @@ class _StandIn(property):
 
     def __init__(self, name: str, own: Any = _Absent, inherited: bool = False) -> None:
         self._made_of = (name,) if own is _Absent and not inherited else (name, own, inherited)
+        self.covers = () if own is _Absent else (own,)
         plain = self._of_object(name) if own is _Absent and not inherited else self._of_class(name, own)
         self.plain = plain
 

@@ -74,7 +74,7 @@ def _combined_now(replacement: type[QuantizedLayer], subclass: type[Any]) -> typ
         if known is None:
             members = {
                 "__module__": subclass.__module__,
-                "__doc__": f"``{subclass.__name__}``, quantized as ``{replacement.__name__}`` is.",
+                "__doc__": f"``{subclass.__name__}``, quantized as ``{replacement.__qualname__}`` is.",
                 "__reduce_ex__": _reduce,
                 "_combined_from": (replacement, subclass),
             }

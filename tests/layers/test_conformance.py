@@ -88,7 +88,7 @@ def test_replacements_are_documented_mixins(example):
     replacement = subject(example).replacement
     assert issubclass(replacement, QuantizedLayer)
     assert replacement.__doc__
-    assert getattr(importlib.import_module(replacement.__module__), replacement.__name__) is replacement
+    assert getattr(importlib.import_module(replacement.__module__), replacement.__qualname__) is replacement
 
 
 # --- Each operand, against a layer that is given quantized operands by hand -----------------------

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from torch.onnx._internal.exporter import _registration
+
+from quantpatch.report import render
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,3 +28,14 @@ def _the_exporters_own_functions_are_read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "from_torchlib", staticmethod(from_torchlib))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _reports_have_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their width is that of COLUMNS, if a test sets it, and not of the terminal that pytest runs in."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(
+        render,
+        "get_terminal_size",
+        lambda fallback: os.terminal_size((int(os.environ.get("COLUMNS", fallback[0])), fallback[1])),
+    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Iterator
+from shutil import get_terminal_size
 from typing import Any
 
 from rich.cells import cell_len
@@ -33,7 +33,7 @@ def as_text(renderable: Any, *, of_names: bool = False) -> str:
         of_names: Whether it is a table of names, which somebody may search for: without a terminal it is as
             wide as they are.
     """
-    terminal = shutil.get_terminal_size((0, 24)).columns
+    terminal = get_terminal_size((0, 24)).columns
     width = max(_NARROWEST, terminal or 120)
     shown = renderable.__rich__() if hasattr(renderable, "__rich__") else renderable
     if terminal and hasattr(renderable, "folded") and not _is_handy(shown, width):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from rich.console import Group
 from rich.table import Table
@@ -28,12 +26,6 @@ def by_rich(renderable, width=120):
     return render._by_rich(renderable, width)
 
 
-@pytest.fixture(autouse=True)
-def no_terminal(monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
-    monkeypatch.setattr(render.shutil, "get_terminal_size", os.terminal_size)
-
-
 @pytest.mark.parametrize(
     "made",
     [
@@ -56,7 +48,7 @@ def test_names_are_whole_where_there_is_no_terminal_or_the_table_is_long(monkeyp
     name = "layer." * 30
     short, long = table(name=name), table(name=name, rows=300)
     assert name in as_text(short, of_names=True)
-    monkeypatch.setattr(render.shutil, "get_terminal_size", lambda fallback: os.terminal_size((110, 24)))
+    monkeypatch.setenv("COLUMNS", "110")
     assert name not in as_text(short, of_names=True)
     assert max(map(len, as_text(short, of_names=True).splitlines())) <= 110
     assert as_text(long, of_names=True).count(name) == 300

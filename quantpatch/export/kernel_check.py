@@ -29,7 +29,8 @@ _REORDERING = ("ReorderInput", "ReorderOutput")
 # What integer kernels do besides, on their way to the QuantizeLinear.
 _INTEGER_KERNELS = ("QLinear", "QGemm", "QAttention", "DynamicQuantize")
 _QUANTIZE = "QuantizeLinear"
-_FUSED = ("Relu", "Clip", _QUANTIZE)
+_GIVING_INTEGERS = ("QLinear", "QGemm", _QUANTIZE)
+_FUSED = ("BatchNormalization", "Relu", "Clip", _QUANTIZE)
 
 
 @attrs.frozen
@@ -130,6 +131,7 @@ class _Twins:
         self._typed = {value.name for value in (*file.value_info, *file.output)}
         self._made = {name: node for node in file.node for name in node.output}
         self.named = {node.name: node for node in file.node}
+        self._made_here = {name: node for node in graph.node for name in node.output}
         self._users, self._users_in_file = _users(graph), _users(file)
 
     def of(self, output: str) -> tuple[str, str] | None:
@@ -153,16 +155,28 @@ class _Twins:
         """What a value is called in the file; None if it is not there.
 
         Where ONNX Runtime put channels last, it has the name of the node that computed it; where a
-        QuantizeLinear was moved up to a float, that of the float with something added.
+        QuantizeLinear was moved up to a float, that of the float with something added. Both are integers:
+        a float of that name, as of a sum with a Relu behind it, is what is quantized later.
         """
         if value in self._made:
             return value if value in self._typed else None
+        if not self._is_integer(value):
+            return None
         node = self._made.get(value.removesuffix(_MOVED_UP)) or self.named.get(value)
         while node is not None and node.op_type != _QUANTIZE:
             users = self._users_in_file.get(node.output[0], [])
             fused = len(users) == 1 and users[0].op_type in _FUSED
             node = users[0] if fused else None
         return None if node is None or node.output[0] not in self._typed else str(node.output[0])
+
+    def _is_integer(self, value: str) -> bool:
+        """Whether a value of the optimized graph is quantized: by its operator, or moved since."""
+        node = self._made_here.get(value)
+        while node is not None and node.op_type != "DequantizeLinear":
+            if is_kernel(node) or node.op_type == _QUANTIZE:
+                return str(node.op_type).startswith(_GIVING_INTEGERS)
+            node = self._made_here.get(node.input[0]) if node.input else None
+        return False
 
 
 def _users(graph: Any) -> dict[str, list[Any]]:

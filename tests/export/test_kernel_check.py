@@ -61,6 +61,22 @@ class Text(nn.Module):
         return self.head(y)
 
 
+class Sum(nn.Module):
+    """Two convolutions with batch norm, added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        self.right = nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.add(self.left(x), self.right(x))
+
+
+class QuantSum(qp.QuantizedLayer, Sum):
+    operations = {torch.add: ("left_sum", "right_sum")}
+
+
 def batches(kind: type[nn.Module]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     if kind is Text:
@@ -135,6 +151,20 @@ def test_a_graph_without_quantized_products_has_nothing_to_compare(tmp_path: Pat
     assert report.comparison is not None
     assert (report.comparison.kernels, report.comparison.kernels_within_step) == (0, None)
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_summands_with_batch_norm_are_compared_before_the_sum(tmp_path: Path) -> None:
+    """The float sum behind them ONNX Runtime names, with channels last, as the file names the node."""
+    torch.manual_seed(0)
+    with qp.quantize_modules(custom=[(__name__, "Sum", QuantSum)]):
+        first = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU())
+        model = nn.Sequential(first, Sum(), nn.ReLU(), Sum(), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    qp.calibrate(model, [x], progress=False)
+    compared = export_onnx(model, x, tmp_path / "m.onnx").comparison
+    assert compared is not None
+    assert compared.kernels > 4
+    assert compared.kernels_within_step == 1.0
 
 
 def test_a_float_product_of_integers_is_compared_with_what_the_file_says_of_its_weights(

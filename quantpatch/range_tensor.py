@@ -120,10 +120,10 @@ class RangeTensor(nn.Module):
             old = self._parameters.get(RANGE_KEY)
             with outside_inference_mode():
                 trains = old is None or old.requires_grad
-                self._parameters[RANGE_KEY] = nn.Parameter(amax, requires_grad=trains)
+                amax = self._parameters[RANGE_KEY] = nn.Parameter(amax, requires_grad=trains)
         else:
             self._buffers[RANGE_KEY] = amax
-        self.__dict__.update(_known=known, _seen=None, _own=self.held)
+        self.__dict__.update(_known=known, _seen=None, _own=amax)
         self._show_zero_point()
 
     def _note_own(self) -> None:
@@ -134,22 +134,26 @@ class RangeTensor(nn.Module):
         """Makes the tensor of the range, if its shape is known and it is not there; see the module.
 
         Args:
-            device: Where the layer has its tensors; default: that of the weight, else torch's default.
+            device: Where the layer has its tensors, as one of them says it; default: that of the weight, else
+                torch's default.
             weight: What is quantized, if it is a weight.
         """
         descriptor = self.descriptor
         if descriptor.dynamic:
             return
-        if weight is not None:
-            if descriptor.kept_axes is not None:
-                self.__dict__["_shape_of_weight"] = self._range_of(weight)
+        shape: tuple[int, ...] | None
+        if weight is None:
+            device = _default_device() if device is None else device
+            shape = self._room()
+        else:
             device = weight.device if device is None else device
-        elif device is None:
-            device = torch.get_default_device()
-        held, shape = self.held, self._room()
+            self.__dict__["_shape_of_weight"] = shape = self._range_of(weight)
+            if shape is None or descriptor.amax is not None:
+                shape = self._room()
         if shape is None:
             return
-        if device.type == "meta":
+        held = self.held
+        if device == _META:
             if held is None and descriptor.learn_amax:  # to be sharded with the other parameters
                 self._hold(torch.empty(shape, dtype=torch.float32, device=device), known=False)
         elif held is None:
@@ -173,9 +177,13 @@ class RangeTensor(nn.Module):
 
     def _fill_room(self, shape: tuple[int, ...], device: torch.device) -> None:
         given = self.descriptor.amax
-        with outside_inference_mode():
-            fill = torch.nan if given is None else given
-            self._hold(torch.full(shape, fill, dtype=torch.float32, device=device), known=given is not None)
+        fill = torch.nan if given is None else given
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                amax = torch.full(shape, fill, dtype=torch.float32, device=device)
+        else:  # not in a block that does nothing: each layer that is built comes by
+            amax = torch.full(shape, fill, dtype=torch.float32, device=device)
+        self._hold(amax, known=given is not None)
 
     def _room(self) -> tuple[int, ...] | None:
         """The shape of the range as far as it is known before there is one."""
@@ -268,8 +276,9 @@ class RangeTensor(nn.Module):
 
     def _show_zero_point(self) -> None:
         """Puts the zero point into the state beside the range; computed with only where it is compiled."""
-        amax, z = self.held, self._zero_point_of_format
-        if amax is None or z is None:
+        z = self._zero_point_of_format
+        amax = None if z is None else self.held
+        if amax is None:
             self._buffers.pop(ZERO_POINT_KEY, None)
             return
         with outside_inference_mode():
@@ -331,7 +340,14 @@ def outside_inference_mode() -> AbstractContextManager[Any]:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
 
 
+def _default_device() -> torch.device:
+    """Torch's, as a tensor on it says it: there is only one "meta"."""
+    device = torch.get_default_device()
+    return _META if device.type == "meta" else device
+
+
 _NOTHING = nullcontext()
+_META = torch.device("meta")  # compared with sooner than by its type
 
 
 @functools.lru_cache(maxsize=1024)

@@ -164,9 +164,12 @@ class QuantizedLayer:
     def add_quantizers(self, recipe: Recipe) -> None:
         """Gives the layer its quantizers; an operand that the recipe leaves float gets none."""
         modules: dict[str, nn.Module | None] = self._modules  # type: ignore[attr-defined]
+        first = self._first_tensor()
+        device = None if first is None else first.device
+        weights = self.weight_axes()
         for name, descriptor in self.descriptors(recipe):
-            modules[quantizer_name(name)] = TensorQuantizer(descriptor, in_layer=True)
-        self.make_room_for_ranges()
+            quantizer = modules[f"{name}_quantizer"] = TensorQuantizer(descriptor, in_layer=True)
+            quantizer.make_room(device, _shaped(self, name) if name in weights else None)
         self.guard_fast_paths()
         self._go_by_float_name()
 
@@ -180,6 +183,8 @@ class QuantizedLayer:
         Device maps, ``_no_split_modules`` and wrapping policies look for blocks by ``__class__.__name__``.
         Pickles and checkpoints go by ``__qualname__``, which stays what was written.
         """
+        if {*map(type, self._modules.values())} <= {TensorQuantizer}:  # type: ignore[attr-defined]
+            return  # as of nearly every layer: soon seen
         cls: Any = own_class(self)  # type: ignore[arg-type]
         if "_is_block" not in vars(cls):
             others = set(self._modules) - set(quantizers_of(self))  # type: ignore[attr-defined]
@@ -205,16 +210,17 @@ class QuantizedLayer:
         """
         first = self._first_tensor()
         device = None if first is None else first.device
-        of_weights = {quantizer_name(operand): operand for operand in self.weight_axes()}
+        weights = self.weight_axes()
         for name, quantizer in self.quantizers().items():
-            operand = of_weights.get(name)
-            quantizer.make_room(device, None if operand is None else _shaped(self, operand))
+            operand = name.removesuffix("_quantizer")
+            quantizer.make_room(device, _shaped(self, operand) if operand in weights else None)
 
     def _first_tensor(self) -> torch.Tensor | None:
         held: Any = self
-        for tensor in (*held._parameters.values(), *held._buffers.values()):
-            if tensor is not None:
-                return tensor  # type: ignore[no-any-return]
+        for tensors in (held._parameters, held._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    return tensor  # type: ignore[no-any-return]
         return None
 
     def _save_to_state_dict(self, *args: Any) -> None:
@@ -258,7 +264,7 @@ class QuantizedLayer:
         Raises:
             ConversionError: It is a range, which torch's ``ColwiseParallel`` is about to cut.
         """
-        if name.partition(".")[0] in self.quantizers():
+        if "." in name and name.partition(".")[0] in self.quantizers():
             raise ConversionError(f"{self._get_name()} has learned ranges. {PARALLELIZE_FIRST}")
         super().register_parameter(name, param)  # type: ignore[misc]
 

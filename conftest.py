@@ -31,11 +31,14 @@ def _the_exporters_own_functions_are_read_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _reports_have_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def _reports_have_no_terminal() -> Iterator[None]:
     """Their width is that of COLUMNS, if a test sets it, and not of the terminal that pytest runs in."""
-    monkeypatch.delenv("COLUMNS", raising=False)
-    monkeypatch.setattr(
-        render,
-        "get_terminal_size",
-        lambda fallback: os.terminal_size((int(os.environ.get("COLUMNS", fallback[0])), fallback[1])),
-    )
+
+    def size(fallback: tuple[int, int]) -> os.terminal_size:
+        return os.terminal_size((int(os.environ.get("COLUMNS", fallback[0])), fallback[1]))
+
+    # Not the fixture, which would be made before, and so undone after, those that look at what tests leave.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COLUMNS", raising=False)
+        patch.setattr(render, "get_terminal_size", size)
+        yield

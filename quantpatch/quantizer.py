@@ -314,6 +314,8 @@ class TensorQuantizer(HeldRange):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__}
+        state.pop("_was_copied", None)
+        self.__dict__["_was_copied"] = True
         # A copy made inside of ``in_float`` (of averaged weights, say) would never be told of its end.
         return {**state, **state.pop("_outside", {})}
 

@@ -357,6 +357,36 @@ def test_an_average_made_before_calibration_averages_the_right_tensors(recipe, u
     assert None not in ranges(average.module).values()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "use_buffers", "loses"),
+    [("int8", False, False), ("int8", True, True), (LEARNED, False, True)],
+    ids=["copied", "buffers", "learned"],
+)
+def test_an_average_that_was_updated_before_calibration_is_named_if_it_averaged_ranges(
+    recipe, use_buffers, loses
+):
+    gc.collect()
+    model, other = build(recipe), build(recipe)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=use_buffers)
+    unused = AveragedModel(other, use_buffers=use_buffers)  # updated only later: no harm
+    average.update_parameters(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        qp.calibrate(model, [X])
+    assert len(caught) == loses
+    if loses:
+        assert "updated before the ranges of 0.input_quantizer, 0.weight" in str(caught[0].message)
+    average.update_parameters(model)
+    assert all((amax is None) == loses for amax in ranges(average.module).values())
+    if loses:
+        state = {key: value for key, value in model.state_dict().items() if "_quantizer." in key}
+        average.module.load_state_dict(state, strict=False)
+    average.update_parameters(model)
+    assert None not in ranges(average.module).values()
+    qp.calibrate(model, [X], overwrite=True)  # known before: nothing to tell
+    del unused
+
+
 def test_freezing_a_model_freezes_its_ranges():
     model = build(LEARNED).requires_grad_(False)
     qp.calibrate(model, [X])

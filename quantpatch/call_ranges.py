@@ -19,7 +19,7 @@ from quantpatch.fake_quant import what_is_odd_about
 from quantpatch.layers.base import QuantizedLayer, weight_quantizers
 from quantpatch.layers.recurrent import QuantizedRecurrent
 from quantpatch.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.running import uncompiled
+from quantpatch.running import unwrapped
 
 __all__ = ["CallRanges"]
 
@@ -38,8 +38,7 @@ class CallRanges:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        runner = uncompiled(model)
-        self._runner = runner.module if isinstance(runner, nn.parallel.DistributedDataParallel) else runner
+        self._runner = unwrapped(model)
         self._running = False
         self._passes = 0
         self._calls: dict[TensorQuantizer, int] = {}

@@ -23,6 +23,7 @@ __all__ = [
     "run_over",
     "telling",
     "uncompiled",
+    "unwrapped",
 ]
 
 
@@ -62,6 +63,12 @@ def uncompiled(model: nn.Module) -> nn.Module:
         return model
     wrapped = modules["_orig_mod"]
     return wrapped if isinstance(wrapped, nn.Module) else model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What runs by itself: no compiled model, nor one whose ranks wait for each other in every batch."""
+    runner = uncompiled(model)
+    return runner.module if isinstance(runner, nn.parallel.DistributedDataParallel) else runner
 
 
 @contextlib.contextmanager
@@ -208,9 +215,7 @@ def run_over(model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], Any],
         InputError: The data is neither batches nor a function, or on a device where the model is not.
     """
     # A compiled model would be compiled anew for a run that is over after a few batches.
-    runner = uncompiled(model)
-    if isinstance(runner, nn.parallel.DistributedDataParallel):
-        runner = runner.module  # whose ranks would wait for each other in every batch
+    runner = unwrapped(model)
     if callable(data) and not isinstance(data, Iterable):
         data(runner)
         return

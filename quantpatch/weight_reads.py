@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from quantpatch.errors import warn_caller
 from quantpatch.layers.base import QuantizedLayer, is_quantizer
 from quantpatch.quantizer import in_float, named_quantizers
-from quantpatch.running import evaluating, uncompiled
+from quantpatch.running import evaluating, unwrapped
 
 __all__ = ["FirstCall"]
 
@@ -34,8 +34,7 @@ class FirstCall:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        runner = uncompiled(model)
-        self._runner = runner.module if isinstance(runner, nn.parallel.DistributedDataParallel) else runner
+        self._runner = unwrapped(model)
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._switched_off: list[str] = []
         self._float: dict[str, str] = {}  # layers whose products stay float, by name, with the reader's

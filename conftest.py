@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,11 @@ import pytest
 from torch.onnx._internal.exporter import _registration
 
 from quantpatch.report import render
+
+with warnings.catch_warnings():
+    # torch.compile imports it when it is first called, in whichever test that is, and torch warns of itself.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import torch.utils.mkldnn  # noqa: F401
 
 
 @pytest.fixture(autouse=True, scope="session")

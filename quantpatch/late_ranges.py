@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from quantpatch.errors import warn_caller
-from quantpatch.quantizer import named_quantizers
+from quantpatch.quantizer import copied, named_quantizers
 
 __all__ = ["telling_of_late_ranges"]
 
@@ -36,7 +36,7 @@ def telling_of_late_ranges(models: Iterable[nn.Module]) -> Iterator[None]:
     models = list(models)
     before = {id(parameter) for parameter in _learned(models).values()}
     unknown = [
-        {name for name, q in named_quantizers(model).items() if q._was_copied and q.amax is None}
+        {name for name, q in named_quantizers(model).items() if q in copied and q.amax is None}
         for model in models
     ]
     yield

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Container, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from quantpatch.rounding.modes import is_traced
 __all__ = [
     "PARALLELIZE_FIRST",
     "TensorQuantizer",
+    "copied",
     "in_float",
     "named_quantizers",
     "outside_of",
@@ -48,6 +50,10 @@ PARALLELIZE_FIRST = (
 )
 
 _DEFAULT = QuantDescriptor()
+
+
+#: Quantizers that were copied or pickled. Kept beside them: what is in a model is as it was after a copy.
+copied: Final[weakref.WeakSet[TensorQuantizer]] = weakref.WeakSet()
 
 
 class TensorQuantizer(HeldRange):
@@ -313,9 +319,8 @@ class TensorQuantizer(HeldRange):
         return mine.is_cpu and others.is_cpu and torch.equal(mine, others)
 
     def __getstate__(self) -> dict[str, Any]:
+        copied.add(self)
         state = {**self.__dict__}
-        state.pop("_was_copied", None)
-        self.__dict__["_was_copied"] = True
         # A copy made inside of ``in_float`` (of averaged weights, say) would never be told of its end.
         return {**state, **state.pop("_outside", {})}
 

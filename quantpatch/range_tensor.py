@@ -54,7 +54,6 @@ class RangeTensor(nn.Module):
     #: The shape of a weight's range, as far as the weight tells.
     _shape_of_weight: tuple[int, ...] | None = None
     _seen: int | None = None  # the version in which the tensor was looked at, and held NaN
-    _was_copied: bool = False  # or pickled
     _own: Tensor | None = None  # the tensor, and not what stands in for it, as in functional_call
 
     @property

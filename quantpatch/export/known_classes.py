@@ -45,9 +45,12 @@ class KnownClasses:
         if self._existing is None:
             self._existing = {}
             for cls in _below(QuantizedLayer):
-                # One that was defined again (in a notebook, say) comes before what it was.
-                if hasattr(cls, "float_class") and replacement_of(cls) is cls:
-                    self._existing.setdefault(dotted(cls), []).insert(0, cls)
+                name = dotted(cls)
+                # torch.export makes a class of each layer's class, of its name, for the time of a trace.
+                is_made_of_it = any(dotted(base) == name for base in cls.__mro__[1:])
+                if hasattr(cls, "float_class") and replacement_of(cls) is cls and not is_made_of_it:
+                    # One that was defined again (in a notebook, say) comes before what it was.
+                    self._existing.setdefault(name, []).insert(0, cls)
         return self._existing
 
     def _offers_by_name(self) -> dict[type[Any], list[Offer]]:

@@ -370,3 +370,12 @@ def test_what_the_models_own_code_raises_leaves_the_layers_as_they_were(tmp_path
     with pytest.raises(CheckpointError, match="failed in the model's own code"):
         qp.load(tmp_path / "m.safetensors", model)
     assert [(type(m), list(m._modules), dict(m._forward_pre_hooks)) for m in model.modules()] == before
+
+
+def test_a_class_that_a_tracer_made_of_a_layers_class_is_not_taken_for_it(tmp_path) -> None:
+    """As torch.export makes one of each layer's class, of the same name, with modules of its own."""
+    names = {"__module__": QuantLinear.__module__, "__qualname__": QuantLinear.__qualname__}
+    made = type("QuantLinear", (QuantLinear,), {**names, "_modules": property(lambda self: {})})
+    qp.save(converted(nn.Sequential(nn.Linear(2, 2))), tmp_path / "m.safetensors")
+    model = qp.load(tmp_path / "m.safetensors", nn.Sequential(nn.Linear(2, 2)))
+    assert type(model[0]) is QuantLinear is not made

@@ -151,7 +151,8 @@ def load_checked(offer: Offer, slot: Slot) -> Any:
 
 def _imported(offer: Offer) -> Any:
     """The replacement; importing that of a plugin may not change torch."""
-    if offer.plugin in (None, BUILTIN) or not isinstance(offer.entry.replacement, str):
+    named = offer.entry.replacement
+    if offer.plugin in (None, BUILTIN) or not isinstance(named, str) or _is_imported(named):
         return offer.entry.load_replacement()
     changes: list[Trace] = []
     with protected(changes):
@@ -160,6 +161,13 @@ def _imported(offer: Offer) -> Any:
         what = listed(map(str, changes))
         raise EntryError(f"importing it changes PyTorch: {what}. That was taken back")
     return replacement
+
+
+def _is_imported(named: str) -> bool:
+    """Whether ``"package.module:Name"`` is there already, so that nothing runs to get it."""
+    module, _, name = named.partition(":")
+    loaded = sys.modules.get(module)
+    return loaded is not None and name.partition(".")[0] in vars(loaded)
 
 
 def _is_importable(cls: type) -> bool:

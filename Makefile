@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' $(foreach p,$(PLUGINS),-e '$(p)[dev]')
-	$(BIN)/python -m quantpatch.kernels
+	$(BIN)/python -m quantpatch.numerics.kernels
 	touch $@
 
 demo: $(STAMP)  ## train, calibrate and fine-tune a small CNN on handwritten digits

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from quantpatch.activations import Activation
-    from quantpatch.snapshot import Snapshot
+    from quantpatch.interception.activations import Activation
+    from quantpatch.interception.torch_state import Snapshot
     from quantpatch.testing import Trial
 
 _FLAG = "--quantpatch-conformance"
@@ -126,7 +126,7 @@ class ConformanceItem(pytest.Item):
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """Remembers which test has left a block open, for ``torch_untouched`` of a later one to name it."""
     result = yield
-    if "quantpatch.activations" in sys.modules:
+    if "quantpatch.interception.activations" in sys.modules:
         from quantpatch.testing.untouched import open_here
 
         known = [activation for activation, _ in _left_open]
@@ -141,7 +141,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """What is open before a test's own code runs belongs to its fixtures, and may serve others as well."""
-    if "quantpatch.activations" in sys.modules:
+    if "quantpatch.interception.activations" in sys.modules:
         from quantpatch.testing.untouched import open_here
 
         _of_fixtures[:] = open_here()
@@ -163,7 +163,7 @@ def torch_untouched() -> Iterator[None]:
     names that test.
     """
     from quantpatch.errors import QuantPatchWarning
-    from quantpatch.snapshot import Snapshot
+    from quantpatch.interception.torch_state import Snapshot
     from quantpatch.testing.untouched import close_blocks, import_hooks, open_here, warm_up
 
     global _snapshot

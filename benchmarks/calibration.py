@@ -20,7 +20,7 @@ from quantpatch.calibrators import (
     percentile_threshold,
     sqnr_threshold,
 )
-from quantpatch.formats import Integer
+from quantpatch.numerics.formats import Integer
 
 INT8 = Integer(8)
 SHAPE = (32, 64, 56, 56)

@@ -14,8 +14,8 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper
 
-from quantpatch.fake_quant import fake_quantize
-from quantpatch.formats import BUILTIN_FORMATS, NumberFormat, affine_format
+from quantpatch.numerics.fake_quant import fake_quantize
+from quantpatch.numerics.formats import BUILTIN_FORMATS, NumberFormat, affine_format
 
 CHUNK = 5 * 10**6
 CASES = [

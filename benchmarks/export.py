@@ -43,7 +43,7 @@ from benchmarks.networks import (
     volumes,
 )
 from benchmarks.timing import medians
-from quantpatch import demo
+from quantpatch.cli import demo
 from quantpatch.export import ExportReport
 
 __all__ = ["rows"]

@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.peers import FakeQuantize, peers
 from benchmarks.timing import medians
-from quantpatch.fake_quant import fake_quantize, reduce_amax
-from quantpatch.formats import BUILTIN_FORMATS, Integer
+from quantpatch.numerics.fake_quant import fake_quantize, reduce_amax
+from quantpatch.numerics.formats import BUILTIN_FORMATS, Integer
 
 INT8 = Integer(8)
 ROUNDS = 40

@@ -15,9 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from quantpatch.fake_quant import fake_quantize
-from quantpatch.formats import BUILTIN_FORMATS
-from quantpatch.rounding import round_trip
+from quantpatch.numerics.backends import round_trip
+from quantpatch.numerics.fake_quant import fake_quantize
+from quantpatch.numerics.formats import BUILTIN_FORMATS
 
 __all__ = ["rows"]
 

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import quantpatch as qp
-from quantpatch.quantizer import in_float
+from quantpatch.layers.quantizer import in_float
 
 # What float models may differ by, relative to the size of the output, since folding rounds once more. Where a
 # model with random weights makes more of a rounding, it is compared in float64.

@@ -1,7 +1,7 @@
 """Writes the hooks' own words into ``docs/plugins.md``, between its two markers.
 
-The signatures and docstrings in ``quantpatch/hookspecs.py`` are the manual; this puts them where people
-read. ``python docs/build.py`` rewrites the page, and a test fails as long as it is out of date.
+The signatures and docstrings in ``quantpatch/plugins/hookspecs.py`` are the manual; this puts them where
+people read. ``python docs/build.py`` rewrites the page, and a test fails as long as it is out of date.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import inspect
 import re
 from pathlib import Path
 
-from quantpatch import hookspecs
+from quantpatch.plugins import hookspecs
 
 PAGE = Path(__file__).with_name("plugins.md")
 BEGIN = "<!-- hooks: written by docs/build.py -->"

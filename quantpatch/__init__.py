@@ -5,14 +5,8 @@ block ends, PyTorch is exactly what it was.
 """
 
 from quantpatch.analysis import compare, sensitivity
-from quantpatch.audit import audit
-from quantpatch.calibration import calibrate, calibrating
-from quantpatch.configure import configure
-from quantpatch.descriptor import QuantDescriptor, Recipe
-from quantpatch.entries import Entry
+from quantpatch.analysis.audit import audit
 from quantpatch.errors import QuantPatchError, QuantPatchWarning
-from quantpatch.example import Example
-from quantpatch.explain import explain
 from quantpatch.export import (
     expect_ranges,
     export_onnx,
@@ -23,14 +17,24 @@ from quantpatch.export import (
     prepare,
     save,
 )
-from quantpatch.hookspecs import hookimpl
 from quantpatch.layers import QuantizedLayer
-from quantpatch.models import convert, quantized, revert
-from quantpatch.quantizer import TensorQuantizer
-from quantpatch.registry import registry
+from quantpatch.layers.quantizer import TensorQuantizer
+from quantpatch.plugins import Entry, Example, hookimpl
+from quantpatch.plugins.registry import registry
+from quantpatch.quantize import (
+    calibrate,
+    calibrating,
+    configure,
+    convert,
+    explain,
+    fit_zero_points,
+    keep_float,
+    quantize_modules,
+    quantized,
+    revert,
+)
+from quantpatch.recipes import QuantDescriptor, Recipe
 from quantpatch.report import summary
-from quantpatch.scope import keep_float, quantize_modules
-from quantpatch.zero_points import fit_zero_points
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,6 @@
 """``python -m quantpatch``."""
 
-from quantpatch.cli import main
+from quantpatch.cli.main import main
 
 if __name__ == "__main__":
     main()

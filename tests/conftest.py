@@ -20,8 +20,8 @@ import torch.multiprocessing as mp
 # Tensors are too small for them here, and loading takes a while; tests that want kernels say so.
 os.environ.setdefault("QUANTPATCH_KERNELS", "0")
 
-from quantpatch.kernels import operations
-from quantpatch.registry import registry
+from quantpatch.numerics.kernels import operations
+from quantpatch.plugins.registry import registry
 
 # Tensors are tiny here: threads would only wait for each other, the more so in several processes.
 torch.set_num_threads(1)

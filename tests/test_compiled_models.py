@@ -8,7 +8,7 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.layers.operands import Add
-from quantpatch.quantizer import named_quantizers
+from quantpatch.layers.quantizer import named_quantizers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it traces

@@ -28,8 +28,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import quantpatch as qp
 from quantpatch.calibrators import MaxCalibrator
 from quantpatch.errors import CheckpointError, InputError, QuantPatchError
-from quantpatch.formats import Integer
-from quantpatch.quantizer import named_quantizers
+from quantpatch.layers.quantizer import named_quantizers
+from quantpatch.numerics.formats import Integer
 
 RANKS = 2
 LEARNED = qp.Recipe(

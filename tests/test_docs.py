@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from quantpatch import hookspecs
+from quantpatch.plugins import hookspecs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from quantpatch.entries import Entry
-from quantpatch.example import Example
-from quantpatch.hookspecs import hookimpl
+from quantpatch.plugins.entry import Entry
+from quantpatch.plugins.example import Example
+from quantpatch.plugins.hookspecs import hookimpl
 
 __all__ = [
     "CONVOLUTION_MIXERS",

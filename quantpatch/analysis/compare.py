@@ -14,13 +14,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from quantpatch.classes import written_name
 from quantpatch.errors import ComparisonError
-from quantpatch.fast_paths import without_fast_paths
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.report.render import as_text
-from quantpatch.running import as_batches, demand_model, evaluating, run_batch
+from quantpatch.torch_tools.class_swap import written_name
+from quantpatch.torch_tools.fast_paths import without_fast_paths
+from quantpatch.torch_tools.forward import as_batches, demand_model, evaluating, run_batch
 
 __all__ = ["ComparisonReport", "ComparisonRow", "compare"]
 

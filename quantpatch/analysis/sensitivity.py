@@ -19,10 +19,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from quantpatch.errors import ComparisonError, shown, warn_caller
-from quantpatch.files import written_whole
-from quantpatch.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.report.render import as_text
-from quantpatch.running import demand_model, evaluating
+from quantpatch.torch_tools.atomic_files import written_whole
+from quantpatch.torch_tools.forward import demand_model, evaluating
 
 __all__ = ["SensitivityReport", "SensitivityRow", "sensitivity"]
 

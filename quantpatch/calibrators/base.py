@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from quantpatch.errors import CalibrationError, warn_caller
-from quantpatch.fake_quant import reduce_amax
-from quantpatch.formats import NumberFormat
-from quantpatch.grouped_axes import GroupedAxes
-from quantpatch.ranks import Ranks
-from quantpatch.sharded import whole
+from quantpatch.numerics.fake_quant import reduce_amax
+from quantpatch.numerics.formats import NumberFormat
+from quantpatch.numerics.grouped_axes import GroupedAxes
+from quantpatch.torch_tools.distributed import Ranks
+from quantpatch.torch_tools.sharded import whole
 
 __all__ = ["AllReduce", "Calibrator", "warn_of_negatives"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantpatch.kernels import operations as kernels
+from quantpatch.numerics.kernels import operations as kernels
 
 __all__ = ["MIN_EXPONENT", "channels_first", "count", "merge", "power_of_two", "width_exponent"]
 

@@ -35,7 +35,7 @@ from quantpatch.calibrators.thresholds import (
     sqnr_threshold,
 )
 from quantpatch.errors import OptionError
-from quantpatch.formats import NumberFormat
+from quantpatch.numerics.formats import NumberFormat
 
 __all__ = [
     "EntropyCalibrator",

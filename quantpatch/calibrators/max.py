@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quantpatch.calibrators.base import AllReduce, Calibrator
 from quantpatch.errors import OptionError
-from quantpatch.formats import NumberFormat
+from quantpatch.numerics.formats import NumberFormat
 
 __all__ = ["MaxCalibrator", "MovingAverageCalibrator"]
 

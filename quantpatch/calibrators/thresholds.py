@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantpatch.errors import OptionError
-from quantpatch.formats import NumberFormat
+from quantpatch.numerics.formats import NumberFormat
 
 __all__ = ["entropy_threshold", "mse_threshold", "percentile_threshold", "sqnr_threshold"]
 

@@ -1,12 +1,15 @@
 """From a trained model to files: checkpoints and ONNX, and the folding that they profit from."""
 
-from quantpatch.export.batchnorm import FoldedBatchNorm, fold_batchnorm
-from quantpatch.export.check import Comparison, ExportReport
-from quantpatch.export.checkpoint import SaveReport, float_state_dict, load, save
-from quantpatch.export.expected import expect_ranges
-from quantpatch.export.fold import FoldedWeights, fold_weights
-from quantpatch.export.onnx import export_onnx
-from quantpatch.export.placement import Preparation, prepare
+from quantpatch.export.checkpoint import SaveReport, expect_ranges, float_state_dict, load, save
+from quantpatch.export.onnx import Comparison, ExportReport, export_onnx
+from quantpatch.export.prepare import (
+    FoldedBatchNorm,
+    FoldedWeights,
+    Preparation,
+    fold_batchnorm,
+    fold_weights,
+    prepare,
+)
 
 __all__ = [
     "Comparison",

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.errors import QuantPatchError
-from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.layers.quantizer import TensorQuantizer
+from quantpatch.recipes.descriptor import Axis, QuantDescriptor, Recipe
+from quantpatch.torch_tools.fx import leaf_in_fx
 
 __all__ = ["QuantMultiheadAttention", "QuantTransformerEncoder"]
 

@@ -18,15 +18,15 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from quantpatch.classes import make_class, own_class, written_name
-from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.errors import ConversionError, LayerError
-from quantpatch.fast_paths import allow_fast_paths, refuse_fast_paths
-from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.layers.call_sites import Operations, rewrite
+from quantpatch.layers.quantizer import PARALLELIZE_FIRST, TensorQuantizer
 from quantpatch.layers.stand_ins import call_with, without_stand_in
-from quantpatch.quantizer import PARALLELIZE_FIRST, TensorQuantizer
-from quantpatch.recipes import active_recipe
+from quantpatch.recipes.builtin import active_recipe
+from quantpatch.recipes.descriptor import Axis, QuantDescriptor, Recipe
+from quantpatch.torch_tools.class_swap import make_class, own_class, written_name
+from quantpatch.torch_tools.fast_paths import allow_fast_paths, refuse_fast_paths
+from quantpatch.torch_tools.fx import leaf_in_fx
 
 __all__ = [
     "ChannelsFirst1d",
@@ -206,7 +206,7 @@ class QuantizedLayer:
         """Has the ranges of this layer's quantizers among its tensors, before they are known.
 
         On the device of the layer's own tensors; where these are on the meta device, see
-        :mod:`quantpatch.held_range`.
+        :mod:`quantpatch.layers.range_state`.
         """
         first = self._first_tensor()
         device = None if first is None else first.device

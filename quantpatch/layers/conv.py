@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
-from quantpatch.grouped_axes import GroupedAxes
 from quantpatch.layers.base import ChannelsFirst1d, ChannelsFirst2d, ChannelsFirst3d, QuantizedLayer
+from quantpatch.numerics.grouped_axes import GroupedAxes
+from quantpatch.recipes.descriptor import Axis, QuantDescriptor, Recipe
 
 __all__ = [
     "QuantConv1d",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from quantpatch.example import Example
 from quantpatch.layers import operands
+from quantpatch.plugins.example import Example
 
 __all__ = ["EXAMPLES", "rand"]
 

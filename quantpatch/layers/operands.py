@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.layers.attention import softmax_of_visible
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 
 __all__ = [
     "Add",

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from quantpatch.descriptor import QuantDescriptor
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.layers.quantizer import TensorQuantizer
+from quantpatch.recipes.descriptor import QuantDescriptor
 
 __all__ = ["can_hold", "placed_in", "quantize_output_of", "take_out"]
 

@@ -33,9 +33,9 @@ from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from quantpatch.descriptor import Axis, QuantDescriptor, Recipe
-from quantpatch.fx_leaf import leaf_in_fx
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.recipes.descriptor import Axis, QuantDescriptor, Recipe
+from quantpatch.torch_tools.fx import leaf_in_fx
 
 __all__ = ["QuantGRU", "QuantGRUCell", "QuantLSTM", "QuantLSTMCell", "QuantRNN", "QuantRNNCell"]
 

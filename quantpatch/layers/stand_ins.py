@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 from torch.utils import checkpoint
 
-from quantpatch.classes import Overlay
+from quantpatch.torch_tools.class_swap import Overlay
 
 __all__ = ["call_with", "is_stand_in", "without_stand_in"]
 

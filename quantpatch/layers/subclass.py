@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-from quantpatch import interception
-from quantpatch.classes import change_class, dotted
-from quantpatch.descriptor import Recipe
 from quantpatch.errors import LayerError
+from quantpatch.interception import hooks
 from quantpatch.layers.base import QuantizedLayer, make_replacement
 from quantpatch.layers.stand_ins import is_stand_in
+from quantpatch.recipes.descriptor import Recipe
+from quantpatch.torch_tools.class_swap import change_class, dotted
 
 __all__ = ["attributes_used", "combine", "own_ways", "replacement_of", "take_over", "why_float"]
 
@@ -69,7 +69,7 @@ def take_over(layer: Any, replacement: type[QuantizedLayer], recipe: Recipe) -> 
 
 
 def _combined_now(replacement: type[QuantizedLayer], subclass: type[Any]) -> type[QuantizedLayer]:
-    with interception.lock:
+    with hooks.lock:
         known = _combined.get((replacement, subclass))
         if known is None:
             members = {

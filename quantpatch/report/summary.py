@@ -11,13 +11,13 @@ import attrs
 from rich.table import Table
 from torch import nn
 
-from quantpatch.classes import written_name
 from quantpatch.layers.base import QuantizedLayer, is_quantizer
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.report.folding import alike, folded_name, starred
 from quantpatch.report.render import as_text
-from quantpatch.running import demand_model
-from quantpatch.sharded import local_part
+from quantpatch.torch_tools.class_swap import written_name
+from quantpatch.torch_tools.forward import demand_model
+from quantpatch.torch_tools.sharded import local_part
 
 __all__ = ["QuantizerRow", "Summary", "summary"]
 

@@ -12,11 +12,11 @@ from typing import NoReturn
 
 import attrs
 
-from quantpatch.descriptor import Recipe
 from quantpatch.errors import ScriptError, UnknownNameError
-from quantpatch.files import temporary_folder
-from quantpatch.registry import registry
+from quantpatch.plugins.registry import registry
+from quantpatch.recipes.descriptor import Recipe
 from quantpatch.run.settings import VARIABLE, RunSettings
+from quantpatch.torch_tools.atomic_files import temporary_folder
 
 __all__ = ["launch"]
 

@@ -18,13 +18,13 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from quantpatch.audit.coverage import report_of
-from quantpatch.audit.trace import recording
-from quantpatch.calibration import collecting
-from quantpatch.configure import Rules, configure
+from quantpatch.analysis.audit.coverage import report_of
+from quantpatch.analysis.audit.trace import recording
 from quantpatch.errors import RuleError
-from quantpatch.quantizer import TensorQuantizer, in_float, named_quantizers
-from quantpatch.running import uncompiled
+from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
+from quantpatch.quantize.calibrate import collecting
+from quantpatch.quantize.configure import Rules, configure
+from quantpatch.torch_tools.forward import uncompiled
 
 __all__ = ["WatchedModels"]
 

@@ -9,10 +9,10 @@ from multiprocessing import util
 from pathlib import Path
 
 from quantpatch.errors import QuantPatchError, shown
-from quantpatch.files import written_whole
 from quantpatch.run.models import WatchedModels
 from quantpatch.run.report import Part, left_in, report
 from quantpatch.run.settings import VARIABLE, RunSettings
+from quantpatch.torch_tools.atomic_files import written_whole
 
 __all__ = ["Session", "leave", "start", "tell"]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import attrs
 
-from quantpatch.configure import Rules
-from quantpatch.registry import registry
-from quantpatch.scope import Scope, quantize_modules
+from quantpatch.plugins.registry import registry
+from quantpatch.quantize.configure import Rules
+from quantpatch.quantize.scope import Scope, quantize_modules
 
 __all__ = ["VARIABLE", "RunSettings"]
 

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from quantpatch.export.checkpoint import float_state_dict
-from quantpatch.fast_paths import without_fast_paths
-from quantpatch.quantizer import named_quantizers
+from quantpatch.export.checkpoint.save_load import float_state_dict
+from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.testing.checks import check, demand_close, demand_equal
 from quantpatch.testing.subject import (
     Broken,
@@ -23,6 +22,7 @@ from quantpatch.testing.subject import (
     differ,
     disable,
 )
+from quantpatch.torch_tools.fast_paths import without_fast_paths
 
 # --- The class ------------------------------------------------------------------------------------
 

@@ -12,12 +12,12 @@ from typing import Any
 import attrs
 import torch
 
-from quantpatch.descriptor import Recipe
-from quantpatch.entries import Entry, EntryLike
 from quantpatch.errors import ConformanceError, QuantPatchError, QuantPatchWarning, UnknownNameError
-from quantpatch.example import Example
-from quantpatch.plugins import BUILTIN
-from quantpatch.registry import PluginInfo, registry
+from quantpatch.plugins.entry import Entry, EntryLike
+from quantpatch.plugins.example import Example
+from quantpatch.plugins.plugin import BUILTIN
+from quantpatch.plugins.registry import PluginInfo, registry
+from quantpatch.recipes.descriptor import Recipe
 from quantpatch.testing import computing, storing, tracing  # noqa: F401  (in this order they register checks)
 from quantpatch.testing.checks import CHECKS
 from quantpatch.testing.subject import Broken, NotApplicable, Subject

@@ -15,11 +15,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from quantpatch.errors import ConversionError
-from quantpatch.export.checkpoint import float_state_dict
-from quantpatch.fast_paths import without_fast_paths
-from quantpatch.models import convert, revert
-from quantpatch.quantizer import named_quantizers
-from quantpatch.scope import quantize_modules
+from quantpatch.export.checkpoint.save_load import float_state_dict
+from quantpatch.layers.quantizer import named_quantizers
+from quantpatch.quantize.convert import convert, revert
+from quantpatch.quantize.scope import quantize_modules
 from quantpatch.testing.checks import check, demand_close, demand_equal, or_float_neither
 from quantpatch.testing.subject import (
     Broken,
@@ -30,6 +29,7 @@ from quantpatch.testing.subject import (
     parameters,
     tensors,
 )
+from quantpatch.torch_tools.fast_paths import without_fast_paths
 
 # --- Copies and files -----------------------------------------------------------------------------
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from quantpatch.calibration import calibrating
-from quantpatch.descriptor import Recipe
-from quantpatch.entries import Entry
-from quantpatch.example import Example
-from quantpatch.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.scope import keep_float, quantize_modules
+from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.plugins.entry import Entry
+from quantpatch.plugins.example import Example
+from quantpatch.quantize.calibrate import calibrating
+from quantpatch.quantize.scope import keep_float, quantize_modules
+from quantpatch.recipes.descriptor import Recipe
 
 __all__ = ["Broken", "NotApplicable", "Subject", "differ", "floats", "tensors"]
 

@@ -9,7 +9,7 @@ import torch
 import torch._dynamo
 import torch.onnx
 
-from quantpatch.activations import Activation, open_here
+from quantpatch.interception.activations import Activation, open_here
 
 __all__ = ["close_blocks", "import_hooks", "open_here", "warm_up"]
 

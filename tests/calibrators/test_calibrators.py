@@ -16,7 +16,7 @@ from quantpatch.calibrators import (
     PercentileCalibrator,
 )
 from quantpatch.errors import CalibrationError
-from quantpatch.formats import Integer
+from quantpatch.numerics.formats import Integer
 
 INT8 = Integer(8)
 every_calibrator = pytest.mark.parametrize("kind", BUILTIN_CALIBRATORS.values(), ids=BUILTIN_CALIBRATORS)

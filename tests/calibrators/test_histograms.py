@@ -24,7 +24,7 @@ from quantpatch.calibrators import (
     sqnr_threshold,
 )
 from quantpatch.errors import CalibrationError
-from quantpatch.formats import Integer
+from quantpatch.numerics.formats import Integer
 
 INT8 = Integer(8)
 HISTOGRAMS = [kind for kind in BUILTIN_CALIBRATORS.values() if issubclass(kind, HistogramCalibrator)]

@@ -17,8 +17,8 @@ from quantpatch.calibrators import (
     MSECalibrator,
     PercentileCalibrator,
 )
-from quantpatch.fake_quant import fake_quantize
-from quantpatch.formats import Integer
+from quantpatch.numerics.fake_quant import fake_quantize
+from quantpatch.numerics.formats import Integer
 
 # Both in torch's operations and in kernels of our own.
 pytestmark = pytest.mark.parametrize("kernels", [False, True], ids=["operations", "kernels"], indirect=True)

@@ -13,7 +13,7 @@ from quantpatch.calibrators import (
     HistogramCalibrator,
 )
 from quantpatch.errors import CalibrationError
-from quantpatch.formats import Integer
+from quantpatch.numerics.formats import Integer
 
 RANKS = 2
 KINDS = ("max", "moving_average", "entropy")  # one of each kind of statistics

@@ -18,7 +18,7 @@ from quantpatch.calibrators import (
     sqnr_threshold,
     thresholds,
 )
-from quantpatch.formats import BUILTIN_FORMATS, Integer, NumberFormat
+from quantpatch.numerics.formats import BUILTIN_FORMATS, Integer, NumberFormat
 
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 E4M3 = [m / 8 * 2.0**-6 for m in range(8)] + [

@@ -11,8 +11,8 @@ from torch import nn
 import quantpatch as qp
 from quantpatch.calibrators import BUILTIN_CALIBRATORS
 from quantpatch.errors import CalibrationError
-from quantpatch.fake_quant import fake_quantize
-from quantpatch.formats import Blocked, Integer
+from quantpatch.numerics.fake_quant import fake_quantize
+from quantpatch.numerics.formats import Blocked, Integer
 
 UINT8 = Integer(8, unsigned=True)
 

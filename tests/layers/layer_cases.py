@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
-from quantpatch.example import Example
 from quantpatch.layers.examples import EXAMPLES, rand
-from quantpatch.plugins import BUILTIN, Offer
-from quantpatch.registry import registry
+from quantpatch.plugins.example import Example
+from quantpatch.plugins.plugin import BUILTIN, Offer
+from quantpatch.plugins.registry import registry
 from quantpatch.testing import Subject
 
 

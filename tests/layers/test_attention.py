@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantpatch as qp
-from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import QuantPatchError
 from quantpatch.layers import QuantMultiheadAttention
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.layers.quantizer import TensorQuantizer
+from quantpatch.recipes.descriptor import QuantDescriptor
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 

@@ -13,12 +13,12 @@ from layer_cases import CASES, subject
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from quantpatch.descriptor import CHANNEL, QuantDescriptor, Recipe
-from quantpatch.grouped_axes import GroupedAxes
 from quantpatch.layers import QuantizedLayer
 from quantpatch.layers.examples import EXAMPLES
-from quantpatch.plugins import BUILTIN
-from quantpatch.registry import registry
+from quantpatch.numerics.grouped_axes import GroupedAxes
+from quantpatch.plugins.plugin import BUILTIN
+from quantpatch.plugins.registry import registry
+from quantpatch.recipes.descriptor import CHANNEL, QuantDescriptor, Recipe
 from quantpatch.testing import CHECKS, NotApplicable, run_check
 from quantpatch.testing.subject import disable, floats
 

@@ -8,9 +8,9 @@ from torch import nn
 
 import quantpatch as qp
 import quantpatch.layers as layers
-from quantpatch.fake_quant import fake_quantize
-from quantpatch.formats import BUILTIN_FORMATS
-from quantpatch.recipes import BUILTIN_RECIPES
+from quantpatch.numerics.fake_quant import fake_quantize
+from quantpatch.numerics.formats import BUILTIN_FORMATS
+from quantpatch.recipes.builtin import BUILTIN_RECIPES
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

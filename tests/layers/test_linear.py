@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import quantpatch as qp
-from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.errors import ExportError, LayerError
 from quantpatch.layers import QuantBilinear, QuantConv2d, QuantizedLayer, QuantLinear
 from quantpatch.layers.operands import Cat
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.layers.quantizer import TensorQuantizer
+from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 
 
 def made(cls=QuantLinear, *args):

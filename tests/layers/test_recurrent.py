@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import quantpatch as qp
-from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.layers import QuantGRU, QuantLSTM, QuantLSTMCell, QuantRNN
-from quantpatch.quantizer import TensorQuantizer
+from quantpatch.layers.quantizer import TensorQuantizer
+from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 
 KINDS = [QuantRNN, QuantLSTM, QuantGRU]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import quantpatch as qp
-from quantpatch.cli import app
+from quantpatch.cli.main import app
 from quantpatch.report.folding import folded_name, folded_names
 from quantpatch.report.narrow import narrow_lines, wrapped
 

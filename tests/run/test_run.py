@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from typer.main import get_command
 
-from quantpatch.cli import app
+from quantpatch.cli.main import app
 from quantpatch.errors import ScriptError, UnknownNameError
 from quantpatch.run import RunSettings, launch
 from quantpatch.run.launcher import _environment

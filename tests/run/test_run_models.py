@@ -15,7 +15,7 @@ from torch import nn
 import quantpatch as qp
 from quantpatch import quantize_modules
 from quantpatch.errors import CalibrationError
-from quantpatch.quantizer import named_quantizers
+from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.run.models import WatchedModels, _Eager
 
 

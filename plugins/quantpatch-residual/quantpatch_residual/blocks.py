@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 
 from quantpatch import Entry, QuantizedLayer, Recipe
-from quantpatch.descriptor import QuantDescriptor
 from quantpatch.errors import EntryError
 from quantpatch.layers.base import make_replacement
+from quantpatch.recipes.descriptor import QuantDescriptor
 
 __all__ = ["QuantizedResidual", "residual_entry"]
 

@@ -18,8 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from quantpatch import Recipe, TensorQuantizer
 from quantpatch.errors import ConversionError
-from quantpatch.recipes import DEFAULT_RECIPE
-from quantpatch.registry import registry
+from quantpatch.plugins.registry import registry
+from quantpatch.recipes.builtin import DEFAULT_RECIPE
 
 __all__ = ["IMPLEMENTATION", "attention_is_quantized", "quantize_attention", "revert_attention"]
 

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import quantpatch as qp
-from quantpatch.audit import CoverageReport
+from quantpatch.analysis.audit import CoverageReport
 from quantpatch.errors import CalibrationError, ConversionError, QuantPatchWarning
-from quantpatch.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.report.render import as_percent
 from quantpatch_transformers.pretrained import make_savable
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from quantpatch.descriptor import QuantDescriptor, Recipe
 from quantpatch.layers import QuantizedLayer
+from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 from quantpatch_transformers.made import classes_of
 from quantpatch_transformers.products import QuantizedProducts
 from quantpatch_transformers_entries import CONVOLUTION_MIXERS, MIXERS

@@ -21,16 +21,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import quantpatch as qp
-from quantpatch.classes import dotted
 from quantpatch.errors import CheckpointError, ConversionError, QuantPatchWarning
-from quantpatch.export.description import active_plugins, describe_layers, describe_quantizers
-from quantpatch.export.structure import StructurePlan
-from quantpatch.files import own_version
-from quantpatch.held_range import RANGE_KEY
+from quantpatch.export.checkpoint.description import active_plugins, describe_layers, describe_quantizers
+from quantpatch.export.checkpoint.structure import StructurePlan
 from quantpatch.layers import QuantizedLayer
-from quantpatch.quantizer import named_quantizers
-from quantpatch.recipes import active_recipe
-from quantpatch.registry import registry
+from quantpatch.layers.quantizer import named_quantizers
+from quantpatch.layers.range_state import RANGE_KEY
+from quantpatch.plugins.registry import registry
+from quantpatch.recipes.builtin import active_recipe
+from quantpatch.torch_tools.atomic_files import own_version
+from quantpatch.torch_tools.class_swap import dotted
 from quantpatch_transformers.attention import attention_is_quantized, quantize_attention
 from quantpatch_transformers.checkpoint_keys import Checkpoint, aliased, names_in
 

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from transformers.pytorch_utils import Conv1D
 
 import quantpatch as qp
-from quantpatch.registry import registry
+from quantpatch.plugins.registry import registry
 from quantpatch_transformers.conv1d import QuantConv1D
 
 VOCABULARY = 61

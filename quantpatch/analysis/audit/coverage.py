@@ -1,0 +1,355 @@
+"""``audit``: the share of a model's multiplications that runs on quantized operands."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import attrs
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from torch.jit import ScriptModule
+
+from quantpatch.analysis.audit.paste import propose
+from quantpatch.analysis.audit.reasons import BY_RECIPE, known_targets, reason_for
+from quantpatch.analysis.audit.trace import Seen, Trace, trace
+from quantpatch.errors import CoverageError, InputError
+from quantpatch.layers.base import QuantizedLayer, is_quantizer, quantizer_name
+from quantpatch.layers.quantizer import TensorQuantizer
+from quantpatch.numerics.fake_quant import fake_quantize, reduce_amax
+from quantpatch.numerics.grouped_axes import GroupedAxes
+from quantpatch.plugins.registry import registry
+from quantpatch.quantize.call_ranges import CallRanges
+from quantpatch.report.folding import alike, folded_name, folded_names, starred
+from quantpatch.report.render import as_percent, as_text
+from quantpatch.torch_tools.class_swap import dotted, own_class, written_name
+from quantpatch.torch_tools.forward import demand_model, explaining_devices, uncompiled
+from quantpatch.torch_tools.sharded import is_sharded
+
+__all__ = ["CoverageReport", "CoverageRow", "audit", "report_of"]
+
+# How many times the squared error of its own range a weight has with a range that is not its own any more:
+# 6 dB, which no method of calibration gives away.
+_OUTGROWN = 4.0
+
+
+@attrs.frozen
+class CoverageRow:
+    """Products of one kind in one module.
+
+    Attributes:
+        module: Qualified name of the innermost module that ran them.
+        layer: Its class.
+        operation: What they are, such as ``"matrix product"`` or ``"attention scores"``.
+        calls: How often they ran.
+        macs: Multiply-accumulates of all calls.
+        operands: For each operand its role, and the quantizer it came out of, or None.
+        reason: Why an operand was float; empty if none was.
+        of_weight: Whether it is a step in the making of a weight, by a parametrization or spectral norm's
+            hook: the same for every input, and not counted.
+        weights: Roles of the operands that are weights.
+    """
+
+    module: str
+    layer: str
+    operation: str
+    calls: int
+    macs: int
+    operands: tuple[tuple[str, str | None], ...]
+    reason: str
+    of_weight: bool = False
+    weights: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether every operand came out of a quantizer."""
+        return all(quantizer is not None for _, quantizer in self.operands)
+
+    @property
+    def float_operands(self) -> tuple[str, ...]:
+        """Roles of the operands that came out of no quantizer."""
+        return tuple(role for role, quantizer in self.operands if quantizer is None)
+
+
+@attrs.frozen
+class CoverageReport:
+    """What ``audit`` saw; prints as a table.
+
+    Attributes:
+        model: Class of the model.
+        rows: A row for each kind of product in each module, in the order they ran.
+        unreached: Quantizers that no tensor passed through.
+        opaque: Operators that are not torch's own: what they multiply is not counted.
+        to_paste: For each class that nothing covers, a replacement that quantizes more of what it multiplies,
+            found by trying it, and a block that uses it.
+        no_code: Classes that nothing covers and no replacement that was tried helps, with the reason.
+        outgrown: Quantizers of weights whose range is that of other values, as after an adapter was merged
+            into the weight; with how many times the error of a range of its own the weight has now.
+    """
+
+    model: str
+    rows: tuple[CoverageRow, ...]
+    unreached: tuple[str, ...]
+    opaque: tuple[str, ...]
+    to_paste: tuple[tuple[str, str], ...]
+    no_code: tuple[tuple[str, str], ...] = ()
+    outgrown: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def macs(self) -> int:
+        """All multiply-accumulates, without those that only make weights."""
+        return sum(row.macs for row in self.rows if not row.of_weight)
+
+    @property
+    def share(self) -> float:
+        """Share of multiply-accumulates with every operand quantized; 0 if there are none."""
+        quantized = sum(row.macs for row in self.rows if row.quantized and not row.of_weight)
+        return quantized / self.macs if self.macs else 0.0
+
+    @property
+    def layers_with_weights(self) -> tuple[int, int]:
+        """How many layers multiply weights that are quantized, all of them, and how many multiply weights."""
+        layers: dict[str, bool] = {}
+        for row in self.rows:
+            if row.weights and not row.of_weight:
+                floats = not set(row.weights).isdisjoint(row.float_operands)
+                layers[row.module] = layers.get(row.module, True) and not floats
+        return sum(layers.values()), len(layers)
+
+    def to_json(self) -> str:
+        """The same as JSON, with the share, and the layers with weights."""
+        counts = {"macs": self.macs, "share": self.share, "layers_with_weights": self.layers_with_weights}
+        return json.dumps({**attrs.asdict(self), **counts}, indent=2)
+
+    def headline(self) -> str:
+        """How much is quantized: products, or where no product is, weights."""
+        quantized, layers = self.layers_with_weights
+        of_weights = f"weights of {quantized} of {layers} layers quantized"
+        by_recipe = {row.float_operands: 0 for row in self.rows if row.reason.startswith(BY_RECIPE)}
+        left = list(dict.fromkeys(role for roles in by_recipe for role in roles))
+        if left:
+            shown = "inputs" if left == ["input"] else " and ".join(left)
+            of_weights = f"{of_weights}; {shown} float, as the recipe says"
+        if quantized and not self.share:
+            return of_weights
+        share = f"{as_percent(self.share)} of {self.macs:,} multiply-accumulates quantized"
+        return f"{share}; {of_weights}" if left and quantized else share
+
+    def __rich__(self) -> Group:
+        return self._shown(self.rows, list)
+
+    def folded(self) -> Group:
+        """The same with one row for alike products in modules whose names differ in numbers alone."""
+        return self._shown([_folded(group) for group in alike(self.rows, _likeness)], folded_names)
+
+    def _shown(self, rows: Sequence[CoverageRow], names: Callable[[Iterable[str]], list[str]]) -> Group:
+        table = Table(title=f"{self.model}: {self.headline()}")
+        table.add_column("module", overflow="fold")
+        table.add_column("layer")
+        table.add_column("operation")
+        for heading in ("calls", "MACs", "share"):
+            table.add_column(heading, justify="right")
+        table.add_column("float because", overflow="fold")
+        macs = self.macs  # a sum over all rows
+        for row in rows:
+            floats = ", ".join(row.float_operands)
+            why = f"{floats}: {row.reason}" if floats else ""
+            share = "-" if row.of_weight or not macs else as_percent(row.macs / macs)
+            table.add_row(
+                row.module or "(model)",
+                row.layer,
+                row.operation,
+                str(row.calls),
+                f"{row.macs:,}",
+                share,
+                why,
+                style=None if row.quantized else "dim" if row.of_weight else "yellow",
+            )
+        notes: list[Any] = [table]
+        if self.unreached:
+            notes.append(
+                Text(f"Quantizers that no tensor passed through: {', '.join(names(self.unreached))}")
+            )
+        if self.opaque:
+            notes.append(Text(f"Operators that cannot be looked into: {', '.join(self.opaque)}"))
+        if self.outgrown:
+            found = ", ".join(f"{name} ({times:.0f} times)" for name, times in self.outgrown)
+            notes.append(
+                Text(
+                    f"Weights changed since their ranges were found, and have more error than with ranges of "
+                    f"their own: {found}. Calibrate again: qp.calibrate(model, data, overwrite=True)"
+                )
+            )
+        for name, code in self.to_paste:
+            notes.append(Text(f"\nNothing covers {name}. This, tried on what it was called with, does:"))
+            notes.append(Text(code, no_wrap=True))  # to be pasted as it is
+        for name, why in self.no_code:
+            notes.append(Text(f"\nNothing covers {name}, and no replacement that was tried: {why}"))
+        return Group(*notes)
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def _likeness(row: CoverageRow) -> Any:
+    """What rows have in common that can be shown as one."""
+    operands = tuple((role, quantizer and starred(quantizer)) for role, quantizer in row.operands)
+    return starred(row.module), row.layer, row.operation, operands, row.reason, row.of_weight
+
+
+def _folded(rows: list[CoverageRow]) -> CoverageRow:
+    return attrs.evolve(
+        rows[0],
+        module=folded_name([row.module for row in rows]),
+        calls=sum(row.calls for row in rows),
+        macs=sum(row.macs for row in rows),
+    )
+
+
+def audit(model: nn.Module, *inputs: Any, minimum: float | None = None, **keywords: Any) -> CoverageReport:
+    """Runs a model once and tells which of its multiplications ran on quantized operands.
+
+    The report is made from the operators that were really executed, not from the classes of layers: a
+    function called in some forward, a fast path, or a layer that nobody replaced shows up with its
+    share of the work and the reason.
+
+    The model runs in eval mode without gradients; modes and random state are as before afterwards, also
+    if it raises. Values count as quantized as long as they are only moved, picked or scaled.
+
+    Args:
+        model: The model.
+        *inputs: Arguments of its forward.
+        minimum: Smallest share to accept, from 0 to 1.
+        **keywords: Keyword arguments of its forward.
+
+    Returns:
+        The report.
+
+    Raises:
+        CoverageError: The share is below ``minimum``. The error holds the report.
+        InputError: ``model`` is no model, or an ``nn.DataParallel``; or it failed, and its inputs are on a
+            device where it is not; or ``minimum`` is no share.
+    """
+    demand_model(model, "audit")
+    if minimum is not None and not 0 <= minimum <= 1:
+        raise InputError(f"minimum={minimum!r}: expected a share from 0 to 1, such as 0.95")
+    # What torch.compile wraps, since a compiled graph hides its modules.
+    runner = uncompiled(model)
+    if isinstance(runner, nn.DataParallel):
+        raise InputError("nn.DataParallel runs copies of the layers: write audit(model.module, ...)")
+    with explaining_devices(runner, (inputs, keywords)), CallRanges(runner) as calls:
+        seen = trace(runner, lambda: runner(*inputs, **keywords))
+    calls.warn()
+    report = report_of(runner, seen)
+    if minimum is not None and report.share < minimum:
+        floats = (row for row in report.rows if not (row.quantized or row.of_weight))
+        worst = max(floats, key=lambda row: row.macs, default=None)
+        hint = f" The largest float part is {worst.module!r}: {worst.reason}." if worst else ""
+        raise CoverageError(
+            f"{as_percent(report.share)} of the multiply-accumulates of {report.model} ran on quantized "
+            f"operands, expected at least {minimum:.1%}.{hint}",
+            report=report,
+        )
+    return report
+
+
+def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
+    """The report about a model that was recorded while it ran."""
+    targets = known_targets()
+    rows: dict[Any, CoverageRow] = {}
+    uncovered: dict[type[Any], list[Seen]] = {}
+    of_weights = set(_weight_quantizers(model))
+    for item in seen.seen:
+        operands = tuple((operand.role, operand.quantizer) for operand in item.operands)
+        reason = reason_for(item, targets)
+        weights = tuple(o.role for o in item.operands if o.parameter is not None or o.quantizer in of_weights)
+        key = (item.module, item.operation, operands, reason, item.of_weight)
+        row = rows.get(key) or CoverageRow(
+            item.module,
+            written_name(type(item.layer)),
+            item.operation,
+            0,
+            0,
+            operands,
+            reason,
+            item.of_weight,
+            weights,
+        )
+        rows[key] = attrs.evolve(row, calls=row.calls + 1, macs=row.macs + item.macs)
+        cls = own_class(item.layer)
+        covered = cls in targets or isinstance(item.layer, (QuantizedLayer, ScriptModule))
+        if reason and not (covered or item.of_weight) and not registry.advice(item.layer):
+            uncovered.setdefault(cls, []).append(item)
+    proposals = {dotted(cls): propose(items, seen.calls.get(cls)) for cls, items in uncovered.items()}
+    used = seen.reached | _served(model, seen.reached)
+    unreached = [
+        name
+        for name, module in model.named_modules()
+        if is_quantizer(module) and name not in used and not module.disabled
+    ]
+    return CoverageReport(
+        written_name(type(model)),
+        tuple(rows.values()),
+        tuple(unreached),
+        tuple(sorted(seen.opaque)),
+        tuple((name, found.code) for name, found in proposals.items() if found.code),
+        tuple((name, found.why_not) for name, found in proposals.items() if not found.code),
+        tuple(_outgrown(model)),
+    )
+
+
+def _weight_quantizers(model: nn.Module) -> Iterator[str]:
+    """Names of the quantizers of weights."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer):
+            for operand in layer.weight_axes():
+                yield f"{name}.{quantizer_name(operand)}".lstrip(".")
+
+
+def _outgrown(model: nn.Module) -> Iterator[tuple[str, float]]:
+    """Quantizers of weights for which a range of the weight as it is would do much better."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLayer):
+            continue
+        for operand in layer.weight_axes():
+            quantizer, weight = layer.quantizer(operand), getattr(layer, operand, None)
+            if not isinstance(quantizer, TensorQuantizer) or not isinstance(weight, Tensor):
+                continue  # without one, or with one of a plugin's own kind
+            if weight.is_meta or is_sharded(weight):
+                continue
+            amax, kept = quantizer.own_range, quantizer.descriptor.kept_axes
+            if amax is None or quantizer.disabled or not quantizer.quantizing or not weight.numel():
+                continue
+            x = weight.detach().float()
+            now, best = (
+                (fake_quantize(x, range_, quantizer.format, axis=kept) - x).square().sum().item()
+                for range_ in (amax.detach().to(x.device), None)
+            )
+            if quantizer.format.block_size is None:
+                # A channel of one element, or of two alike, has no error of its own, and yet need not be
+                # better known than to a step.
+                steps = reduce_amax(x, kept) / quantizer.format.max
+                steps = kept.spread(steps, x.shape[0]) if isinstance(kept, GroupedAxes) else steps
+                best = max(best, steps.square().expand_as(x).sum().item() / 12)
+            if now > _OUTGROWN * best and now > 0:
+                yield f"{name}.{quantizer_name(operand)}".lstrip("."), now / best if best else math.inf
+
+
+def _served(model: nn.Module, reached: set[str]) -> set[str]:
+    """Quantizers of inputs for which another input's stood in, as in self-attention.
+
+    Where two inputs are one tensor and their quantizers would do the same to it, it is quantized once.
+    """
+    served = set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLayer):
+            continue
+        own = {quantizer_name(operand): layer.quantizer(operand) for operand in layer.inputs}
+        named = {".".join(filter(None, (name, key))): q for key, q in own.items() if q is not None}
+        done = [quantizer for full, quantizer in named.items() if full in reached]
+        served |= {full for full, q in named.items() if any(q.agrees_with(other) for other in done)}
+    return served

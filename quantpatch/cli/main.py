@@ -1,0 +1,319 @@
+"""The command line. Each command is one call of the library; ``--json`` prints what it returned."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import attrs
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from quantpatch.analysis.audit import audit
+from quantpatch.errors import CoverageError, QuantPatchError, ScopeError, shown
+from quantpatch.interception.hooks import Slot
+from quantpatch.plugins.registry import registry
+from quantpatch.plugins.scaffold import new_plugin
+from quantpatch.quantize.explain import explain
+from quantpatch.quantize.resolve import compose
+from quantpatch.quantize.scope import quantize_modules
+from quantpatch.report.folding import alike
+from quantpatch.report.render import as_text
+from quantpatch.run import RunSettings, launch
+from quantpatch.torch_tools.atomic_files import own_version
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Quantize PyTorch models without touching their code.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Recipe = Annotated[str | None, typer.Option(help="Recipe: int8, int4, fp8 ...")]
+
+
+Subclasses = Annotated[bool, typer.Option("--subclasses", help="Quantize subclasses as well.")]
+
+
+def _print(what: Any) -> None:
+    # Where nobody looks at a terminal, nothing is cut off to fit one.
+    typer.echo(shown(as_text(what, of_names=True), 10_000_000, keep="\n"))
+
+
+def _print_report(report: Any, as_json: bool) -> None:
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        _print(report)
+
+
+def _add_row(table: Table, *cells: Any) -> None:
+    """Adds a row of what may come from plugins, whose names and messages a terminal is not to act on."""
+    table.add_row(*(shown(cell, 4000, keep="\n") for cell in cells))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantpatch {own_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def plugins(as_json: AsJson = False) -> None:
+    """List the plugins that are installed, and whether they take part."""
+    found = registry.plugins()
+    if as_json:
+        _print_json(
+            [{**attrs.asdict(p, recurse=False), "entries": [str(e) for e in p.entries]} for p in found]
+        )
+        return
+    table = Table()
+    for heading in ("plugin", "distribution", "state", "hooks", "entries"):
+        table.add_column(heading, overflow="fold")
+    for plugin in found:
+        distribution = f"{plugin.distribution} {plugin.version}" if plugin.distribution else "-"
+        state = f"{plugin.state}: {plugin.reason}" if plugin.reason else plugin.state
+        hooks = ", ".join(hook.removeprefix("quantpatch_") for hook in plugin.hooks) or "-"
+        _add_row(table, plugin.name, distribution, state, hooks, len(plugin.entries))
+    _print(table)
+
+
+@app.command()
+def layers(
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
+    plugin: Annotated[list[str] | None, typer.Option(help="Plugins that take part (default: all).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what a block would replace, by what, and on whose word."""
+    table = compose({}, registry.offers(plugin), plugins=plugin, skip=skip or ())
+    rows = [
+        {
+            "target": choice.offer.entry.dotted,
+            "replacement": str(choice.offer.entry).partition(" -> ")[2],
+            "plugin": choice.offer.plugin,
+            "state": choice.float_because
+            or ("replaced" if isinstance(key, Slot) else "replaced if its module gets imported"),
+        }
+        for key, choice in table.items()
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    _print(_Layers([{key: str(value) for key, value in row.items()} for row in rows]))
+
+
+def _package(row: dict[str, str]) -> str:
+    return row["target"].partition(".")[0]
+
+
+def _state_of_any(row: dict[str, str]) -> str:
+    """The state without the target's own name, which it may tell to write somewhere."""
+    return row["state"].replace(repr(row["target"].rpartition(".")[2]), "...")
+
+
+@attrs.frozen
+class _Layers:
+    """What a block would replace, as a table."""
+
+    rows: list[dict[str, str]]
+
+    def __rich__(self) -> Table:
+        return self._table([tuple(row.values()) for row in self.rows])
+
+    def folded(self) -> Table:
+        """One row for the targets in a package that are replaced alike; their modules are in JSON."""
+        groups = alike(self.rows, lambda row: (_package(row), row["plugin"], _state_of_any(row)))
+        return self._table([self._folded(group) for group in groups])
+
+    @staticmethod
+    def _folded(group: list[dict[str, str]]) -> tuple[str, ...]:
+        row = group[0]
+        if len(group) == 1:
+            return tuple(row.values())
+        parts = [row["target"].split(".") for row in group]
+        same = itertools.takewhile(
+            lambda found: len(set(found)) == 1, zip(*(p[:-1] for p in parts), strict=False)
+        )
+        modules, names = ".".join(found[0] for found in same), [p[-1] for p in parts]
+        made = (row["replacement"].rpartition(":")[2] for row in group)
+        by_rule = all(m.startswith(f"Quant{name}") for name, m in zip(names, made, strict=True))
+        replaced_by = "Quant..." if by_rule else "each by its own"
+        return f"{modules}: {', '.join(names)}", replaced_by, row["plugin"], _state_of_any(row)
+
+    @staticmethod
+    def _table(rows: list[tuple[str, ...]]) -> Table:
+        table = Table()
+        for heading in ("target", "replacement", "plugin", "state"):
+            table.add_column(heading, overflow="fold")
+        for row in rows:
+            _add_row(table, *row)
+        return table
+
+
+@app.command("explain")
+def explain_command(
+    target: Annotated[str, typer.Argument(help="A class or function, such as torch.nn.Linear.")],
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Layers that are float by default.")] = None,
+    plugin: Annotated[list[str] | None, typer.Option(help="Plugins that take part (default: all).")] = None,
+    recipe: Recipe = None,
+    subclasses: Subclasses = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say who would replace a class in a block, who would not, and why."""
+    _look_here()
+    found = explain(
+        target, skip or (), (), recipe, plugin, include=include or (), subclasses=subclasses or None
+    )
+    _print_report(found, as_json)
+
+
+@app.command("run", context_settings={"allow_interspersed_args": False})
+def run_command(
+    command: Annotated[list[str], typer.Argument(help="The script (or module) and its arguments.")],
+    module: Annotated[bool, typer.Option("-m", help="Run a module, as `python -m` does.")] = False,
+    recipe: Recipe = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Layers that are float by default.")] = None,
+    plugin: Annotated[list[str] | None, typer.Option(help="Plugins that take part (default: all).")] = None,
+    subclasses: Subclasses = False,
+    calibrate: Annotated[
+        int, typer.Option(help="Calls of each model that run in float and set its ranges.", min=0)
+    ] = 0,
+    zero_points: Annotated[
+        bool, typer.Option("--zero-points", help="Look for zero points of activations in these calls.")
+    ] = False,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Tell what share of each model ran quantized.")
+    ] = False,
+) -> None:
+    """Run an unmodified script with a block around it: every layer that it builds comes out quantized."""
+    if zero_points and not calibrate:
+        raise typer.BadParameter("calibration finds them: add --calibrate N", param_hint="--zero-points")
+    settings = RunSettings(
+        recipe, skip or (), include or (), plugin, subclasses or None, calibrate, zero_points, audit
+    )
+    launch(settings, command, module=module)
+
+
+def _look_here() -> None:
+    """Lets modules of the current folder be imported, as `python -m` does."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def _build(path: str) -> Any:
+    """The function (or model) that ``package.module:name`` means."""
+    module_name, colon, name = path.partition(":")
+    if not (module_name and colon and name):
+        raise ScopeError(f"{path!r} names no function; write package.module:build")
+    _look_here()
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ScopeError(f"cannot find {path!r}: {type(error).__name__}: {error}") from error
+
+
+def _tensor(text: str) -> torch.Tensor:
+    sizes, _, kind = text.partition(":")
+    try:
+        shape = [int(size) for size in sizes.split(",")]
+        if kind not in ("", "int") or min(shape) < 0:
+            raise ValueError
+    except ValueError:
+        raise ScopeError(
+            f"--input {text!r} is no shape; write sizes with commas, such as 1,3,224,224, or 1,128:int for "
+            f"indices"
+        ) from None
+    if kind:
+        return torch.zeros(shape, dtype=torch.int64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@app.command("audit")
+def audit_command(
+    build: Annotated[str, typer.Argument(help="package.module:function that builds the model.")],
+    inputs: Annotated[
+        list[str],
+        typer.Option(
+            "--input",
+            help="Shape of an input, such as 1,3,224,224 (or 1,128:int for indices); once for each input.",
+        ),
+    ],
+    recipe: Recipe = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
+    subclasses: Annotated[bool, typer.Option(help="Quantize subclasses of known layers too.")] = False,
+    minimum: Annotated[float | None, typer.Option(help="Fail below this share.", min=0.0, max=1.0)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build a model in a block, run it once, and tell what share of it ran quantized.
+
+    The exit code is 1 if that is below --minimum.
+    """
+    function, tensors = _build(build), [_tensor(text) for text in inputs]
+    with quantize_modules(skip=skip or (), recipe=recipe, subclasses=subclasses):
+        model = function() if callable(function) else function
+    if not isinstance(model, torch.nn.Module):
+        raise ScopeError(f"{build} gave {model!r}, expected a model; name a function that builds one")
+    try:
+        report = audit(model, *tensors, minimum=minimum)
+    except CoverageError as error:
+        _print_report(error.report, as_json)
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except (RuntimeError, TypeError, IndexError) as error:
+        shapes = " and ".join(inputs)
+        raise ScopeError(f"the model failed on inputs of shape {shapes}: {error}") from error
+    _print_report(report, as_json)
+
+
+@app.command("new-plugin")
+def new_plugin_command(
+    name: Annotated[str, typer.Argument(help="The plugin's name, such as mylib.")],
+    folder: Annotated[Path, typer.Option(help="Where to put it.")] = Path(),
+) -> None:
+    """Write a complete distribution for a plugin: a layer, its tests, and what installs them."""
+    path = new_plugin(name, folder)
+    typer.echo(f"wrote {path}; next: pip install -e '{path}[dev]' && pytest {path}")
+
+
+@app.command()
+def demo() -> None:
+    """Train, calibrate and fine-tune a small CNN on handwritten digits (needs the extra 'demo')."""
+    from quantpatch.cli import demo as digits  # imports scikit-learn, which only this command needs
+
+    _print(digits.run())
+
+
+def main() -> None:
+    """The command ``quantpatch``. Errors of the library are told in one message, with exit code 2."""
+    try:
+        app(prog_name="quantpatch")
+    except QuantPatchError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            "error: " + shown(error, 20_000, keep="\n"), style="red", markup=False, highlight=False
+        )
+        raise SystemExit(2) from None

@@ -1,0 +1,189 @@
+"""How a model is quantized, as JSON: its layers' classes, its quantizers' descriptors, the plugins in force.
+
+Reading it back runs no code that the file names: see ``known_classes.py`` for classes. A
+format of a plugin is asked for by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import attrs
+from torch import nn
+
+from quantpatch.errors import CheckpointError, DescriptorError, QuantPatchError, shown
+from quantpatch.export.checkpoint.saved import PluginNote
+from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.quantizer import named_quantizers
+from quantpatch.layers.subclass import replacement_of
+from quantpatch.numerics.formats import Blocked, Float, Integer, NumberFormat
+from quantpatch.plugins.registry import registry
+from quantpatch.recipes.descriptor import QuantDescriptor
+from quantpatch.torch_tools.class_swap import dotted, own_class
+
+__all__ = [
+    "active_plugins",
+    "describe_layers",
+    "describe_quantizers",
+    "describe_sharing",
+    "descriptor_of",
+    "missing_plugins",
+]
+
+_BUILTIN = "quantpatch.builtin"
+_FORMATS: Mapping[str, type[Any]] = {"integer": Integer, "float": Float, "blocked": Blocked}
+_LATER = ("format", "number_format")
+_FIELDS = {a.name for a in attrs.fields(QuantDescriptor) if a.init}
+
+
+def active_plugins() -> list[dict[str, str | None]]:
+    """Name, distribution and version of each plugin that takes part, the built-in one left out."""
+    return [
+        {"name": info.name, "distribution": info.distribution, "version": info.version}
+        for info in registry.plugins()
+        if info.state == "active" and info.name != _BUILTIN
+    ]
+
+
+def missing_plugins(described: Iterable[PluginNote]) -> list[str]:
+    """Those of the plugins described that do not take part here, each with what would bring it."""
+    states = {info.name: info for info in registry.plugins()}
+    found = []
+    for plugin in described:
+        info, name = states.get(plugin.name), shown(repr(plugin.name))
+        if info is None:
+            how = (
+                f"pip install {shown(plugin.distribution)}=={shown(plugin.version)}"
+                if plugin.distribution
+                else "register it as in the saving program"
+            )
+            found.append(f"{name} is not installed ({how})")
+        elif info.state != "active":
+            found.append(f"{name} is {info.state}: {info.reason}")
+    return found
+
+
+# --- Formats and descriptors ------------------------------------------------------------------------------
+
+
+def _describe_format(format: Any, where: str) -> Any:
+    if format is None or isinstance(format, str):
+        return format
+    for kind, cls in _FORMATS.items():
+        if type(format) is cls:
+            fields = {a.name: getattr(format, a.name) for a in attrs.fields(type(format))}
+            if "element" in fields:
+                fields["element"] = _describe_format(fields["element"], where)
+            return {"kind": kind, **fields}
+    for name, offered in registry.named("quantpatch_formats", NumberFormat).items():
+        if offered == format:
+            return name
+    raise CheckpointError(
+        f"{where}: its format {format.name!r} ({type(format).__name__}) can be written "
+        f"only by its name, and no "
+        f"plugin offers it. Return it from the hook quantpatch_formats: {{{format.name!r}: ...}}"
+    )
+
+
+def _format_of(described: Any) -> NumberFormat | str | None:
+    if described is None or isinstance(described, str):
+        return described
+    fields = dict(described)
+    cls = _FORMATS.get(fields.pop("kind", None))
+    wanted = () if cls is None else tuple(a.name for a in attrs.fields(cls))
+    if cls is None or not fields.keys() <= set(wanted):
+        raise DescriptorError(
+            f"its format is of no kind that is known here: {', '.join(map(shown, described))}", field="format"
+        )
+    if cls is Blocked:
+        element = fields.get("element")
+        if isinstance(element, dict) and element.get("kind") == "blocked":
+            raise DescriptorError("its format has blocks in its blocks", field="format")
+        element = _format_of(element)
+        # A plugin's is known by its name.
+        fields["element"] = (
+            registry.format(QuantDescriptor(format=element)) if isinstance(element, str) else element
+        )
+    return cls(**fields)  # type: ignore[no-any-return]
+
+
+def _describe_descriptor(descriptor: QuantDescriptor, where: str) -> dict[str, Any]:
+    described = {
+        a.name: getattr(descriptor, a.name)
+        for a in attrs.fields(QuantDescriptor)
+        if a.name not in _LATER and getattr(descriptor, a.name) != a.default
+    }
+    if descriptor.format is not None:
+        described["format"] = _describe_format(descriptor.format, where)
+    return described
+
+
+def descriptor_of(described: Mapping[str, Any]) -> QuantDescriptor:
+    """The descriptor that a file describes, with a format that exists here.
+
+    Raises:
+        QuantPatchError: It contradicts itself, has fields that no descriptor has or of other types, or names
+            a format that does not exist.
+    """
+    unknown = described.keys() - _FIELDS
+    if unknown:
+        raise DescriptorError(f"no descriptor has {', '.join(map(shown, sorted(unknown)))}")
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
+    try:
+        if "format" in fields:
+            fields["format"] = _format_of(fields["format"])
+        descriptor = QuantDescriptor(**cast(Any, fields))
+    except (TypeError, ValueError, RecursionError) as error:  # an argument is missing, a value has no repr
+        if isinstance(error, QuantPatchError):
+            raise
+        raise DescriptorError(f"its descriptor is damaged: {shown(error)}") from None
+    registry.format(descriptor)
+    return descriptor
+
+
+def describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Each quantizer by name: its descriptor, what is switched off, and whether its range is known.
+
+    Also whether its zero point was found, if it was.
+
+    Raises:
+        CheckpointError: One has a format that no file can name.
+    """
+    described: dict[str, dict[str, Any]] = {}
+    for name, quantizer in named_quantizers(model).items():
+        described[name] = {
+            "descriptor": _describe_descriptor(quantizer.descriptor, name),
+            "disabled": quantizer.disabled,
+            # As of a copy: a file may be written while the model is in float for its calibration.
+            "quantizing": quantizer.__getstate__()["quantizing"],
+            "known": quantizer.amax is not None,
+        }
+        if quantizer.zero_point_is_found:
+            described[name]["zero_point_is_found"] = True
+    return described
+
+
+def describe_sharing(model: nn.Module) -> dict[str, str]:
+    """The further names of quantizers that are in a model more than once, each with the first."""
+    first = {quantizer: name for name, quantizer in named_quantizers(model).items()}
+    every = named_quantizers(model, every_name=True)
+    return {name: first[quantizer] for name, quantizer in every.items() if first[quantizer] != name}
+
+
+# --- Layers -----------------------------------------------------------------------------------------------
+
+
+def describe_layers(model: nn.Module) -> dict[str, dict[str, str]]:
+    """The quantized layers by name: their class and the float class that it stands for.
+
+    Of a user's subclass the class is that of its base's replacement.
+    """
+    return {
+        name: {
+            "class": dotted(replacement_of(own_class(cast(nn.Module, layer)))),
+            "float": dotted(layer.float_class),
+        }
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantizedLayer)
+    }

@@ -1,0 +1,141 @@
+"""Weights as the integers that they are quantized to: one byte each, or two of up to 4 bits in a byte.
+
+What is stored of a weight are its codes and, where its quantizer takes the range from the weight itself,
+the range. The weight that comes back is made so that its quantizer gives the very same codes: elements that
+are a product of code and scale do, and those at the end of the range get the range itself, so that it is
+found again exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantpatch.layers.quantizer import TensorQuantizer
+from quantpatch.numerics.fake_quant import dequantize, fake_quantize, own_range, quantize
+from quantpatch.numerics.formats import Blocked, Integer, NumberFormat
+from quantpatch.numerics.grouped_axes import GroupedAxes
+
+__all__ = [
+    "integer_element",
+    "pack",
+    "packed_weight",
+    "same_when_quantized",
+    "shape_of_range",
+    "unpack",
+    "unpacked_weight",
+]
+
+
+def integer_element(format: NumberFormat) -> Integer | None:
+    """The integers that a format's elements are; None if they are none, or their scales cannot be stored.
+
+    A plugin's subclass of ``Integer`` may round to anything.
+    """
+    element = format
+    if isinstance(format, Blocked):
+        if format.scale == "e4m3":  # two levels of scales
+            return None
+        element = format.element
+    return element if type(element) is Integer else None
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes as bytes: up to 4 bits two in a byte, the first one in the low half."""
+    flat = codes.reshape(-1).view(torch.uint8)
+    if bits > 4:
+        return flat.clone()
+    if flat.numel() % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    return (flat[0::2] & 0xF) | (flat[1::2] << 4)
+
+
+def unpack(data: Tensor, shape: tuple[int, ...], element: Integer) -> Tensor:
+    """Undoes ``pack``: int8 or uint8 codes of a shape."""
+    if element.bits > 4:
+        codes = data
+    else:
+        numel = 1
+        for n in shape:
+            numel *= n
+        codes = torch.stack([data & 0xF, data >> 4], dim=-1).reshape(-1)[:numel]
+        if not element.unsigned:  # the sign is bit 3
+            codes = torch.where(codes > 7, codes | 0xF0, codes)
+    return codes.contiguous().view(torch.uint8 if element.unsigned else torch.int8).reshape(shape)
+
+
+def shape_of_range(
+    shape: Sequence[int], format: NumberFormat, axis: int | tuple[int, ...] | None
+) -> tuple[int, ...] | None:
+    """The shape of the range of a weight, as its quantizer finds it; None if the weight has no such axis.
+
+    Args:
+        shape: The weight's.
+        format: Its quantizer's format.
+        axis: The descriptor's ``kept_axes``.
+    """
+    kept = axis if axis is not None else -1 if format.block_size is not None else ()
+    axes = kept if isinstance(kept, tuple) else (kept,)
+    if not all(-len(shape) <= a < len(shape) for a in axes):
+        return None
+    if isinstance(axis, GroupedAxes):
+        return (axis.groups, shape[1], *(1 for _ in shape[2:])) if shape[0] % axis.groups == 0 else None
+    places = {a % len(shape) for a in axes}
+    if format.block_size is not None:
+        dim = axes[0] % len(shape)
+        return tuple(math.ceil(n / format.block_size) if d == dim else n for d, n in enumerate(shape))
+    return tuple(n if d in places else 1 for d, n in enumerate(shape)) if axes else ()
+
+
+def packed_weight(weight: Tensor, quantizer: TensorQuantizer) -> tuple[Tensor, Tensor | None]:
+    """The codes of a weight, and its range where the quantizer has none of its own."""
+    own = quantizer.own_range
+    axis = quantizer.descriptor.kept_axes
+    codes, _ = quantize(weight, None if own is None else own.detach(), quantizer.format, axis=axis)
+    return codes, None if own is not None else own_range(weight, quantizer.format, axis)
+
+
+def unpacked_weight(
+    codes: Tensor,
+    format: NumberFormat,
+    axis: int | tuple[int, ...] | None,
+    amax: Tensor,
+    dtype: torch.dtype,
+    *,
+    own_range: bool,
+) -> Tensor:
+    """A weight that is quantized to these codes.
+
+    Args:
+        codes: From ``packed_weight``.
+        format: The quantizer's format.
+        axis: The descriptor's ``kept_axes``.
+        amax: The range.
+        dtype: Of the weight.
+        own_range: Whether the range is the quantizer's own, not the weight's.
+    """
+    scale = format.block_scale(amax.clone()) if isinstance(format, Blocked) else amax / format.max
+    values = dequantize(codes, scale, format, axis=axis)
+    if not own_range:
+        # amax / max * max need not be amax; the quantizer shall find amax again.
+        ends = axis.spread(amax, codes.shape[0]) if isinstance(axis, GroupedAxes) else amax
+        if isinstance(format, Blocked):
+            dim = (-1 if axis is None else axis if isinstance(axis, int) else axis[0]) % codes.dim()
+            ends = amax.repeat_interleave(format.block_size, dim).narrow(dim, 0, codes.shape[dim])
+        top = codes.float().abs() >= format.max
+        values = torch.where(top, ends * codes.sign().float(), values)
+    return values.to(dtype)
+
+
+def same_when_quantized(weight: Tensor, other: Tensor, quantizer: TensorQuantizer) -> bool:
+    """Whether a quantizer makes the same of two weights, bit for bit."""
+    own = quantizer.own_range
+    with torch.no_grad():
+        first, second = (
+            fake_quantize(w.detach(), own, quantizer.format, axis=quantizer.descriptor.kept_axes)
+            for w in (weight, other)
+        )
+    return torch.equal(first, second)

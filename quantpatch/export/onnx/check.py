@@ -1,0 +1,424 @@
+"""The export's check of its own work: the file in ONNX Runtime, beside the model in torch.
+
+ONNX Runtime runs with its graph optimizations off, so that it computes what the file says. Outputs are
+compared, and the integers that every quantizer gives.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from quantpatch.errors import ExportError
+from quantpatch.export.onnx.kernel_check import KernelCheck, check_kernels
+from quantpatch.export.onnx.latency import Latency, measure, on_floats
+from quantpatch.export.onnx.sessions import changed, session, session_options
+from quantpatch.export.prepare.moving import MOVING_NODES
+from quantpatch.export.prepare.runtimes import Operand, codes_name
+from quantpatch.numerics.fake_quant import fake_quantize, quantize
+from quantpatch.numerics.formats import Integer
+
+__all__ = ["Comparison", "ExportReport", "compare_with_torch", "steps_of_outputs"]
+
+
+@attrs.frozen
+class Comparison:
+    """A file's results against the model's, over the given inputs and random ones.
+
+    Attributes:
+        largest_difference: Of all outputs.
+        relative_difference: The same, over the largest magnitude of the output.
+        integers: How many integers of quantized activations were compared.
+        differing: How many of them differ. A product that is summed in another order may end on the other
+            side of the edge between two integers, and what follows from it.
+        mismatching: How many differ from what the model's quantizers make of the very floats that the file
+            quantizes. None should.
+        within_step: The share of output values that are within a quantization step, that of the output's own
+            quantizer or 1/127 of the largest value, of the model's when ONNX Runtime runs the file with its
+            optimizations on, on integer kernels; None if the file is for another target.
+        kernels: How many integer kernels ONNX Runtime's optimized graph has that could be compared alone.
+        kernels_within_step: The share of the values of these that are within a step of what the file says of
+            the very inputs that the kernel got; None if there are none. An integer on the edge that changes
+            all behind it, which ``within_step`` counts, has no part in it.
+        not_run: Why nothing was compared; empty if it was.
+        not_random: Why the given inputs alone were compared; empty if random ones were as well.
+        latency: How long the file takes beside the same in float; None if that was not measured.
+    """
+
+    largest_difference: float = 0.0
+    relative_difference: float = 0.0
+    integers: int = 0
+    differing: int = 0
+    mismatching: int = 0
+    within_step: float | None = None
+    kernels: int = 0
+    kernels_within_step: float | None = None
+    not_run: str = ""
+    not_random: str = ""
+    latency: Latency | None = None
+
+    @property
+    def differing_share(self) -> float:
+        """The share of the integers that differ."""
+        return self.differing / self.integers if self.integers else 0.0
+
+    def __str__(self) -> str:
+        if self.not_run:
+            return f"not compared: {self.not_run}"
+        return (
+            f"largest difference {self.largest_difference:.3g} "
+            f"({self.relative_difference:.2g} of the output), "
+            f"{self.differing} of {self.integers} integers differ, "
+            f"{self.mismatching} where the same floats were quantized"
+            + ("" if self.within_step is None else f"; optimized, {self.within_step:.2%} within a step")
+            + ("" if not self.kernels else f", of each kernel alone {self.kernels_within_step:.2%}")
+            + (f"; on the given inputs alone: {self.not_random}" if self.not_random else "")
+        )
+
+
+@attrs.frozen
+class ExportReport:
+    """What ``export_onnx`` wrote.
+
+    Attributes:
+        path: The file.
+        target: What it is for.
+        opset: Version of its operators.
+        nodes: How many nodes there are of each operator.
+        bytes: Its size, with that of its data file.
+        quantizers: Names of the quantizers in it.
+        comparison: How its results compare to the model's, and how long it takes; None if that was not asked
+            for.
+    """
+
+    path: Path
+    target: str
+    opset: int
+    nodes: Mapping[str, int]
+    bytes: int
+    quantizers: tuple[str, ...]
+    comparison: Comparison | None
+
+    def __str__(self) -> str:
+        nodes = ", ".join(
+            f"{count} {name}" for name, count in sorted(self.nodes.items(), key=lambda n: -n[1])
+        )
+        text = f"{self.path} for {self.target}: {self.bytes:,} bytes, opset {self.opset}\n  {nodes}"
+        if self.comparison is None:
+            return text
+        latency = "" if self.comparison.latency is None else f"\n  {self.comparison.latency}"
+        return f"{text}\n  {self.comparison}{latency}"
+
+
+def compare_with_torch(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    path: Path,
+    found: list[Operand],
+    *,
+    optimized: bool = True,
+    float_path: Path | None = None,
+) -> Comparison:
+    """Runs the file and the model on the same inputs: those given, and random ones like them.
+
+    Args:
+        model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        path: The file.
+        found: The model's quantizers.
+        optimized: Whether to run the file with ONNX Runtime's optimizations on as well.
+        float_path: The same file in float, to measure latency beside; None not to.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load or run the file.
+    """
+    if any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in pytree.tree_leaves((args, kwargs))):
+        return Comparison(not_run="ONNX Runtime's Python interface takes no bfloat16")
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        return Comparison(not_run="ONNX Runtime's CPU provider has no kernels of bfloat16")
+    totals, runs, not_random = _as_written(model, args, kwargs, path, found)
+    largest, relative, integers, differing, mismatching = zip(*totals, strict=True)
+    within, kernels, left = _optimized(path, runs, found) if optimized else (None, None, ())
+    latency = None
+    if float_path is not None:
+        latency = Latency(*measure(path, float_path, runs[0][0]), left)
+    return Comparison(
+        max(largest),
+        max(relative),
+        sum(integers),
+        sum(differing),
+        sum(mismatching),
+        within_step=within,
+        kernels=len(kernels.compared) if kernels else 0,
+        kernels_within_step=kernels.share if kernels else None,
+        not_random=not_random,
+        latency=latency,
+    )
+
+
+def _as_written(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    path: Path,
+    found: list[Operand],
+) -> tuple[list[tuple[Any, ...]], list[tuple[dict[str, Any], list[Tensor]]], str]:
+    """How the file compares with the optimizations off: numbers of each run, the runs, and why no more."""
+    by_name = {operand.name: operand for operand in found if operand.weight is None}
+    totals: list[tuple[Any, ...]] = []
+    runs: list[tuple[dict[str, Any], list[Tensor]]] = []
+    opened, input_names, output_names, sources = _with_codes_as_outputs(path)
+    for given_args, given_kwargs in ((args, kwargs), _random_like(args, kwargs)):
+        try:
+            outputs, codes = _torch_results(model, given_args, given_kwargs, by_name)
+        except Exception as error:
+            if not totals:
+                raise
+            # Some models take no inputs but such as belong together: offsets that rise, say.
+            why = f"the model takes no others ({type(error).__name__}: {_first_line(error)})"
+            return totals, runs, why
+        feed = _feed(input_names, given_args, given_kwargs)
+        try:
+            results = opened.run(None, feed)
+        except Exception as error:
+            raise ExportError(f"ONNX Runtime cannot run the exported file: {error}") from error
+        named = {**feed, **dict(zip(output_names, results, strict=True))}
+        differences = _differences(outputs, results)
+        totals.append((*differences, *_differing(codes, named), _mismatching(codes, named, sources)))
+        runs.append((feed, outputs))
+    return totals, runs, ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _with_codes_as_outputs(path: Path) -> tuple[Any, list[str], list[str], dict[str, str]]:
+    """A session of the file whose integers, and the floats that they are made of, are outputs as well."""
+    import onnx
+
+    proto = onnx.load(str(path), load_external_data=False)
+    own = [output.name for output in proto.graph.output]
+    inputs = [value.name for value in proto.graph.input]
+    types = {value.name: value for value in proto.graph.value_info}
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    sources = {
+        node.output[0]: node.input[0]
+        for node in proto.graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] not in constants
+    }
+    sources = {name: source for name, source in sources.items() if name in types and _is_integer(types[name])}
+    for name in dict.fromkeys((*sources, *sources.values())):
+        if name in types and name not in own:
+            proto.graph.output.append(types[name])
+    names = [output.name for output in proto.graph.output]
+    try:
+        opened = changed(proto, path, session_options(optimized=False))
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime cannot load the exported file: {error}") from error
+    return opened, inputs, names, sources
+
+
+def _is_integer(value: Any) -> bool:
+    import onnx
+
+    return value.type.tensor_type.elem_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+
+
+def _random_like(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of the same shapes and about the same values."""
+    generator = torch.Generator().manual_seed(0)
+
+    def like(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.numel() == 0:
+            return x
+        if not x.is_floating_point():  # indices, masks: values that are allowed, in another order
+            order = torch.randperm(x.numel(), generator=generator)
+            return x.detach().cpu().flatten()[order].reshape(x.shape).to(x.device)
+        noise = torch.randn(x.shape, generator=generator)
+        values = x.detach().float().cpu()
+        values = values[values.isfinite() & (values.abs() < 1e10)]
+        if not values.numel():
+            return noise.to(x.device, x.dtype)
+        return (noise * values.std(correction=0) + values.mean()).to(x.device, x.dtype)
+
+    made: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(like, (args, dict(kwargs)))
+    return made
+
+
+def _feed(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    tensors = [x for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
+    if len(tensors) != len(names):
+        raise ExportError(
+            f"the file has the inputs {', '.join(names)}, and {len(tensors)} tensors were "
+            f"given: one is not used by "
+            f"the model. Leave it out, or pass check=False"
+        )
+    return {name: x.detach().cpu().numpy() for name, x in zip(names, tensors, strict=True)}
+
+
+def _codes_of(operand: Operand, x: Tensor) -> Tensor:
+    """The integers that a quantizer makes; that of 0 where its range is 0 and any integer means it."""
+    amax = None if operand.amax is None else operand.amax.to(x.device)
+    integers, scale = quantize(x, amax, operand.format, axis=operand.quantizer.descriptor.kept_axes)
+    return integers.masked_fill(scale == 0, getattr(operand.element, "zero_point", 0)).cpu().int()
+
+
+def _torch_results(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], by_name: Mapping[str, Operand]
+) -> tuple[list[Tensor], dict[str, tuple[Operand, Tensor]]]:
+    """The model's outputs, and each call of each quantizer and its codes by their name in the file."""
+    codes: dict[str, tuple[Operand, Tensor]] = {}
+
+    def recording(operand: Operand) -> Any:
+        calls = 0
+        axis = operand.quantizer.descriptor.kept_axes
+
+        def forward(x: Tensor, *, batch_axis: int | None = 0) -> Tensor:
+            nonlocal calls
+            amax = None if operand.amax is None else operand.amax.to(x.device)
+            if isinstance(operand.element, Integer):
+                codes[codes_name(operand.name, calls)] = (operand, _codes_of(operand, x))
+            calls += 1
+            return fake_quantize(x, amax, operand.format, axis=axis)
+
+        return forward
+
+    try:
+        for operand in by_name.values():
+            operand.quantizer.__dict__["forward"] = recording(operand)
+        with torch.no_grad():
+            outputs = model(*args, **kwargs)
+    finally:
+        for operand in by_name.values():
+            operand.quantizer.__dict__.pop("forward", None)
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)], codes
+
+
+def _differences(outputs: list[Tensor], results: list[Any]) -> tuple[float, float]:
+    """The largest difference of the outputs, and that over the largest output."""
+    largest = relative = 0.0
+    for ours, theirs in zip(outputs, results, strict=False):  # the codes come after
+        ours = ours.detach().cpu().double()
+        theirs = torch.as_tensor(theirs).double()
+        if ours.shape != theirs.shape:
+            raise ExportError(
+                f"an output has the shape {tuple(theirs.shape)} in ONNX Runtime and "
+                f"{tuple(ours.shape)} in torch"
+            )
+        same = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinities too
+        difference = (ours - theirs).abs().masked_fill(same, 0.0)
+        if difference.numel():
+            largest = max(largest, difference.max().item())
+            relative = max(relative, difference.max().item() / max(ours.abs().max().item(), 1e-30))
+    return largest, relative
+
+
+def _largest(x: Tensor) -> float:
+    """The largest finite magnitude."""
+    finite = x[x.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def _optimized(
+    path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], found: list[Operand]
+) -> tuple[float, KernelCheck, tuple[str, ...]]:
+    """What comes of ONNX Runtime's optimizations.
+
+    The share of outputs within a step of the model's, the kernels, and the layers that run on floats.
+    """
+    import onnx
+
+    graph = path.with_name(f"{path.name}.optimized")
+    try:
+        within = _within_step(path, runs, graph)
+        kernels = check_kernels(path, graph, [feed for feed, _ in runs])
+        file, optimized = (onnx.load(str(each), load_external_data=False) for each in (path, graph))
+        return within, kernels, on_floats(file, optimized, found)
+    finally:
+        for written in graph.parent.glob(f"{glob.escape(graph.name)}*"):
+            written.unlink()
+
+
+def _within_step(path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], graph: Path) -> float:
+    """The share of outputs within a step; ``graph`` is where ONNX Runtime leaves what it made of the file."""
+    options = session_options(optimized=True, written_to=graph)
+    count = within = 0
+    expected = [[output.detach().cpu().double() for output in outputs] for _, outputs in runs]
+    largest = [max(map(_largest, values)) / 127 for values in zip(*expected, strict=True)]
+    steps = [1.001 * max(each) for each in zip(largest, steps_of_outputs(path), strict=True)]
+    try:
+        opened = session(path, options)
+        for (feed, _), outputs in zip(runs, expected, strict=True):
+            for ours, theirs, step in zip(outputs, opened.run(None, feed), steps, strict=True):
+                theirs = torch.as_tensor(theirs).double()
+                same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+                within += int((same | ((ours - theirs).abs() <= step)).sum())
+                count += ours.numel()
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime cannot run the exported file with optimizations: {error}") from error
+    return within / count if count else 1.0
+
+
+def steps_of_outputs(path: Path) -> list[float]:
+    """The step of each output that comes out of a quantizer of its own; 0 of the others."""
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+
+    def step(name: str) -> float:
+        node = makers.get(name)
+        while node is not None and node.op_type in MOVING_NODES:
+            node = makers.get(node.input[0])
+        scale = None if node is None or node.op_type != "DequantizeLinear" else tensors.get(node.input[1])
+        return 0.0 if scale is None else float(onnx.numpy_helper.to_array(scale).max())
+
+    return [step(output.name) for output in graph.output]
+
+
+def _in_model(operand: Operand, values: Tensor, shape: torch.Size) -> Tensor:
+    """What the file has of a tensor of this shape, laid out as the model has it."""
+    laid_out = operand.apart(values, shape)
+    return laid_out[tuple(slice(size) for size in shape)]  # the file may have further channels, of zeros
+
+
+def _codes_in_file(operand: Operand, codes: Any) -> Tensor:
+    """The integers of the file as the model has them: signed ones are stored 128 higher."""
+    moved = codes.dtype.name == "uint8" and not getattr(operand.element, "unsigned", False)
+    return torch.as_tensor(codes).int() - (128 if moved else 0)
+
+
+def _differing(codes: Mapping[str, tuple[Operand, Tensor]], named: Mapping[str, Any]) -> tuple[int, int]:
+    """How many integers there are in file and model, and how many differ."""
+    count = differing = 0
+    for name, (operand, expected) in codes.items():
+        if name in named:
+            theirs = _in_model(operand, _codes_in_file(operand, named[name]), expected.shape)
+            count += theirs.numel()
+            differing += int((theirs != expected).sum())
+    return count, differing
+
+
+def _mismatching(
+    codes: Mapping[str, tuple[Operand, Tensor]], named: Mapping[str, Any], sources: Mapping[str, str]
+) -> int:
+    """How many of the file's integers are not what the model makes of the same floats."""
+    found = 0
+    for name, (operand, seen) in codes.items():
+        floats = named.get(sources.get(name, ""))
+        if floats is not None and name in named:
+            expected = _codes_of(operand, _in_model(operand, torch.as_tensor(floats).float(), seen.shape))
+            theirs = _in_model(operand, _codes_in_file(operand, named[name]), seen.shape)
+            found += int((theirs != expected).sum())
+    return found

@@ -1,0 +1,358 @@
+"""``export_onnx``: a quantized model as an ONNX file of QuantizeLinear and DequantizeLinear pairs.
+
+While ``torch.onnx.export`` traces the model, each of its quantizers computes through an operator that becomes
+such a pair. Weights are constants of the trace: their codes (ONNX Runtime) or their quantized values with a
+pair behind them (TensorRT), as ``numerics/fake_quant.py`` rounds them, so no other rounding has a say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError, warn_caller
+from quantpatch.export.checkpoint.description import active_plugins, describe_quantizers
+from quantpatch.export.onnx.check import ExportReport, compare_with_torch
+from quantpatch.export.onnx.graph import tidy
+from quantpatch.export.onnx.latency import float_twin
+from quantpatch.export.onnx.tracing import standing_in
+from quantpatch.export.prepare.runtimes import TARGETS, Operand, Target, operands, problems
+from quantpatch.torch_tools.atomic_files import own_version, written_whole
+from quantpatch.torch_tools.forward import demand_model, evaluating, telling, uncompiled
+
+__all__ = ["export_onnx"]
+
+_OPSET = 21
+_OPSET_OF_BFLOAT16 = 22  # before, some operators have no such type, convolutions among them
+_EXPORTING = threading.RLock()  # torch traces for one thread at a time, and fails in the others
+_TALKATIVE = ("torch.onnx", "torch.export", "torch.fx.experimental", "onnxscript", "onnx_ir")
+_LARGE = 2**31 - 2**27  # a protobuf file ends at 2 GiB
+
+
+def export_onnx(
+    model: nn.Module,
+    args: tuple[Any, ...] | Tensor,
+    path: str | os.PathLike[str],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    target: Target = "onnxruntime",
+    dynamic_shapes: Any = None,
+    input_names: list[str] | None = None,
+    output_names: list[str] | None = None,
+    opset: int | None = None,
+    check: bool = True,
+    latency: bool = True,
+    progress: bool = True,
+) -> ExportReport:
+    """Writes a quantized model as an ONNX file that computes the same integers, and checks that it does.
+
+    The model is exported in eval mode and is afterwards as it was. The file is written whole or not at all;
+    from 2 GiB on its weights are in ``<path>.data`` beside it.
+
+    Args:
+        model: The model, its ranges known.
+        args: Arguments to run it on: a tensor, or a tuple.
+        path: Where to write.
+        kwargs: Keyword arguments to run it on.
+        target: What will run the file. ``"onnxruntime"``: weights are stored as integers, signed activations
+            as uint8 with zero point 128, which are the same values. ``"tensorrt"``: signed INT8 with zero
+            point 0, weights as floats with a pair behind them.
+        dynamic_shapes: As ``torch.export.export`` takes it, such as ``({0: "batch"},)``.
+        input_names: Names of the file's inputs.
+        output_names: Names of the file's outputs.
+        opset: Version of ONNX's operators, 19 or later; blocks need 21, convolutions of bfloat16 22. By
+            default 21, and 22 for a model with bfloat16. ONNX Runtime runs the convolutions of such a file on
+            integers from its version 1.23 on; for older ones write 19 or 20: biases are rounded to integers
+            then, as newer ones do themselves, and codes of 4 bits are stored in 8.
+        check: Run ONNX Runtime on the arguments and on random ones, and compare: with its optimizations
+            off, which computes what the file says, and for ``"onnxruntime"`` with them on as well.
+        latency: With the check, measure how long the file takes beside the same file in float, for half a
+            second or so: it is in the report, and a warning if the file is slower. Only for
+            ``"onnxruntime"``, and for weights of up to 512 MiB.
+        progress: Whether to show what is being done (on a terminal only).
+
+    Returns:
+        What was written, and how it compares.
+
+    Raises:
+        ExportError: The target cannot take some of the quantizers, the model cannot be traced, or the file
+            does not run. Nothing was written.
+        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+
+    Warns:
+        QuantPatchWarning: The file is slower than it would be in float, with the layers that make it so.
+    """
+    demand_model(model, "export_onnx")
+    _demand_extra(check)
+    path = Path(path)
+    model = uncompiled(model)
+    has_bfloat16 = _has_bfloat16(model, args, kwargs)
+    opset = opset if opset is not None else _OPSET_OF_BFLOAT16 if has_bfloat16 else _OPSET
+    args, kwargs = _each_on_its_own(args if isinstance(args, tuple) else (args,), kwargs or {})
+    with _EXPORTING, _quiet(), evaluating(model), telling(progress) as tell:
+        # While another thread traces, its tensors stand in for the parameters of a model that both export.
+        found = _checked_operands(model, target, opset)
+        tell(f"tracing {type(model).__name__}")
+        program = _traced(
+            model, args, kwargs, found, target, opset, dynamic_shapes, input_names, output_names
+        )
+        names = [operand.name for operand in found]
+        program.model.ir_version = _ir_version(opset)
+        with written_whole(path, companion=f"{path.name}.data") as folder:
+            beside = None
+            is_measured = latency and check and found and target == "onnxruntime" and not has_bfloat16
+            if is_measured and _weight_bytes(program.model) <= _LARGE // 4:
+                beside = folder / f"{path.name}.float"
+                _write(float_twin(program.model, found), beside)
+            tell("rewriting the graph")
+            tidy(program.model, target)
+            program.model.metadata_props.update(_metadata(model, target))
+            nodes = Counter(node.op_type for node in program.model.graph)
+            size = _write(program.model, folder / path.name)
+            del program
+            if size > _LARGE // 8:
+                gc.collect()  # it refers to itself, and would keep its weights while the check needs more
+            tell("checking the file")
+            _check_file(folder / path.name, has_bfloat16 and opset < _OPSET_OF_BFLOAT16)
+            compared = None
+            if check:
+                is_optimized = target == "onnxruntime"
+                compared = compare_with_torch(
+                    model, args, kwargs, folder / path.name, found, optimized=is_optimized, float_path=beside
+                )
+            if beside is not None:
+                beside.unlink()
+            size = sum(file.stat().st_size for file in folder.iterdir())
+    measured = None if compared is None else compared.latency
+    if measured is not None and measured.is_slower:
+        warn_caller(measured.advice(path.name))
+    return ExportReport(path, target, opset, dict(nodes), size, tuple(names), compared)
+
+
+def _each_on_its_own(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments, with a copy of what is given again.
+
+    Models ask whether two arguments are one tensor, as attention does, and the file would be of that case
+    alone.
+    """
+    seen: set[int] = set()
+
+    def own(x: Any) -> Any:
+        if isinstance(x, Tensor) and id(x) in seen:
+            return x.clone()
+        seen.add(id(x))
+        return x
+
+    made: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(own, (args, dict(kwargs)))
+    return made
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A block in which exporter and passes log errors alone, not what they skip, nor whole graphs."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(max(logger.level, logging.ERROR))
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _demand_extra(check: bool) -> None:
+    for package in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
+        try:
+            __import__(package)
+        except ImportError:  # noqa: PERF203
+            raise MissingExtraError.of("onnx", package, "qp.export_onnx") from None
+
+
+def _newest_opset() -> int:
+    import onnx
+
+    newest: int = onnx.defs.onnx_opset_version()
+    return newest
+
+
+def _has_bfloat16(model: nn.Module, args: Any, kwargs: Any) -> bool:
+    tensors = (*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs)))
+    return any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in tensors)
+
+
+def _ir_version(opset: int) -> int:
+    """The version of the file's format that came with an opset: a runtime that knows one takes the other."""
+    import onnx
+
+    version: int = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    return version
+
+
+def _checked_operands(model: nn.Module, target: str, opset: int) -> list[Operand]:
+    from quantpatch.export.onnx.recurrent import demand_operators
+
+    if target not in TARGETS:
+        raise UnknownNameError.of("target", target, TARGETS)
+    newest = _newest_opset()
+    if isinstance(opset, bool) or not isinstance(opset, int) or not 19 <= opset <= newest:
+        raise ExportError(
+            f"opset is a number from 19 to {newest} here, got {opset!r}; leave it out for {_OPSET}",
+            target=target,
+        )
+    if isinstance(model, (nn.DataParallel, torch.jit.ScriptModule)):
+        raise ExportError(
+            f"a {type(model).__name__} cannot be traced; export the module inside it", target=target
+        )
+    demand_operators(model, target)
+    found = operands(model)
+    if not found:
+        warn_caller(
+            f"{type(model).__name__} holds no quantizer that is on, so the file will be float. Build the "
+            f"model inside `with quantize_modules():`, or write qp.convert(model), and calibrate it"
+        )
+    refused = problems(found, target, opset)
+    if refused:
+        lines = "\n  ".join(f"{name}: {why}" for name, why in list(refused.items())[:12])
+        more = f"\n  and {len(refused) - 12} more" if len(refused) > 12 else ""
+        raise ExportError(
+            f"{len(refused)} of {len(found)} quantizers cannot be exported for {target}:\n  {lines}{more}",
+            quantizers=tuple(refused),
+            target=target,
+        )
+    return found
+
+
+# --- Tracing ----------------------------------------------------------------------------------------------
+
+
+def _traced(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    found: list[Operand],
+    target: str,
+    opset: int,
+    dynamic_shapes: Any,
+    input_names: list[str] | None,
+    output_names: list[str] | None,
+) -> Any:
+    from quantpatch.export.onnx.operators import translations
+    from quantpatch.export.onnx.recurrent import recurrent_layers_traced
+
+    if not kwargs and args and isinstance(args[-1], dict):
+        args = (*args, {})  # torch takes a dict that comes last for the keywords
+    with (
+        standing_in(found, target),
+        recurrent_layers_traced(model),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+    ):
+        warnings.simplefilter("ignore")  # torch's own, about what it calls itself
+        try:
+            return torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                verbose=False,
+                optimize=True,  # which torch 2.6 does not by itself
+                opset_version=opset,
+                dynamic_shapes=dynamic_shapes,
+                input_names=input_names,
+                output_names=output_names,
+                custom_translation_table=translations(opset),
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(
+                f"{type(model).__name__} cannot be traced for ONNX: {_innermost(error)}\n"
+                f"{_of_steps(model, dynamic_shapes)}Try "
+                f"torch.onnx.export(model, ..., dynamo=True) on the float model first, which says more",
+                target=target,
+            ) from error
+
+
+def _innermost(error: BaseException) -> str:
+    """What went wrong in the first place, in a line: what torch raises from it is mostly about itself."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first, _, rest = str(error).strip().partition("\n")
+    if first.endswith(":"):  # what follows is what it says
+        first = f"{first} {rest.strip().partition(chr(10))[0]}"
+    return f"{type(error).__name__}: {first}"
+
+
+def _of_steps(model: nn.Module, dynamic_shapes: Any) -> str:
+    """A line on recurrent layers that take no other number of steps, if shapes are to be dynamic."""
+    from quantpatch.export.onnx.recurrent import written_out
+
+    names = written_out(model) if dynamic_shapes is not None else []
+    if not names:
+        return ""
+    return (
+        f"{', '.join(names)}: written out step by step, for as many steps as the arguments have; "
+        f"dynamic_shapes may have the batch, but not the steps\n"
+    )
+
+
+# --- The file ---------------------------------------------------------------------------------------------
+
+
+def _metadata(model: nn.Module, target: str) -> dict[str, str]:
+    recipe = {
+        name: described["descriptor"]
+        for name, described in describe_quantizers(model).items()
+        if not described["disabled"]
+    }
+    return {
+        "quantpatch.version": own_version(),
+        "quantpatch.target": target,
+        "quantpatch.recipe": json.dumps(recipe),
+        "quantpatch.plugins": json.dumps(active_plugins()),
+    }
+
+
+def _write(model: Any, path: Path) -> int:
+    """Writes the file, its weights beside it if they are too large; returns their size, and frees them."""
+    import onnx_ir as ir
+
+    size = _weight_bytes(model)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > _LARGE else None)
+    for value in model.graph.initializers.values():
+        value.const_value = None  # onnxscript's rules keep the last graph that they have seen
+    return size
+
+
+def _weight_bytes(model: Any) -> int:
+    values = model.graph.initializers.values()
+    return int(sum(value.const_value.nbytes for value in values if value.const_value is not None))
+
+
+def _check_file(path: Path, too_old: bool) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        advice = (
+            f". The model has bfloat16, which convolutions and others take from opset {_OPSET_OF_BFLOAT16} "
+            f"on: leave opset out, or write opset={_OPSET_OF_BFLOAT16}"
+        )
+        raise ExportError(
+            f"the exported file is not valid ONNX: {error}{advice if too_old else ''}"
+        ) from error

@@ -1,0 +1,180 @@
+"""How long a file takes beside the same one in float, and what in it runs on floats nevertheless.
+
+Quantizing is no gain by itself: a layer without an integer kernel takes the time of the float one and that of
+the conversions around it. Nobody sees that from the graph, so the export measures it, and says so.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from quantpatch.export.onnx.graph import constant_of, maker, store_four_bits
+from quantpatch.export.onnx.kernel_check import is_kernel
+from quantpatch.export.onnx.weights import fold_weight
+from quantpatch.export.prepare.runtimes import Operand
+from quantpatch.numerics.formats import Integer
+
+__all__ = ["Latency", "float_twin", "measure", "on_floats"]
+
+# Rounds to measure at most and at least, and after how many seconds no other one begins.
+_ROUNDS, _LEAST, _SECONDS = 21, 3, 0.5
+# A call itself takes some 10 us; below that many ms, and so near, nobody can tell which file is faster.
+_MEASURABLE, _NOISE = 0.05, 1.1
+_NAMED = 8
+# The kernel of weights in blocks of 4 bits.
+_IN_BLOCKS = "MatMulNBits"
+
+
+@attrs.frozen
+class Latency:
+    """How long a file takes in ONNX Runtime, with the options of a session that was given none.
+
+    Attributes:
+        ms: Of the file, a median.
+        float_ms: Of the same file in float.
+        on_floats: Names of the layers whose weights are quantized, but run on float kernels.
+    """
+
+    ms: float
+    float_ms: float
+    on_floats: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """Latency to the float file's; below 1 is faster."""
+        return self.ms / self.float_ms
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether the file is slower than float, by more than what a few runs leave open."""
+        return max(self.ms, self.float_ms) >= _MEASURABLE and self.ratio > _NOISE
+
+    def __str__(self) -> str:
+        text = f"{self.ms:.3g} ms here, {self.ratio:.2f} of float ({self.float_ms:.3g} ms)"
+        return text if not self.on_floats else f"{text}; on float kernels: {_listed(self.on_floats)}"
+
+    def advice(self, name: str) -> str:
+        """What to do about a file that is slower than float."""
+        times = f"{self.ms:.3g} and {self.float_ms:.3g} ms"
+        text = f"{name} takes {self.ratio:.2f} times as long as in float here ({times})"
+        if self.on_floats:
+            text += (
+                f". Of these layers the weights are quantized, but the kernels are float: "
+                f"{_listed(self.on_floats)}. Leave them float (skip=[...], or disable() their quantizers)"
+            )
+        else:
+            text += ". Its layers run on integers, but what is between them costs more than that gains"
+        return (
+            f"{text}, or call qp.prepare(model, args) before calibration if you have not: it puts quantizers "
+            f"where kernels want them. export_onnx(..., latency=False) does not measure"
+        )
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
+
+
+# --- The same file in float ---------------------------------------------------------------------------------
+
+
+def float_twin(model: Any, found: Collection[Operand]) -> Any:
+    """A copy of what the exporter made, without quantizers: weights are floats once the file is loaded.
+
+    Args:
+        model: An ``onnx_ir.Model``, not tidied yet.
+        found: The quantizers in it.
+    """
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    twin = ir.from_proto(ir.to_proto(model))
+    graph = twin.graph
+    store_four_bits(graph)
+    clipping = {operand.name for operand in found if _clips(operand)}
+    for node in list(graph):
+        if node.op_type != "DequantizeLinear":
+            continue
+        quantize = maker(node.inputs[0], "QuantizeLinear")
+        if quantize is not None:
+            x = quantize.inputs[0]
+            clip = maker(x, "Clip")
+            if clip is not None and quantize.outputs[0].name.partition(".codes")[0] in clipping:
+                x = clip.inputs[0]  # which is of the quantizer
+            ir.convenience.replace_all_uses_with(node.outputs[0], x, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+        elif all(constant_of(graph, value) is not None for value in node.inputs[:2]):
+            fold_weight(graph, node)
+    common.RemoveUnusedNodesPass()(twin)
+    return twin
+
+
+def _clips(operand: Operand) -> bool:
+    return isinstance(operand.element, Integer) and operand.format.max - operand.format.min < 255
+
+
+# --- Measuring ----------------------------------------------------------------------------------------------
+
+
+def measure(path: Path, float_path: Path, feed: Mapping[str, Any]) -> tuple[float, float]:
+    """Medians of the times that two files take, in ms, run in turn.
+
+    Args:
+        path: The file.
+        float_path: The same in float.
+        feed: What to run them on.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    sessions = [
+        onnxruntime.InferenceSession(str(each), options, providers=["CPUExecutionProvider"])
+        for each in (path, float_path)
+    ]
+    times: list[list[float]] = [[], []]
+    start = time.perf_counter()
+    for each in sessions:
+        each.run(None, dict(feed))
+    for done in range(_ROUNDS):
+        if done >= _LEAST and time.perf_counter() - start > _SECONDS:
+            break
+        for session, taken in zip(sessions, times, strict=True):
+            before = time.perf_counter()
+            session.run(None, dict(feed))
+            taken.append(time.perf_counter() - before)
+    own, as_float = (1e3 * statistics.median(taken) for taken in times)
+    return own, as_float
+
+
+def on_floats(file: Any, optimized: Any, found: Collection[Operand]) -> tuple[str, ...]:
+    """The layers whose weights are quantized in a file, and that ONNX Runtime runs on float kernels.
+
+    Args:
+        file: The file, an ``onnx.ModelProto``.
+        optimized: What ONNX Runtime made of it.
+        found: The quantizers in it.
+    """
+    quantizers = {operand.name: operand for operand in found if operand.weight is not None}
+    stored = _named(quantizers, (tensor.name for tensor in file.graph.initializer))
+    taken = (
+        n
+        for node in optimized.graph.node
+        if is_kernel(node) or node.op_type == _IN_BLOCKS
+        for n in node.input
+    )
+    left = stored - _named(quantizers, taken)
+    layers = (name.rpartition(".")[0] or "the model" for name in quantizers if name in left)
+    return tuple(dict.fromkeys(layers))
+
+
+def _named(quantizers: Collection[str], constants: Any) -> set[str]:
+    """The quantizers that constants are called after, as the exporter does it."""
+    found = (name.rpartition("_quantizer.")[0] + "_quantizer" for name in constants if "_quantizer." in name)
+    return {name for name in found if name in quantizers}

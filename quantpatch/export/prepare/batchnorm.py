@@ -1,0 +1,254 @@
+"""``fold_batchnorm``: batch norm in eval mode is a factor and an addend for each channel before it.
+
+Which batch norm follows which layer is seen in a run of the model on given inputs, or without any read from
+the traced graph (torch.fx), not from the order of modules: the layer's output must go into the batch norm and
+nowhere else. A model that torch.fx cannot trace as a whole is traced in parts. A run also tells whether the
+model computes the same with each folded, since a subclass may do more than its base.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from quantpatch.errors import ExportError, warn_caller
+from quantpatch.export.prepare.dataflow import BATCHNORM, Dataflow, Value, dataflow
+from quantpatch.export.prepare.folded_batchnorm import (
+    LAYERS,
+    Fold,
+    Folded,
+    channel_axis,
+    computes_as_torch,
+    is_per_channel,
+)
+from quantpatch.export.prepare.moving import MOVING
+from quantpatch.export.prepare.verified import made_if_same, run_of
+from quantpatch.layers.base import QuantizedLayer
+from quantpatch.torch_tools.forward import demand_model
+
+__all__ = ["FoldedBatchNorm", "fold_batchnorm"]
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_PRODUCTS = frozenset(f"aten::{name}" for name in ("addmm", "bmm", "convolution", "linear", "mm"))
+_OWN = "its forward is its own: give the arguments to run the model on, so that it can be compared"
+
+
+@attrs.frozen
+class FoldedBatchNorm:
+    """What ``fold_batchnorm`` did.
+
+    Attributes:
+        folded: The layer that each folded batch norm went into, by name.
+        left: Why the others were left, by name.
+    """
+
+    folded: dict[str, str]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{norm} -> {layer}" for norm, layer in self.folded.items()]
+        lines += [f"{norm} is left: {why}" for norm, why in self.left.items()]
+        return "\n".join(lines) or "no batch norm"
+
+
+def fold_batchnorm(
+    model: nn.Module,
+    args: tuple[Any, ...] | Tensor | None = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+) -> FoldedBatchNorm:
+    """Folds each batch norm into the convolution or linear layer before it, in place.
+
+    The batch norm becomes an ``nn.Identity``; one of a subclass, such as timm's ``BatchNormAct2d``, stays and
+    does what else its forward does. The model computes the same to the rounding of floats, which a run before
+    and one after tell, if there are arguments to run it on: what changes more than that is left, with a
+    warning. A quantized layer then quantizes the weights that will run. Ranges of weights that are known
+    already are scaled with them, so fold before or after calibration, and before quantization-aware training.
+    A ``state_dict`` from before is folded as it is loaded.
+
+    Args:
+        model: Float or quantized, in eval mode.
+        args: Arguments to run it on, to see what follows what: a tensor, or a tuple. Left out, torch.fx has
+            to trace the model, and only torch's own layers and batch norms are folded.
+        kwargs: Keyword arguments to run it on.
+
+    Returns:
+        What was folded, and what was not and why.
+
+    Raises:
+        ExportError: The model is in training mode, where batch norm depends on the batch.
+
+    Warns:
+        QuantPatchWarning: Something was folded, computed something else, and was put back.
+    """
+    demand_model(model, "fold_batchnorm")
+    norms = {name: m for name, m in model.named_modules() if _is_norm(m)}
+    training = [name for name, norm in norms.items() if norm.training]
+    if training:
+        raise ExportError(
+            f"batch norm depends on the batch while training: write model.eval() before fold_batchnorm "
+            f"(training: {', '.join(training[:5])})",
+            quantizers=tuple(training),
+        )
+    if not norms:
+        return FoldedBatchNorm({}, {})
+    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    pairs: dict[str, str | None] = {}
+    seen: dict[str, str] = {}
+    run = None
+    if args is None and kwargs is None:
+        _find(model, "", pairs, seen)
+    else:
+        given = () if args is None else args if isinstance(args, tuple) else (args,)
+        run = run_of(model, given, kwargs)
+        _find_in_run(model, dataflow(model, run), pairs, seen)
+    folded: dict[str, str] = {}
+    left: dict[str, str] = {}
+    for name, norm in norms.items():
+        before = pairs.get(name)
+        if before is None:
+            left[name] = seen.get(name, "its place is not known: torch.fx cannot trace it, or it did not run")
+            continue
+        layer = model.get_submodule(before)
+        why = _obstacle(layer, norm, uses, owners)
+        if why:
+            left[name] = why
+        else:
+            folded[name] = before
+    folds = {name: Fold(model, before, name) for name, before in folded.items()}
+    if run is None:
+        for fold in folds.values():
+            fold.make()
+        return FoldedBatchNorm(folded, left)
+    wrong = made_if_same(model, run, folds)
+    for name, how in wrong.items():
+        left[name] = f"{how} with it folded into {folded.pop(name)}, so that was undone"
+    if wrong:
+        shown = "; ".join(f"{name}: {left[name]}" for name in list(wrong)[:5])
+        warn_caller(f"{len(wrong)} batch norms were not folded: {shown}{' …' * (len(wrong) > 5)}")
+    return FoldedBatchNorm(folded, left)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm, and not folded yet."""
+    return isinstance(module, _NORMS) and not isinstance(vars(module).get("weight"), Folded)
+
+
+class _Tracer(fx.Tracer):
+    """Layers and batch norms are one node each, those of subclasses too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (*_NORMS, *LAYERS)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _find(module: nn.Module, prefix: str, pairs: dict[str, str | None], seen: dict[str, str]) -> None:
+    """The layer before each batch norm, by name, where nothing else uses the layer's output."""
+    if not any(map(_is_norm, module.modules())) or isinstance(module, _NORMS):
+        return
+    try:
+        graph = _Tracer().trace(module)
+    except Exception:  # data-dependent code raises what it likes
+        for name, child in module.named_children():
+            _find(child, f"{prefix}{name}.", pairs, seen)
+        return
+    modules = dict(module.named_modules())
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    for node in graph.nodes:
+        if node.op != "call_module" or not _is_norm(modules[str(node.target)]):
+            continue
+        norm = prefix + str(node.target)
+        source: Any = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module":
+            seen[norm] = "no layer comes right before it"
+        elif calls[str(node.target)] > 1 or calls[str(source.target)] > 1:
+            seen[norm] = f"it or {source.target} is called more than once"
+        elif len(source.users) > 1:
+            seen[norm] = f"the output of {prefix}{source.target} is used elsewhere, too"
+        elif not isinstance(modules[str(source.target)], tuple(LAYERS)):
+            seen[norm] = f"{prefix}{source.target} is a {type(modules[str(source.target)]).__name__}"
+        elif not computes_as_torch(modules[str(node.target)]):
+            seen[norm] = _OWN
+        elif not computes_as_torch(modules[str(source.target)]):
+            seen[norm] = f"of {prefix}{source.target}, {_OWN}"
+        else:
+            pairs[norm] = prefix + str(source.target)
+
+
+def _find_in_run(
+    model: nn.Module, flow: Dataflow, pairs: dict[str, str | None], seen: dict[str, str]
+) -> None:
+    """The same, from what a run of the model computed."""
+    modules = dict(model.named_modules())
+    for operator in flow.operators:
+        norm = operator.module
+        if operator.name not in BATCHNORM or norm not in modules or not _is_norm(modules[norm]):
+            continue
+        source = operator.inputs[0]
+        layer = source.outputs_of[0] if source.outputs_of else None
+        if layer is None:
+            seen[norm] = "no layer comes right before it"
+        elif flow.calls[norm] > 1 or flow.calls[layer] > 1:
+            seen[norm] = f"it or {layer} is called more than once"
+        elif len(source.uses) > 1 or source.is_result:
+            seen[norm] = f"the output of {layer} is used elsewhere, too"
+        elif not isinstance(modules[layer], tuple(LAYERS)):
+            seen[norm] = f"{layer} is a {type(modules[layer]).__name__}"
+        elif not parametrize.is_parametrized(modules[layer]) and not _is_product_of_weight(source, layer):
+            seen[norm] = f"{layer} computes with another tensor than its weight, or goes on with the product"
+        else:
+            pairs[norm] = layer
+
+
+def _is_product_of_weight(value: Value, layer: str) -> bool:
+    """Whether a value is what a convolution or matrix product with a parameter itself gives, in a module."""
+    product = value.maker
+    while product is not None and (product.quantizer is not None or product.name in MOVING):
+        product = product.inputs[0].maker
+    if product is None or product.module != layer or product.name not in _PRODUCTS:
+        return False
+    weight = product.inputs[1 if product.name == "aten::convolution" else -1]
+    while weight.maker is not None and (weight.maker.quantizer is not None or weight.maker.name in MOVING):
+        weight = weight.maker.inputs[0]
+    return weight.is_parameter
+
+
+def _obstacle(layer: Any, norm: Any, uses: Counter[int], owners: Counter[int]) -> str | None:
+    if norm.running_mean is None or norm.running_var is None:
+        return "it keeps no running statistics"
+    if uses[id(layer)] > 1 or uses[id(norm)] > 1:
+        return "it or the layer before it is in the model more than once"
+    if isinstance(norm, nn.SyncBatchNorm) and not computes_as_torch(norm):
+        return "it normalizes over ranks while it trains, and its forward is its own"
+    if parametrize.is_parametrized(norm):
+        return "its weight is parametrized"
+    if parametrize.is_parametrized(layer) or not isinstance(layer.weight, nn.Parameter):
+        return "the weight before it is parametrized"
+    if owners[id(layer.weight)] > 1 or (layer.bias is not None and owners[id(layer.bias)] > 1):
+        return "the weight before it is tied"
+    if layer._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks:
+        return "hooks would see other tensors"
+    if layer.weight.is_meta or norm.running_mean.is_meta:
+        return "it has no values yet (meta device)"
+    if norm.running_var.numel() != _channels(layer):
+        return f"it has {norm.running_var.numel()} channels, and the layer before it {_channels(layer)}"
+    if not isinstance(layer, QuantizedLayer):
+        return None
+    output = layer.quantizer("output")
+    if output is not None and output.is_active:
+        return "the output before it is quantized"
+    quantizer = layer.quantizer("weight")
+    amax = None if quantizer is None else quantizer.amax
+    if amax is not None and not is_per_channel(amax, layer):
+        return "the weight's range is known and not per output channel: fold before calibrating"
+    return None
+
+
+def _channels(layer: Any) -> int:
+    axis = channel_axis(layer)
+    return int(layer.weight.shape[axis]) * (layer.groups if axis else 1)

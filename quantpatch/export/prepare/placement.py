@@ -1,0 +1,238 @@
+"""``prepare``: batch norm folded, and quantizers where a target's integer kernels want them.
+
+What is to be quantized ``placement_rules`` says. In float the model has to compute afterwards what it did
+before, which is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor, nn
+
+from quantpatch.errors import UnknownNameError, warn_caller
+from quantpatch.export.prepare.batchnorm import FoldedBatchNorm, fold_batchnorm
+from quantpatch.export.prepare.dataflow import Dataflow, Value, dataflow
+from quantpatch.export.prepare.placement_rules import Rules
+from quantpatch.export.prepare.runtimes import TARGETS, Target
+from quantpatch.export.prepare.unsigned import is_never_negative
+from quantpatch.export.prepare.verified import made_if_same, run_of
+from quantpatch.layers.base import QuantizedLayer, quantizer_name
+from quantpatch.layers.placed import quantize_output_of, take_out
+from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.quantize.call_ranges import CallRanges
+from quantpatch.torch_tools.forward import demand_model, explaining_devices, uncompiled
+
+__all__ = ["Preparation", "prepare"]
+
+
+@attrs.frozen
+class Preparation:
+    """What ``prepare`` did.
+
+    Attributes:
+        target: What for.
+        batchnorm: Which batch norms were folded, and which were not and why.
+        placed: Names of the new quantizers.
+        shared: Quantizers that gave way to a new one, which they share now: its name by theirs.
+        unsigned: Quantizers that are unsigned now, since what they take is never negative.
+        left: What stays float between integer kernels, by the module that runs it, and why.
+        turned: Quantizers of weights whose scales are on another axis now, which the target takes.
+    """
+
+    target: str
+    batchnorm: FoldedBatchNorm
+    placed: tuple[str, ...]
+    shared: Mapping[str, str]
+    unsigned: tuple[str, ...]
+    left: Mapping[str, str]
+    turned: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [
+            f"for {self.target}: {len(self.batchnorm.folded)} batch norms folded, {len(self.placed)} "
+            f"quantizers placed, {len(self.shared)} shared, {len(self.unsigned)} unsigned"
+        ]
+        lines += [f"{name} has its scales on axis 0 now" for name in self.turned]
+        lines += [f"{name} is not folded: {why}" for name, why in self.batchnorm.left.items()]
+        lines += [f"{name or 'the model'} is left: {why}" for name, why in self.left.items()]
+        return "\n  ".join(lines)
+
+
+def prepare(
+    model: nn.Module,
+    args: tuple[Any, ...] | Tensor,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    target: Target = "onnxruntime",
+    outputs: bool = True,
+) -> Preparation:
+    """Places the quantizers that a target's integer kernels want, and folds batch norm where it wants that.
+
+    Call it before calibration or quantization-aware training, which give the new quantizers their ranges.
+    The model then computes with them in PyTorch as well, so the exported file still gives the same integers.
+    Calling it again changes nothing. In float it computes what it did before: that is checked by a run before
+    and one after, and what changes it is undone, with a warning.
+
+    Args:
+        model: A quantized model in eval mode; changed in place.
+        args: Arguments to run it on once, to see what it computes: a tensor, or a tuple.
+        kwargs: Keyword arguments to run it on.
+        target: What will run the exported file. ``"onnxruntime"``: batch norm is folded; convolutions,
+            residual additions and concatenations get quantized results, what is never negative becomes
+            unsigned, and a small convolution of images is left float, its quantizers switched off, if its
+            activation has no integer kernel. ``"tensorrt"``: of an addition to a convolution the other
+            operand is quantized, and weights of transposed convolutions get their scales on axis 0.
+        outputs: Whether, for ``"onnxruntime"``, a result of a convolution is quantized also where the model
+            returns it. Without that ONNX Runtime runs this convolution on floats, slower than in a float
+            file; ``left`` names it then.
+
+    Returns:
+        What was done, and what was left and why.
+
+    Raises:
+        ExportError: A batch norm is in training mode.
+        InputError: The first argument is no model, or the inputs are on another device.
+        UnknownNameError: There is no such target.
+
+    Warns:
+        QuantPatchWarning: Something changed what the model computes in float, and was undone.
+    """
+    demand_model(model, "prepare")
+    if target not in TARGETS:
+        raise UnknownNameError.of("target", target, TARGETS)
+    model = uncompiled(model)
+    args = args if isinstance(args, tuple) else (args,)
+    with explaining_devices(model, (args, kwargs)):
+        # TensorRT folds batch norm by itself, and its documentation asks that nobody does it before.
+        fold = target == "onnxruntime"
+        folded = fold_batchnorm(model, args, kwargs=kwargs) if fold else FoldedBatchNorm({}, {})
+        run = run_of(model, args, kwargs)
+        with CallRanges(model) as calls:
+            flow = dataflow(model, run)
+        rules = Rules(model, flow, outputs=outputs)
+        left = rules.left
+        unsigned: tuple[str, ...] = ()
+        turned: tuple[str, ...] = ()
+        if target == "onnxruntime":
+            rules.leave_images_float()
+            rules.quantize_convolutions()
+            rules.quantize_joins()
+            unsigned = tuple(_never_negative(model, flow))
+        else:
+            rules.quantize_skips()
+            turned = tuple(_turn_transposed(model, left))
+        for layer in rules.float_layers:
+            for quantizer in layer.quantizers().values():
+                quantizer.disable()
+        changes = _changes(model, rules, allow_unsigned=target == "onnxruntime")
+        for place, how in made_if_same(model, run, changes).items():
+            del changes[place]
+            left[place] = f"{how} with its output quantized, so that was undone"
+            warn_caller(f"{place} is left: {left[place]}")
+    calls.warn()
+    placed = tuple(f"{place}.{quantizer_name('output')}" for place in changes)
+    shared = {
+        name: new for new, change in zip(placed, changes.values(), strict=True) for name in change.shared
+    }
+    every = named_quantizers(model, every_name=True)
+    unsigned = tuple(name for name in unsigned if name not in shared and not every[name].disabled)
+    for name in unsigned:
+        every[name].use_zero_point(0)
+    unsigned += tuple(name for name in placed if getattr(every[name].format, "unsigned", False))
+    return Preparation(target, folded, placed, shared, unsigned, left, turned)
+
+
+def _never_negative(model: nn.Module, flow: Dataflow) -> Iterator[str]:
+    """Quantizers of activations that may be unsigned: nothing that they take is ever negative."""
+    taken: dict[TensorQuantizer, list[Value]] = {}
+    for operator in flow.operators:
+        if operator.quantizer is not None:
+            taken.setdefault(operator.quantizer, []).append(operator.inputs[0])
+    for name, quantizer in named_quantizers(model).items():
+        values = taken.get(quantizer, [])
+        if values and quantizer.is_symmetric and all(map(is_never_negative, values)):
+            yield name
+
+
+def _turn_transposed(model: nn.Module, left: dict[str, str]) -> Iterator[str]:
+    """Weights of transposed convolutions get scales on axis 0, where torch has their inputs.
+
+    Args:
+        model: The model.
+        left: Takes a note on those whose range was known, which is that of another axis.
+    """
+    for name, layer in model.named_modules():
+        kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        if not isinstance(layer, QuantizedLayer) or not isinstance(layer, kinds):
+            continue
+        old = layer.quantizer("weight")
+        # A format in blocks has its own rules, which the export knows.
+        if old is None or old.descriptor.kept_axes in (None, 0) or old.format.block_size is not None:
+            continue
+        new = TensorQuantizer(attrs.evolve(old.descriptor, axis=0))
+        new.disabled, new.quantizing = old.disabled, old.quantizing
+        new.train(layer.training)
+        full = f"{name}.{quantizer_name('weight')}".lstrip(".")
+        if old.amax is not None:
+            left[full] = "its range was known for another axis: calibrate again, with only_missing=True"
+        for place in _places(model)[old]:
+            _put(model, place, new)
+        yield full
+
+
+class _Placed:
+    """A quantizer at the output of a module, in the place of those which take that output."""
+
+    def __init__(self, model: nn.Module, place: str, new: TensorQuantizer, takers: Mapping[str, Any]) -> None:
+        self.shared = takers
+        self._model, self._module, self._new = model, model.get_submodule(place), new
+
+    def make(self) -> None:
+        """Places it."""
+        quantize_output_of(self._module, self._new)
+        for name in self.shared:
+            _put(self._model, name, self._new)
+
+    def undo(self) -> None:
+        """Takes it out, and puts back the others."""
+        for name, old in self.shared.items():
+            _put(self._model, name, old)
+        take_out(self._module)
+
+
+def _changes(model: nn.Module, rules: Rules, *, allow_unsigned: bool) -> dict[str, _Placed]:
+    """What the rules planned, by the place of each new quantizer."""
+    places = _places(model)
+    changes: dict[str, _Placed] = {}
+    for value, (place, descriptor) in rules.plans.items():
+        if allow_unsigned and is_never_negative(value):
+            descriptor = attrs.evolve(descriptor, unsigned=True)
+        new = TensorQuantizer(descriptor)
+        gone = [old for old in rules.takers(value) if _may_share(old, new)]
+        changes[place] = _Placed(model, place, new, {name: old for old in gone for name in places[old]})
+    return changes
+
+
+def _places(model: nn.Module) -> dict[TensorQuantizer, list[str]]:
+    """Every name of each quantizer."""
+    places: dict[TensorQuantizer, list[str]] = {}
+    for name, quantizer in named_quantizers(model, every_name=True).items():
+        places.setdefault(quantizer, []).append(name)
+    return places
+
+
+def _put(model: nn.Module, name: str, quantizer: TensorQuantizer) -> None:
+    parent, _, own = name.rpartition(".")
+    model.get_submodule(parent)._modules[own] = quantizer
+
+
+def _may_share(old: TensorQuantizer, new: TensorQuantizer) -> bool:
+    """Whether one quantizer can stand for another that is not calibrated yet; its sign may differ."""
+    if old.amax is not None or old.disabled or not old.quantizing or old.calibrating:
+        return False
+    if old.descriptor.zero_point:
+        return False
+    return bool(attrs.evolve(old.descriptor, unsigned=new.descriptor.unsigned) == new.descriptor)

@@ -1,0 +1,267 @@
+"""The rules by which ``prepare`` places quantizers: which values a target's integer kernels want quantized.
+
+Where quantizers stand decides what runs on integers. ONNX Runtime's integer convolution gives integers, and
+so do its additions and concatenations: they run where all operands are quantized, and the result again. A
+quantizer is put where a tensor comes from, behind a ReLU if one follows, and all who take the tensor share
+it, so that it is quantized once. A first convolution that is faster on floats stays float. TensorRT fuses a
+residual addition with the convolution before it if the other operand is quantized.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import attrs
+from torch import nn
+
+from quantpatch.export.prepare.dataflow import BATCHNORM, Dataflow, Operator, Value
+from quantpatch.export.prepare.moving import MOVING
+from quantpatch.layers.base import QuantizedLayer, quantizer_name
+from quantpatch.layers.placed import can_hold
+from quantpatch.layers.quantizer import TensorQuantizer
+from quantpatch.numerics.formats import Integer
+from quantpatch.recipes.descriptor import QuantDescriptor
+
+__all__ = ["Rules"]
+
+# Below that many channels an image is padded and turned for the integer kernel, and is not for the float one.
+_FEW_CHANNELS = 4
+# A float kernel is as fast as an integer one up to about so many products for each output.
+_FEW_PRODUCTS = 32
+# Activations that have no integer kernel.
+_FLOAT_ACTIVATIONS = frozenset(
+    f"aten::{name}{end}" for name in ("gelu", "hardswish", "silu") for end in ("", "_")
+)
+
+_RELU = ("aten::relu", "aten::relu_", "aten::hardtanh", "aten::hardtanh_", "aten::clamp_min")
+
+
+class Rules:
+    """The rules of placement, over what a model computes. They plan; nothing is changed by them.
+
+    Args:
+        model: The model.
+        flow: What it computes.
+        outputs: Whether what the model returns is quantized where an integer kernel gives it.
+
+    Attributes:
+        left: What stays float, by the module that runs it, and why.
+        plans: The values to be quantized, each with the module whose output it is, and how.
+    """
+
+    def __init__(self, model: nn.Module, flow: Dataflow, *, outputs: bool) -> None:
+        self.flow = flow
+        self.left: dict[str, str] = {}
+        self.plans: dict[Value, tuple[str, QuantDescriptor]] = {}
+        self._outputs = outputs
+        self._modules = dict(model.named_modules())
+        self._float: dict[Operator, QuantizedLayer] = {}
+        self._uses = Counter(o.quantizer for o in flow.operators if o.quantizer is not None)
+
+    @property
+    def float_layers(self) -> Iterable[QuantizedLayer]:
+        """Layers whose quantizers are to be switched off."""
+        return self._float.values()
+
+    def takers(self, value: Value) -> Iterator[TensorQuantizer]:
+        """The quantizers that a value goes into, moved at most, and nothing else does."""
+        for operator in value.uses:
+            if operator.quantizer is not None:
+                if self._uses[operator.quantizer] == 1:
+                    yield operator.quantizer
+            elif operator.name in MOVING:
+                for output in operator.outputs:
+                    yield from self.takers(output)
+
+    # --- rules ---------------------------------------------------------------------------------
+
+    def leave_images_float(self) -> None:
+        """A small convolution of images stays float if its activation has no integer kernel.
+
+        On integers the image is quantized, padded to four channels and turned, and the result becomes float
+        for the activation and integer again; the float kernel takes the image as it is and has the activation
+        in it (3 to 16 channels, 3 x 3, 160 x 160, hard swish: 200 and 114 us on one thread of an x86 with
+        VNNI; SiLU and GELU gain as much, larger kernels and ReLU do not).
+        """
+        for operator in self.flow.named("convolution"):
+            layer = self._modules.get(operator.module)
+            if not isinstance(layer, QuantizedLayer) or not isinstance(layer, nn.Conv2d):
+                continue
+            products = layer.in_channels * math.prod(layer.kernel_size)
+            if layer.groups != 1 or layer.in_channels >= _FEW_CHANNELS or products > _FEW_PRODUCTS:
+                continue
+            uses = operator.outputs[0].uses
+            if len(uses) != 1 or uses[0].name not in _FLOAT_ACTIVATIONS:
+                continue
+            own = layer.quantizers().values()
+            if self._of_convolution(operator) is None or any(self._uses[q] > 1 for q in own):
+                continue
+            self._float[operator] = layer
+            follows = uses[0].name.removeprefix("aten::").rstrip("_")
+            self.left[operator.module] = (
+                f"its quantizers are switched off, since ONNX Runtime is faster on floats where images of "
+                f"{layer.in_channels} channels come in and {follows} follows, which has no integer kernel; "
+                f"enable() them if it shall be quantized nevertheless"
+            )
+
+    def quantize_convolutions(self) -> None:
+        """The result of an integer convolution is quantized, behind its activation if it has one."""
+        for operator in self.flow.named("convolution"):
+            descriptor = self._of_convolution(operator)
+            result = operator.outputs[0]
+            if descriptor is None or operator.args[6]:
+                continue
+            if not self._outputs and _is_returned(result):
+                self.left[operator.module] = (
+                    "the model returns its result, which outputs=False leaves float, and ONNX Runtime then "
+                    "runs the convolution on floats"
+                )
+                continue
+            if self._is_settled(result):
+                continue
+            behind = self._behind_activation(result)
+            if self._is_settled(behind):
+                continue
+            if not self._plan(behind, descriptor) and not self._plan(result, descriptor):
+                self.left[operator.module] = (
+                    "its output can have no quantizer, since the layer runs more than once or quantizes its "
+                    "output already"
+                )
+
+    def quantize_joins(self) -> None:
+        """Additions and concatenations of what convolutions give have quantized operands and results."""
+        for operator in self.flow.named("add", "cat"):
+            descriptor = self._joined(operator)
+            if descriptor is None:
+                continue
+            result = self._behind_activation(operator.outputs[0])
+            wanted = [v for v in operator.inputs if not self._is_on_grid(v)]
+            if result.is_result and not result.uses and not self._outputs:
+                continue  # a float result wants float operands
+            if not self._is_settled(result):
+                wanted.append(result)
+            self._plan_all(operator, wanted, descriptor)
+
+    def quantize_skips(self) -> None:
+        """Of an addition to what a convolution gives, the operand that was there first is quantized."""
+        order = {value: i for i, o in enumerate(self.flow.operators) for value in o.outputs}
+        for operator in self.flow.named("add"):
+            descriptor = self._joined(operator)
+            if descriptor is not None:
+                first = min(operator.inputs, key=lambda value: order.get(value, -1))
+                self._plan_all(operator, [] if self._is_on_grid(first) else [first], descriptor)
+
+    def _plan_all(self, operator: Operator, wanted: list[Value], descriptor: QuantDescriptor) -> None:
+        if any(self._spot(value) is None for value in wanted):
+            self.left[operator.module] = (
+                "what it adds or concatenates is computed there by functions, and only the output of a "
+                "module can be quantized: use modules, such as nn.ReLU or quantpatch.layers.operands.Add"
+            )
+            return
+        for value in wanted:
+            self._plan(value, descriptor)
+
+    def _joined(self, operator: Operator) -> QuantDescriptor | None:
+        """The descriptor for an addition or concatenation of activations, one of them a convolution's."""
+        if len(operator.inputs) < 2 or any(value.is_parameter for value in operator.inputs):
+            return None
+        found = (self._from_convolution(value) for value in operator.inputs)
+        return next((descriptor for descriptor in found if descriptor is not None), None)
+
+    # --- what is known of a value ----------------------------------------------------------------
+
+    def _of_convolution(self, operator: Operator) -> QuantDescriptor | None:
+        """What a convolution's input is quantized to, if that and its weight are quantized to integers."""
+        if operator in self._float:
+            return None
+        x, weight = operator.inputs[:2]
+        source = _quantizer_of(x)
+        if source is None or not isinstance(source.format, Integer) or source.format.bits != 8:
+            return None
+        other = None if weight.maker is None else weight.maker.quantizer
+        if source.descriptor.dynamic or source.descriptor.kept_axes is not None:
+            return None
+        if other is None or not isinstance(other.format, Integer):
+            return None
+        return attrs.evolve(source.descriptor, amax=None, unsigned=False, narrow_range=False, zero_point=0)
+
+    def _from_convolution(self, value: Value) -> QuantDescriptor | None:
+        operator = value.maker
+        passed = (*MOVING, *_RELU, *BATCHNORM)
+        while operator is not None and (operator.quantizer is not None or operator.name in passed):
+            operator = operator.inputs[0].maker
+        if operator is None or operator.name != "aten::convolution":
+            return None
+        return self._of_convolution(operator)
+
+    def _is_on_grid(self, value: Value) -> bool:
+        """Whether a value comes out of a quantizer, moved at most."""
+        while value not in self.plans:
+            if value.maker is None or value.maker.quantizer is not None:
+                return value.maker is not None
+            if value.maker.name not in MOVING:
+                return False
+            value = value.maker.inputs[0]
+        return True
+
+    def _is_settled(self, value: Value) -> bool:
+        """Whether a value is quantized wherever it goes, or is what the model returns in float."""
+        if value in self.plans:
+            return True
+        if value.is_result and self._outputs and not self._is_on_grid(value):
+            return False
+        return bool(value.uses or value.is_result) and all(map(self._takes_quantized, value.uses))
+
+    def _takes_quantized(self, operator: Operator) -> bool:
+        if operator.quantizer is not None:
+            return True
+        used = [value for value in operator.outputs if value.uses or value.is_result]
+        return operator.name in (*MOVING, *_RELU) and bool(used) and all(map(self._is_settled, used))
+
+    def _behind_activation(self, value: Value) -> Value:
+        """The value behind the ReLU that is all a value goes into; else the value."""
+        if len(value.uses) != 1 or value.uses[0].name not in _RELU or value.is_result:
+            return value
+        behind = value.uses[0].outputs[0]
+        return behind if self._spot(behind) is not None or self._is_settled(behind) else value
+
+    def _place(self, value: Value) -> str | None:
+        """The module whose output a value is, where a quantizer there changes that value and no other."""
+        for name in value.outputs_of:
+            inside = any(use.module == name or use.module.startswith(f"{name}.") for use in value.uses)
+            if name and self.flow.calls[name] == 1 and not inside and can_hold(self._modules[name]):
+                return name
+        return None
+
+    def _spot(self, value: Value) -> Value | None:
+        """Where a quantizer can stand for a value: at it, or behind what only moves it."""
+        while self._place(value) is None:
+            if value.is_result or len(value.uses) != 1 or value.uses[0].name not in MOVING:
+                return None
+            used = [output for output in value.uses[0].outputs if output.uses or output.is_result]
+            if len(used) != 1:
+                return None
+            value = used[0]
+        return value
+
+    def _plan(self, value: Value, descriptor: QuantDescriptor) -> bool:
+        spot = self._spot(value)
+        place = None if spot is None else self._place(spot)
+        if spot is None or place is None or quantizer_name("output") in self._modules[place]._modules:
+            return False
+        self.plans[spot] = (place, descriptor)
+        return True
+
+
+def _quantizer_of(value: Value) -> TensorQuantizer | None:
+    while value.maker is not None and value.maker.name in MOVING:
+        value = value.maker.inputs[0]
+    return None if value.maker is None else value.maker.quantizer
+
+
+def _is_returned(value: Value) -> bool:
+    """Whether a model returns a value, moved or behind a ReLU at most."""
+    passed = (use for use in value.uses if use.name in (*MOVING, *_RELU))
+    return value.is_result or any(_is_returned(output) for use in passed for output in use.outputs)

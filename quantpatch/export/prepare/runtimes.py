@@ -1,0 +1,337 @@
+"""What each target of an ONNX export takes, and what of a model it does not.
+
+Sources for TensorRT:
+
+- "Working with Quantized Types", TensorRT 10.11 documentation: quantization is symmetric; values are signed
+  INT8, FP8 E4M3, signed INT4 or FP4; INT4 is for weights only; an activation has one scale.
+- onnx-tensorrt's docs/operators.md, QuantizeLinear and DequantizeLinear: the scale is a positive constant and
+  the zero point is 0. Its onnxOpImporters.cpp: the size of blocks is that of the weight by that of the scale,
+  and the number of INT4 values is even.
+- API reference of IDequantizeLayer: the rank of scales is 2 at most.
+- pytorch-quantization's tensor_quant.py: per-channel scales of ConvTranspose weights are on axis 0.
+
+For ONNX Runtime: "Quantize ONNX Models" and its CPU provider's list of kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import attrs
+import torch
+from torch import nn
+
+from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.numerics.fake_quant import quantize
+from quantpatch.numerics.formats import Blocked, Float, Integer, NumberFormat
+from quantpatch.plugins.registry import registry
+
+__all__ = ["TARGETS", "Operand", "Target", "codes_name", "operands", "problems"]
+
+Target = Literal["onnxruntime", "tensorrt"]
+
+
+@attrs.frozen(eq=False)
+class Operand:
+    """A quantizer that the export has to express.
+
+    Attributes:
+        name: Of the quantizer.
+        quantizer: The quantizer.
+        layer: The layer it belongs to, or None.
+        weight: The weight it quantizes, or None for an activation.
+    """
+
+    name: str
+    quantizer: TensorQuantizer
+    layer: Any
+    weight: torch.Tensor | None
+
+    @property
+    def format(self) -> NumberFormat:
+        """The quantizer's format."""
+        return self.quantizer.format
+
+    @functools.cached_property
+    def element(self) -> NumberFormat:
+        """The format of the elements, of a format in blocks as of a plain one.
+
+        Of a plugin's format it is the integer format that a file can have in its place, if there is one: for
+        a weight, one that holds its codes; for an activation, one that rounds as the plugin's does.
+        """
+        element = self.own_element
+        if type(element) in (Integer, Float):
+            return element
+        return (_stored_as(self._own_codes()[0]) if self._is_known_weight else _rounds_as(element)) or element
+
+    @property
+    def own_element(self) -> NumberFormat:
+        """The format of the elements as the quantizer has it."""
+        return self.format.element if isinstance(self.format, Blocked) else self.format
+
+    @property
+    def _is_known_weight(self) -> bool:
+        return self.weight is not None and not self.weight.is_meta
+
+    @property
+    def amax(self) -> torch.Tensor | None:
+        """The range that is the quantizer's own; None if it is the tensor's."""
+        amax = self.quantizer.own_range
+        return None if amax is None else amax.detach()
+
+    @property
+    def axis(self) -> int | None:
+        """The axis of scales, or of blocks; None for a single scale, 0 for scales on several ``axes``."""
+        if self.axes:
+            return 0
+        axis = self.quantizer.descriptor.kept_axes
+        if self.format.block_size is not None:
+            axis = -1 if axis is None else axis
+        elif self.amax is not None and not self.amax.dim():
+            return None  # a descriptor may give one range for all channels
+        return axis[0] if isinstance(axis, tuple) else axis
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of scales if there are several, which have to be joined; else none."""
+        axes = self.quantizer.descriptor.kept_axes
+        if not isinstance(axes, tuple) or len(axes) < 2 or (self.amax is not None and not self.amax.dim()):
+            return ()
+        return axes
+
+    def joined(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor with one axis, the first, in the place of the several ``axes``, as ONNX has one only."""
+        if not self.axes:
+            return x
+        return x.permute(self._axes_first(x.dim())).flatten(0, len(self.axes) - 1)
+
+    def apart(self, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """What was ``joined`` from a tensor of this shape, as it was."""
+        if not self.axes:
+            return x
+        order = self._axes_first(len(shape))
+        return x.reshape([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
+
+    def _axes_first(self, dims: int) -> list[int]:
+        kept = sorted(axis % dims for axis in self.axes)
+        return [*kept, *(d for d in range(dims) if d not in kept)]
+
+    def codes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight's codes, of integers as such, and scale."""
+        codes, scale = self._own_codes()
+        if isinstance(self.element, Integer):
+            codes = codes.to(torch.uint8 if self.element.unsigned else torch.int8)
+        return codes, scale
+
+    def _own_codes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.weight is not None
+        return quantize(
+            self.weight.detach(), self.amax, self.format, axis=self.quantizer.descriptor.kept_axes
+        )
+
+
+def _stored_as(codes: torch.Tensor) -> Integer | None:
+    """The integer format that holds these codes; None if they are no integers of 8 bits."""
+    if not codes.numel() or not bool((codes == codes.round()).all()):
+        return None
+    return _holding(codes.min().item(), codes.max().item())
+
+
+def _holding(low: float, high: float) -> Integer | None:
+    """The smallest of the formats that hold the integers from ``low`` to ``high``."""
+    formats = (Integer(4), Integer(8), Integer(8, unsigned=True))
+    return next((f for f in formats if f.min <= low and high <= f.max), None)
+
+
+def _rounds_as(format: NumberFormat) -> Integer | None:
+    """The integer format that rounds as this one within its ends; None if none does.
+
+    Tried on every integer, every value halfway between two, the neighbours of these, and what is far outside.
+    """
+    holding = _holding(format.min, format.max)
+    if holding is None or format.min != round(format.min) or format.max != round(format.max):
+        return None
+    integers = torch.arange(-300.0, 300.0)
+    ties = integers + 0.5
+    up, down = (torch.full_like(ties, sign * torch.inf) for sign in (1, -1))
+    far = torch.tensor([1e30, -1e30, torch.inf, -torch.inf])
+    near = [torch.nextafter(ties, up), torch.nextafter(ties, down)]
+    y = torch.cat([integers, ties, integers + 1 / 3, *near, far])
+    try:
+        rounded = format.round_(y.clone())
+    except Exception:
+        return None
+    if not torch.equal(rounded, y.round().clamp(format.min, format.max)):
+        return None
+    return Integer(8, unsigned=holding.unsigned)
+
+
+def operands(model: nn.Module) -> list[Operand]:
+    """Every quantizer that changes tensors, with the weight that it quantizes."""
+    owners: dict[int, tuple[Any, str]] = {}
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLayer):
+            weights = layer.weight_axes()
+            for operand in layer.quantizers():
+                own = operand.removesuffix("_quantizer")
+                owners[id(layer.quantizer(own))] = (layer, own if own in weights else "")
+    found = []
+    for name, quantizer in named_quantizers(model).items():
+        if quantizer.disabled or not (quantizer.quantizing or quantizer.calibrating):
+            continue
+        layer, weight = owners.get(id(quantizer), (None, ""))
+        with torch.no_grad():
+            value = getattr(layer, weight) if weight else None
+        found.append(Operand(name, quantizer, layer, value))
+    return found
+
+
+def codes_name(quantizer: str, call: int) -> str:
+    """The name in the file of what a quantizer gives at a call, before it is dequantized."""
+    return f"{quantizer}.codes" if call == 0 else f"{quantizer}.codes_{call}"
+
+
+# --- What no ONNX file can say ----------------------------------------------------------------------------
+
+
+def _common(operand: Operand, opset: int) -> str | None:
+    quantizer, format = operand.quantizer, operand.format
+    is_weight = operand.weight is not None
+    if quantizer.calibrating:
+        return "it is being calibrated; end the calibration first"
+    if operand.amax is None and not (is_weight and quantizer.descriptor.dynamic):
+        if quantizer.descriptor.dynamic:
+            return (
+                "it takes its range from each tensor, which a file of constants cannot; use a "
+                "static recipe such as 'int8'"
+            )
+        return "its range is not known; write qp.calibrate(model, batches), or disable it"
+    tensors = [t for t in (operand.amax, operand.weight) if t is not None]
+    if any(t.is_meta for t in tensors):
+        return "it is on the meta device and has no values; load the model first"
+    element = operand.element
+    if is_weight and isinstance(element, Integer) and element.zero_point:
+        return (
+            f"its format {element.name} has a zero point, which is exported for activations only; use "
+            f"QuantDescriptor(axis='channel', narrow_range=True) for weights"
+        )
+    if isinstance(format, Blocked):
+        if not is_weight:
+            return (
+                f"its format {format.name} is in blocks, which are exported for weights only; "
+                f"give it an integer format"
+            )
+        if type(element) is not Integer or format.scale == "e4m3":
+            return (
+                f"its format {format.name} has no operator in ONNX; blocks of integers such as int4_g128 have"
+            )
+        if opset < 21:
+            return f"blocks need opset 21, asked for was {opset}; leave opset out"
+    if isinstance(element, Float):
+        if (element.exponent_bits, element.mantissa_bits) not in ((4, 3), (5, 2)):
+            return f"its format {element.name} has no operator in ONNX; FP8 E4M3 and E5M2 have"
+        if opset < 19:
+            return f"FP8 needs opset 19, asked for was {opset}; leave opset out"
+    plugin = registry.offers_format(operand.own_element)
+    if type(element) not in (Integer, Float):
+        whose = f"of the plugin {plugin!r}" if plugin else "of your own"
+        why = "its values are no integers of 8 bits" if is_weight else "it rounds otherwise than integers"
+        return f"ONNX has no operator for its format {format.name}, {whose}: {why}. Use int8 or FP8"
+    if plugin is None and element is not operand.own_element:
+        return (
+            f"its format {format.name} is offered by no plugin, so that the file could not say what it was; "
+            f"return it from the hook quantpatch_formats"
+        )
+    return None
+
+
+# --- TensorRT ---------------------------------------------------------------------------------------------
+
+
+def _tensorrt(operand: Operand) -> str | None:
+    element, is_weight = operand.element, operand.weight is not None
+    blocked = isinstance(operand.format, Blocked)
+    if isinstance(element, Integer) and element.zero_point:
+        return (
+            f"{element.name} has a zero point, and TensorRT's integers are symmetric; leave out "
+            f"zero_points=True and fit_zero_points, or give it QuantDescriptor() and calibrate again"
+        )
+    if isinstance(element, Integer) and element.unsigned:
+        return (
+            f"{element.name} is unsigned, and TensorRT has signed INT8 only; use "
+            f"QuantDescriptor(unsigned=False)"
+        )
+    if isinstance(element, Float) and element.mantissa_bits != 3:
+        return "of FP8 TensorRT has E4M3 only; use format='fp8_e4m3'"
+    if not is_weight and operand.axis is not None:
+        return "an activation has one scale in TensorRT; use axis=None"
+    if isinstance(element, Float) and operand.axis is not None:
+        return (
+            "FP8 has one scale for the tensor in TensorRT; use "
+            "QuantDescriptor(format='fp8_e4m3') without axis"
+        )
+    if blocked and isinstance(element, Integer) and element.bits > 4:
+        return (
+            f"blocks are of INT4 in TensorRT, not of {element.name}; use int4_g128, or int8 "
+            f"with axis='channel'"
+        )
+    if blocked:
+        return _tensorrt_blocks(operand)
+    transposed = isinstance(operand.layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    if is_weight and transposed and operand.axes:
+        return (
+            "its scales are those of the output channels within groups, on two axes, and for a transposed "
+            "convolution TensorRT takes axis 0; set the quantizer's descriptor to "
+            "QuantDescriptor(axis=0, narrow_range=True) and calibrate again"
+        )
+    if is_weight and transposed and operand.axis not in (None, 0):
+        return (
+            f"its scales are on axis {operand.axis}, and for a transposed convolution "
+            f"TensorRT takes axis 0; set the "
+            f"quantizer's descriptor to QuantDescriptor(axis=0, narrow_range=True) and calibrate again"
+        )
+    return None
+
+
+def _tensorrt_blocks(operand: Operand) -> str | None:
+    """Why TensorRT does not take the blocks of a weight, or would read them otherwise."""
+    assert operand.weight is not None
+    assert operand.format.block_size is not None
+    assert operand.axis is not None
+    shape, block_size = operand.weight.shape, operand.format.block_size
+    if len(shape) != 2:
+        return (
+            f"TensorRT takes blocks of matrices, and its weight has the shape {tuple(shape)}; use int8 with "
+            f"axis='channel'"
+        )
+    along = shape[operand.axis]
+    if along > block_size and along % block_size:
+        count = -(-along // block_size)
+        return (
+            f"its blocks of {block_size} leave a shorter one of the {along} values along axis "
+            f"{operand.axis % 2}, and TensorRT takes the size of blocks to be {along} / {count}; use a "
+            f"format whose blocks divide {along}"
+        )
+    if operand.weight.numel() % 2:
+        return "TensorRT packs two INT4 values in a byte, and its weight has an odd number; use int8"
+    return None
+
+
+def _onnxruntime(operand: Operand) -> str | None:
+    return None
+
+
+TARGETS: dict[str, Callable[[Operand], str | None]] = {"onnxruntime": _onnxruntime, "tensorrt": _tensorrt}
+
+
+def problems(found: list[Operand], target: str, opset: int) -> dict[str, str]:
+    """The quantizers that a target does not take, and what to change."""
+    refused = {}
+    for operand in found:
+        why = _common(operand, opset) or TARGETS[target](operand)
+        if why:
+            refused[operand.name] = why
+    return refused

@@ -1,0 +1,18 @@
+"""The patch itself: construction is intercepted here, and nothing else about quantization is known.
+
+===================  ============================================================================
+hooks.py             stand in for the ``__init__`` of classes, and for functions
+slots.py             where hooks stand, and what stood there before
+construction.py      when a construction is over, whatever called what
+activations.py       which policy is in force in which context
+statements.py        changes that an interrupt between two instructions cannot split
+import_watch.py      targets whose module is imported later
+mimicry.py           hooks that look like what they stand for
+built_modules.py     the outermost modules that a block has built
+torch_state.py       whether PyTorch is what it was
+===================  ============================================================================
+"""
+
+from quantpatch.interception.hooks import Slot
+
+__all__ = ["Slot"]

@@ -1,0 +1,86 @@
+"""The built-in plugin: quantpatch's own layers, recipes, formats and calibrators, by the public hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from quantpatch.calibrators import BUILTIN_CALIBRATORS, Calibrator
+from quantpatch.numerics.formats import BUILTIN_FORMATS, NumberFormat
+from quantpatch.plugins.entry import Entry
+from quantpatch.plugins.example import Example
+from quantpatch.plugins.hookspecs import API_VERSION, hookimpl
+from quantpatch.recipes.builtin import BUILTIN_RECIPES
+from quantpatch.recipes.descriptor import Recipe
+
+#: Versions of the plugin API it works with, oldest and newest.
+quantpatch_api = (API_VERSION, API_VERSION)
+
+# A file of quantpatch.layers each, and the classes of torch.nn that it has quantized versions of.
+FAMILIES = {
+    "linear": ("Linear", "Bilinear", "LazyLinear"),
+    "conv": (
+        *(f"Conv{n}d" for n in (1, 2, 3)),
+        *(f"ConvTranspose{n}d" for n in (1, 2, 3)),
+        *(f"LazyConv{n}d" for n in (1, 2, 3)),
+        *(f"LazyConvTranspose{n}d" for n in (1, 2, 3)),
+    ),
+    "recurrent": ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"),
+    "attention": ("MultiheadAttention", "TransformerEncoder"),
+    "pooling": tuple(
+        f"{kind}{n}d"
+        for kind in ("AvgPool", "AdaptiveAvgPool", "MaxPool", "AdaptiveMaxPool")
+        for n in (1, 2, 3)
+    ),
+    "norm": tuple(f"InstanceNorm{n}d" for n in (1, 2, 3)),
+    "embedding": ("Embedding", "EmbeddingBag"),
+}
+
+# Modules of quantpatch's own, for operations that no layer of torch owns.
+OPERATIONS = ("Add", "Cat", "MatMul", "Mul", "ScaledDotProductAttention")
+
+# Max pooling picks a value that is quantized already in most networks, and embedding tables are often
+# kept in full precision: both are there for those who ask.
+ON_REQUEST = frozenset(
+    name
+    for family in ("pooling", "embedding")
+    for name in FAMILIES[family]
+    if "Max" in name or family == "embedding"
+)
+
+
+@hookimpl
+def quantpatch_entries() -> Iterable[Entry]:
+    """One entry for each class in ``FAMILIES`` and ``OPERATIONS``."""
+    layers = [
+        Entry("torch.nn", name, f"quantpatch.layers.{family}:Quant{name}", default=name not in ON_REQUEST)
+        for family, names in FAMILIES.items()
+        for name in names
+    ]
+    operands = "quantpatch.layers.operands"
+    return layers + [Entry(operands, name, f"{operands}:Quant{name}") for name in OPERATIONS]
+
+
+@hookimpl
+def quantpatch_examples() -> Iterable[Example]:
+    """The examples of ``quantpatch.layers.examples``: one for each class."""
+    from quantpatch.layers.examples import EXAMPLES  # for tests only
+
+    return EXAMPLES
+
+
+@hookimpl
+def quantpatch_recipes() -> Mapping[str, Recipe]:
+    """The recipes of ``quantpatch.recipes``."""
+    return BUILTIN_RECIPES
+
+
+@hookimpl
+def quantpatch_formats() -> Mapping[str, NumberFormat]:
+    """The formats of ``quantpatch.numerics.formats``."""
+    return BUILTIN_FORMATS
+
+
+@hookimpl
+def quantpatch_calibrators() -> Mapping[str, type[Calibrator]]:
+    """The calibrators of ``quantpatch.calibrators``."""
+    return BUILTIN_CALIBRATORS

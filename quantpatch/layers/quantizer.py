@@ -1,0 +1,406 @@
+"""``TensorQuantizer``: the module that stands where a tensor is quantized.
+
+Its tensors, the range and the zero point, are held by :mod:`quantpatch.layers.range_state`.
+
+Every call quantizes the tensor that it is given, a weight too. Nothing is remembered from one call to the
+next, so a change made in whatever way (``weight.data``, a numpy view, another thread) is seen by the next.
+:func:`quantpatch.fold_weights` is for those who can promise that weights stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Container, Iterator, Mapping
+from typing import Any, Final, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from quantpatch.calibrators import Calibrator, warn_of_negatives
+from quantpatch.errors import CalibrationError, DescriptorError, ExportError, OperandError, RangeError
+from quantpatch.layers.range_state import HeldRange
+from quantpatch.numerics.affine import has_zero_point, longer_side, magnitudes, upper_end
+from quantpatch.numerics.backends.eager import round_trip_to_range
+from quantpatch.numerics.backends.inductor import is_compiled
+from quantpatch.numerics.backends.modes import is_traced
+from quantpatch.numerics.fake_quant import check_operand, fake_quantize, what_is_odd_about
+from quantpatch.plugins.registry import registry
+from quantpatch.recipes.descriptor import QuantDescriptor
+from quantpatch.torch_tools.fast_paths import refuse_fast_paths
+from quantpatch.torch_tools.fx import leaf_in_fx
+from quantpatch.torch_tools.module_path import place_in_running_model
+
+__all__ = [
+    "PARALLELIZE_FIRST",
+    "TensorQuantizer",
+    "copied",
+    "in_float",
+    "named_quantizers",
+    "outside_of",
+]
+
+T = TypeVar("T")
+
+PARALLELIZE_FIRST = (
+    "If it is parallelize_module that fails here: its styles take the quantizers inside of a layer for "
+    "layers. Parallelize the float model and quantize it then: "
+    "`parallelize_module(model, mesh, plan); qp.convert(model)`"
+)
+
+_DEFAULT = QuantDescriptor()
+
+
+#: Quantizers that were copied or pickled. Kept beside them: what is in a model is as it was after a copy.
+copied: Final[weakref.WeakSet[TensorQuantizer]] = weakref.WeakSet()
+
+
+class TensorQuantizer(HeldRange):
+    """Fake-quantizes the tensors that pass through it.
+
+    Three stages can be switched separately: the quantizer as a whole (``disable``), collecting
+    statistics (``enable_calib``) and quantizing (``disable_quant``). As long as a static range is not
+    known, the range of each tensor at hand is used.
+
+    Args:
+        descriptor: How to quantize; default: 8-bit signed integers, one range for the tensor.
+        in_layer: Whether the module it is for calls
+            :func:`quantpatch.torch_tools.fast_paths.refuse_fast_paths` for all of its quantizers.
+
+    Raises:
+        DescriptorError: It is no descriptor.
+        UnknownNameError: There is no format of the name in it.
+
+    Attributes:
+        descriptor: The same.
+        format: The number format that the descriptor means.
+        disabled: Whether tensors pass unchanged.
+        calibrating: Whether statistics are collected.
+        quantizing: Whether tensors are quantized.
+        calibrator: What collects the statistics, or None.
+    """
+
+    disabled: bool
+    calibrating: bool
+    quantizing: bool
+    calibrator: Calibrator | None
+
+    def __init__(self, descriptor: QuantDescriptor | None = None, *, in_layer: bool = False) -> None:
+        super().__init__()
+        descriptor = _DEFAULT if descriptor is None else descriptor
+        if not isinstance(descriptor, QuantDescriptor):
+            raise DescriptorError(
+                f"a TensorQuantizer takes a QuantDescriptor, such as QuantDescriptor(format='int8'), not "
+                f"{descriptor!r}",
+                value=descriptor,
+            )
+        # Straight into the dictionary: nn.Module's own __setattr__ looks for tensors and modules first,
+        # and a model has hundreds of these objects.
+        self.__dict__.update(
+            descriptor=descriptor,
+            format=registry.format(descriptor),
+            disabled=False,
+            calibrating=False,
+            quantizing=True,
+            calibrator=None,
+        )
+        if in_layer:  # which makes room for the range
+            return
+        refuse_fast_paths(self)
+        if descriptor.amax is not None:
+            self.amax = descriptor.amax
+        else:
+            self.make_room()
+
+    # --- the stages ----------------------------------------------------------------------------
+
+    def enable(self) -> None:
+        """Undoes ``disable``."""
+        self.disabled = False
+
+    def disable(self) -> None:
+        """Lets tensors pass unchanged, bit for bit; nothing is collected either."""
+        self.disabled = True
+
+    def enable_quant(self) -> None:
+        """Undoes ``disable_quant``."""
+        self.quantizing = True
+
+    def disable_quant(self) -> None:
+        """Stops quantizing; statistics are still collected if calibration is on."""
+        self.quantizing = False
+
+    def enable_calib(self, calibrator: Calibrator | None = None) -> None:
+        """Starts collecting statistics.
+
+        Args:
+            calibrator: What collects them. Default: the one at hand if there is one, else a new one of
+                the descriptor's ``calib_method``.
+
+        Raises:
+            CalibrationError: The range is dynamic, so that there is nothing to calibrate.
+            UnknownNameError: No calibrator has the name of the descriptor's ``calib_method``.
+        """
+        if self.descriptor.dynamic:
+            raise CalibrationError(f"{self} takes its range from each tensor; there is nothing to calibrate")
+        if calibrator is not None:
+            self.calibrator = calibrator
+        elif self.calibrator is None:
+            self.calibrator = self.make_calibrator()
+        self.calibrating = True
+
+    def disable_calib(self) -> None:
+        """Stops collecting statistics; those collected so far stay for ``load_calib_amax``."""
+        self.calibrating = False
+
+    def make_calibrator(self, method: str | None = None, **options: Any) -> Calibrator:
+        """A new calibrator for what this quantizer sees.
+
+        Args:
+            method: Its name; default: the descriptor's ``calib_method``.
+            **options: Handed to it.
+
+        Raises:
+            CalibrationError: The calibrator has no such option.
+            UnknownNameError: There is no such calibrator.
+        """
+        method = method or self.descriptor.calib_method
+        kind = registry.calibrator(method)
+        parameters = inspect.signature(kind).parameters.values()
+        takes = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        unknown = sorted(options.keys() - takes)
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            known = ", ".join(sorted(takes)) or "none"
+            raise CalibrationError(
+                f"calibrator {method!r} has no option {unknown[0]!r}; its options are: {known}"
+            )
+        # The axis of a format in blocks is the one that blocks run along, not one that is kept.
+        axis = self.descriptor.kept_axes if self.format.block_size is None else None
+        return kind(longer_side(self.format), axis, **options)
+
+    def load_calib_amax(self) -> None:
+        """Sets the range that the collected statistics give; the statistics are kept.
+
+        Raises:
+            CalibrationError: No data was collected.
+        """
+        if self.calibrator is None:
+            raise CalibrationError(f"{self} collects no statistics; call enable_calib() and run the model")
+        self.amax = self.range_from(self.calibrator)
+        warn_of_negatives({str(self): self.calibrator})
+
+    def range_from(self, calibrator: Calibrator) -> Tensor:
+        """The range that a calibrator's statistics give this quantizer; nothing is changed.
+
+        Raises:
+            CalibrationError: It saw no data, or what it gives is no range.
+        """
+        amax = upper_end(calibrator.compute_amax(), self.format)
+        if self.descriptor.scale_amax is not None:
+            amax = amax * self.descriptor.scale_amax
+        try:
+            self._check_range(amax)
+        except RangeError as error:
+            raise CalibrationError(
+                f"{type(calibrator).__name__} gives a range that is none: {error}", quantizer=self
+            ) from error
+        return amax
+
+    # --- passing tensors -----------------------------------------------------------------------
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a tensor comes out changed, or leaves statistics behind."""
+        return not self.disabled and (self.quantizing or self.calibrating)
+
+    @leaf_in_fx
+    def forward(self, x: Tensor, *, batch_axis: int | None = 0) -> Tensor:
+        """The tensor, fake-quantized; same shape, dtype, device and memory format.
+
+        Args:
+            x: The tensor.
+            batch_axis: The axis of an activation's examples; None for a weight, which has none. A tensor of
+                one axis has features alone. Only the gradient of a learned range depends on it.
+
+        Raises:
+            CalibrationError: It holds NaN or infinity and statistics are being collected.
+            OperandError: It is no dense tensor of real floating-point numbers.
+            RangeError: The range does not fit its shape.
+        """
+        if self.disabled:
+            return x
+        try:
+            if self.calibrating and self.calibrator is not None:
+                self._collect(x)
+            if self.quantizing:
+                return self._quantized(x, batch_axis)
+            check_operand(x)
+            return x
+        except (OperandError, RangeError) as error:
+            self._say_where(error)
+            raise
+        except (RuntimeError, TypeError) as error:
+            # Looked for only now: in every call it would cost time, and torch can do more with some of them
+            # than with others.
+            why = what_is_odd_about(x)
+            if why is None:
+                raise
+            odd = OperandError(why, value=x.layout)
+            self._say_where(odd)
+            raise odd from error
+
+    def _collect(self, x: Tensor) -> None:
+        assert self.calibrator is not None
+        check_operand(x)
+        try:
+            x = x.detach()
+            self.calibrator.collect(magnitudes(x, self.format) if has_zero_point(self.format) else x)
+        except CalibrationError as error:
+            error.quantizer = self
+            raise
+
+    def _say_where(self, error: OperandError | RangeError) -> None:
+        """Adds this quantizer's name in the model that is running to an error that came out of it."""
+        if torch.compiler.is_compiling() or error.quantizer is not None:
+            return
+        name = place_in_running_model(self)
+        if name is None:
+            return
+        error.quantizer = name
+        message = f"{name}: {error}"
+        if isinstance(error, OperandError) and isinstance(error.value, (torch.dtype, torch.layout)):
+            layer = name.rpartition(".")[0] or name
+            message += f". To leave its layer float write: qp.configure(model, {{{layer!r}: None}})"
+        error.args = (message,)
+
+    def _quantized(self, x: Tensor, batch_axis: int | None) -> Tensor:
+        descriptor = self.descriptor
+        amax = None if descriptor.dynamic else self.held
+        if not self._known and not descriptor.dynamic:
+            amax = self._settled(x, is_weight=batch_axis is None)
+        # First what comes in nearly every call, in few steps; see round_trip_to_range.
+        if amax is not None:
+            rounded = round_trip_to_range(x, amax, self.format, descriptor.kept_axes)
+            if rounded is not None:
+                return rounded
+        check_operand(x)
+        if amax is not None and amax.device != x.device:  # a checkpoint loaded it before any tensor came
+            # To the meta device it does not go along: it would be lost.
+            amax = amax.to(x.device) if x.is_meta else self._follow(x.device)
+        if batch_axis is None and amax is not None:
+            amax = self._unless_of_another_weight(x, amax)
+        format = self._format_as_compiled if amax is not None and is_compiled() else self.format
+        if not descriptor.learn_amax or x.dim() < 2:
+            batch_axis = None
+        return fake_quantize(
+            x, self._magnitude(amax), format, axis=descriptor.kept_axes, batch_axis=batch_axis
+        )
+
+    def agrees_with(self, other: TensorQuantizer) -> bool:
+        """Whether both are known to give the same result for the same tensor.
+
+        Ranges are compared in main memory only, and not while tracing.
+        """
+        if self is other:
+            return True
+        if self.calibrating or other.calibrating or self.descriptor != other.descriptor:
+            return False
+        if (self.disabled, self.quantizing) != (other.disabled, other.quantizing):
+            return False
+        mine, others = (
+            None if (r := q.held) is None or not (q._known or q._look(r)) else r for q in (self, other)
+        )
+        if self.descriptor.dynamic or (mine is None and others is None):
+            return True
+        if mine is None or others is None or self.descriptor.learn_amax or is_traced():
+            return False
+        # Elsewhere than in main memory a comparison would make the host wait: there it is not known.
+        return mine.is_cpu and others.is_cpu and torch.equal(mine, others)
+
+    def __getstate__(self) -> dict[str, Any]:
+        copied.add(self)
+        state = {**self.__dict__}
+        # A copy made inside of ``in_float`` (of averaged weights, say) would never be told of its end.
+        return {**state, **state.pop("_outside", {})}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name == "weight":  # which torch's RowwiseParallel asks every module inside of a layer for
+                raise AttributeError(f"{error}. {PARALLELIZE_FIRST}") from None
+            raise
+
+    def __prepare_scriptable__(self) -> Any:
+        # torch.jit.script asks each module for what to compile in its place, and would otherwise complain
+        # of the first attribute whose type it does not know.
+        raise ExportError(
+            "torch.jit.script cannot compile a quantizer. Write torch.export.export(model, inputs), "
+            "torch.jit.trace(model, inputs) or qp.export_onnx(model, inputs, path)"
+        )
+
+    # --- telling -------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """What it does with a tensor, in words."""
+        if self.disabled:
+            return "disabled"
+        if self.calibrating:
+            return "calibrating" if not self.quantizing else "calibrating and quantizing"
+        if not self.quantizing:
+            return "not quantizing"
+        if self.descriptor.dynamic:
+            return "dynamic"
+        if self.amax is None:
+            return "dynamic (not calibrated)"
+        return "learned" if self.descriptor.learn_amax else "calibrated"
+
+    def extra_repr(self) -> str:
+        """Format, axis and state, for ``print(model)``."""
+        axis = "" if self.descriptor.axis is None else f", axis={self.descriptor.axis}"
+        return f"{self.format.name}{axis}, {self.state}"
+
+
+def named_quantizers(model: nn.Module, *, every_name: bool = False) -> dict[str, TensorQuantizer]:
+    """Every quantizer of a model by its qualified name.
+
+    Args:
+        model: Any module.
+        every_name: Whether one that is shared is there by all its names, instead of the first alone.
+    """
+    modules = model.named_modules(remove_duplicate=not every_name)
+    return {name: module for name, module in modules if isinstance(module, TensorQuantizer)}
+
+
+@contextlib.contextmanager
+def in_float(model: nn.Module) -> Iterator[None]:
+    """A block in which no quantizer of a model quantizes; afterwards each is at the stage it was at.
+
+    So are copies of the model that are made inside, from the beginning.
+    """
+    names = ("calibrating", "quantizing", "calibrator")
+    stages = [(q, {name: getattr(q, name) for name in names}) for q in named_quantizers(model).values()]
+    outermost = [(q, stage) for q, stage in stages if "_outside" not in vars(q)]
+    try:
+        for quantizer, stage in outermost:
+            vars(quantizer)["_outside"] = stage
+        for quantizer, _ in stages:
+            quantizer.disable_quant()
+        yield
+    finally:
+        for quantizer, stage in stages:
+            vars(quantizer).update(stage)
+        for quantizer, _ in outermost:
+            vars(quantizer).pop("_outside", None)
+
+
+def outside_of(owners: Container[str], tensors: Mapping[str, T]) -> dict[str, T]:
+    """Those entries of a ``state_dict`` that belong to none of the modules of these names, in their order."""
+
+    def is_inside(key: str) -> bool:
+        owner, dot, _ = key.rpartition(".")
+        return bool(dot) and (owner in owners or is_inside(owner))
+
+    return {key: tensor for key, tensor in tensors.items() if not is_inside(key)}

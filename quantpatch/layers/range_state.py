@@ -1,0 +1,278 @@
+"""A quantizer's range and zero point, as the state of a module: known or not, set, saved, loaded.
+
+The tensor of the range is held by :mod:`quantpatch.layers.range_tensor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from quantpatch.errors import DescriptorError, RangeError, warn_caller
+from quantpatch.layers.range_tensor import (
+    RANGE_KEY,
+    ZERO_POINT_KEY,
+    RangeTensor,
+    fits,
+    outside_inference_mode,
+)
+from quantpatch.numerics.backends.inductor import ZeroPointAsData
+from quantpatch.numerics.backends.modes import is_in_memory, is_jit_traced, is_traced
+from quantpatch.numerics.fake_quant import own_range, reduce_amax
+from quantpatch.numerics.formats import Blocked, Integer, NumberFormat
+from quantpatch.plugins.registry import registry
+from quantpatch.recipes.descriptor import QuantDescriptor
+from quantpatch.torch_tools.module_path import place_in_running_model
+from quantpatch.torch_tools.sharded import beside, is_in_checkpoint, is_replicated, local_part
+
+__all__ = ["RANGE_KEY", "ZERO_POINT_KEY", "HeldRange"]
+
+
+class HeldRange(RangeTensor):
+    """The part of a quantizer that holds its range.
+
+    Attributes:
+        zero_point_is_found: Whether the zero point is what data was found to need, so that other data may
+            need another; one that was asked for stays.
+    """
+
+    zero_point_is_found: bool = False
+
+    def replace_range(self, amax: Tensor) -> None:
+        """Sets the range, whatever shape the one known so far has; in place where it is the same.
+
+        Raises:
+            RangeError: The range is negative or not finite.
+        """
+        known = self.amax
+        if known is not None and known.shape != self.shaped(amax).shape:
+            self._check_range(amax)
+            self.amax = None
+        self.amax = amax
+
+    def expect_range(self, shape: tuple[int, ...], device: torch.device, *, zero_point: bool = False) -> None:
+        """Makes room for a range that something else fills in.
+
+        Args:
+            shape: That of the range.
+            device: Where it is to be.
+            zero_point: Whether a zero point comes with it.
+        """
+        held = self.held
+        with outside_inference_mode():
+            if held is None or (self.amax is None and held.shape != shape):
+                self._hold(torch.full(shape, torch.nan, device=device), known=False)
+            if zero_point and ZERO_POINT_KEY not in self._buffers:
+                self._buffers[ZERO_POINT_KEY] = torch.zeros((), dtype=torch.uint8, device=device)
+
+    @property
+    def own_range(self) -> Tensor | None:
+        """What tensors are quantized by: ``amax``, or None if each has its own range.
+
+        Of a learned one the magnitude, since an optimizer may carry it past zero.
+        """
+        return self._magnitude(None if self.descriptor.dynamic else self.amax)
+
+    def _magnitude(self, amax: Tensor | None) -> Tensor | None:
+        if amax is None or not self.descriptor.learn_amax:
+            return amax
+        magnitude = amax.abs()
+        return magnitude.reshape(()) if magnitude.shape == (1,) else magnitude
+
+    def _settled(self, x: Tensor, *, is_weight: bool) -> Tensor | None:
+        """The range, if it has become known; None if not.
+
+        Where nobody can look, as its values are on an accelerator or recorded operations are to find them,
+        these take the range if it is known, and that of the tensor at hand if not.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return None
+        held, traced = self.held, is_traced()
+        if not traced and not x.is_meta:
+            if held is None or held.is_meta:
+                self.make_room(x.device, x if is_weight else None)
+            elif is_weight and self._shape_of_weight != self._range_of(x):
+                self.make_room(held.device, x)
+            held = self.held
+        if held is None or held.is_meta:
+            return None
+        if self._look(held):
+            return held
+        # DistributedDataParallel waits for the gradient of every parameter, if it is 0; for others that would
+        # mean to decay and average what is NaN.
+        takes_part = held.requires_grad and torch.is_grad_enabled() and is_replicated()
+        if is_in_memory(held) and not takes_part:
+            return None
+        if held.dim() > 1 and not is_jit_traced() and not fits(held.shape, self._shape_of_weight or x.shape):
+            return None
+        if held.device != x.device:
+            held = held.to(x.device) if x.is_meta else self._follow(x.device)
+        known, format = self._magnitude(held), self.format
+        assert known is not None
+        one = isinstance(format, Blocked) and (format.scale == "e4m3" or not x.dim())
+        own = reduce_amax(x) if one else own_range(x, format, self.descriptor.kept_axes)
+        known = beside(known, own)
+        return torch.where(known.isnan(), own, known)
+
+    def _unless_of_another_weight(self, weight: Tensor, amax: Tensor) -> Tensor | None:
+        """The range; None if the weight has got another shape since it was found, and it is forgotten."""
+        if is_traced() or amax.shape != self._shape_of_weight:
+            return amax
+        if fits(amax.shape, self._range_of(weight) or weight.shape):
+            return amax
+        self.amax = None
+        self.make_room(amax.device, weight)
+        name = place_in_running_model(self) or str(self)
+        warn_caller(
+            f"{name}: its weight has the shape {tuple(weight.shape)} now, and its range, of shape "
+            f"{tuple(amax.shape)}, was found for another one: it is forgotten. Until you calibrate anew, "
+            f"qp.calibrate(model, batches, only_missing=True), each tensor is quantized by its own range"
+        )
+        return None
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether it is of signed integers with one range found beforehand, which another could replace.
+
+        That is one of unsigned integers, with a zero point if there are negative values.
+        """
+        format, descriptor = self.format, self.descriptor
+        signed = type(format) is Integer and not format.unsigned
+        return signed and descriptor.kept_axes is None and not descriptor.dynamic
+
+    def use_zero_point(
+        self, zero_point: int, amax: Tensor | float | None = None, *, found: bool = False
+    ) -> None:
+        """Makes the integers unsigned ones, one of which stands for 0.
+
+        Args:
+            zero_point: Which; 0 is right where nothing is negative.
+            amax: The range, by its upper end; default: the one known so far stays.
+            found: What becomes of ``zero_point_is_found``.
+
+        Raises:
+            DescriptorError: The format is not one of integers with a scale from outside, or has no such
+                zero point.
+            RangeError: As when ``amax`` is set.
+        """
+        format, descriptor = self.format, self.descriptor
+        if type(format) is not Integer:
+            raise DescriptorError(
+                f"{self}: of the formats only integers have zero points, and {format.name} is none but a "
+                f"{type(format).__name__}; use QuantDescriptor(unsigned=True)",
+                field="zero_point",
+                value=zero_point,
+            )
+        if amax is not None:
+            self._check_range(torch.as_tensor(amax))
+        given = descriptor.amax if descriptor.amax is None or amax is None else float(amax)
+        descriptor = attrs.evolve(
+            descriptor,
+            format=None,
+            num_bits=format.bits,
+            unsigned=True,
+            narrow_range=False,
+            zero_point=zero_point,
+            amax=given,
+        )
+        self._become(descriptor, found)
+        if amax is not None:
+            self.amax = amax
+
+    def forget_zero_point(self) -> None:
+        """Makes unsigned integers the signed ones of as many bits; the range is to be found anew."""
+        self._become(attrs.evolve(self.descriptor, unsigned=False, zero_point=0), found=False)
+
+    def _become(self, descriptor: QuantDescriptor, found: bool) -> None:
+        format = registry.format(descriptor)
+        self.__dict__.update(descriptor=descriptor, format=format, zero_point_is_found=found)
+        self._show_zero_point()
+
+    @property
+    def _format_as_compiled(self) -> NumberFormat:
+        """The format for ``torch.compile``, to which a zero point is no constant but that of the state."""
+        zero_point = self._buffers.get(ZERO_POINT_KEY)
+        if zero_point is None or type(self.format) is not Integer or self.descriptor.learn_amax:
+            return self.format
+        return ZeroPointAsData(self.format.bits, zero_point)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        saved = state_dict.get(prefix + RANGE_KEY)
+        held = self.held
+        if saved is None:  # a float checkpoint: strict loading asks for nothing that it cannot have
+            if held is None and is_in_checkpoint(prefix + RANGE_KEY):
+                error_msgs.append(
+                    f"{prefix + RANGE_KEY}: the checkpoint has it, and torch.distributed.checkpoint passed "
+                    f"it over, as the model had no room for it. Call qp.expect_ranges(model, checkpoint) "
+                    f"before loading"
+                )
+            return
+        unknown = _is_unknown(saved)
+        try:
+            if not unknown:
+                self._check_range(saved.abs() if self.descriptor.learn_amax else saved)
+        except RangeError as error:
+            error_msgs.append(f"{prefix + RANGE_KEY}: {error}")
+            return
+        problem = self._take_zero_point(state_dict.get(prefix + ZERO_POINT_KEY))
+        if problem:
+            error_msgs.append(f"{prefix + ZERO_POINT_KEY}: {problem}")
+            return
+        if unknown:  # the model that was saved was not calibrated
+            self._forget()
+            return
+        shaped = self.shaped(saved)
+        if shaped is not saved:  # it was learned where it was saved, and is not here, or the other way round
+            saved, state_dict = shaped, {**state_dict, prefix + RANGE_KEY: shaped}
+        if held is None or (held.shape != saved.shape and self.may_become(tuple(saved.shape))):
+            with outside_inference_mode():
+                device = saved.device if held is None or held.is_meta else held.device
+                self._hold(torch.empty_like(saved, dtype=torch.float32, device=device), known=False)
+        problems = len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        # A range of integers from 0 on may come from a model, or a toolkit, that keeps no zero points.
+        if (key := prefix + ZERO_POINT_KEY) in missing_keys:
+            missing_keys.remove(key)
+        held = self.held
+        self._note_own()
+        if held is not None and held.dtype != torch.float32:  # loaded with assign=True
+            self._hold(held.detach().float())
+        if len(error_msgs) == problems and not (held is not None and held.is_meta and not saved.is_meta):
+            self.__dict__["_known"] = True
+
+    def _take_zero_point(self, saved: Tensor | None) -> str | None:
+        """Makes the zero point that which a checkpoint's range was found for; says why if it cannot be."""
+        own = self._zero_point_of_format
+        if saved is None and own:
+            return (
+                f"{self} has the zero point {own}, and the checkpoint's range is of integers without one; "
+                f"load it into a model whose quantizers have none"
+            )
+        if saved is None or saved.is_meta or int(saved) == own:
+            return None
+        try:
+            self.use_zero_point(int(saved), found=True)
+        except DescriptorError as error:
+            return f"the checkpoint has {int(saved)}; {error}"
+        return None
+
+
+def _is_unknown(saved: Tensor) -> bool:
+    """Whether a range in a checkpoint was not known when it was saved."""
+    local = local_part(saved)
+    return not local.is_meta and local.numel() > 0 and bool(local.isnan().all())

@@ -1,0 +1,20 @@
+"""Number formats and the arithmetic of fake quantization, on tensors alone.
+
+``formats.py`` has the formats, ``fake_quant.py`` is the one door to the arithmetic, ``backends/`` compute it,
+``kernels/`` has the machine code for CPUs.
+"""
+
+from quantpatch.numerics.fake_quant import dequantize, fake_quantize, quantize, reduce_amax
+from quantpatch.numerics.formats import BUILTIN_FORMATS, Blocked, Float, Integer, NumberFormat
+
+__all__ = [
+    "BUILTIN_FORMATS",
+    "Blocked",
+    "Float",
+    "Integer",
+    "NumberFormat",
+    "dequantize",
+    "fake_quantize",
+    "quantize",
+    "reduce_amax",
+]

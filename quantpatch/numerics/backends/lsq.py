@@ -1,0 +1,94 @@
+"""The gradients of learned ranges, after LSQ (Esser et al. 2020, arXiv 1902.08153)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from quantpatch.numerics.backends.chunks import pieces
+from quantpatch.numerics.backends.modes import is_in_memory, is_plain_gradient
+from quantpatch.numerics.backends.scales import block_views, divisor, spread
+from quantpatch.numerics.division import quotient
+from quantpatch.numerics.formats import NumberFormat, element_of
+from quantpatch.numerics.kernels import operations as kernels
+
+__all__ = ["divided_by", "lsq_gradients", "lsq_slopes"]
+
+_PIECE = 2**18  # elements, so that what is computed of them stays in a core's cache
+
+
+def lsq_gradients(
+    grad: Tensor,
+    x: Tensor,
+    amax: Tensor,
+    scale: Tensor,
+    format: NumberFormat,
+    dim: int | None,
+    batch_axis: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients to ``x`` and to the range, from that to the result."""
+    divided = divided_by(x, amax, format, batch_axis)
+    if is_in_memory(x) and is_plain_gradient(grad):
+        found = kernels.lsq(grad, x, scale, format, dim)
+        if found is not None:
+            return found[0], found[1].div_(divided).float()
+        if dim is None or scale.numel() == 1:
+            return _in_pieces(grad, x, amax, scale, format, divided)
+    outside, slope = lsq_slopes(x, scale, format, dim)
+    slope = slope * grad
+    if dim is not None and format.block_size is not None and amax.dim() and amax.shape[dim] > 1:
+        sums = [b.sum(dim + 1) for b in block_views(slope, dim, format.block_size)]
+        slope = torch.cat(sums, dim)
+    grad_amax = slope.sum_to_size(amax.shape) / divided
+    del slope  # before the next is allocated
+    return grad.masked_fill(outside, 0.0), grad_amax
+
+
+def _in_pieces(
+    grad: Tensor, x: Tensor, amax: Tensor, scale: Tensor, format: NumberFormat, divided: float
+) -> tuple[Tensor, Tensor]:
+    """The same where nothing but the gradient to ``x`` need be as large as that."""
+    out = torch.empty_like(x)
+    sums = torch.zeros(scale.shape, dtype=torch.float64, device="cpu")
+    for source, upstream, target, factor, total in pieces(_PIECE, x, grad, out, scale, sums):
+        outside, slope = lsq_slopes(source, factor, format, None)
+        total.add_((slope * upstream).sum_to_size(total.shape))
+        target.copy_(upstream).masked_fill_(outside, 0.0)
+    return out, sums.div_(divided).float().reshape(amax.shape)
+
+
+def lsq_slopes(x: Tensor, scale: Tensor, format: NumberFormat, dim: int | None) -> tuple[Tensor, Tensor]:
+    """How the result depends on ``x`` and on the scale.
+
+    With ``v = x / scale``, both are decided by the paper's one rule, ``format.min < v < format.max``: there
+    ``x`` gets the gradient (equation 5) and the scale ``round(v) - v`` (equation 3); elsewhere ``x`` gets
+    none and the scale the end of the grid.
+
+    Returns:
+        Where ``x`` gets no gradient, and the scale's slope in float32.
+    """
+    v = quotient(x.float(), divisor(spread(scale, x, format, dim)))
+    outside = ((v > format.min) & (v < format.max)).logical_not_()
+    q = element_of(format).round_(v.clone())
+    return outside, q.sub_(v.masked_fill_(outside, 0.0))
+
+
+def divided_by(x: Tensor, amax: Tensor, format: NumberFormat, batch_axis: int | None = None) -> float:
+    """What divides the gradient of a scale to be that of its range.
+
+    The paper's gradient scale (section 2.2) balances the steps of the scale with those of weights, each to
+    its own size. For the range, which is ``format.max`` times the scale, to take steps of that size its
+    gradient is as many times the scale's.
+
+    Of weights the paper counts those that share the range, of activations the features that do: examples give
+    a sum of gradients, as they do for weights, so that a batch is worth as much in one piece as in several.
+    """
+    sharing = max(1, x.numel()) / max(1, amax.numel())
+    if batch_axis is not None and (not amax.dim() or amax.shape[batch_axis] == 1):
+        sharing = sharing / max(1, x.shape[batch_axis])
+    # The longer side's: next to a zero point the upper end may be a single step. The lowest integer of a
+    # signed format counts as little as it does in the paper.
+    steps = max(format.max, -format.min - 1)
+    return math.sqrt(sharing * steps) / format.max

@@ -1,0 +1,425 @@
+"""Number formats as values: which numbers a quantized tensor may hold, and how to round to them.
+
+A format knows its grid and nothing about tensors' ranges: ``fake_quant.py`` divides by the
+scale, calls :meth:`NumberFormat.round_` and multiplies back. A plugin adds a format by subclassing
+:class:`NumberFormat`; everything that serves the built-in formats then serves it too.
+
+Sources: OCP 8-bit Floating Point Specification (OFP8) 1.0 for E4M3 and E5M2; OCP Microscaling Formats (MX)
+Specification 1.0 for the MX formats; NVIDIA's description of NVFP4 (arXiv 2509.25149) for NVFP4.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, get_args
+
+import attrs
+import torch
+from torch import Tensor
+
+from quantpatch.errors import DescriptorError
+from quantpatch.numerics.division import quotient
+
+__all__ = ["BUILTIN_FORMATS", "Blocked", "Float", "Integer", "NumberFormat", "affine_format", "element_of"]
+
+ScaleKind = Literal["float32", "e8m0", "e4m3"]
+
+
+class NumberFormat(abc.ABC):
+    """A set of numbers to round to; a plugin's format subclasses this.
+
+    Children are values: frozen, hashable, picklable (``attrs.frozen``).
+
+    Attributes:
+        name: What recipes and reports call it, such as ``"int8"``.
+        bits: Storage bits of an element, scales not counted.
+        max: Largest value on the grid; a range becomes a scale by ``scale = amax / max``.
+        min: Smallest value on the grid; 0 makes the format unsigned.
+        lower_end: Where a range begins that ends at 1: gradients pass from ``amax * lower_end`` to ``amax``.
+        block_size: Number of neighbours that share a scale found from themselves, or None where
+            the scale of a tensor or channel comes from outside.
+    """
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """What recipes and reports call the format."""
+
+    @property
+    @abc.abstractmethod
+    def bits(self) -> int:
+        """Storage bits of an element."""
+
+    @property
+    @abc.abstractmethod
+    def max(self) -> float:
+        """Largest value on the grid."""
+
+    @property
+    def min(self) -> float:
+        """Smallest value on the grid; ``-max`` unless a child says otherwise."""
+        return -self.max
+
+    @property
+    def lower_end(self) -> float:
+        """The lower end of a range whose upper end is 1: -1, 0 where nothing is negative."""
+        return 0.0 if self.min >= 0 else -1.0
+
+    @property
+    def block_size(self) -> int | None:
+        """Elements that share a scale, or None."""
+        return None
+
+    @abc.abstractmethod
+    def round_(self, y: Tensor) -> Tensor:
+        """Rounds scaled values to the grid, in place.
+
+        Must be plain tensor operations (no ``.item()``, no branch on values), so that they compile.
+
+        Args:
+            y: float32 of any shape, a value divided by its scale. May hold infinities, which saturate,
+                and NaN, which stays NaN.
+
+        Returns:
+            ``y``, every element now between ``min`` and ``max`` and on the grid.
+        """
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@attrs.frozen
+class Integer(NumberFormat):
+    """Integers of 2 to 8 bits; ties round to even, as ONNX's QuantizeLinear does.
+
+    Args:
+        bits: 2 to 8.
+        unsigned: From 0 to ``2**bits - 1`` instead of signed.
+        narrow_range: Leave out the lowest signed value, so that the grid is symmetric (-127 .. 127).
+        zero_point: Which of the unsigned integers stands for 0, so that a grid from ``-zero_point`` to
+            ``2**bits - 1 - zero_point`` fits a range that is not symmetric; 0 to ``2**bits - 2``. A range
+            still has one number, its upper end. With 128 of 8 bits the grid is that of int8.
+
+    Raises:
+        DescriptorError: ``bits`` or ``zero_point`` is out of range, ``narrow_range`` is asked of an unsigned
+            format or ``zero_point`` of a signed one.
+    """
+
+    bits: int = attrs.field(default=8)
+    unsigned: bool = False
+    narrow_range: bool = False
+    zero_point: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise DescriptorError(
+                f"an integer format has 2 to 8 bits, got {self.bits!r}. To keep a layer exact leave "
+                "it float: None in the place of its descriptor",
+                field="bits",
+                value=self.bits,
+            )
+        for field in ("unsigned", "narrow_range"):
+            if not isinstance(getattr(self, field), bool):
+                raise DescriptorError(
+                    f"{field} of an integer format is True or False, got {getattr(self, field)!r}",
+                    field=field,
+                    value=getattr(self, field),
+                )
+        if self.unsigned and self.narrow_range:
+            raise DescriptorError(
+                "narrow_range leaves out the lowest signed value; an unsigned format has none. "
+                "Write Integer(bits, unsigned=True).",
+                field="narrow_range",
+                value=True,
+            )
+        z = self.zero_point
+        if isinstance(z, bool) or not isinstance(z, int) or not 0 <= z <= 2**self.bits - 2:
+            raise DescriptorError(
+                f"of {self.bits} bits a zero point is an integer from 0 to {2**self.bits - 2}, so that 0 and "
+                f"something above it are on the grid; got {z!r}",
+                field="zero_point",
+                value=z,
+            )
+        if z and not self.unsigned:
+            raise DescriptorError(
+                f"signed integers have the zero point 0; a zero point says which unsigned one stands for 0. "
+                f"Write unsigned=True, zero_point={z}.",
+                field="zero_point",
+                value=z,
+            )
+
+    @property
+    def name(self) -> str:
+        """``int8``, ``uint4``, ``int8_narrow``, ``uint8_z37``."""
+        name = f"{'u' if self.unsigned else ''}int{self.bits}{'_narrow' if self.narrow_range else ''}"
+        return f"{name}_z{self.zero_point}" if self.zero_point else name
+
+    @property
+    def max(self) -> float:
+        """127 for int8, 255 for uint8, less the zero point."""
+        return float(2**self.bits - 1 - self.zero_point if self.unsigned else 2 ** (self.bits - 1) - 1)
+
+    @property
+    def min(self) -> float:
+        """-128 for int8, -127 if narrow, ``-zero_point`` if unsigned."""
+        if self.unsigned:
+            return float(-self.zero_point)
+        return -self.max if self.narrow_range else -self.max - 1
+
+    @property
+    def lower_end(self) -> float:
+        """-1 for int8, ``min / max`` if unsigned."""
+        return self.min / self.max if self.unsigned else -1.0
+
+    def round_(self, y: Tensor) -> Tensor:
+        """See :meth:`NumberFormat.round_`."""
+        return y.round_().clamp_(self.min, self.max)
+
+
+# (exponent bits, mantissa bits): only the formats of the OCP specifications.
+_FLOATS = ((4, 3), (5, 2), (2, 1), (2, 3), (3, 2))
+
+
+@attrs.frozen
+class Float(NumberFormat):
+    """Floating point of 4, 6 or 8 bits, with subnormals; ties to even; overflow saturates.
+
+    ``Float(4, 3)`` is OFP8's E4M3 ("fn": no infinities, 448 at most), ``Float(5, 2)`` its E5M2 (57344);
+    ``Float(2, 1)``, ``Float(2, 3)`` and ``Float(3, 2)`` are the elements of MXFP4 and MXFP6. Zero
+    keeps its sign, as hardware conversions and ``ml_dtypes`` have it.
+
+    Args:
+        exponent_bits: Bits of the exponent.
+        mantissa_bits: Bits of the mantissa.
+
+    Raises:
+        DescriptorError: The pair is none of the five.
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+
+    def __attrs_post_init__(self) -> None:
+        pair = (self.exponent_bits, self.mantissa_bits)
+        if pair not in _FLOATS or not all(type(bits) is int for bits in pair):
+            known = ", ".join(f"Float{p}" for p in _FLOATS)
+            raise DescriptorError(
+                f"there is no format Float{pair}. There are: {known}.", field="exponent_bits", value=pair
+            )
+
+    @property
+    def name(self) -> str:
+        """``fp8_e4m3``, ``fp8_e5m2``, ``fp6_e2m3``, ``fp6_e3m2``, ``fp4_e2m1``."""
+        return f"fp{self.bits}_e{self.exponent_bits}m{self.mantissa_bits}"
+
+    @property
+    def bits(self) -> int:
+        """Sign, exponent and mantissa."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def max(self) -> float:
+        """Largest finite value."""
+        # E4M3 gives its top code to NaN, E5M2 a whole binade to infinity and NaN, the others have neither.
+        # Written out, here and below: a float that it reads from a global Dynamo makes an input of the graph,
+        # which fails with dynamic shapes where two autograd functions share it.
+        if self.exponent_bits == 5:
+            return 57344.0
+        if self.exponent_bits == 4:
+            return 448.0
+        if self.exponent_bits == 3:
+            return 28.0
+        return 7.5 if self.mantissa_bits == 3 else 6.0
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal number; below it the grid is even."""
+        return 2 - (1 << (self.exponent_bits - 1))
+
+    def round_(self, y: Tensor) -> Tensor:
+        """See :meth:`NumberFormat.round_`."""
+        y.clamp_(-self.max, self.max)
+        # y's own power of two, which the step of the grid follows down to the subnormals.
+        magic = _power_below(y)
+        # Adding and subtracting 1.5 * 2**23 * step rounds to a multiple of step, ties to even, because the
+        # sum has no bits left below it.
+        magic.clamp_min_(2.0**self.min_exponent).mul_(12582912.0 * 2.0**-self.mantissa_bits).copysign_(y)
+        # What became 0 has lost its sign in that; a float's zero has one.
+        return y.add_(magic).sub_(magic).copysign_(magic)
+
+
+@attrs.frozen
+class Blocked(NumberFormat):
+    """Blocks of neighbours along an axis, each with a scale of its own.
+
+    With ``scale="e8m0"`` the scale is a power of two, found by the rule of OCP MX 1.0, section 6.3:
+    ``2 ** (floor(log2(amax)) - emax)``, clamped to E8M0's 2**-127 .. 2**127. With ``"e4m3"`` (NVFP4) it is
+    an E4M3 number times one float32 scale of the whole tensor, ``amax(tensor) / (element.max * 448)``.
+    With ``"float32"`` it is ``amax / element.max``, as is usual for groups of integer weights.
+
+    Args:
+        element: Format of the elements.
+        block_size: How many neighbours share a scale.
+        scale: Format of the scale.
+
+    Raises:
+        DescriptorError: The block size is not positive, the scale unknown, or the element itself blocked.
+    """
+
+    element: NumberFormat
+    block_size: int = attrs.field()
+    scale: ScaleKind = "float32"
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.element, NumberFormat) or self.element.block_size is not None:
+            raise DescriptorError(
+                f"the elements of blocks have a plain format such as Integer(4), got {self.element!r}",
+                field="element",
+                value=self.element,
+            )
+        if isinstance(self.element, Integer) and self.element.zero_point:
+            raise DescriptorError(
+                f"blocks take their scales from magnitudes, which a zero point has no part in: "
+                f"write {Integer(self.element.bits)!r} instead of {self.element!r}",
+                field="element",
+                value=self.element,
+            )
+        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
+            raise DescriptorError(
+                f"block_size is a positive number of elements, got {self.block_size!r}",
+                field="block_size",
+                value=self.block_size,
+            )
+        if self.scale not in get_args(ScaleKind):
+            raise DescriptorError(
+                f"the scale of a block is one of {get_args(ScaleKind)}, got {self.scale!r}",
+                field="scale",
+                value=self.scale,
+            )
+
+    @property
+    def name(self) -> str:
+        """``mxfp8_e4m3``, ``mxfp4``, ``mxint8``, ``nvfp4``, ``int4_g128``."""
+        for name, usual in _USUAL_BLOCKS.items():
+            if self == usual:
+                return name
+        prefix = {"float32": "", "e8m0": "mx", "e4m3": "nv"}[self.scale]
+        return f"{prefix}{self.element.name}_g{self.block_size}"
+
+    @property
+    def bits(self) -> int:
+        """Of an element, its scale not counted."""
+        return self.element.bits
+
+    @property
+    def max(self) -> float:
+        """The element's."""
+        return self.element.max
+
+    @property
+    def min(self) -> float:
+        """The element's."""
+        return self.element.min
+
+    @property
+    def lower_end(self) -> float:
+        """The element's."""
+        return self.element.lower_end
+
+    def round_(self, y: Tensor) -> Tensor:
+        """See :meth:`NumberFormat.round_`."""
+        return self.element.round_(y)
+
+    def block_scale(self, amax: Tensor, tensor_amax: Tensor | None = None) -> Tensor:
+        """The scale of blocks from their ranges.
+
+        Args:
+            amax: Largest magnitudes, one a block; float32, any shape.
+            tensor_amax: 0-dim float32, the range of the whole tensor. Only ``"e4m3"`` scales use it.
+
+        Returns:
+            float32 scales of ``amax``'s shape; 0 where a block is all zero (``"e8m0"`` has no 0), NaN where
+            the range is not finite.
+        """
+        if self.scale == "e8m0":
+            # Masking the mantissa leaves 2**floor(log2(amax)); of a subnormal 0, which the clamp lifts.
+            power = _power_below(amax)
+            unit = 1.0
+            emax = math.floor(math.log2(self.element.max))
+            if isinstance(self.element, Integer):
+                # MXINT8's elements are fractions with one integer bit (emax 0): code * 2**-6.
+                emax, unit = 0, 2.0 ** (2 - self.element.bits)
+            shared = power.mul_(2.0**-emax).clamp(2.0**-127, 2.0**127).mul_(unit)
+            return shared.masked_fill(~amax.isfinite(), math.nan)
+        scale = quotient(amax, self.element.max)
+        if self.scale == "e4m3":
+            tensor_amax = amax.max() if tensor_amax is None else tensor_amax
+            tensor_scale = quotient(tensor_amax, self.element.max * 448.0)
+            divisor = tensor_scale.masked_fill(tensor_scale == 0, 1.0)
+            scale = _E4M3.round_(quotient(scale, divisor)) * tensor_scale
+        return scale
+
+
+def element_of(format: NumberFormat) -> NumberFormat:
+    """The format of the elements of blocks; others as they are."""
+    return format.element if isinstance(format, Blocked) else format
+
+
+_E4M3, _E5M2, _E2M3, _E3M2, _E2M1 = Float(4, 3), Float(5, 2), Float(2, 3), Float(3, 2), Float(2, 1)
+
+_USUAL_BLOCKS: dict[str, Blocked] = {
+    "mxfp8_e4m3": Blocked(_E4M3, 32, "e8m0"),
+    "mxfp8_e5m2": Blocked(_E5M2, 32, "e8m0"),
+    "mxfp6_e2m3": Blocked(_E2M3, 32, "e8m0"),
+    "mxfp6_e3m2": Blocked(_E3M2, 32, "e8m0"),
+    "mxfp4": Blocked(_E2M1, 32, "e8m0"),
+    # Symmetric, as MX 1.0 gives +-1 63/64 for the element's largest value.
+    "mxint8": Blocked(Integer(8, narrow_range=True), 32, "e8m0"),
+    "nvfp4": Blocked(_E2M1, 16, "e4m3"),
+    "int4_g32": Blocked(Integer(4), 32),
+    "int4_g64": Blocked(Integer(4), 64),
+    "int4_g128": Blocked(Integer(4), 128),
+    "int8_g128": Blocked(Integer(8), 128),
+}
+
+_WITH_ZERO_POINT = re.compile(r"uint([2-8])_z(\d+)")
+
+
+def affine_format(name: str) -> Integer | None:
+    """The integers of a name such as ``"uint8_z37"``; None if it is no such name.
+
+    Raises:
+        DescriptorError: The zero point is out of range.
+    """
+    parts = _WITH_ZERO_POINT.fullmatch(name)
+    return None if parts is None else Integer(int(parts[1]), unsigned=True, zero_point=int(parts[2]))
+
+
+def _builtin() -> dict[str, NumberFormat]:
+    plain: list[NumberFormat] = [Integer(b) for b in range(2, 9)]
+    plain += [Integer(b, unsigned=True) for b in range(2, 9)]
+    plain += [Integer(b, narrow_range=True) for b in range(2, 9)]
+    plain += [_E4M3, _E5M2, _E2M3, _E3M2, _E2M1]
+    return {f.name: f for f in plain} | dict(_USUAL_BLOCKS)
+
+
+BUILTIN_FORMATS: Mapping[str, NumberFormat] = MappingProxyType(_builtin())
+"""Every format that comes with quantpatch, by name, but for those with a zero point (``affine_format``)."""
+
+
+def _power_below(y: Tensor) -> Tensor:
+    """The largest power of two that is not above ``|y|``: 0 of subnormals, infinity of what is not finite."""
+    # In this order: the compiler cannot follow what comes after the first.
+    if torch.compiler.is_compiling() or not (
+        torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+    ):
+        return y.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+    # torch.jit.trace cannot write down a view as another dtype, and torch.vmap of torch 2.6 not batch one. y
+    # is its mantissa, from 1/2 to 1, times a power of two, so the quotient is a power of two, exactly.
+    power = y / (2 * torch.frexp(y).mantissa)
+    power = power.masked_fill(y.abs() < 2.0**-126, 0.0)
+    return power.masked_fill(~torch.isfinite(y), float("inf"))

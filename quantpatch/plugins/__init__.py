@@ -1,0 +1,17 @@
+"""Where layers, recipes, formats and calibrators come from.
+
+==============  ==============================================================================
+hookspecs.py    the hooks, and the manual for those who write plugins
+entry.py        which class replaces which
+example.py      how to build and call a layer, for tests and exports
+plugin.py       one plugin: imported, asked, checked
+registry.py     all of them: allowed, blocked, in order
+scaffold/       ``quantpatch new-plugin``
+==============  ==============================================================================
+"""
+
+from quantpatch.plugins.entry import Entry
+from quantpatch.plugins.example import Example
+from quantpatch.plugins.hookspecs import hookimpl
+
+__all__ = ["Entry", "Example", "hookimpl"]

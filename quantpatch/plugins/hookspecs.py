@@ -1,0 +1,166 @@
+"""The plugin manual: every hook a plugin can implement.
+
+A plugin is a module (or any object) with functions marked ``@quantpatch.hookimpl``, named in its
+distribution's entry-point group ``quantpatch``; the entry point's name is the plugin's name. It states
+the versions of the plugin API it works with, ``quantpatch_api = (oldest, newest)``. Hooks return values
+and change nothing. quantpatch's own layers, recipes, formats and calibrators come in
+through these same hooks, from the plugin ``quantpatch.builtin``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from quantpatch.calibrators import Calibrator
+    from quantpatch.numerics.formats import NumberFormat
+    from quantpatch.plugins.entry import EntryLike
+    from quantpatch.plugins.example import Example
+    from quantpatch.recipes.descriptor import Recipe
+
+__all__ = [
+    "API_VERSION",
+    "PROJECT",
+    "hookimpl",
+    "quantpatch_advice",
+    "quantpatch_calibrators",
+    "quantpatch_entries",
+    "quantpatch_examples",
+    "quantpatch_formats",
+    "quantpatch_recipes",
+]
+
+PROJECT = "quantpatch"
+
+#: Version of the plugin API: of the hooks below, and of what plugins build on (``QuantizedLayer``, ``Entry``,
+#: ``Recipe``, ``NumberFormat``, ``Calibrator``). It rises when a plugin written for the version before may
+#: no longer work; a new hook alone does not raise it.
+API_VERSION = 1
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def quantpatch_entries() -> Iterable[EntryLike]:
+    """What this plugin replaces: entries, or plain tuples ``(module, name, replacement)``.
+
+    Called once, when the first block opens (or the plugins are listed). Name the module and the
+    replacement as text, so that nothing is imported before the user has imported the target::
+
+        @quantpatch.hookimpl
+        def quantpatch_entries():
+            return [("my_package.layers", "MyConv", "my_plugin.layers:QuantMyConv")]
+
+    An entry replaces the built-in one for the same target. Two plugins that replace one target are a
+    conflict, which the user settles with ``skip``, ``custom`` or by blocking one of them.
+
+    Returns:
+        The entries, in any order.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def quantpatch_examples() -> Iterable[Example]:
+    """How to build what this plugin replaces, so that ``pytest --quantpatch-conformance`` can try it.
+
+    Called when conformance tests are collected, and never when a model is built, so that it may import what
+    it needs. Every entry wants at least one example; one without is reported as a failure::
+
+        @quantpatch.hookimpl
+        def quantpatch_examples():
+            import torch
+            from my_package.layers import MyConv
+
+            return [
+                quantpatch.Example(
+                    "my_package.layers.MyConv",
+                    build=lambda: MyConv(4, 8),
+                    inputs=lambda: (torch.randn(2, 4, 5),),
+                )
+            ]
+
+    If the target's package is optional, import it inside ``build``: where it is not installed the entry is
+    skipped, and said to be.
+
+    Returns:
+        The examples, in the order to try them.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def quantpatch_recipes() -> Mapping[str, Recipe]:
+    """Recipes that users can ask for by name: ``quantize_modules(recipe="name")``.
+
+    Called once, when a recipe is first looked up::
+
+        @quantpatch.hookimpl
+        def quantpatch_recipes():
+            weight = quantpatch.QuantDescriptor(num_bits=4, axis="channel", narrow_range=True)
+            return {"my-w4": quantpatch.Recipe(name="my-w4", input=None, weight=weight)}
+
+    Returns:
+        Recipe by name. A name that another plugin uses already is an error that names both.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def quantpatch_formats() -> Mapping[str, NumberFormat]:
+    """Number formats that descriptors can ask for by name: ``QuantDescriptor(format="name")``.
+
+    Called once, when a format is first looked up::
+
+        @quantpatch.hookimpl
+        def quantpatch_formats():
+            return {"power_of_two": PowerOfTwo(bits=4)}
+
+    Returns:
+        Format by name. A name that another plugin uses already is an error that names both.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def quantpatch_calibrators() -> Mapping[str, type[Calibrator]]:
+    """Calibrators that users can ask for by name: ``calibrate(model, batches, method="name")``.
+
+    Called once, when a calibrator is first looked up::
+
+        @quantpatch.hookimpl
+        def quantpatch_calibrators():
+            return {"three_sigma": ThreeSigmaCalibrator}
+
+    Returns:
+        Subclass of ``quantpatch.calibrators.Calibrator`` by name. A name that another plugin uses
+        already is an error that names both.
+    """
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def quantpatch_advice(layer: Any) -> str | None:
+    """What to write so that a layer's products are quantized, where no entry of this plugin can do it.
+
+    Called by ``quantpatch.audit`` for a layer in whose forward a function multiplied float operands and
+    for which there is no entry. The audit gives the answer as the reason, in place of the code for a
+    replacement::
+
+        @quantpatch.hookimpl
+        def quantpatch_advice(layer):
+            if type(layer).__module__.startswith("mylib.attention"):
+                return "write quantpatch_mylib.quantize_attention(model)"
+            return None
+
+    Args:
+        layer: The ``nn.Module``.
+
+    Returns:
+        What to write, or None for a layer that the plugin knows nothing of.
+    """
+    raise NotImplementedError

@@ -1,0 +1,410 @@
+"""One plugin: found by its entry point, imported when it is needed, and asked through its hooks.
+
+Whatever is wrong with a plugin becomes a ``PluginError`` with its name, its distribution and what to do. What
+it is or does that cannot be is remembered; an import that fails is tried again when it is next needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.metadata
+import inspect
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import pluggy
+
+from quantpatch.errors import EntryError, PluginError, shown, warn_caller
+from quantpatch.interception.hooks import lock
+from quantpatch.interception.torch_state import Trace, protected
+from quantpatch.plugins import hookspecs
+from quantpatch.plugins.entry import Entry, EntryLike
+from quantpatch.plugins.example import Example
+from quantpatch.torch_tools import debug_trace
+from quantpatch.torch_tools.atomic_files import own_version
+from quantpatch.torch_tools.raised import is_from_outside, said
+
+__all__ = ["BLOCK_VARIABLE", "BUILTIN", "Offer", "Plugin", "discover"]
+
+BUILTIN = "quantpatch.builtin"
+BLOCK_VARIABLE = "QUANTPATCH_BLOCK"
+
+
+# Characters of a message; what a plugin says of itself may be of any length.
+_LONGEST = 4000
+_HOOKS = tuple(name for name in hookspecs.__all__ if name.startswith("quantpatch_"))
+
+# A line of a distribution's requirements that is about quantpatch itself.
+_IS_OURS = re.compile(r"quantpatch(?![\w.-])", re.IGNORECASE).match
+
+
+@attrs.frozen(cache_hash=True)
+class Offer:
+    """An entry with its provenance.
+
+    Attributes:
+        entry: The entry.
+        plugin: Name of the plugin that offers it, or None for one given to a scope as ``custom``.
+    """
+
+    entry: Entry
+    plugin: str | None
+
+    def __str__(self) -> str:
+        return str(self.entry)
+
+    @property
+    def source(self) -> str:
+        """Whose it is, for messages."""
+        return "custom" if self.plugin is None else f"plugin {self.plugin!r}"
+
+
+class Plugin:
+    """A plugin that is known, imported or not.
+
+    Args:
+        name: Name of the entry point.
+        get: Imports it.
+        where: What the entry point names, ``"package.module"``; empty if it was registered by hand.
+        dist: The distribution that brings it, or None if it was registered by hand.
+
+    Attributes:
+        distribution: That distribution's name.
+        version: That distribution's version.
+        plugin: The module or object with the hooks, once it is loaded.
+        failure: Why it cannot take part, once that is known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        get: Callable[[], Any],
+        *,
+        where: str = "",
+        dist: importlib.metadata.Distribution | None = None,
+    ) -> None:
+        self.name = name
+        self.where = where
+        self.distribution = dist.name if dist else None
+        self.version = dist.version if dist else None
+        self.plugin: Any = None
+        self.failure: PluginError | None = None
+        self._get = get
+        self._dist = dist
+        self._results: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"plugin {self.name!r}{self._whose}"
+
+    @property
+    def provenance(self) -> str | None:
+        """Name and version of its distribution."""
+        return f"{self.distribution} {self.version}" if self.distribution else None
+
+    @property
+    def _whose(self) -> str:
+        return f" (from {self.provenance})" if self.provenance else ""
+
+    def error(self, what: str, hook: str | None = None) -> PluginError:
+        """The error that says what is wrong with it, whose it is, and how to go on without it."""
+        message = f"{self!r} {what}. To go on without it, set {BLOCK_VARIABLE}={self.name}"
+        return PluginError(
+            shown(message, _LONGEST, keep="\n"),
+            plugin=self.name,
+            distribution=self.provenance,
+            hook=hook,
+        )
+
+    # --- loading -------------------------------------------------------------------------------
+
+    def load(self, manager: pluggy.PluginManager) -> None:
+        """Imports it and registers its hooks, once.
+
+        Raises:
+            PluginError: It cannot be imported, changes torch, is written for another version of the
+                plugin API, or does not fit the hooks.
+        """
+        if self.failure is not None:
+            raise self.failure
+        if self.plugin is not None:
+            return
+        plugin = self._import()
+        try:
+            self._check_api(plugin)
+        except PluginError as error:
+            self.failure = error
+            raise
+        with lock:  # not around the import, which may wait for another thread's
+            if self.plugin is None:  # else another thread was faster
+                self._register(plugin, manager)
+                self.plugin = plugin
+
+    def _import(self) -> Any:
+        changes: list[Trace] = []
+        try:
+            with debug_trace.timed(f"{self!r} imported"):
+                if self.name == BUILTIN or not self.where:
+                    return self._get()
+                with protected(changes):
+                    plugin = self._get()
+        except BaseException as error:
+            if is_from_outside(error):
+                raise
+            raise self.error(f"cannot be imported: {said(error)}{self._hint(error)}") from error
+        if changes:
+            what = debug_trace.listed(map(str, changes))
+            # Remembered, since the module will not be run again.
+            self.failure = self.error(
+                f"changes PyTorch when it is imported: {what}. That was taken back. A plugin replaces "
+                f"classes and functions by returning entries from its hook quantpatch_entries"
+            )
+            raise self.failure
+        return plugin
+
+    def _hint(self, error: BaseException) -> str:
+        """What to do about an import that fails."""
+        missing = getattr(error, "name", None) if isinstance(error, ImportError) else None
+        if not missing:
+            return ""
+        if missing.partition(".")[0] != "quantpatch":
+            return f". Install what brings the module {missing!r}"
+        required = [line for line in (self._dist.requires if self._dist else None) or () if _IS_OURS(line)]
+        wants = f" ({self.distribution} requires {required[0]})" if required else ""
+        return (
+            f". It is written for another quantpatch{wants}; this is {own_version()}, with version "
+            f"{hookspecs.API_VERSION} of the plugin API. Install versions that go together"
+        )
+
+    def _check_api(self, plugin: Any) -> None:
+        stated = getattr(plugin, "quantpatch_api", (1, 1))
+        match stated:
+            case (int(oldest), int(newest)) if 1 <= oldest <= newest:
+                pass
+            case _:
+                raise self.error(
+                    f"states quantpatch_api = {stated!r}; expected the oldest and the newest version of the "
+                    f"plugin API that it works with: quantpatch_api = (1, {hookspecs.API_VERSION})"
+                )
+        ours = hookspecs.API_VERSION
+        if oldest <= ours <= newest:
+            return
+        versions = f"version {oldest}" if oldest == newest else f"versions {oldest} to {newest}"
+        update = "quantpatch" if ours < oldest else self.distribution or "the plugin"
+        raise self.error(
+            f"is written for {versions} of the plugin API, and this quantpatch ({own_version()}) has version "
+            f"{ours}. Update {update}: pip install --upgrade {update}"
+        )
+
+    def _register(self, plugin: Any, manager: pluggy.PluginManager) -> None:
+        if type(plugin).__hash__ is None:  # pluggy keeps plugins in sets, and would complain much later
+            self.failure = self.error(
+                f"is {type(plugin).__name__}, which has no hash; register a module or a class"
+            )
+            raise self.failure
+        other = manager.get_name(plugin)
+        if other is not None:
+            self.failure = self.error(
+                f"is the same module as plugin {other!r}: two entry points name {self.where}. Remove one"
+            )
+            raise self.failure
+        try:
+            manager.register(plugin, self.name)
+            manager.check_pending()
+        except Exception as error:
+            if manager.has_plugin(self.name):
+                manager.unregister(name=self.name)
+            self.failure = self.error(
+                f"does not fit the hooks: {str(error).splitlines()[-1]}; there are {', '.join(_HOOKS)}"
+            )
+            raise self.failure from error
+        self._check_marks(plugin, manager)
+        if self.where and not manager.get_hookcallers(plugin):
+            warn_caller(
+                f"{self!r} implements no hook, so that it does nothing: mark the functions of {self.where} "
+                f"that are hooks with @quantpatch.hookimpl; there are {', '.join(_HOOKS)}"
+            )
+
+    def _check_marks(self, plugin: Any, manager: pluggy.PluginManager) -> None:
+        """A function with the name of a hook that is not marked as one would never be called."""
+        for name in dir(plugin):
+            if not name.startswith(f"{hookspecs.PROJECT}_"):
+                continue
+            function = inspect.getattr_static(plugin, name)
+            function = getattr(function, "__func__", function)
+            if not inspect.isfunction(function) or hasattr(function, f"{hookspecs.PROJECT}_impl"):
+                continue
+            if name in _HOOKS:
+                manager.unregister(name=self.name)
+                self.failure = self.error(
+                    f"has a function {name} that is not marked as a hook, so that it would never be called. "
+                    f"Write @quantpatch.hookimpl above its `def {name}`"
+                )
+                raise self.failure
+            near = difflib.get_close_matches(name, _HOOKS, 1, 0.8)
+            if near:
+                warn_caller(
+                    f"{self!r} has a function {name}, which is not called: there is no such hook, and it is "
+                    f"not marked as one. If it is to be {near[0]}, write @quantpatch.hookimpl above "
+                    f"`def {near[0]}`"
+                )
+
+    # --- asking --------------------------------------------------------------------------------
+
+    def hooks(self, manager: pluggy.PluginManager) -> tuple[str, ...]:
+        """Names of the hooks it implements, sorted."""
+        return tuple(sorted(caller.name for caller in manager.get_hookcallers(self.plugin) or []))
+
+    @contextlib.contextmanager
+    def _asked(self, hook: str) -> Iterator[None]:
+        """Gives the plugin's name to whatever its hook raises."""
+        try:
+            yield
+        except PluginError:
+            raise
+        except BaseException as error:
+            if is_from_outside(error):
+                raise
+            raise self.error(f"failed in its hook {hook}: {said(error)}", hook) from error
+
+    def _ask(self, manager: pluggy.PluginManager, hook: str, read: Callable[[list[Any]], Any]) -> Any:
+        """What its implementations of a hook returned, as ``read`` understands it; remembered."""
+        if hook not in self._results:
+            caller = self._caller(manager, hook)
+            count = len(caller.get_hookimpls())
+            if not count:
+                self._results[hook] = read([()])
+                return self._results[hook]
+            with self._asked(hook), debug_trace.timed(f"plugin {self.name!r}: {hook}()") as results:
+                returned = caller()
+                # pluggy drops None, but a hook that forgot to return is not one that does not exist.
+                result = read([*returned, *[None] * (count - len(returned))])
+                results.append(debug_trace.listed(map(str, result)) or "nothing")
+            self._results[hook] = result
+        return self._results[hook]
+
+    def _caller(self, manager: pluggy.PluginManager, hook: str) -> pluggy.HookCaller:
+        """Calls the hook of this plugin alone."""
+        with lock:
+            others = [plugin for plugin in manager.get_plugins() if plugin is not self.plugin]
+            return manager.subset_hook_caller(hook, others)
+
+    def advice(self, manager: pluggy.PluginManager, layer: Any) -> str | None:
+        """What it has to say of a layer that no entry covers.
+
+        Raises:
+            PluginError: Its hook failed or returned something else than text.
+        """
+        hook = "quantpatch_advice"
+        with self._asked(hook):
+            said = self._caller(manager, hook)(layer=layer)
+        if said is not None and not isinstance(said, str):
+            raise self.error(f"returned {said!r} from {hook}, expected text or None", hook)
+        return said
+
+    def entries(self, manager: pluggy.PluginManager) -> tuple[Offer, ...]:
+        """What it offers to replace.
+
+        Raises:
+            PluginError: Its hook failed or returned something else than entries.
+        """
+        hook = "quantpatch_entries"
+
+        def read(returned: list[Any]) -> tuple[Offer, ...]:
+            for several in returned:
+                if isinstance(several, (str, bytes, Entry)) or not isinstance(several, Iterable):
+                    raise self.error(
+                        f"returned {several!r} from {hook}, expected a list of (module, name, replacement)",
+                        hook,
+                    )
+            entries = []
+            given: EntryLike
+            for given in itertools.chain.from_iterable(returned):
+                try:
+                    entries.append(Entry.of(given))
+                except EntryError as error:  # noqa: PERF203
+                    raise self.error(
+                        f"returned something else than entries from {hook}: {error}", hook
+                    ) from error
+            targets = Counter(entry.dotted for entry in entries)
+            doubled = sorted(target for target, count in targets.items() if count > 1)
+            if doubled:
+                raise self.error(f"returned more than one entry for {', '.join(doubled)} from {hook}", hook)
+            return tuple(Offer(entry, self.name) for entry in entries)
+
+        offers: tuple[Offer, ...] = self._ask(manager, hook, read)
+        return offers  # the same objects each time: a block that is opened looks each of them up
+
+    def examples(self, manager: pluggy.PluginManager) -> tuple[Example, ...]:
+        """How it says to build what it replaces.
+
+        Raises:
+            PluginError: Its hook failed or returned something else than examples.
+        """
+        hook = "quantpatch_examples"
+
+        def read(returned: list[Any]) -> tuple[Example, ...]:
+            several = (given if isinstance(given, Iterable) else (given,) for given in returned)
+            found = tuple(itertools.chain.from_iterable(several))
+            for example in found:
+                if not isinstance(example, Example):
+                    raise self.error(
+                        f"returned {example!r} from {hook}, expected Example(target, build, inputs)", hook
+                    )
+            return found
+
+        examples: tuple[Example, ...] = self._ask(manager, hook, read)
+        return examples
+
+    def names(self, manager: pluggy.PluginManager, hook: str, kind: type) -> Mapping[str, Any]:
+        """What it offers by name through a hook that returns a mapping.
+
+        Raises:
+            PluginError: Its hook failed or returned something else.
+        """
+
+        def read(returned: list[Any]) -> Mapping[str, Any]:
+            found: dict[str, Any] = {}
+            for given in returned:
+                if given == ():
+                    continue
+                if not isinstance(given, Mapping):
+                    raise self.error(f"returned {given!r} from {hook}, expected a mapping by name", hook)
+                for name, value in given.items():
+                    good = isinstance(value, kind) or (isinstance(value, type) and issubclass(value, kind))
+                    if not isinstance(name, str) or not good:
+                        raise self.error(
+                            f"returned {name!r}: {value!r} from {hook}, expected a name and a "
+                            f"{kind.__name__}",
+                            hook,
+                        )
+                    if name in found:
+                        raise self.error(f"returned {name!r} from {hook} twice", hook)
+                    found[name] = value
+            return found
+
+        names: Mapping[str, Any] = self._ask(manager, hook, read)
+        return names
+
+
+def discover() -> dict[str, Plugin]:
+    """The plugins of the installed distributions, by name. Nothing is imported.
+
+    Of several with one name there is one, which fails and names the others.
+    """
+    found: dict[str, Plugin] = {}
+    points = importlib.metadata.entry_points(group=hookspecs.PROJECT)
+    for point in sorted(points, key=lambda p: (p.name, p.dist.name if p.dist else "", p.value)):
+        plugin = Plugin(point.name, point.load, where=point.value, dist=point.dist)
+        taken = found.setdefault(point.name, plugin)
+        if taken.provenance != plugin.provenance:
+            taken.failure = taken.error(f"has the same name as one from {plugin.provenance}. Uninstall one")
+        elif taken.where != plugin.where:
+            taken.failure = taken.error(
+                f"is declared twice, as {taken.where} and as {plugin.where}. Give one of them another name"
+            )
+    return found

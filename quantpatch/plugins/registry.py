@@ -1,0 +1,332 @@
+"""All plugins of a process: which of them take part, and what they offer together.
+
+pluggy holds the plugins; what it leaves open is closed here and in ``quantpatch.plugins``: a plugin that
+fails is named with its distribution and can be blocked, a misspelled hook is an error, the order is
+sorted, and what a hook returned is known by the plugin that returned it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import attrs
+import pluggy
+
+from quantpatch.calibrators import Calibrator
+from quantpatch.errors import PluginError, QuantPatchWarning, UnknownNameError, near_misses
+from quantpatch.interception.hooks import lock
+from quantpatch.numerics.formats import NumberFormat, affine_format
+from quantpatch.plugins import hookspecs
+from quantpatch.plugins.entry import Entry
+from quantpatch.plugins.example import Example
+from quantpatch.plugins.plugin import BLOCK_VARIABLE, BUILTIN, Offer, Plugin, discover
+from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
+
+__all__ = ["ALLOW_VARIABLE", "PluginInfo", "Registry", "registry"]
+
+ALLOW_VARIABLE = "QUANTPATCH_PLUGINS"
+
+State = Literal["active", "blocked", "failed"]
+
+
+@attrs.frozen
+class PluginInfo:
+    """A line of ``quantpatch plugins``.
+
+    Attributes:
+        name: Name of the entry point.
+        distribution: Distribution that brings it, or None if it was registered by hand.
+        version: That distribution's version.
+        state: Whether it takes part, is blocked, or failed.
+        reason: Why it is blocked or how it failed.
+        hooks: Names of the hooks it implements, sorted.
+        entries: What it offers to replace.
+    """
+
+    name: str
+    distribution: str | None
+    version: str | None
+    state: State
+    reason: str
+    hooks: tuple[str, ...]
+    entries: tuple[Entry, ...]
+
+
+class Registry:
+    """The plugins of a process, by name.
+
+    Args:
+        discover: Whether to look for installed plugins (entry points), when first needed.
+    """
+
+    def __init__(self, *, discover: bool = True) -> None:
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._plugins: dict[str, Plugin] = {}
+        self._undiscovered = discover
+        self._remembered: dict[Any, tuple[Offer, ...]] = {}  # what each choice of plugins offers
+        self._told: set[tuple[str, str]] = set()  # unknown names that a warning has named
+
+    # --- what is there -------------------------------------------------------------------------
+
+    def register(self, plugin: Any, name: str) -> None:
+        """Adds a plugin by hand, for tests and notebooks; installed ones are found by themselves.
+
+        Raises:
+            PluginError: The name is taken, or the plugin misspells a hook.
+        """
+        known = self._all().get(name)
+        if known is not None:
+            raise known.error("is registered already, so that no second one can have its name")
+        added = Plugin(name, lambda: plugin)
+        added.load(self._manager)
+        self._plugins[name] = added
+        self._remembered.clear()
+
+    def unregister(self, name: str) -> None:
+        """Takes away a plugin that ``register`` added.
+
+        Raises:
+            PluginError: It is the built-in one.
+            UnknownNameError: There is no such plugin.
+        """
+        if name == BUILTIN:
+            raise _indispensable("cannot be taken away")
+        removed = self._plugins.pop(name, None)
+        self._remembered.clear()
+        if removed is None:
+            raise UnknownNameError.of("plugin", name, self._plugins)
+        if removed.plugin is not None:
+            self._manager.unregister(removed.plugin)
+
+    def _all(self) -> dict[str, Plugin]:
+        """Every plugin, the built-in one first, the others by name."""
+        with lock:
+            if self._undiscovered:
+                self._plugins |= discover()
+                self._undiscovered = False
+            return dict(sorted(self._plugins.items(), key=lambda item: (item[0] != BUILTIN, item[0])))
+
+    # --- who takes part ------------------------------------------------------------------------
+
+    def _active(self, only: Sequence[str] | None = None) -> list[Plugin]:
+        """The plugins that take part, loaded."""
+        known = self._all()
+        unknown = [name for name in only or () if name not in known]
+        if unknown:
+            raise UnknownNameError.of("plugin", unknown[0], known)
+        environment = _Environment.read()
+        if BUILTIN in environment.blocked:
+            raise _indispensable(f"cannot be blocked, as {BLOCK_VARIABLE} asks")
+        unknown = sorted((environment.allowed or frozenset()) - set(known))
+        if unknown:
+            hint = "`quantpatch plugins` lists those that are installed"
+            raise UnknownNameError.of(f"plugin in {ALLOW_VARIABLE}", unknown[0], known, hint)
+        self._warn_of_unknown(BLOCK_VARIABLE, environment.blocked)
+        active = [plugin for name, plugin in known.items() if not environment.reason_blocked(name, only)]
+        for plugin in active:
+            plugin.load(self._manager)
+        return active
+
+    def _warn_of_unknown(self, variable: str, names: frozenset[str]) -> None:
+        known = self._all()
+        for name in sorted(names - set(known)):
+            if (variable, name) not in self._told:
+                self._told.add((variable, name))
+                near = near_misses(name, known)
+                message = f"{variable} names {name!r}, and there is no such plugin. {near}"
+                warnings.warn(message.rstrip(), QuantPatchWarning, stacklevel=3)
+
+    # --- what they say -------------------------------------------------------------------------
+
+    def offers(self, plugins: Iterable[str] | None = None) -> tuple[Offer, ...]:
+        """Every entry of every active plugin: built-ins first, then plugins by name.
+
+        Args:
+            plugins: Names of the plugins that take part besides the built-in one; None: all that the
+                environment variables leave.
+
+        Raises:
+            PluginError: A plugin failed.
+            UnknownNameError: There is no plugin of a name in ``plugins``.
+        """
+        only = None if plugins is None else tuple(plugins)
+        if self._undiscovered:
+            self._all()
+        key = (only, os.environ.get(BLOCK_VARIABLE), os.environ.get(ALLOW_VARIABLE), tuple(self._plugins))
+        found = self._remembered.get(key)
+        if found is None:
+            found = tuple(offer for p in self._active(only) for offer in p.entries(self._manager))
+            self._remembered[key] = found
+        return found
+
+    def examples(self, plugin: str) -> tuple[Example, ...]:
+        """How a plugin says to build what it replaces.
+
+        Raises:
+            PluginError: The plugin failed, or returned something else.
+            UnknownNameError: There is no such plugin.
+        """
+        known = self._all()
+        if plugin not in known:
+            raise UnknownNameError.of("plugin", plugin, known)
+        known[plugin].load(self._manager)
+        return known[plugin].examples(self._manager)
+
+    def named(self, hook: str, kind: type) -> dict[str, Any]:
+        """What the active plugins offer under a name through a hook that returns a mapping.
+
+        Args:
+            hook: Name of the hook.
+            kind: Type that every value is an instance of (or, if it is a class, a subclass of).
+
+        Raises:
+            PluginError: A plugin failed, returned something else, or uses another's name.
+        """
+        return {name: value for name, (value, _) in self._named(hook, kind).items()}
+
+    def _named(self, hook: str, kind: type) -> dict[str, tuple[Any, str]]:
+        """The same, each with the name of its plugin."""
+        found: dict[str, tuple[Any, str]] = {}
+        for plugin in self._active():
+            for name, value in plugin.names(self._manager, hook, kind).items():
+                if name in found:
+                    raise plugin.error(
+                        f"returned {name!r} from {hook}, which {found[name][1]!r} has already", hook
+                    )
+                found[name] = value, plugin.name
+        return found
+
+    def advice(self, layer: Any) -> str | None:
+        """What an active plugin says to write so that a layer that no entry covers is quantized.
+
+        Raises:
+            PluginError: A plugin failed, or said something else than text.
+        """
+        return next(filter(None, (plugin.advice(self._manager, layer) for plugin in self._active())), None)
+
+    def recipe(self, given: str | Recipe) -> Recipe:
+        """The recipe of a name; a recipe is its own.
+
+        Raises:
+            UnknownNameError: There is no such recipe.
+        """
+        if isinstance(given, Recipe):
+            return given
+        recipes: dict[str, Recipe] = self.named("quantpatch_recipes", Recipe)
+        try:
+            return recipes[given]
+        except (KeyError, TypeError):
+            hint = (
+                ""
+                if isinstance(given, str)
+                else "Or make one: Recipe(name='mine', input=QuantDescriptor(...))"
+            )
+            raise UnknownNameError.of("recipe", given, recipes, hint) from None
+
+    def format(self, descriptor: QuantDescriptor) -> NumberFormat:
+        """The number format that a descriptor means.
+
+        Raises:
+            UnknownNameError: It names a format that does not exist.
+        """
+        if descriptor.number_format is not None:
+            return descriptor.number_format
+        name = str(descriptor.format)
+        formats: dict[str, NumberFormat] = self.named("quantpatch_formats", NumberFormat)
+        found = formats[name] if name in formats else affine_format(name)
+        if found is None:
+            raise UnknownNameError.of("format", name, formats)
+        return found
+
+    def offers_format(self, format: NumberFormat) -> str | None:
+        """The name of the plugin that offers a format; None if none does."""
+        offered = self._named("quantpatch_formats", NumberFormat).values()
+        return next((plugin for value, plugin in offered if value == format), None)
+
+    def calibrator(self, name: str) -> type[Calibrator]:
+        """The calibrator of a name.
+
+        Raises:
+            UnknownNameError: There is no such calibrator.
+        """
+        calibrators: dict[str, type[Calibrator]] = self.named("quantpatch_calibrators", Calibrator)
+        try:
+            return calibrators[name]
+        except (KeyError, TypeError):
+            raise UnknownNameError.of("calibrator", name, calibrators) from None
+
+    def plugins(self) -> list[PluginInfo]:
+        """Every plugin that is installed or registered, with its state. Blocked ones are not imported."""
+        environment = _Environment.read()
+        self._warn_of_unknown(BLOCK_VARIABLE, environment.blocked)
+        self._warn_of_unknown(ALLOW_VARIABLE, environment.allowed or frozenset())
+        return [self._info(p, environment.reason_blocked(p.name)) for p in self._all().values()]
+
+    def _info(self, plugin: Plugin, blocked_because: str) -> PluginInfo:
+        state: State = "blocked" if blocked_because else "active"
+        reason = blocked_because
+        entries: tuple[Entry, ...] = ()
+        hooks: tuple[str, ...] = ()
+        if not blocked_because:
+            try:
+                plugin.load(self._manager)
+                hooks = plugin.hooks(self._manager)
+                entries = tuple(offer.entry for offer in plugin.entries(self._manager))
+                if not hooks:
+                    reason = "it implements no hook: mark functions with @quantpatch.hookimpl"
+            except PluginError as error:
+                state, reason = "failed", str(error)
+        return PluginInfo(plugin.name, plugin.distribution, plugin.version, state, reason, hooks, entries)
+
+
+def _indispensable(what: str) -> PluginError:
+    return PluginError(
+        f"the plugin {BUILTIN!r} {what}: recipes, formats and calibrators come from it, besides the layers "
+        f"of torch.nn. To leave such layers float, write quantize_modules(skip=['torch.nn.*']), or build "
+        f"them in keep_float(); to have no other plugin than it, write plugins=[]",
+        plugin=BUILTIN,
+    )
+
+
+@attrs.frozen
+class _Environment:
+    """What the environment variables say.
+
+    Attributes:
+        blocked: Names of plugins to leave out.
+        allowed: Names of the only plugins to take, besides the built-in one; None: all.
+    """
+
+    blocked: frozenset[str]
+    allowed: frozenset[str] | None
+
+    @classmethod
+    def read(cls) -> _Environment:
+        blocked, allowed = os.environ.get(BLOCK_VARIABLE, ""), os.environ.get(ALLOW_VARIABLE)
+        return cls(_names_in(blocked), None if allowed is None else _names_in(allowed))
+
+    def reason_blocked(self, name: str, only: Sequence[str] | None = None) -> str:
+        """Why a plugin does not take part; empty if it does."""
+        if name in self.blocked:
+            return f"{BLOCK_VARIABLE} names it"
+        if name == BUILTIN:
+            return ""
+        if self.allowed is not None and name not in self.allowed:
+            return f"{ALLOW_VARIABLE} does not name it"
+        if only is not None and name not in only:
+            return "the scope's plugins=[...] does not name it"
+        return ""
+
+
+@functools.cache
+def _names_in(text: str) -> frozenset[str]:
+    return frozenset(name.strip() for name in text.split(",") if name.strip())
+
+
+#: The registry that blocks use.
+registry = Registry()

@@ -1,0 +1,25 @@
+"""The verbs: blocks, ``convert`` and ``revert``, ``configure``, ``calibrate``, ``explain``.
+
+What decides is here too: ``targets.py`` what a target is, ``resolve.py`` which class replaces which and why,
+``outcome.py`` what came of it.
+"""
+
+from quantpatch.quantize.calibrate import calibrate, calibrating
+from quantpatch.quantize.configure import configure
+from quantpatch.quantize.convert import convert, quantized, revert
+from quantpatch.quantize.explain import explain
+from quantpatch.quantize.scope import keep_float, quantize_modules
+from quantpatch.quantize.zero_points import fit_zero_points
+
+__all__ = [
+    "calibrate",
+    "calibrating",
+    "configure",
+    "convert",
+    "explain",
+    "fit_zero_points",
+    "keep_float",
+    "quantize_modules",
+    "quantized",
+    "revert",
+]

@@ -1,0 +1,223 @@
+"""Models that are built already: ``convert``, ``revert`` and ``with quantized(model):``.
+
+A layer is converted where it stands: the same object changes its class and gains quantizers, so its
+weights, hooks, tied parameters and place in an optimizer are kept. Reverting is the same backwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from quantpatch.errors import ConversionError
+from quantpatch.layers.base import QuantizedLayer, quantizers_of
+from quantpatch.layers.placed import placed_in, take_out
+from quantpatch.layers.subclass import combine, take_over, why_float
+from quantpatch.plugins.entry import EntryLike
+from quantpatch.plugins.registry import registry
+from quantpatch.quantize.configure import apply_rules
+from quantpatch.quantize.options import Settings
+from quantpatch.quantize.outcome import Outcome, Replaced, Skipped
+from quantpatch.quantize.resolve import Choice, Pattern, Table, nearest
+from quantpatch.recipes.builtin import DEFAULT_RECIPE
+from quantpatch.recipes.descriptor import Recipe
+from quantpatch.torch_tools.class_swap import change_class, dotted, own_class
+from quantpatch.torch_tools.fast_paths import allow_fast_paths
+from quantpatch.torch_tools.forward import demand_model
+
+__all__ = ["Conversion", "convert", "quantized", "revert"]
+
+
+@attrs.frozen
+class Conversion:
+    """What ``convert`` did.
+
+    Attributes:
+        replaced: The layers that were quantized, by class.
+        skipped: The layers that were left float, by class, and why.
+    """
+
+    replaced: tuple[Replaced, ...]
+    skipped: tuple[Skipped, ...]
+
+
+@attrs.frozen
+class _Step:
+    """One layer to convert."""
+
+    name: str
+    layer: nn.Module
+    replacement: type[QuantizedLayer]
+
+
+def convert(
+    model: nn.Module,
+    skip: Iterable[Pattern] | Pattern = (),
+    custom: Iterable[EntryLike] | EntryLike = (),
+    recipe: str | Recipe | None = None,
+    plugins: Iterable[str] | None = None,
+    *,
+    include: Iterable[Pattern] | Pattern = (),
+    subclasses: bool | None = None,
+) -> Conversion:
+    """Quantizes the layers of an existing model in place, by the same table as a block.
+
+    Parameters, buffers, hooks, parametrizations, tied weights, ``requires_grad``, training modes,
+    devices and dtypes stay as they are. If anything fails, the model is as it was.
+
+    Args:
+        model: The model. It may be a layer itself: the object stays, its class changes.
+        skip: As in ``quantize_modules``, like the rest.
+        custom: See there; replacements have to be ``QuantizedLayer`` subclasses of their target.
+        recipe: See there; default int8. Rules in it are applied at once.
+        plugins: See there.
+        include: See there.
+        subclasses: See there; default False.
+
+    Returns:
+        What was replaced and what was left float.
+
+    Raises:
+        ConversionError: The model is quantized already, has nothing to quantize, is scripted, or an
+            entry's replacement cannot take over a layer that exists.
+        RuleError: A rule of the recipe matches nothing, or is malformed.
+    """
+    settings = Settings.of(skip, custom, recipe, plugins, include, subclasses)
+    _refuse_wrapped(model, "convert")
+    already = [name for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
+    if already:
+        raise ConversionError(
+            f"{type(model).__name__} is quantized already ({len(already)} layers, such as {already[0]!r}); "
+            f"revert(model) first, or change its quantizers with configure(model, rules)",
+            layers=tuple(already),
+        )
+    chosen = registry.recipe(DEFAULT_RECIPE if recipe is None else recipe)
+    outcome = Outcome()
+    steps = _plan(model, settings.table(chosen), outcome, subclasses=bool(settings.subclasses))
+    if not steps:
+        seen = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
+        raise ConversionError(
+            f"{type(model).__name__} holds nothing to quantize: its modules are {seen}. Give an entry for "
+            f"your own layers: convert(model, custom=[(module, 'Name', QuantName)])"
+        )
+    with contextlib.ExitStack() as undo:
+        for step in steps:
+            undo.callback(_unconvert, step.layer, own_class(step.layer), tuple(step.layer._modules))
+            take_over(step.layer, step.replacement, chosen)
+        if chosen.rules:
+            apply_rules([model], chosen.rules)
+        undo.pop_all()  # all went well: keep it
+    return Conversion(outcome.replaced, outcome.skipped)
+
+
+def _refuse_wrapped(model: nn.Module, verb: str) -> None:
+    demand_model(model, verb)
+    for name, module in model.named_modules():
+        where = repr(name) if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ConversionError(
+                f"cannot {verb} {where}: it is a scripted module, whose code is fixed. Work on the module "
+                f"that it was scripted from",
+                layers=(name,),
+            )
+        if isinstance(module, nn.DataParallel):
+            raise ConversionError(
+                f"cannot {verb} {where}: nn.DataParallel runs copies of the layers. {verb.capitalize()} "
+                f"model.module and wrap it afterwards",
+                layers=(name,),
+            )
+
+
+def _plan(model: nn.Module, table: Table, outcome: Outcome, *, subclasses: bool) -> list[_Step]:
+    steps: list[_Step] = []
+    for name, layer in model.named_modules():
+        cls = own_class(layer)
+        found = nearest(table, cls)
+        if found is None:
+            continue
+        slot, choice = found
+        offer, because = choice.offer, choice.float_because
+        own = "" if cls is slot.target else dotted(cls)
+        if own:
+            because = because or why_float(choice.replacement, cls, offer.entry.dotted, wanted=subclasses)
+        if because:
+            outcome.count(offer, because, target=own)
+            continue
+        replacement = _fit_for_conversion(choice)
+        if own:
+            replacement = combine(replacement, cls)
+        outcome.count(offer, target=own, replacement=dotted(replacement))
+        steps.append(_Step(name, layer, replacement))
+    return steps
+
+
+def _fit_for_conversion(choice: Choice) -> type[QuantizedLayer]:
+    entry, replacement = choice.offer.entry, choice.replacement
+    target = entry.name
+    is_layer = isinstance(replacement, type) and issubclass(replacement, QuantizedLayer)
+    if is_layer and hasattr(replacement, "float_class"):
+        fit: type[QuantizedLayer] = replacement
+        return fit
+    raise ConversionError(
+        f"{choice.offer.source}: {entry} can build new layers but not take over existing ones: the "
+        f"replacement is no QuantizedLayer. Write: class Quant{target}(quantpatch.QuantizedLayer, {target})",
+        entry=entry,
+    )
+
+
+def _unconvert(layer: Any, cls: type, children: tuple[str, ...]) -> None:
+    change_class(layer, cls)
+    allow_fast_paths(layer)
+    for name in [name for name in layer._modules if name not in children]:
+        del layer._modules[name]
+
+
+def revert(model: nn.Module) -> None:
+    """Takes a quantized model back to float: the same classes, attributes and weights, bit for bit.
+
+    Works on models that ``convert`` quantized and on those built inside a block.
+
+    Raises:
+        ConversionError: The model holds no quantized layer.
+    """
+    _refuse_wrapped(model, "revert")
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    if not layers:
+        raise ConversionError(f"{type(model).__name__} holds no quantized layer, so nothing can be reverted")
+    for layer in layers:
+        own: Any = layer
+        kept = tuple(name for name in own._modules if name not in quantizers_of(own))
+        _unconvert(own, layer.float_class, kept)
+    for module in placed_in(model).values():
+        take_out(module)
+
+
+@contextlib.contextmanager
+def quantized(
+    model: nn.Module,
+    skip: Iterable[Pattern] | Pattern = (),
+    custom: Iterable[EntryLike] | EntryLike = (),
+    recipe: str | Recipe | None = None,
+    plugins: Iterable[str] | None = None,
+    *,
+    include: Iterable[Pattern] | Pattern = (),
+    subclasses: bool | None = None,
+) -> Iterator[Conversion]:
+    """A block in which an existing model is quantized; ``convert`` before and ``revert`` after it.
+
+    Ranges found inside are gone afterwards, as all else that the float model does not have.
+
+    Raises:
+        ConversionError: See ``convert``.
+    """
+    conversion = convert(model, skip, custom, recipe, plugins, include=include, subclasses=subclasses)
+    try:
+        yield conversion
+    finally:
+        if any(isinstance(module, QuantizedLayer) for module in model.modules()):  # not reverted in there
+            revert(model)

@@ -1,0 +1,115 @@
+"""Ranges that come too late for what works on a model's tensors.
+
+A learned range is a parameter from construction on, where its shape is known then. One whose shape only data
+shows, or that is made a learned one later, is missed by an optimizer that exists already: it would never be
+trained. And an average of weights that was updated before a range was known has averaged NaN, which it stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from quantpatch.errors import warn_caller
+from quantpatch.layers.quantizer import copied, named_quantizers
+
+__all__ = ["telling_of_late_ranges"]
+
+
+@contextlib.contextmanager
+def telling_of_late_ranges(models: Iterable[nn.Module]) -> Iterator[None]:
+    """A block that warns of ranges that became parameters, or known, in it, too late for others.
+
+    Args:
+        models: Those whose ranges change in it.
+
+    Warns:
+        QuantPatchWarning: There is an optimizer, or a wrapper that averages gradients, of other parameters of
+            these models; or an ``AveragedModel`` has averaged ranges that were not known.
+    """
+    models = list(models)
+    before = {id(parameter) for parameter in _learned(models).values()}
+    unknown = [
+        {name for name, q in named_quantizers(model).items() if q in copied and q.amax is None}
+        for model in models
+    ]
+    yield
+    for model, names in zip(models, unknown, strict=True):
+        now = named_quantizers(model)
+        if any(name in now and now[name].amax is not None for name in names):
+            _tell_of_averages(model, names)
+    late = {name: p for name, p in _learned(models).items() if id(p) not in before}
+    if late:
+        _tell(models, late)
+
+
+def _learned(models: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
+    held = {name: q.held for model in models for name, q in named_quantizers(model).items()}
+    return {name: tensor for name, tensor in held.items() if isinstance(tensor, nn.Parameter)}
+
+
+def _tell(models: Iterable[nn.Module], late: Mapping[str, nn.Parameter]) -> None:
+    others = {id(p) for model in models for p in model.parameters()} - {id(p) for p in late.values()}
+    names = list(late)
+    shown = f"{', '.join(names[:5])}{' …' * (len(names) > 5)}"
+    for kind, listed in _lists_of_parameters():
+        missed = [name for name, parameter in late.items() if id(parameter) not in listed]
+        if not missed or others.isdisjoint(listed):
+            continue
+        if issubclass(kind, Optimizer):
+            warn_caller(
+                f"the learned ranges of {shown} became parameters after {kind.__name__} was made, which does "
+                f"not train them. Make it anew, or write optimizer.add_param_group({{'params': "
+                f"[quantizer.amax, ...]}})"
+            )
+        else:
+            warn_caller(
+                f"the learned ranges of {shown} became parameters after {kind.__name__} took the model, "
+                f"which does not average their gradients over the ranks. Wrap it anew"
+            )
+
+
+def _lists_of_parameters() -> Iterable[tuple[type[Any], set[int]]]:
+    """Every optimizer and wrapper that there is, by its class, with the identities of what it has listed."""
+    for found in gc.get_objects():
+        kind = type(found)  # not isinstance, which asks what pretends to be of another class
+        if issubclass(kind, Optimizer):
+            groups = vars(found).get("param_groups", [])
+            yield kind, {id(parameter) for group in groups for parameter in group["params"]}
+        elif issubclass(kind, nn.parallel.DistributedDataParallel):
+            yield kind, {id(parameter) for parameter in vars(found).get("_module_parameters", [])}
+
+
+def _tell_of_averages(model: nn.Module, names: set[str]) -> None:
+    """Warns of averages of such a model, with NaN in the place of ranges of these names."""
+    quantizers = named_quantizers(model).keys()
+    for found in gc.get_objects():
+        if not issubclass(type(found), AveragedModel) or not vars(found).get("_modules"):
+            continue
+        average = found.module
+        own = named_quantizers(average) if type(average) is type(model) else {}
+        if own.keys() != quantizers or average is model or not int(found.n_averaged):
+            continue
+        # Buffers that are not averaged are copied anew at each update.
+        lost = [
+            name
+            for name, q in own.items()
+            if name in names
+            and q.amax is None
+            and (isinstance(q.held, nn.Parameter) or (found.use_buffers and q.held is not None))
+        ]
+        if lost:
+            shown = f"{', '.join(lost[:5])}{' …' * (len(lost) > 5)}"
+            warn_caller(
+                f"there is an {type(found).__name__} of a model like this one that was updated before the "
+                f"ranges of {shown} were known. If it is of this one, it has NaN in their place, as has any "
+                f"average of NaN, and takes a range from each tensor. Make it anew, or write "
+                f"average.module.load_state_dict({{key: value for key, value in model.state_dict().items() "
+                f"if '_quantizer.' in key}}, strict=False)"
+            )

@@ -1,0 +1,315 @@
+"""``with quantize_modules(): ...`` and ``with keep_float(): ...``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from quantpatch.errors import RuleError, ScopeError, warn_caller
+from quantpatch.interception import hooks
+from quantpatch.interception.built_modules import Built
+from quantpatch.interception.statements import Exit, Statement
+from quantpatch.layers.base import QuantizedLayer
+from quantpatch.plugins.entry import EntryLike
+from quantpatch.plugins.registry import registry
+from quantpatch.quantize.configure import apply_rules, checked_rules
+from quantpatch.quantize.opening import Opening
+from quantpatch.quantize.options import Settings
+from quantpatch.quantize.outcome import Outcome, Replaced, Skipped
+from quantpatch.quantize.resolve import Pattern, Table
+from quantpatch.recipes.builtin import DEFAULT_RECIPE
+from quantpatch.recipes.descriptor import Recipe
+
+__all__ = ["Scope", "keep_float", "quantize_modules"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Scope:
+    """A block in which layers come out quantized; made by ``quantize_modules`` or ``keep_float``.
+
+    A context manager, a decorator, or (``start``/``stop``) a setting of the whole process. The same
+    object can be entered again, also inside itself and in several threads.
+    """
+
+    def __init__(self, settings: Settings, float_because: str = "") -> None:
+        self._settings = settings
+        self._float_because = float_because  # if not empty, nothing is replaced
+        self._openings: list[Opening] = []  # by calls of __enter__
+        self._started: Opening | None = None
+        self._outcome = Outcome()
+
+    def __repr__(self) -> str:
+        return self._float_because or f"quantize_modules({self._settings})"
+
+    # --- opening and closing -------------------------------------------------------------------
+
+    def _new_opening(self) -> Opening:
+        around = hooks.current()
+        outer: Opening | None = None if around is None else around.payload
+        enclosing = Table() if outer is None else outer.table
+        settings = self._settings
+        if settings.recipe is None and outer is not None:
+            # What is built in here belongs to the models of the block whose recipe it is.
+            recipe, built, applies_rules = outer.recipe, outer.built, False
+        else:
+            recipe = registry.recipe(DEFAULT_RECIPE if settings.recipe is None else settings.recipe)
+            applies_rules = bool(checked_rules(recipe.rules))
+            built = Built() if applies_rules else None
+        table = enclosing if self._float_because else settings.table(recipe, enclosing)
+        subclasses = settings.subclasses
+        if subclasses is None:
+            subclasses = outer is not None and outer.subclasses
+        return Opening(
+            self,
+            table,
+            recipe,
+            outcome=self._outcome,
+            float_because=self._float_because,
+            subclasses=subclasses,
+            built=built,
+            applies_rules=applies_rules,
+        )
+
+    def __enter__(self) -> Scope:
+        statement = Statement.entering(self)
+        opening = statement.opening = self._new_opening()
+        try:
+            opening.open()
+            if not statement.is_real:
+                with hooks.lock:
+                    self._openings.append(opening)
+            opening.activation.enter()
+        except BaseException:
+            opening.close()
+            raise
+        return self
+
+    if TYPE_CHECKING:
+
+        def __exit__(
+            self,
+            exc_type: type[BaseException] | None,
+            exc: BaseException | None,
+            traceback: TracebackType | None,
+        ) -> None: ...
+
+    else:
+        __exit__ = Exit(lambda scope, statement, failed: scope._leave(statement.opening, failed=failed))
+
+    def _leave(self, opening: Opening | None, *, failed: bool) -> None:
+        self._close(opening or self._opening_here(), failed=failed)
+
+    def _opening_here(self) -> Opening:
+        """Of those that no ``with`` statement will close, the innermost opening of this scope here.
+
+        What is closed in another context than it was opened in, is the one opened last.
+        """
+        with hooks.lock:
+            opened = [opening for opening in self._openings if not opening.activation.closed]
+        activation = hooks.current_in_context()
+        while activation is not None:
+            if not activation.closed and activation.payload in opened:
+                found: Opening = activation.payload
+                return found
+            activation = activation.parent
+        if not opened:
+            raise ScopeError(f"{self!r} is left without having been entered")
+        return opened[-1]
+
+    def _close(self, opening: Opening, *, failed: bool) -> None:
+        displaced = opening.close()
+        if self._openings:
+            with hooks.lock:  # with those whose closing was interrupted
+                self._openings = [other for other in self._openings if not other.activation.closed]
+        if failed:  # nothing gets in the way of an exception of the body
+            return
+        if displaced:
+            warn_caller(
+                f"while {self!r} was open, other code replaced the __init__ of {', '.join(displaced)} for "
+                f"good: what was built afterwards may be float; audit the model"
+            )
+        if opening.applies_rules:
+            _apply_rules(opening)
+
+    def start(self) -> Scope:
+        """Opens the block for the whole process, in every context that has no block of its own.
+
+        Raises:
+            ScopeError: It is started already.
+        """
+        if self._started is not None and not self._started.activation.closed:
+            raise ScopeError(f"{self!r}.start() was called twice; call stop() in between")
+        opening = self._new_opening()
+        try:
+            opening.open()
+            self._started = opening
+            opening.activation.start()
+        except BaseException:
+            self._started = None
+            opening.close()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """Ends what ``start`` began.
+
+        Raises:
+            ScopeError: It is not started.
+        """
+        opening = self._started
+        if opening is None:
+            raise ScopeError(
+                f"{self!r}.stop() without start(); keep the scope that was started: "
+                f"scope = quantize_modules(); scope.start(); ...; scope.stop()"
+            )
+        try:
+            self._close(opening, failed=False)
+        finally:
+            if opening.activation.closed:  # else it was interrupted before that, and can be stopped again
+                self._started = None
+
+    # --- as a decorator ------------------------------------------------------------------------
+
+    def __call__(self, function: F) -> F:
+        """Runs every call of a function, plain or ``async``, in a fresh block of the same settings.
+
+        Raises:
+            ScopeError: It is a class or a generator function.
+        """
+        if isinstance(function, type):
+            raise ScopeError(
+                f"{self!r} cannot decorate the class {function.__qualname__}: it is not clear which of its "
+                f"code should run in the block. Decorate the function that builds it, or its __init__"
+            )
+        if not callable(function):
+            raise ScopeError(f"{self!r} decorates functions, not {function!r}")
+        # Of an object that is called like a function, its class has the code.
+        calls = (function, type(function).__call__)
+        if any(inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call) for call in calls):
+            raise ScopeError(
+                f"{self!r} cannot decorate the generator function {function!r}: the block would be open in "
+                f"the caller's code between two yields. Put a with-block inside it"
+            )
+        if any(inspect.iscoroutinefunction(call) for call in calls):
+
+            @functools.wraps(function)
+            async def run_async(*args: Any, **kwargs: Any) -> Any:
+                with self._fresh():
+                    return await function(*args, **kwargs)
+
+            return run_async  # type: ignore[return-value]
+
+        async def awaited(coroutine: Any) -> Any:
+            with self._fresh():
+                return await coroutine
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._fresh():
+                result = function(*args, **kwargs)
+            # Of an async function that another decorator has wrapped nothing has run yet.
+            return awaited(result) if inspect.iscoroutine(result) else result
+
+        return run  # type: ignore[return-value]
+
+    def _fresh(self) -> Scope:
+        return Scope(self._settings, self._float_because)
+
+    # --- what came out -------------------------------------------------------------------------
+
+    @property
+    def replaced(self) -> tuple[Replaced, ...]:
+        """What was replaced in this scope so far, by which entry and plugin, and how often."""
+        return self._outcome.replaced
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What was built in this scope so far and left float, why, and how often."""
+        return self._outcome.skipped
+
+
+def _apply_rules(opening: Opening) -> None:
+    """Applies a recipe's rules to the models that were built.
+
+    Raises:
+        RuleError: A pattern matches nothing in any of them; the models are quantized as without rules.
+    """
+    assert opening.built is not None
+    recipe, roots = opening.recipe, opening.built.roots()
+    if not any(isinstance(module, QuantizedLayer) for root in roots for module in root.modules()):
+        if opening.built.count:
+            warn_caller(
+                f"the rules of recipe {recipe.name!r} were applied to nothing: no quantized layer that was "
+                f"built in the block is left at its end. For copies of layers write configure(model, rules)"
+            )
+        return
+    try:
+        apply_rules(roots, recipe.rules)
+    except RuleError as error:
+        built = " and ".join(dict.fromkeys(type(root).__name__ for root in roots))
+        raise RuleError(
+            f"the rules of recipe {recipe.name!r} were not applied to {built}: {error}", rule=error.rule
+        ) from error
+
+
+def quantize_modules(
+    skip: Iterable[Pattern] | Pattern = (),
+    custom: Iterable[EntryLike] | EntryLike = (),
+    recipe: str | Recipe | None = None,
+    plugins: Iterable[str] | None = None,
+    *,
+    include: Iterable[Pattern] | Pattern = (),
+    subclasses: bool | None = None,
+) -> Scope:
+    """Every layer constructed inside the block comes out as its quantized version.
+
+    ::
+
+        with quantize_modules(skip=["ConvTranspose2d"], recipe="int8") as scope:
+            model = build_model()
+
+    The class itself is watched, not its name: it does not matter how the code imported its layers.
+    Only this thread (or asyncio task) is concerned; when the block ends, PyTorch is exactly what it
+    was. Inside another block, this one starts from what the other replaces.
+
+    Args:
+        skip: Targets to leave float: class names (``"Linear"``), dotted names (``"torch.nn.Linear"``),
+            globs (``"AvgPool*"``) or classes; of targets, or of subclasses of one.
+        custom: Entries ``(module, name, replacement)`` of your own; they override plugins and
+            built-ins, and ``skip`` does not remove them. A function is replaced under its name in its module,
+            not where it was imported earlier under a name of its own.
+        recipe: How to quantize: a recipe or its name. Default: that of the enclosing block, else int8. Rules
+            in it are applied when the block ends, to the models that were built inside.
+        plugins: Names of the installed plugins that take part; default: all of them.
+        include: Targets that are left float by default and that you want replaced, such as
+            ``"Embedding"``.
+        subclasses: Whether a subclass of a target is quantized as well, as long as it leaves ``forward`` and
+            what that uses as they are. What cannot be is in ``skipped``, with the reason. Default: as in the
+            enclosing block, else False.
+
+    Returns:
+        The scope: a context manager, a decorator of functions, or something to ``start()`` and
+        ``stop()``. Its ``replaced`` and ``skipped`` tell what came out of the block.
+
+    Raises:
+        EntryError: An entry cannot be used (on entering the block; nothing is replaced then).
+        EntryConflictError: Two plugins replace the same target.
+        PluginError: A plugin failed.
+        RuleError: A rule of the recipe is malformed (on entering) or matches nothing that was built (when the
+            block ends: PyTorch is what it was, and the models are quantized as without rules).
+        UnknownNameError: Nothing goes by a name in ``skip``, ``include``, ``recipe`` or ``plugins``.
+    """
+    return Scope(Settings.of(skip, custom, recipe, plugins, include, subclasses))
+
+
+def keep_float() -> Scope:
+    """A block that builds float layers, whatever blocks are around it.
+
+    That goes for what is built directly in it: a ``quantize_modules()`` inside it replaces again what was
+    replaced around it.
+    """
+    return Scope(Settings(), float_because="keep_float()")

@@ -1,0 +1,153 @@
+"""Layers that do not run, since a forward reads their weight itself: ``F.linear(x, self.qkv.weight, bias)``.
+
+Nothing of such a layer computes, so its quantizers see no data, whatever the batches. That differs from a
+layer that the batches do not reach, and a run of the model in which every operator is seen tells the two
+apart. It is made only where quantizers saw no data, with the arguments of the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from quantpatch.errors import warn_caller
+from quantpatch.layers.base import QuantizedLayer, is_quantizer
+from quantpatch.layers.quantizer import in_float, named_quantizers
+from quantpatch.torch_tools.forward import evaluating, unwrapped
+
+__all__ = ["FirstCall"]
+
+
+class FirstCall:
+    """A block that keeps the arguments with which a model is called first, to call it once more.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._runner = unwrapped(model)
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._switched_off: list[str] = []
+        self._float: dict[str, str] = {}  # layers whose products stay float, by name, with the reader's
+
+    def __enter__(self) -> FirstCall:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._call is None and not torch.compiler.is_compiling():
+                self._call = args, kwargs
+
+        self._hook: Any = self._runner.register_forward_pre_hook(keep, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+        self._call = None
+
+    def weights_read(self, quantizers: Sequence[str]) -> Iterable[str]:
+        """Those quantizers whose layer has a weight that another module's forward reads.
+
+        Args:
+            quantizers: Names of quantizers that saw no data.
+        """
+        modules = dict(self._model.named_modules())
+        owners = {name: modules.get(name.rpartition(".")[0]) for name in quantizers}
+        layers = {layer: None for layer in owners.values() if isinstance(layer, QuantizedLayer)}
+        seen = self._seen(list(layers))
+        names = {module: name for name, module in modules.items()}
+        for name, layer in owners.items():
+            if seen is not None and layer in seen.readers:
+                self._switched_off.append(name)
+                if layer not in seen.quantized:
+                    self._float[name.rpartition(".")[0]] = names.get(seen.readers[layer], "")
+        return self._switched_off
+
+    def leave_float(self) -> None:
+        """Switches off the quantizers that were found so, and warns if a product stays float.
+
+        Warns:
+            QuantPatchWarning: It names the layers, and the modules that read their weights.
+        """
+        quantizers = named_quantizers(self._model) if self._switched_off else {}
+        for name in self._switched_off:
+            quantizers[name].disable()
+        if not self._float:
+            return
+        shown = [f"{layer} (in {reader or 'the model'})" for layer, reader in self._float.items()]
+        warn_caller(
+            f"{len(shown)} layers never run, since a forward reads their weights and computes with them "
+            f"itself: {', '.join(shown[:10])}{' …' * (len(shown) > 10)}. These products stay float, and the "
+            f"layers' quantizers are switched off. For quantized ones, have the forward call the layer, or "
+            f"replace the class of that forward: qp.audit has the code"
+        )
+
+    def _seen(self, layers: list[Any]) -> _Recorder | None:
+        """What a run shows of the weights of these layers; None if the model does not run again."""
+        if self._call is None or not layers:
+            return None
+        args, kwargs = self._call
+        recorder = _Recorder(layers)
+        handles = [
+            register_module_forward_pre_hook(recorder.entered),
+            register_module_forward_hook(recorder.left, always_call=True),
+        ]
+        try:
+            with in_float(self._model), evaluating(self._model), torch.no_grad(), recorder:
+                for quantizer in named_quantizers(self._model).values():
+                    quantizer.calibrating = False  # what it has seen, it has seen; in_float puts that back
+                with torch.random.fork_rng(devices=[]):
+                    self._runner(*args, **kwargs)
+        except Exception:  # it ran before; if it does not twice, nothing more is known of its layers
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+        return recorder
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the first module that reads a weight of each layer and does not hold it as its own."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.readers: dict[Any, nn.Module] = {}
+        self.quantized: set[Any] = set()  # those whose weights go through a quantizer of the reader's
+        self._stack: list[nn.Module] = []
+        self._layers: Any = WeakTensorKeyDictionary()
+        for layer in layers:
+            for name in layer.weight_axes():
+                weight = getattr(layer, name, None)
+                if isinstance(weight, Tensor):
+                    self._layers[weight] = layer
+
+    def entered(self, module: nn.Module, args: Any) -> None:
+        if not is_quantizer(module):
+            self._stack.append(module)
+        elif args and isinstance(args[0], Tensor) and args[0] in self._layers:
+            self.quantized.add(self._layers[args[0]])
+
+    def left(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not is_quantizer(module):
+            self._stack.pop()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        reader = self._stack[-1] if self._stack else None
+        for x in pytree.tree_leaves((args, kwargs or {})):
+            layer = self._layers.get(x) if isinstance(x, Tensor) else None
+            # A module that holds the parameter too, such as an embedding that is tied, is a layer itself.
+            if layer is not None and reader is not None and not _holds(reader, x):
+                self.readers.setdefault(layer, reader)
+        return func(*args, **(kwargs or {}))
+
+
+def _holds(module: nn.Module, tensor: Tensor) -> bool:
+    return any(parameter is tensor for parameter in module._parameters.values())

@@ -1,0 +1,221 @@
+"""How a tensor is quantized (``QuantDescriptor``) and how a layer is (``Recipe``), as values."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import attrs
+
+from quantpatch.errors import DescriptorError, shown
+from quantpatch.numerics.formats import Float, Integer, NumberFormat
+from quantpatch.numerics.grouped_axes import GroupedAxes
+
+__all__ = ["CHANNEL", "REDUCTION", "Axis", "QuantDescriptor", "Recipe"]
+
+#: Stands in a descriptor for the axis of a layer's output channels, which each layer knows.
+CHANNEL: Literal["channel"] = "channel"
+#: The same for the axis that the layer's products sum over, which blocks run along.
+REDUCTION: Literal["reduction"] = "reduction"
+
+Axis = int | tuple[int, ...] | None
+
+
+def _axis(given: Any) -> Any:
+    return tuple(given) if isinstance(given, list) else given
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    try:
+        return number and 0 < float(value) < math.inf
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
+@attrs.frozen(kw_only=True, cache_hash=True)
+class QuantDescriptor:
+    """How one tensor is quantized.
+
+    Attributes:
+        num_bits: Bits of an integer format, 2 to 8; or ``(exponent, mantissa)`` bits of a float format,
+            such as ``(4, 3)`` for FP8 E4M3. Not used when ``format`` is given.
+        axis: Axes that are *kept*, with a range for each index along them; None is one range for the
+            whole tensor, ``"channel"`` the layer's output channels. For formats in blocks: the axis
+            that blocks run along; ``"reduction"`` is the one that the layer's products sum over.
+        groups: With ``axis=(0, 1)``: of how many groups of neighbours, each with ranges of its own, the first
+            axis is made. Weights of transposed convolutions with groups have their output channels so.
+        unsigned: Integers from 0 on: no negative values, unless ``zero_point`` makes room for them.
+        zero_point: Which of the unsigned integers stands for 0: the grid goes from ``-zero_point`` to
+            ``2**num_bits - 1 - zero_point``, and the range from ``-amax * zero_point / (2**num_bits - 1 -
+            zero_point)`` to ``amax``.
+        narrow_range: Leave out the most negative integer, so that the grid is symmetric.
+        amax: A range known beforehand, in the tensor's own units.
+        learn_amax: Train the range, once it is known, with the gradient of LSQ.
+        scale_amax: Factor on every range that calibration finds.
+        calib_method: Name of the calibrator that ``calibrate`` uses unless told otherwise.
+        format: A number format or the name of one (``"fp8_e4m3"``), instead of ``num_bits``, ``unsigned``,
+            ``zero_point`` and ``narrow_range``.
+        dynamic: Take the range from each tensor as it comes; never calibrated.
+
+    Raises:
+        DescriptorError: A field has an impossible value, or two contradict each other.
+    """
+
+    num_bits: int | tuple[int, int] = 8
+    axis: int | tuple[int, ...] | Literal["channel", "reduction"] | None = attrs.field(
+        default=None, converter=_axis
+    )
+    groups: int = 1
+    unsigned: bool = False
+    narrow_range: bool = False
+    zero_point: int = 0
+    amax: float | None = None
+    learn_amax: bool = False
+    scale_amax: float | None = None
+    calib_method: str = "max"
+    format: NumberFormat | str | None = None
+    dynamic: bool = False
+    #: The format itself; None while it is only a name, which the registry knows.
+    number_format: NumberFormat | None = attrs.field(init=False, eq=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        valid_axis = self.axis in (None, CHANNEL, REDUCTION) or (
+            len(axes) > 0 and all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes)
+        )
+        self._demand(valid_axis, "axis", "an int, a tuple of ints, 'channel', 'reduction' or None")
+        whole = isinstance(self.groups, int) and not isinstance(self.groups, bool)
+        fits = whole and (self.groups == 1 or (self.groups > 1 and self.axis == (0, 1)))
+        self._demand(fits, "groups", "1, or more with axis=(0, 1)")
+        for field in ("amax", "scale_amax"):
+            value = getattr(self, field)
+            self._demand(value is None or _is_positive(value), field, "a positive finite number or None")
+        for field in ("unsigned", "narrow_range", "learn_amax", "dynamic"):
+            self._demand(isinstance(getattr(self, field), bool), field, "True or False")
+        self._demand(isinstance(self.calib_method, str), "calib_method", "a calibrator's name, such as 'max'")
+        self._demand(
+            self.format is None or isinstance(self.format, (str, NumberFormat)),
+            "format",
+            "a NumberFormat, the name of one, or None",
+        )
+        object.__setattr__(self, "number_format", self._make_format())
+        if self.dynamic:
+            clash = [f for f in ("amax", "learn_amax", "scale_amax") if getattr(self, f)]
+            if clash:
+                raise DescriptorError(
+                    f"QuantDescriptor(dynamic=True, {clash[0]}={getattr(self, clash[0])!r}): a dynamic range "
+                    f"comes from each tensor; leave out {clash[0]} or dynamic",
+                    field=clash[0],
+                    value=getattr(self, clash[0]),
+                )
+
+    def _demand(self, condition: bool, field: str, expected: str) -> None:
+        if not condition:
+            value = getattr(self, field)
+            raise DescriptorError(
+                f"QuantDescriptor({field}={shown(repr(value))}): expected {expected}",
+                field=field,
+                value=value,
+            )
+
+    def _make_format(self) -> NumberFormat | None:
+        if self.format is not None:
+            return None if isinstance(self.format, str) else self.format
+        if isinstance(self.num_bits, (tuple, list)):
+            self._demand(len(self.num_bits) == 2, "num_bits", "an int, or (exponent, mantissa) bits")
+            self._demand(not self.unsigned, "unsigned", "False, since float formats are signed")
+            self._demand(self.zero_point == 0, "zero_point", "0, since float formats have none")
+            return Float(*self.num_bits)
+        self._demand(
+            isinstance(self.num_bits, int) and not isinstance(self.num_bits, bool),
+            "num_bits",
+            "an int from 2 to 8, or (exponent, mantissa) bits",
+        )
+        return Integer(self.num_bits, self.unsigned, self.narrow_range, self.zero_point)
+
+    @property
+    def kept_axes(self) -> Axis:
+        """``axis``, once a layer has filled in ``"channel"`` or ``"reduction"`` (before that: None)."""
+        if self.groups > 1:
+            return GroupedAxes(self.groups)
+        return None if isinstance(self.axis, str) else self.axis
+
+    def for_axes(self, channel: Axis, reduction: int | None) -> QuantDescriptor:
+        """This descriptor with ``"channel"`` and ``"reduction"`` replaced by a layer's axes.
+
+        Args:
+            channel: The axis of the output channels, or axes; None: one range for the tensor.
+            reduction: The axis that products sum over.
+        """
+        if self.axis == CHANNEL:
+            return _with_axis(self, channel)
+        return _with_axis(self, reduction) if self.axis == REDUCTION else self
+
+    def for_channel_axis(self, axis: Axis) -> QuantDescriptor:
+        """``for_axes`` of a weight, of whose channels the others are summed over.
+
+        Args:
+            axis: One of the first two axes, which are the channels; or two of three, as of weights of
+                several experts in one.
+        """
+        if isinstance(axis, tuple):
+            return self.for_axes(axis, 3 - sum(axis))
+        return self.for_axes(axis, 1 - axis if axis in (0, 1) else -1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _with_axis(descriptor: QuantDescriptor, axis: Axis) -> QuantDescriptor:
+    if isinstance(axis, GroupedAxes):
+        return attrs.evolve(descriptor, axis=(0, 1), groups=axis.groups)
+    return attrs.evolve(descriptor, axis=axis)
+
+
+def _names(given: Any) -> Any:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _pairs(given: Any) -> Any:
+    return tuple(given.items() if isinstance(given, Mapping) else given)
+
+
+@attrs.frozen(kw_only=True)
+class Recipe:
+    """How layers are quantized: one descriptor for each kind of operand, None to leave it float.
+
+    Attributes:
+        name: What users ask for, and what reports show.
+        input: Activations that come into a layer.
+        weight: Weights.
+        output: Activations that leave a layer.
+        hidden: What a recurrent layer (``nn.LSTM`` …) hands from one time step to the next. None leaves it
+            float within torch's fused kernel. Quantizing it means running in Python, step by step, which is
+            slower (see ``quantpatch.layers.recurrent`` for figures). Cells, which run step by step anyway,
+            take ``input`` for it if this is None.
+        include: Names of targets that blocks leave float by default and this recipe wants replaced.
+        rules: What differs by name, as ``configure`` takes it: ``{"conv1": None, ":last": "int8"}``. Names
+            are those within the model, which is complete when a block ends: the rules are applied then, to
+            each outermost module that was built in it (``convert`` applies them at once).
+    """
+
+    name: str
+    input: QuantDescriptor | None = attrs.field(factory=QuantDescriptor)
+    weight: QuantDescriptor | None = attrs.field(
+        factory=lambda: QuantDescriptor(axis=CHANNEL, narrow_range=True)
+    )
+    output: QuantDescriptor | None = None
+    hidden: QuantDescriptor | None = None
+    include: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    rules: tuple[tuple[Any, Any], ...] = attrs.field(default=(), converter=_pairs)
+
+    def __attrs_post_init__(self) -> None:
+        for field in ("input", "weight", "output", "hidden"):
+            value = getattr(self, field)
+            if not (value is None or isinstance(value, QuantDescriptor)):
+                raise DescriptorError(
+                    f"Recipe({field}={value!r}): expected a QuantDescriptor, or None to leave it float",
+                    field=field,
+                    value=value,
+                )

@@ -100,9 +100,9 @@ def test_what_has_no_zero_point_is_left_alone() -> None:
     recipe = qp.Recipe(name="all", input=qp.QuantDescriptor(axis=1), output=qp.QuantDescriptor(dynamic=True))
     model = calibrated(x, recipe)
     model[2].input_quantizer = qp.TensorQuantizer(qp.QuantDescriptor(format="fp8_e4m3", amax=1.0))
-    before = {name: q.descriptor for name, q in qp.quantizer.named_quantizers(model).items()}
+    before = {name: q.descriptor for name, q in qp.layers.quantizer.named_quantizers(model).items()}
     assert qp.fit_zero_points(model, [x]) == {}
-    assert {name: q.descriptor for name, q in qp.quantizer.named_quantizers(model).items()} == before
+    assert {name: q.descriptor for name, q in qp.layers.quantizer.named_quantizers(model).items()} == before
     with pytest.raises(DescriptorError, match="only integers have zero points, and fp8_e4m3 is none"):
         model[2].input_quantizer.use_zero_point(3)
 
@@ -145,7 +145,10 @@ def uncalibrated(descriptor: qp.QuantDescriptor = qp.QuantDescriptor()) -> nn.Mo
 
 
 def assert_same(model: nn.Module, other: nn.Module) -> None:
-    quantizers, others = qp.quantizer.named_quantizers(model), qp.quantizer.named_quantizers(other)
+    quantizers, others = (
+        qp.layers.quantizer.named_quantizers(model),
+        qp.layers.quantizer.named_quantizers(other),
+    )
     assert {n: q.descriptor for n, q in quantizers.items()} == {n: q.descriptor for n, q in others.items()}
     state, expected = model.state_dict(), other.state_dict()
     assert state.keys() == expected.keys()
@@ -229,13 +232,15 @@ def test_nothing_is_set_and_nothing_watches_any_more_when_it_fails(
         if fails == "data":
             raise KeyboardInterrupt
 
-    before = {name: vars(q).copy() for name, q in qp.quantizer.named_quantizers(model).items()}
-    hooks = {name: dict(q._forward_pre_hooks) for name, q in qp.quantizer.named_quantizers(model).items()}
+    before = {name: vars(q).copy() for name, q in qp.layers.quantizer.named_quantizers(model).items()}
+    hooks = {
+        name: dict(q._forward_pre_hooks) for name, q in qp.layers.quantizer.named_quantizers(model).items()
+    }
     with pytest.raises(KeyboardInterrupt if fails == "data" else CalibrationError) as caught:
         qp.calibrate(model, data(), "bad", zero_points=True, progress=False)
     if fails == "range":
         assert "0.input_quantizer: NoRangeForUnsigned gives a range that is none" in str(caught.value)
-    for name, quantizer in qp.quantizer.named_quantizers(model).items():
+    for name, quantizer in qp.layers.quantizer.named_quantizers(model).items():
         assert vars(quantizer) == before[name]
         assert dict(quantizer._forward_pre_hooks) == hooks[name]
 
@@ -532,7 +537,7 @@ def test_a_model_of_zero_points_computes_the_same_integers_in_onnxruntime(bits: 
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) + 0.5
     qp.prepare(model, x)
     qp.calibrate(model, [x], method="mse", zero_points=True, progress=False)
-    formats = {name: q.format for name, q in qp.quantizer.named_quantizers(model).items()}
+    formats = {name: q.format for name, q in qp.layers.quantizer.named_quantizers(model).items()}
     found = {n: f.zero_point for n, f in formats.items() if isinstance(f, Integer) and f.unsigned}
     assert len(set(found.values()) - {0}) >= 2
     report = qp.export_onnx(model, x, tmp_path / "m.onnx")

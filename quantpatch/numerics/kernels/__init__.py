@@ -4,3 +4,5 @@ They are written in Python and compiled by numba, which the extra ``cpu`` brings
 through torch's operations, with the same bits: only gradients of learned ranges are summed more exactly here.
 :mod:`quantpatch.numerics.kernels.operations` is what others call.
 """
+
+__all__: list[str] = []

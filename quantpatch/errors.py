@@ -356,6 +356,22 @@ def shown(text: object, most: int = 160, *, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in whole)
 
 
+def listed(items: Iterable[object], limit: int = 10, separator: str = ", ") -> str:
+    """The first few of many things for a message, and how many more there are.
+
+    Args:
+        items: The things, such as names.
+        limit: How many to show at most.
+        separator: What stands between two.
+    """
+    texts = [str(item) for item in items]
+    more = len(texts) - limit
+    if more <= 0:
+        return separator.join(texts)
+    last = " " if separator == ", " else separator
+    return f"{separator.join(texts[:limit])}{last}and {more} more"
+
+
 def warn_caller(message: str) -> None:
     """Warns of something at the line that called quantpatch, however deep inside this is found out."""
     level = 1

@@ -12,6 +12,7 @@ from quantpatch.errors import (
     PluginError,
     QuantPatchError,
     UnknownNameError,
+    listed,
     near_misses,
     shown,
 )
@@ -79,3 +80,18 @@ def test_long_text_is_shown_with_its_ends_and_its_length() -> None:
 
 def test_a_message_may_keep_its_lines() -> None:
     assert shown("one\ntwo\r", keep="\n") == "one\ntwo\\r"
+
+
+@pytest.mark.parametrize(
+    ("items", "options", "text"),
+    [
+        ([], {}, ""),
+        (["a", "b"], {"limit": 2}, "a, b"),
+        (["a", "b", "c"], {"limit": 2}, "a, b and 1 more"),
+        (range(12), {}, "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"),
+        ("abcd", {"limit": 2, "separator": "; "}, "a; b; and 2 more"),
+        ("abcd", {"limit": 1, "separator": "\n  "}, "a\n  and 3 more"),
+    ],
+)
+def test_of_a_long_list_the_first_are_shown_and_the_others_counted(items, options, text) -> None:
+    assert listed(iter(items), **options) == text

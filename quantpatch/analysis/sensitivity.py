@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from quantpatch.errors import ComparisonError, shown, warn_caller
+from quantpatch.errors import ComparisonError, listed, shown, warn_caller
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.report.render import as_text
 from quantpatch.torch_tools.atomic_files import written_whole
@@ -222,7 +222,7 @@ class _Changes:
         self._tensors = {name: t for name, t in self._tensors.items() if name not in changed}
         self._versions = [tensor._version for tensor in self._tensors.values()]
         warn_caller(
-            f"evaluate changed {', '.join(changed[:4])}{' …' * (len(changed) > 4)} of {self._model}, so each "
+            f"evaluate changed {listed(changed, 4)} of {self._model}, so each "
             f"layer is measured in another model. Leave the model in eval mode, in which evaluate gets it, "
             f"and train a copy"
         )

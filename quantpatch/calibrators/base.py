@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quantpatch.errors import CalibrationError, warn_caller
+from quantpatch.errors import CalibrationError, listed, warn_caller
 from quantpatch.numerics.fake_quant import reduce_amax
 from quantpatch.numerics.formats import NumberFormat
 from quantpatch.numerics.grouped_axes import GroupedAxes
@@ -248,15 +248,15 @@ def warn_of_negatives(calibrators: Mapping[str, Calibrator]) -> None:
     found = {name: c for name, c in calibrators.items() if c.negative_share}
     if not found:
         return
-    shown = "; ".join(
+    shown = (
         f"{name or 'the model itself'}: {c.negative_share:.2%} of the values, down to {c.lowest:.4g}"
-        for name, c in list(found.items())[:10]
+        for name, c in found.items()
     )
-    more = f"; and {len(found) - 10} more" if len(found) > 10 else ""
     warn_caller(
-        f"these quantizers of unsigned numbers saw negative values: {shown}{more}. Such values become 0, and "
-        f"the ranges are those of the others. Where they matter use signed integers (unsigned=False); "
-        f"qp.calibrate(..., zero_points=True) then finds how many of them are to be negative"
+        f"these quantizers of unsigned numbers saw negative values: {listed(shown, separator='; ')}. Such "
+        f"values become 0, and the ranges are those of the others. Where they matter use signed integers "
+        f"(unsigned=False); qp.calibrate(..., zero_points=True) then finds how many of them are to be "
+        f"negative"
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import attrs
 import pluggy
 
-from quantpatch.errors import EntryError, PluginError, shown, warn_caller
+from quantpatch.errors import EntryError, PluginError, listed, shown, warn_caller
 from quantpatch.interception.hooks import lock
 from quantpatch.interception.torch_state import Trace, protected
 from quantpatch.plugins import hookspecs
@@ -157,7 +157,7 @@ class Plugin:
                 raise
             raise self.error(f"cannot be imported: {said(error)}{self._hint(error)}") from error
         if changes:
-            what = debug_trace.listed(map(str, changes))
+            what = listed(changes)
             # Remembered, since the module will not be run again.
             self.failure = self.error(
                 f"changes PyTorch when it is imported: {what}. That was taken back. A plugin replaces "
@@ -283,7 +283,7 @@ class Plugin:
                 returned = caller()
                 # pluggy drops None, but a hook that forgot to return is not one that does not exist.
                 result = read([*returned, *[None] * (count - len(returned))])
-                results.append(debug_trace.listed(map(str, result)) or "nothing")
+                results.append(listed(result, limit=4) or "nothing")
             self._results[hook] = result
         return self._results[hook]
 

@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantpatch.calibrators import Calibrator, warn_of_negatives
-from quantpatch.errors import CalibrationError, OptionError, warn_caller
+from quantpatch.errors import CalibrationError, OptionError, listed, warn_caller
 from quantpatch.layers.base import weight_quantizers
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.numerics.affine import longer_side
 from quantpatch.numerics.formats import Integer
 from quantpatch.quantize.call_ranges import CallRanges
 from quantpatch.quantize.late_ranges import telling_of_late_ranges
-from quantpatch.quantize.to_calibrate import listing, patterns, to_calibrate
+from quantpatch.quantize.to_calibrate import patterns, to_calibrate
 from quantpatch.quantize.weight_reads import FirstCall
 from quantpatch.quantize.zero_points import ends_on_all, fitted, to_fit, watching_ends, without_those_found
 from quantpatch.torch_tools.distributed import Ranks
@@ -96,7 +96,7 @@ def calibrating(
 
     def tell(message: str, names: tuple[str, ...]) -> None:
         if strict:
-            rules = listing((f"{pattern!r}: None" for pattern in patterns(model, names)), limit=4)
+            rules = listed((f"{pattern!r}: None" for pattern in patterns(model, names)), limit=4)
             raise CalibrationError(
                 f"{message}. No range was set. Give batches that reach them, leave them float with "
                 f"qp.configure(model, {{{rules}}}), or pass strict=False to let them take the range of each "
@@ -199,8 +199,8 @@ def _demand_still_there(model: nn.Module, quantizers: Mapping[str, TensorQuantiz
     replaced = [name for name, quantizer in quantizers.items() if now.get(name, quantizer) is not quantizer]
     if replaced:
         raise CalibrationError(
-            f"{len(replaced)} quantizers were replaced while they were calibrated: {', '.join(replaced[:5])}"
-            f"{' …' * (len(replaced) > 5)}. No range was set. Configure or load a model before that or after",
+            f"{len(replaced)} quantizers were replaced while they were calibrated: {listed(replaced)}. "
+            f"No range was set. Configure or load a model before that or after",
             quantizers=tuple(replaced),
         )
 
@@ -236,7 +236,7 @@ def _demand_same(ranks: Ranks, names: tuple[str, ...], doing: str) -> None:
             raise ranks.all_raise(
                 CalibrationError(
                     f"rank {other} {doing} other quantizers than rank {dist.get_rank()}; only one of "
-                    f"them has {listing(differing)}. Every rank must hold the same model in the same state; "
+                    f"them has {listed(differing)}. Every rank must hold the same model in the same state; "
                     f"where they hold parts of one, such as stages of a pipeline, pass "
                     f"group=dist.new_group(...) of the ranks that hold the same part",
                     quantizers=tuple(differing),
@@ -274,15 +274,15 @@ def _ranges(
     if unseen:
         problems.append(
             f"{len(unseen)} of {len(calibrators)} quantizers saw no data, because their layers did not run, "
-            f"or without that input: {listing(unseen)}"
+            f"or without that input: {listed(unseen)}"
         )
     if zero:
-        problems.append(f"{len(zero)} of {len(calibrators)} quantizers saw only zeros: {listing(zero)}")
+        problems.append(f"{len(zero)} of {len(calibrators)} quantizers saw only zeros: {listed(zero)}")
     below = [name for name in zero if calibrators[name].negative_share]
     if below:
         problems.append(
             f"of these some saw negative values as well, which their unsigned integers cannot hold: "
-            f"{listing(below)}. Use signed ones (unsigned=False)"
+            f"{listed(below)}. Use signed ones (unsigned=False)"
         )
     if problems:
         tell("; ".join(problems), (*unseen, *zero))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from quantpatch.errors import warn_caller
+from quantpatch.errors import listed, warn_caller
 from quantpatch.layers.base import QuantizedLayer, weight_quantizers
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.layers.recurrent import QuantizedRecurrent
@@ -140,20 +140,14 @@ class CallRanges:
         found = self.differing()
         if not found:
             return
-        shown = "; ".join(
-            f"{name} takes {len(ranges)} tensors, of ranges {_listed(ranges)}"
-            for name, ranges in list(found.items())[:5]
+        shown = (
+            f"{name} takes {len(ranges)} tensors, of ranges {listed(f'{range_:.3g}' for range_ in ranges)}"
+            for name, ranges in found.items()
         )
-        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
         warn_caller(
             f"these quantizers are called several times in one forward pass, on tensors of very different "
-            f"ranges, and have one range for all: {shown}{more}. The smaller tensors lose precision. Give "
-            f"each call a layer of its own, as copy.deepcopy(layer) makes one (its weight may be shared: "
-            f"copied.weight = layer.weight), or leave the layer float: qp.configure(model, "
-            f"{{{next(iter(found)).rpartition('.')[0]!r}: None}})"
+            f"ranges, and have one range for all: {listed(shown, separator='; ')}. The "
+            f"smaller tensors lose precision. Give each call a layer of its own, as copy.deepcopy(layer) "
+            f"makes one (its weight may be shared: copied.weight = layer.weight), or leave the layer float: "
+            f"qp.configure(model, {{{next(iter(found)).rpartition('.')[0]!r}: None}})"
         )
-
-
-def _listed(ranges: list[float], limit: int = 6) -> str:
-    shown = ", ".join(f"{range_:.3g}" for range_ in ranges[:limit])
-    return shown + ", …" * (len(ranges) > limit)

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 from torch import nn
 
-from quantpatch.errors import RuleError, near_misses
+from quantpatch.errors import RuleError, listed, near_misses
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.plugins.registry import registry
@@ -254,7 +254,7 @@ def _unmatched(matcher: Matcher, places: list[_Place]) -> RuleError:
     hint = near_misses(given, dict.fromkeys(names))
     if not hint:
         layers = list(dict.fromkeys(place.holder_name or "'' (the model)" for place in places))
-        hint = f"The quantized layers are {', '.join(layers[:6])}{' …' * (len(layers) > 6)}"
+        hint = f"The quantized layers are {listed(layers)}"
     return RuleError(f"the pattern {given!r} matches no layer or quantizer. {hint}".rstrip(), rule=matcher)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from quantpatch.errors import warn_caller
+from quantpatch.errors import listed, warn_caller
 from quantpatch.layers.quantizer import copied, named_quantizers
 
 __all__ = ["telling_of_late_ranges"]
@@ -56,22 +56,20 @@ def _learned(models: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
 
 def _tell(models: Iterable[nn.Module], late: Mapping[str, nn.Parameter]) -> None:
     others = {id(p) for model in models for p in model.parameters()} - {id(p) for p in late.values()}
-    names = list(late)
-    shown = f"{', '.join(names[:5])}{' …' * (len(names) > 5)}"
-    for kind, listed in _lists_of_parameters():
-        missed = [name for name, parameter in late.items() if id(parameter) not in listed]
-        if not missed or others.isdisjoint(listed):
+    for kind, known in _lists_of_parameters():
+        missed = [name for name, parameter in late.items() if id(parameter) not in known]
+        if not missed or others.isdisjoint(known):
             continue
         if issubclass(kind, Optimizer):
             warn_caller(
-                f"the learned ranges of {shown} became parameters after {kind.__name__} was made, which does "
-                f"not train them. Make it anew, or write optimizer.add_param_group({{'params': "
+                f"the learned ranges of {listed(late, 5)} became parameters after {kind.__name__} was made, "
+                f"which does not train them. Make it anew, or write optimizer.add_param_group({{'params': "
                 f"[quantizer.amax, ...]}})"
             )
         else:
             warn_caller(
-                f"the learned ranges of {shown} became parameters after {kind.__name__} took the model, "
-                f"which does not average their gradients over the ranks. Wrap it anew"
+                f"the learned ranges of {listed(late, 5)} became parameters after {kind.__name__} took the "
+                f"model, which does not average their gradients over the ranks. Wrap it anew"
             )
 
 
@@ -105,11 +103,10 @@ def _tell_of_averages(model: nn.Module, names: set[str]) -> None:
             and (isinstance(q.held, nn.Parameter) or (found.use_buffers and q.held is not None))
         ]
         if lost:
-            shown = f"{', '.join(lost[:5])}{' …' * (len(lost) > 5)}"
             warn_caller(
                 f"there is an {type(found).__name__} of a model like this one that was updated before the "
-                f"ranges of {shown} were known. If it is of this one, it has NaN in their place, as has any "
-                f"average of NaN, and takes a range from each tensor. Make it anew, or write "
+                f"ranges of {listed(lost, 5)} were known. If it is of this one, it has NaN in their place, "
+                f"as has any average of NaN, and takes a range from each tensor. Make it anew, or write "
                 f"average.module.load_state_dict({{key: value for key, value in model.state_dict().items() "
                 f"if '_quantizer.' in key}}, strict=False)"
             )

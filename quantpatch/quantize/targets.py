@@ -11,14 +11,13 @@ import sys
 from types import FunctionType
 from typing import Any
 
-from quantpatch.errors import EntryError, near_misses
+from quantpatch.errors import EntryError, listed, near_misses
 from quantpatch.interception.hooks import Slot
 from quantpatch.interception.torch_state import Trace, protected
 from quantpatch.plugins.entry import Entry
 from quantpatch.plugins.plugin import BUILTIN, Offer
 from quantpatch.plugins.registry import registry
 from quantpatch.torch_tools.class_swap import dotted, written_name
-from quantpatch.torch_tools.debug_trace import listed
 
 __all__ = ["entry_error", "load_checked", "missing_module", "own_class", "slot_of", "stranger_under"]
 
@@ -158,7 +157,7 @@ def _imported(offer: Offer) -> Any:
     with protected(changes):
         replacement = offer.entry.load_replacement()
     if changes:
-        what = listed(map(str, changes))
+        what = listed(changes)
         raise EntryError(f"importing it changes PyTorch: {what}. That was taken back")
     return replacement
 

@@ -7,20 +7,13 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from quantpatch.errors import CalibrationError
+from quantpatch.errors import CalibrationError, listed
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.torch_tools.sharded import sharding_of
 
-__all__ = ["listing", "patterns", "to_calibrate"]
+__all__ = ["patterns", "to_calibrate"]
 
 _LOGGER = logging.getLogger("quantpatch")
-
-
-def listing(names: Iterable[str], limit: int = 10) -> str:
-    """The first of some names, and how many more there are."""
-    names = list(names)
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def patterns(model: nn.Module, names: Iterable[str]) -> Iterable[str]:
@@ -63,7 +56,7 @@ def to_calibrate(model: nn.Module, overwrite: bool, only_missing: bool) -> dict[
     busy = [name for name, q in wanted.items() if q.calibrating]
     if busy:
         raise CalibrationError(
-            f"these quantizers are being calibrated already: {listing(busy)}; end that calibration first",
+            f"these quantizers are being calibrated already: {listed(busy)}; end that calibration first",
             quantizers=tuple(busy),
         )
     learned = [name for name, q in wanted.items() if q.descriptor.learn_amax and q.held is None]
@@ -71,7 +64,7 @@ def to_calibrate(model: nn.Module, overwrite: bool, only_missing: bool) -> dict[
     if sharding:
         raise CalibrationError(
             f"the shape of these learned ranges shows only with data, so that they become parameters when "
-            f"they are calibrated, too late for {sharding} to average their gradients: {listing(learned)}. "
+            f"they are calibrated, too late for {sharding} to average their gradients: {listed(learned)}. "
             f"Calibrate the model first, then wrap it",
             quantizers=tuple(learned),
         )
@@ -82,7 +75,7 @@ def to_calibrate(model: nn.Module, overwrite: bool, only_missing: bool) -> dict[
     if known and not (overwrite or only_missing):
         rest = f"only_missing=True to find the ranges of the {len(missing)} others, or " if missing else ""
         raise CalibrationError(
-            f"{len(known)} quantizers have a range already: {listing(known)}. Pass {rest}overwrite=True to "
+            f"{len(known)} quantizers have a range already: {listed(known)}. Pass {rest}overwrite=True to "
             f"calibrate again from nothing",
             quantizers=tuple(known),
         )

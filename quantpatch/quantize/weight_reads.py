@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from quantpatch.errors import warn_caller
+from quantpatch.errors import listed, warn_caller
 from quantpatch.layers.base import QuantizedLayer, is_quantizer
 from quantpatch.layers.quantizer import in_float, named_quantizers
 from quantpatch.torch_tools.forward import evaluating, unwrapped
@@ -83,7 +83,7 @@ class FirstCall:
         shown = [f"{layer} (in {reader or 'the model'})" for layer, reader in self._float.items()]
         warn_caller(
             f"{len(shown)} layers never run, since a forward reads their weights and computes with them "
-            f"itself: {', '.join(shown[:10])}{' …' * (len(shown) > 10)}. These products stay float, and the "
+            f"itself: {listed(shown)}. These products stay float, and the "
             f"layers' quantizers are switched off. For quantized ones, have the forward call the layer, or "
             f"replace the class of that forward: qp.audit has the code"
         )

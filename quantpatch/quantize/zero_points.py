@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from quantpatch.errors import CalibrationError
+from quantpatch.errors import CalibrationError, listed
 from quantpatch.layers.base import weight_quantizers
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.numerics.affine import fitted_zero_point
@@ -170,9 +170,7 @@ def ends_on_all(ranks: Ranks, seen: Mapping[str, Tensor]) -> dict[str, tuple[flo
     """
     bad = tuple(name for name, reach in seen.items() if not reach.isfinite().all())
     if bad:
-        raise CalibrationError(
-            f"{', '.join(bad[:10])} saw NaN or infinity: nothing was changed", quantizers=bad
-        )
+        raise CalibrationError(f"{listed(bad)} saw NaN or infinity: nothing was changed", quantizers=bad)
     ends: dict[str, tuple[float, float]] = {}
     for others in ranks.gather({name: reach.tolist() for name, reach in seen.items()}):
         for name, (below, above) in others.items():

@@ -6,12 +6,12 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from quantpatch.errors import shown
 from quantpatch.torch_tools.raised import said
 
-__all__ = ["VARIABLE", "is_on", "listed", "say", "timed"]
+__all__ = ["VARIABLE", "is_on", "say", "timed"]
 
 VARIABLE = "QUANTPATCH_TRACE"
 
@@ -47,10 +47,3 @@ def timed(what: str) -> Iterator[list[str]]:
         ms = 1e3 * (time.perf_counter() - start)
         came = f" -> {', '.join(results)}" if results else ""
         say(f"{what}{came} ({ms:.2f} ms)")
-
-
-def listed(names: Iterable[str], limit: int = 4) -> str:
-    """The first few of many names, and how many more there are."""
-    names = list(names)
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 import quantpatch as qp
 from quantpatch.analysis.audit import CoverageReport
-from quantpatch.errors import CalibrationError, ConversionError, QuantPatchWarning
+from quantpatch.errors import CalibrationError, ConversionError, QuantPatchWarning, listed
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.report.render import as_percent
 from quantpatch_transformers.pretrained import make_savable
@@ -110,7 +110,7 @@ class QuantPatchCallback(TrainerCallback):
         elif unknown:
             warnings.warn(
                 f"{len(unknown)} quantizers are not calibrated and take the range of each tensor: "
-                f"{', '.join(unknown[:10])}{' …' * (len(unknown) > 10)}. Write "
+                f"{listed(unknown)}. Write "
                 f"QuantPatchCallback(calibrate=32), or qp.calibrate(model, batches) before training",
                 QuantPatchWarning,
                 stacklevel=2,
@@ -129,7 +129,7 @@ class QuantPatchCallback(TrainerCallback):
             raise CalibrationError(
                 f"the shape of these learned ranges shows only with data, so that they become parameters "
                 f"when they are calibrated, and the Trainer has made its optimizer without them: "
-                f"{', '.join(learned[:5])}{' …' * (len(learned) > 5)}. Write "
+                f"{listed(learned)}. Write "
                 f"qp.calibrate(model, batches) before trainer.train()",
                 quantizers=tuple(learned),
             )
@@ -173,7 +173,8 @@ def _told(model: nn.Module, coverage: CoverageReport) -> str:
         f"quantpatch: {as_percent(coverage.share)} of the multiply-accumulates of {coverage.model} run "
         f"quantized, by {len(quantizers)} quantizers"
     ]
-    lines += [f"  float: {row.module} ({row.operation}): {row.reason}" for row in left[:5]]
-    if len(left) > 5:
-        lines.append(f"  and {len(left) - 5} more; quantpatch.audit lists them all")
+    if left:
+        floats = (f"float: {row.module} ({row.operation}): {row.reason}" for row in left)
+        separator = "\n  "
+        lines.append(f"  {listed(floats, separator=separator)}")
     return "\n".join(lines)

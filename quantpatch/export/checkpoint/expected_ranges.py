@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantpatch.errors import CheckpointError, InputError, warn_caller
+from quantpatch.errors import CheckpointError, InputError, listed, warn_caller
 from quantpatch.export.checkpoint.structure import device_near
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.layers.range_state import RANGE_KEY, ZERO_POINT_KEY
@@ -76,7 +76,7 @@ def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = Non
     learned = [name for name in new if quantizers[name].descriptor.learn_amax]
     if learned and (sharding := sharding_of(model.modules())):
         problems.append(
-            f"{', '.join(learned[:5])}: {sharding} would not average the gradients of learned ranges that "
+            f"{listed(learned)}: {sharding} would not average the gradients of learned ranges that "
             f"become parameters now. Expect them before it wraps the model"
         )
     if problems:
@@ -151,7 +151,7 @@ def _prefix(model: nn.Module, entries: Mapping[str, Any], where: str) -> str:
         )
     raise CheckpointError(
         f"{where} does not hold the weights of this {type(model).__name__}: its keys are such as "
-        f"{', '.join(list(entries)[:3])}, the model's such as {', '.join(keys[:3])}",
+        f"{listed(entries, 3)}, the model's such as {listed(keys, 3)}",
         path=where,
     )
 

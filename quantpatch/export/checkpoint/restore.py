@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantpatch.errors import shown
+from quantpatch.errors import listed, shown
 from quantpatch.export.checkpoint import packing
 from quantpatch.export.checkpoint.structure import StructurePlan
 from quantpatch.layers.quantizer import named_quantizers, outside_of
@@ -72,13 +72,13 @@ class Plan(StructurePlan):
         missing = [key for key in wanted if key not in given]
         unexpected = [key for key in given if key not in wanted]
         if missing:
-            self.problems.append(f"the file has no {_listed(missing)}")
+            self.problems.append(f"the file has no {listed(map(shown, missing))}")
         if unexpected:
-            self.problems.append(f"the model has no {_listed(unexpected)}")
+            self.problems.append(f"the model has no {listed(map(shown, unexpected))}")
         for keys, advice in ((missing, _FOLD_FIRST), (unexpected, _FOLD_AFTERWARDS)):
             norms = [key.removesuffix(_STATISTICS) for key in keys if key.endswith(_STATISTICS)]
             if norms:
-                self.problems.append(f"{_listed(norms)}: {advice}")
+                self.problems.append(f"{listed(map(shown, norms))}: {advice}")
         for key, value in wanted.items():
             if key in given and given[key].shape != value.shape:
                 self._refuse(
@@ -170,10 +170,6 @@ class _Before:
                 members[key].clear()
                 members[key].update(self._members[key])
         members.update({key: value for key, value in self._members.items() if key not in _CHANGED})
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(shown, names[:8])) + " …" * (len(names) > 8)
 
 
 def _kind(tensor: Tensor) -> str:

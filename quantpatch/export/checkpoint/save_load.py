@@ -19,7 +19,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from quantpatch.errors import CheckpointError, InputError, MissingExtraError, shown
+from quantpatch.errors import CheckpointError, InputError, MissingExtraError, listed, shown
 from quantpatch.export.checkpoint import packing
 from quantpatch.export.checkpoint.description import (
     active_plugins,
@@ -292,11 +292,9 @@ def load(
         model = build()
     plan = Plan(model, description, tensors)
     if plan.problems:
-        more = f"\n  and {len(plan.problems) - 12} more" if len(plan.problems) > 12 else ""
         raise CheckpointError(
             f"{path} cannot be loaded into {type(model).__name__}, which is as it was:\n  "
-            + "\n  ".join(plan.problems[:12])
-            + more,
+            + listed(plan.problems, 12, "\n  "),
             path=str(path),
             problems=tuple(plan.problems),
         )

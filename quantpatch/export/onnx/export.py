@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError, warn_caller
+from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError, listed, warn_caller
 from quantpatch.export.checkpoint.description import active_plugins, describe_quantizers
 from quantpatch.export.onnx.check import ExportReport, compare_with_torch
 from quantpatch.export.onnx.graph import tidy
@@ -228,10 +228,9 @@ def _checked_operands(model: nn.Module, target: str, opset: int) -> list[Operand
         )
     refused = problems(found, target, opset)
     if refused:
-        lines = "\n  ".join(f"{name}: {why}" for name, why in list(refused.items())[:12])
-        more = f"\n  and {len(refused) - 12} more" if len(refused) > 12 else ""
+        lines = listed((f"{name}: {why}" for name, why in refused.items()), 12, "\n  ")
         raise ExportError(
-            f"{len(refused)} of {len(found)} quantizers cannot be exported for {target}:\n  {lines}{more}",
+            f"{len(refused)} of {len(found)} quantizers cannot be exported for {target}:\n  {lines}",
             quantizers=tuple(refused),
             target=target,
         )

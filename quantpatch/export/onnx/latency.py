@@ -14,6 +14,7 @@ from typing import Any
 
 import attrs
 
+from quantpatch.errors import listed
 from quantpatch.export.onnx.graph import constant_of, maker, store_four_bits
 from quantpatch.export.onnx.kernel_check import is_kernel
 from quantpatch.export.onnx.weights import fold_weight
@@ -26,7 +27,6 @@ __all__ = ["Latency", "float_twin", "measure", "on_floats"]
 _ROUNDS, _LEAST, _SECONDS = 21, 3, 0.5
 # A call itself takes some 10 us; below that many ms, and so near, nobody can tell which file is faster.
 _MEASURABLE, _NOISE = 0.05, 1.1
-_NAMED = 8
 # The kernel of weights in blocks of 4 bits.
 _IN_BLOCKS = "MatMulNBits"
 
@@ -57,7 +57,7 @@ class Latency:
 
     def __str__(self) -> str:
         text = f"{self.ms:.3g} ms here, {self.ratio:.2f} of float ({self.float_ms:.3g} ms)"
-        return text if not self.on_floats else f"{text}; on float kernels: {_listed(self.on_floats)}"
+        return text if not self.on_floats else f"{text}; on float kernels: {listed(self.on_floats)}"
 
     def advice(self, name: str) -> str:
         """What to do about a file that is slower than float."""
@@ -66,7 +66,7 @@ class Latency:
         if self.on_floats:
             text += (
                 f". Of these layers the weights are quantized, but the kernels are float: "
-                f"{_listed(self.on_floats)}. Leave them float (skip=[...], or disable() their quantizers)"
+                f"{listed(self.on_floats)}. Leave them float (skip=[...], or disable() their quantizers)"
             )
         else:
             text += ". Its layers run on integers, but what is between them costs more than that gains"
@@ -74,11 +74,6 @@ class Latency:
             f"{text}, or call qp.prepare(model, args) before calibration if you have not: it puts quantizers "
             f"where kernels want them. export_onnx(..., latency=False) does not measure"
         )
-
-
-def _listed(names: Collection[str]) -> str:
-    shown = ", ".join(list(names)[:_NAMED])
-    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
 # --- The same file in float ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import attrs
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from quantpatch.errors import ExportError, warn_caller
+from quantpatch.errors import ExportError, listed, warn_caller
 from quantpatch.export.prepare.dataflow import BATCHNORM, Dataflow, Value, dataflow
 from quantpatch.export.prepare.folded_batchnorm import (
     LAYERS,
@@ -92,7 +92,7 @@ def fold_batchnorm(
     if training:
         raise ExportError(
             f"batch norm depends on the batch while training: write model.eval() before fold_batchnorm "
-            f"(training: {', '.join(training[:5])})",
+            f"(training: {listed(training)})",
             quantizers=tuple(training),
         )
     if not norms:
@@ -130,8 +130,8 @@ def fold_batchnorm(
     for name, how in wrong.items():
         left[name] = f"{how} with it folded into {folded.pop(name)}, so that was undone"
     if wrong:
-        shown = "; ".join(f"{name}: {left[name]}" for name in list(wrong)[:5])
-        warn_caller(f"{len(wrong)} batch norms were not folded: {shown}{' …' * (len(wrong) > 5)}")
+        shown = listed((f"{name}: {left[name]}" for name in wrong), separator="; ")
+        warn_caller(f"{len(wrong)} batch norms were not folded: {shown}")
     return FoldedBatchNorm(folded, left)
 
 

@@ -29,7 +29,7 @@ EXPECTED = {
 def test_all_are_listed():
     assert set(BUILTIN_RECIPES) == set(EXPECTED)
     assert all(recipe.name == name for name, recipe in BUILTIN_RECIPES.items())
-    import quantpatch.recipes as module
+    import quantpatch.recipes.builtin as module
 
     assert all(name in module.__doc__ for name in EXPECTED)
 

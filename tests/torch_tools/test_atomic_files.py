@@ -87,7 +87,7 @@ def test_a_lock_keeps_clear_of_the_numbers_of_closed_streams(tmp_path: Path) -> 
     code = """
 import os, sys
 from pathlib import Path
-from quantpatch import files
+from quantpatch.torch_tools import atomic_files
 for n in range(3):
     os.close(n)
 _, lock = atomic_files.temporary_folder(Path(sys.argv[1]), ".quantpatch-")

@@ -65,13 +65,13 @@ def _watch(is_main: bool) -> Callable[[], None]:
     if "torch" in sys.modules:
         _start(is_main)
         return lambda: None
-    lazy_imports = _by_path(HERE.parent.parent / "lazy_imports.py")
+    import_watch = _by_path(HERE.parent.parent / "interception" / "import_watch.py")
 
     def imported(module: ModuleType) -> None:
         watch.stop()
         _start(is_main and os.getpid() == pid)  # a fork of the first process tells nothing itself
 
-    watch = lazy_imports.ImportWatch(["torch"], imported)
+    watch = import_watch.ImportWatch(["torch"], imported)
     watch.start()
     stop: Callable[[], None] = watch.stop
     return stop

@@ -15,13 +15,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from quantpatch.errors import QuantPatchError
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.recipes.descriptor import Axis, QuantDescriptor, Recipe
+from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.fx import leaf_in_fx
 
 __all__ = ["QuantMultiheadAttention", "QuantTransformerEncoder"]

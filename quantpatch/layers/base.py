@@ -15,7 +15,6 @@ from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from torch.nn.parameter import is_lazy
 
 from quantpatch.errors import ConversionError, LayerError
@@ -24,6 +23,7 @@ from quantpatch.layers.quantizer import PARALLELIZE_FIRST, TensorQuantizer
 from quantpatch.layers.stand_ins import call_with, without_stand_in
 from quantpatch.recipes.builtin import active_recipe
 from quantpatch.recipes.descriptor import Axis, QuantDescriptor, Recipe
+from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import make_class, own_class, written_name
 from quantpatch.torch_tools.fast_paths import allow_fast_paths, refuse_fast_paths
 from quantpatch.torch_tools.fx import leaf_in_fx

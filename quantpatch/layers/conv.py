@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from torch import nn
-
 from quantpatch.layers.base import ChannelsFirst1d, ChannelsFirst2d, ChannelsFirst3d, QuantizedLayer
 from quantpatch.numerics.grouped_axes import GroupedAxes
 from quantpatch.recipes.descriptor import Axis, QuantDescriptor, Recipe
+from quantpatch.torch_tools import nn
 
 __all__ = [
     "QuantConv1d",

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.torch_tools import nn
 
 __all__ = ["QuantEmbedding", "QuantEmbeddingBag"]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.torch_tools import nn
 
 __all__ = ["QuantBilinear", "QuantLazyLinear", "QuantLinear"]
 

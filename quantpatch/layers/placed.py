@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.recipes.descriptor import QuantDescriptor
+from quantpatch.torch_tools import nn
 
 __all__ = ["can_hold", "placed_in", "quantize_output_of", "take_out"]
 

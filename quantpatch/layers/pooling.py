@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from quantpatch.layers.base import ChannelsFirst1d, ChannelsFirst2d, ChannelsFirst3d, QuantizedLayer
+from quantpatch.torch_tools import nn
 
 __all__ = [
     "QuantAdaptiveAvgPool1d",

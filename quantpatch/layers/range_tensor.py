@@ -102,6 +102,14 @@ class RangeTensor(nn.Module):
         self._write(beside(amax, held, in_pieces=True))
         self.__dict__["_known"] = True
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A parameter, such as another quantizer's learned range, is a value like any other tensor, where
+        # nn.Module would register it under the property's name.
+        if isinstance(value, nn.Parameter) and isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def shaped(self, amax: Tensor) -> Tensor:
         """A range in the shape that it is held in; see ``amax``."""
         one = amax.numel() == 1 and self.descriptor.kept_axes is None and self.format.block_size is None

@@ -28,13 +28,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.recipes.descriptor import Axis, QuantDescriptor, Recipe
+from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.fx import leaf_in_fx
 
 __all__ = ["QuantGRU", "QuantGRUCell", "QuantLSTM", "QuantLSTMCell", "QuantRNN", "QuantRNNCell"]

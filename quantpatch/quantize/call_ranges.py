@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from quantpatch.errors import listed, warn_caller
@@ -19,6 +19,7 @@ from quantpatch.layers.base import QuantizedLayer, weight_quantizers
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.layers.recurrent import QuantizedRecurrent
 from quantpatch.numerics.fake_quant import what_is_odd_about
+from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import unwrapped
 
 __all__ = ["CallRanges"]

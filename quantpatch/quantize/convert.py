@@ -12,7 +12,6 @@ from typing import Any
 
 import attrs
 import torch
-from torch import nn
 
 from quantpatch.errors import ConversionError
 from quantpatch.layers.base import QuantizedLayer, quantizers_of
@@ -26,6 +25,7 @@ from quantpatch.quantize.outcome import Outcome, Replaced, Skipped
 from quantpatch.quantize.resolve import Choice, Pattern, Table, nearest
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
+from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import change_class, dotted, own_class
 from quantpatch.torch_tools.fast_paths import allow_fast_paths
 from quantpatch.torch_tools.forward import demand_model

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 
-from torch import nn
-
 from quantpatch.errors import CalibrationError, listed
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.sharded import sharding_of
 
 __all__ = ["patterns", "to_calibrate"]

@@ -15,7 +15,6 @@ from collections.abc import Generator
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from quantpatch.analysis.audit.coverage import report_of
@@ -24,6 +23,7 @@ from quantpatch.errors import RuleError
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.quantize.calibrate import collecting
 from quantpatch.quantize.configure import Rules, configure
+from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import uncompiled
 
 __all__ = ["WatchedModels"]
@@ -132,7 +132,7 @@ def _in_backward() -> bool:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """What torch.compile, DataParallel and DistributedDataParallel wrap."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    wrappers = (nn.DataParallel, nn.DistributedDataParallel)
     while True:
         if isinstance(module, wrappers):
             module = module.module

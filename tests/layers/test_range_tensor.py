@@ -144,6 +144,32 @@ def test_a_range_of_the_descriptor_is_known_at_once():
     assert model[0].input_quantizer.amax == 2.0
 
 
+@pytest.mark.parametrize("given", [None, 3.0], ids=["unknown", "known"])
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "fixed"])
+def test_a_parameter_that_is_assigned_sets_the_value_and_no_parameter(learned, given):
+    quantizer = qp.TensorQuantizer(qp.QuantDescriptor(learn_amax=learned, amax=given))
+    tensor = quantizer.held
+    other = nn.Parameter(torch.tensor([2.0]))
+    quantizer.amax = other
+    assert quantizer.amax == 2.0
+    assert quantizer.held is tensor
+    assert list(quantizer.state_dict()) == ["_amax"]
+    assert isinstance(quantizer.amax, nn.Parameter) == learned
+    with torch.no_grad():
+        other.fill_(5.0)
+    assert quantizer.amax == 2.0  # a copy
+    with pytest.raises(qp.errors.RangeError, match="not negative"):
+        quantizer.amax = nn.Parameter(torch.tensor([-1.0]))
+
+
+def test_a_learned_range_for_each_channel_is_assigned_from_another_layers():
+    model = calibrated(LEARNED)
+    model[0].weight_quantizer.amax = nn.Parameter(torch.full((8, 1), 0.5))
+    assert model[0].weight_quantizer.amax.tolist() == [[0.5]] * 8
+    with pytest.raises(qp.errors.RangeError, match="cannot become one of shape"):
+        model[0].weight_quantizer.amax = model[2].weight_quantizer.amax
+
+
 # --- What is computed until then --------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import attrs
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor
 from torch.jit import ScriptModule
 
 from quantpatch.analysis.audit.paste import propose
@@ -26,6 +26,7 @@ from quantpatch.plugins.registry import registry
 from quantpatch.quantize.call_ranges import CallRanges
 from quantpatch.report.folding import alike, folded_name, folded_names, starred
 from quantpatch.report.render import as_percent, as_text
+from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import dotted, own_class, written_name
 from quantpatch.torch_tools.forward import demand_model, explaining_devices, uncompiled
 from quantpatch.torch_tools.sharded import is_sharded

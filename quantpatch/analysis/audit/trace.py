@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -19,6 +19,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from quantpatch.analysis.audit.operations import PRESERVING, Product, products_of
 from quantpatch.layers.base import QuantizedLayer, is_quantizer
 from quantpatch.recipes.descriptor import Axis
+from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import own_class
 from quantpatch.torch_tools.forward import evaluating
 
@@ -352,7 +353,7 @@ def recording(model: nn.Module) -> Iterator[Trace]:
         entered.remove()
         left.remove()
         # torch forgets this one, and would take it for a hook of every module ever after.
-        nn.modules.module._global_forward_hooks_with_kwargs.pop(left.id, None)
+        torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(left.id, None)
 
 
 def trace(model: nn.Module, run: Callable[[], Any]) -> Trace:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError, listed, warn_caller
@@ -30,6 +30,7 @@ from quantpatch.export.onnx.graph import tidy
 from quantpatch.export.onnx.latency import float_twin
 from quantpatch.export.onnx.tracing import standing_in
 from quantpatch.export.prepare.runtimes import TARGETS, Operand, Target, operands, problems
+from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.atomic_files import own_version, written_whole
 from quantpatch.torch_tools.forward import demand_model, evaluating, telling, uncompiled
 

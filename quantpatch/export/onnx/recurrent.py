@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from quantpatch.errors import ExportError
 from quantpatch.layers.recurrent import QuantizedRecurrent, QuantLSTM
+from quantpatch.torch_tools import nn
 
 __all__ = ["demand_operators", "recurrent", "recurrent_layers_traced", "recurrent_to_onnx", "written_out"]
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import attrs
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn.utils import parametrize
 
 from quantpatch.errors import ExportError, listed, warn_caller
@@ -29,6 +29,7 @@ from quantpatch.export.prepare.folded_batchnorm import (
 from quantpatch.export.prepare.moving import MOVING
 from quantpatch.export.prepare.verified import made_if_same, run_of
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import demand_model
 
 __all__ = ["FoldedBatchNorm", "fold_batchnorm"]

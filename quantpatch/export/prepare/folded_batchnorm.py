@@ -6,11 +6,12 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.range_state import RANGE_KEY
+from quantpatch.torch_tools import nn
 
 __all__ = ["LAYERS", "Fold", "Folded", "channel_axis", "computes_as_torch", "is_per_channel"]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantpatch.errors import UnknownNameError, warn_caller
 from quantpatch.export.prepare.batchnorm import FoldedBatchNorm, fold_batchnorm
@@ -23,6 +23,7 @@ from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.placed import quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.quantize.call_ranges import CallRanges
+from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import demand_model, explaining_devices, uncompiled
 
 __all__ = ["Preparation", "prepare"]

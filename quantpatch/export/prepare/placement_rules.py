@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import attrs
-from torch import nn
 
 from quantpatch.export.prepare.dataflow import BATCHNORM, Dataflow, Operator, Value
 from quantpatch.export.prepare.moving import MOVING
@@ -23,6 +22,7 @@ from quantpatch.layers.placed import can_hold
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.numerics.formats import Integer
 from quantpatch.recipes.descriptor import QuantDescriptor
+from quantpatch.torch_tools import nn
 
 __all__ = ["Rules"]
 

@@ -21,13 +21,13 @@ from typing import Any, Literal
 
 import attrs
 import torch
-from torch import nn
 
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.numerics.fake_quant import quantize
 from quantpatch.numerics.formats import Blocked, Float, Integer, NumberFormat
 from quantpatch.plugins.registry import registry
+from quantpatch.torch_tools import nn
 
 __all__ = ["TARGETS", "Operand", "Target", "codes_name", "operands", "problems"]
 

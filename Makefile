@@ -6,10 +6,10 @@ PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench zoo oldest clean
+.PHONY: help install demo test test-all check format bench zoo oldest clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(STAMP)  ## make .venv with quantpatch, its plugins and the developer tools
 
@@ -24,8 +24,11 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 demo: $(STAMP)  ## train, calibrate and fine-tune a small CNN on handwritten digits
 	$(BIN)/quantpatch demo
 
-test: $(STAMP)  ## run all tests
+test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -n 2 -q
+
+test-all: $(STAMP)  ## run the tests with all parameters of their sweeps
+	$(BIN)/python -m pytest -n 2 -q --all
 
 check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -73,7 +76,7 @@ zoo: .zoo/.installed  ## build, prepare and calibrate the smallest model of each
 	touch $@
 
 oldest: .oldest/.installed  ## run all tests with the oldest releases that are allowed
-	.oldest/venv/bin/python -m pytest -n 2 -q
+	.oldest/venv/bin/python -m pytest -n 2 -q --all
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .bench .zoo .oldest
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .bench .zoo .oldest .nox htmlcov

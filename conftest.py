@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,40 @@ with warnings.catch_warnings():
     # torch.compile imports it when it is first called, in whichever test that is, and torch warns of itself.
     warnings.simplefilter("ignore", DeprecationWarning)
     import torch.utils.mkldnn  # noqa: F401
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--all``: also what is tried now and then only."""
+    parser.addoption("--all", action="store_true", help="all parameters of tests marked sweep")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The marker of tests that try more than differs from day to day."""
+    config.addinivalue_line(
+        "markers", "sweep(n): every n-th of its parameters unless --all or named by ::; without n, none"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before they are shuffled: each run makes the same choice
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Thins out sweeps. With an n that divides no number of values, each value of each parameter is left."""
+    if config.getoption("--all") or any("::" in argument for argument in config.args):
+        return
+    seen: Counter[str] = Counter()
+    left: list[pytest.Item] = []
+    out: list[pytest.Item] = []
+    for item in items:
+        marker = item.get_closest_marker("sweep")
+        if marker is not None:
+            test = item.nodeid.partition("[")[0]
+            seen[test] += 1
+            if not marker.args or seen[test] % marker.args[0] != 1:
+                out.append(item)
+                continue
+        left.append(item)
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = left
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -56,6 +56,7 @@ def test_every_registered_layer_has_an_example():
     assert {o.entry.dotted for o in offers} == {example.target for example in EXAMPLES}
 
 
+@pytest.mark.sweep(5)
 @every_case
 @pytest.mark.parametrize("check", ON_ALL)
 def test_every_argument_set(check, example):

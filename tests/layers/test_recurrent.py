@@ -278,6 +278,7 @@ def as_list(state):
     return [state] if isinstance(state, torch.Tensor) else list(state)
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("with_state", [False, True], ids=["no-state", "state"])
 @pytest.mark.parametrize("form", ["padded", "packed", "packed-sorted", "unbatched"])
 @every_layout

@@ -135,6 +135,7 @@ def test_every_zero_point_equals_onnxruntime_bit_for_bit(zero_point, amax, value
     assert torch.equal(bits(dequantize(codes, own_scale, number_format)), bits(theirs))
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("shift", [-9.0, -1.0, -0.2, 0.0, 0.5, 9.0])
 @pytest.mark.parametrize("axis", [None, 0])
 @pytest.mark.parametrize("zero_point", [1, 37, 128, 200, 254])
@@ -428,6 +429,7 @@ def test_so_do_channels_last_in_three_dimensions_and_transposed_tensors(name, ax
     assert torch.equal(y, expected)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 1)])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded"])
@@ -497,6 +499,7 @@ def test_meta_tensors_have_the_right_shape(name):
     assert (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("axis", [None, 0, -1])
 @pytest.mark.parametrize("name", BUILTIN_FORMATS)
 def test_codes_and_scale_give_the_same_values_back(name, axis):

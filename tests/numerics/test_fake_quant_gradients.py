@@ -188,6 +188,7 @@ def sizes(request, monkeypatch):
         yield
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "sliced", "expanded"])
 @pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 2)])
 @pytest.mark.parametrize("share", [0.0, 0.002, 0.3])
@@ -288,6 +289,7 @@ def test_nothing_is_kept_for_backward_where_the_range_is_the_tensors_own():
     assert not saved_for_backward(x.abs(), None, UINT8)
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("number_format", [INT8, UINT8, Float(4, 3), Blocked(Integer(4), 32)], ids=str)
 @pytest.mark.parametrize("outside", [0, 1, 5, 100, 3000, 2**17])
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -357,6 +359,7 @@ def test_where_a_range_is_learned_gradients_of_gradients_and_batched_ones_are_th
     close((twice[0] * upstream[1]).sum(), elsewhere)
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "sliced", "expanded"])
 @pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

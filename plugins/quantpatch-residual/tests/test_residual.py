@@ -44,6 +44,7 @@ def resnet(kind="basic"):
     return ResNetForImageClassification(config).eval()
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(
     "trial", [t for t in INSTALLED if t.check in FAST], ids=lambda t: f"{t.target.split('.')[-1]}-{t.check}"
 )

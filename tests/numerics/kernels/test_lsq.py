@@ -85,6 +85,7 @@ def laid_out(x, layout):
     }[layout]()
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("upstream", ["contiguous", "channels last", "transposed", "with gaps", "one number"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "with gaps"])
 @pytest.mark.parametrize("axis", [None, 0, 1])

@@ -2,7 +2,8 @@
 
 A learned range is a parameter from construction on, where its shape is known then. One whose shape only data
 shows, or that is made a learned one later, is missed by an optimizer that exists already: it would never be
-trained. And an average of weights that was updated before a range was known has averaged NaN, which it stays.
+trained. An average of weights pairs the tensors of two models one by one, so that it would average others in
+the place of such a range; and one that was updated before a range was known has averaged NaN, which it stays.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ def telling_of_late_ranges(models: Iterable[nn.Module]) -> Iterator[None]:
     """
     models = list(models)
     before = {id(parameter) for parameter in _learned(models).values()}
-    unknown = [
-        {name for name, q in named_quantizers(model).items() if q in copied and q.amax is None}
-        for model in models
-    ]
+    copies = [{n: q for n, q in named_quantizers(model).items() if q in copied} for model in models]
+    shapeless = [{name for name, q in quantizers.items() if q.held is None} for quantizers in copies]
+    unknown = [{name for name, q in quantizers.items() if q.amax is None} for quantizers in copies]
     yield
-    for model, names in zip(models, unknown, strict=True):
+    for model, lacking, names in zip(models, shapeless, unknown, strict=True):
         now = named_quantizers(model)
-        if any(name in now and now[name].amax is not None for name in names):
-            _tell_of_averages(model, names)
+        lacking = {name for name in lacking if name in now and now[name].held is not None}
+        if lacking or any(name in now and now[name].amax is not None for name in names):
+            _tell_of_averages(model, lacking, names)
     late = {name: p for name, p in _learned(models).items() if id(p) not in before}
     if late:
         _tell(models, late)
@@ -84,29 +85,46 @@ def _lists_of_parameters() -> Iterable[tuple[type[Any], set[int]]]:
             yield kind, {id(parameter) for parameter in vars(found).get("_module_parameters", [])}
 
 
-def _tell_of_averages(model: nn.Module, names: set[str]) -> None:
-    """Warns of averages of such a model, with NaN in the place of ranges of these names."""
+def _tell_of_averages(model: nn.Module, lacking: set[str], unknown: set[str]) -> None:
+    """Warns of averages of such a model that lack the tensors of ranges, or have NaN in their place.
+
+    Args:
+        model: The model.
+        lacking: Names of quantizers whose ranges had no tensor until now.
+        unknown: Names of those whose ranges were not known until now.
+    """
     quantizers = named_quantizers(model).keys()
     for found in gc.get_objects():
         if not issubclass(type(found), AveragedModel) or not vars(found).get("_modules"):
             continue
         average = found.module
         own = named_quantizers(average) if type(average) is type(model) else {}
-        if own.keys() != quantizers or average is model or not int(found.n_averaged):
+        if own.keys() != quantizers or average is model:
+            continue
+        kind = type(found).__name__
+        missed = [name for name, q in own.items() if name in lacking and q.held is None]
+        if missed:
+            warn_caller(
+                f"there is an {kind} of a model like this one that was made before data showed the shape of "
+                f"the ranges of {listed(missed, 5)}. If it is of this one, it has no tensors for them, and "
+                f"would average others in their place. Make it anew"
+            )
+            continue
+        if not int(found.n_averaged):
             continue
         # Buffers that are not averaged are copied anew at each update.
         lost = [
             name
             for name, q in own.items()
-            if name in names
+            if name in unknown
             and q.amax is None
             and (isinstance(q.held, nn.Parameter) or (found.use_buffers and q.held is not None))
         ]
         if lost:
             warn_caller(
-                f"there is an {type(found).__name__} of a model like this one that was updated before the "
-                f"ranges of {listed(lost, 5)} were known. If it is of this one, it has NaN in their place, "
-                f"as has any average of NaN, and takes a range from each tensor. Make it anew, or write "
+                f"there is an {kind} of a model like this one that was updated before the ranges of "
+                f"{listed(lost, 5)} were known. If it is of this one, it has NaN in their place, as has any "
+                f"average of NaN, and takes a range from each tensor. Make it anew, or write "
                 f"average.module.load_state_dict({{key: value for key, value in model.state_dict().items() "
                 f"if '_quantizer.' in key}}, strict=False)"
             )

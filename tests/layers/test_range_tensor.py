@@ -413,6 +413,26 @@ def test_an_average_that_was_updated_before_calibration_is_named_if_it_averaged_
     del unused
 
 
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "fixed"])
+def test_an_average_made_before_data_showed_the_shape_of_ranges_is_named(learned):
+    gc.collect()
+    recipe = qp.Recipe(name="by feature", input=qp.QuantDescriptor(axis=-1, learn_amax=learned))
+    model, other = build(recipe), build(recipe)
+    average = AveragedModel(model)
+    with pytest.warns(qp.QuantPatchWarning) as caught:
+        qp.calibrate(model, [X])
+    assert len(caught) == 1
+    assert "made before data showed the shape of the ranges of 0.input_quantizer, 2.input" in str(
+        caught[0].message
+    )
+    del average
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    assert torch.equal(average.module[2].input_quantizer.amax, model[2].input_quantizer.amax)
+    qp.calibrate(model, [X], overwrite=True)  # they have tensors now
+    qp.calibrate(other, [X])  # of which there is no average
+
+
 def test_freezing_a_model_freezes_its_ranges():
     model = build(LEARNED).requires_grad_(False)
     qp.calibrate(model, [X])

@@ -180,7 +180,7 @@ def change_data(model):
 
 
 def calibrate(model):
-    qp.calibrate(model, [torch.randn(32, 6) * 0.1], progress=False, overwrite=True)
+    qp.calibrate(model, [torch.randn(32, 6) * 0.1], progress=False, existing="overwrite")
 
 
 def disable(model):

@@ -152,7 +152,7 @@ def sharding(found, rank, mesh, folder):
     found["learned too late"] = message(
         qp.calibrate, fully_sharded(quantized(BY_FEATURE, calibrated=False), mesh), [DATA[0]]
     )
-    qp.calibrate(model, [5 * DATA[0]], overwrite=True)
+    qp.calibrate(model, [5 * DATA[0]], existing="overwrite")
     found["recalibrated"] = gathered(model)["0.input_quantizer._amax"]
 
     dcp.save({"model": model, "optimizer": {}}, checkpoint_id=f"{folder}/learned")

@@ -55,6 +55,9 @@ _DEFAULT = QuantDescriptor()
 #: Quantizers that were copied or pickled. Kept beside them: what is in a model is as it was after a copy.
 copied: Final[weakref.WeakSet[TensorQuantizer]] = weakref.WeakSet()
 
+#: What quantizers did before the outermost ``in_float`` that is open: copies do that, from the beginning.
+_outside: Final[weakref.WeakKeyDictionary[TensorQuantizer, dict[str, Any]]] = weakref.WeakKeyDictionary()
+
 
 class TensorQuantizer(HeldRange):
     """Fake-quantizes the tensors that pass through it.
@@ -320,9 +323,7 @@ class TensorQuantizer(HeldRange):
 
     def __getstate__(self) -> dict[str, Any]:
         copied.add(self)
-        state = {**self.__dict__}
-        # A copy made inside of ``in_float`` (of averaged weights, say) would never be told of its end.
-        return {**state, **state.pop("_outside", {})}
+        return {**self.__dict__, **_outside.get(self, {})}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -381,19 +382,18 @@ def in_float(model: nn.Module) -> Iterator[None]:
     So are copies of the model that are made inside, from the beginning.
     """
     names = ("calibrating", "quantizing", "calibrator")
-    stages = [(q, {name: getattr(q, name) for name in names}) for q in named_quantizers(model).values()]
-    outermost = [(q, stage) for q, stage in stages if "_outside" not in vars(q)]
+    stages = {q: {name: getattr(q, name) for name in names} for q in named_quantizers(model).values()}
+    outermost = {q: stage for q, stage in stages.items() if q not in _outside}
     try:
-        for quantizer, stage in outermost:
-            vars(quantizer)["_outside"] = stage
-        for quantizer, _ in stages:
+        _outside.update(outermost)
+        for quantizer in stages:
             quantizer.disable_quant()
         yield
     finally:
-        for quantizer, stage in stages:
+        for quantizer, stage in stages.items():
             vars(quantizer).update(stage)
-        for quantizer, _ in outermost:
-            vars(quantizer).pop("_outside", None)
+        for quantizer in outermost:
+            _outside.pop(quantizer, None)
 
 
 def outside_of(owners: Container[str], tensors: Mapping[str, T]) -> dict[str, T]:

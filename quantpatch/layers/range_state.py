@@ -130,7 +130,7 @@ class HeldRange(RangeTensor):
         warn_caller(
             f"{name}: its weight has the shape {tuple(weight.shape)} now, and its range, of shape "
             f"{tuple(amax.shape)}, was found for another one: it is forgotten. Until you calibrate anew, "
-            f"qp.calibrate(model, batches, only_missing=True), each tensor is quantized by its own range"
+            f"qp.calibrate(model, batches, existing='keep'), each tensor is quantized by its own range"
         )
         return None
 

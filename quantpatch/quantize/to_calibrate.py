@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Literal, get_args
 
-from quantpatch.errors import CalibrationError, listed
+from quantpatch.errors import CalibrationError, OptionError, listed
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.sharded import sharding_of
 
-__all__ = ["patterns", "to_calibrate"]
+__all__ = ["Existing", "checked_existing", "patterns", "to_calibrate", "why_none"]
 
-_LOGGER = logging.getLogger("quantpatch")
+Existing = Literal["error", "keep", "overwrite"]
+
+
+def checked_existing(existing: Existing) -> Existing:
+    """The same.
+
+    Raises:
+        OptionError: It is none of the three.
+    """
+    if existing not in get_args(Existing):
+        raise OptionError(
+            f"existing={existing!r}: expected 'error', or of ranges that are known already 'keep' to find "
+            f"only the missing ones, 'overwrite' to find all of them anew",
+            option="existing",
+        )
+    return existing
 
 
 def patterns(model: nn.Module, names: Iterable[str]) -> Iterable[str]:
@@ -25,13 +40,12 @@ def patterns(model: nn.Module, names: Iterable[str]) -> Iterable[str]:
     )
 
 
-def to_calibrate(model: nn.Module, overwrite: bool, only_missing: bool) -> dict[str, TensorQuantizer]:
-    """The quantizers to find the ranges of, by name; where there is none the log says why.
+def to_calibrate(model: nn.Module, existing: Existing) -> dict[str, TensorQuantizer]:
+    """The quantizers to find the ranges of, by name; there may be none.
 
     Args:
         model: Holds the quantizers.
-        overwrite: As in :func:`quantpatch.quantize.calibrate.calibrating`.
-        only_missing: As there.
+        existing: As in :func:`quantpatch.calibrating`.
 
     Raises:
         CalibrationError: There is no quantizer, ranges are known already, or the model is in no state for it.
@@ -50,8 +64,6 @@ def to_calibrate(model: nn.Module, overwrite: bool, only_missing: bool) -> dict[
         for name, q in found.items()
         if not q.disabled and not q.descriptor.dynamic and q.descriptor.amax is None
     }
-    if not wanted:
-        return _nothing_in(model, found)
     busy = [name for name, q in wanted.items() if q.calibrating]
     if busy:
         raise CalibrationError(
@@ -69,20 +81,19 @@ def to_calibrate(model: nn.Module, overwrite: bool, only_missing: bool) -> dict[
         )
     known = [name for name, q in wanted.items() if q.amax is not None]
     missing = {name: q for name, q in wanted.items() if q.amax is None}
-    if only_missing and not missing:
-        return _nothing_in(model, found)
-    if known and not (overwrite or only_missing):
-        rest = f"only_missing=True to find the ranges of the {len(missing)} others, or " if missing else ""
+    if known and existing == "error":
+        rest = f"existing='keep' to find the ranges of the {len(missing)} others, or " if missing else ""
         raise CalibrationError(
-            f"{len(known)} quantizers have a range already: {listed(known)}. Pass {rest}overwrite=True to "
-            f"calibrate again from nothing",
+            f"{len(known)} quantizers have a range already: {listed(known)}. Pass "
+            f"{rest}existing='overwrite' to calibrate again from nothing",
             quantizers=tuple(known),
         )
-    return missing if only_missing else wanted
+    return missing if existing == "keep" else wanted
 
 
-def _nothing_in(model: nn.Module, quantizers: Mapping[str, TensorQuantizer]) -> dict[str, TensorQuantizer]:
-    """Says why no range is to be found, which is all right; returns the quantizers to calibrate: none."""
+def why_none(model: nn.Module) -> str:
+    """Says why no range of a model is to be found, which is all right."""
+    quantizers = named_quantizers(model)
     off = sum(q.disabled for q in quantizers.values())
     dynamic = sum(q.descriptor.dynamic and not q.disabled for q in quantizers.values())
     counts = {
@@ -91,6 +102,4 @@ def _nothing_in(model: nn.Module, quantizers: Mapping[str, TensorQuantizer]) -> 
         "is disabled": off,
     }
     why = "; ".join(f"{count} of {len(quantizers)}: {reason}" for reason, count in counts.items() if count)
-    # By logging: a warning would stop those who make warnings errors, and one script serves all formats.
-    _LOGGER.warning("nothing to calibrate in the quantizers of %s (%s)", type(model).__name__, why)
-    return {}
+    return f"nothing to calibrate in the quantizers of {type(model).__name__} ({why})"

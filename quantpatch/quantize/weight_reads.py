@@ -7,7 +7,7 @@ apart. It is made only where quantizers saw no data, with the arguments of the f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class FirstCall:
         self._hook.remove()
         self._call = None
 
-    def weights_read(self, quantizers: Sequence[str]) -> Iterable[str]:
+    def weights_read(self, quantizers: Sequence[str]) -> Sequence[str]:
         """Those quantizers whose layer has a weight that another module's forward reads.
 
         Args:
@@ -69,15 +69,18 @@ class FirstCall:
                     self._float[name.rpartition(".")[0]] = names.get(seen.readers[layer], "")
         return self._switched_off
 
-    def leave_float(self) -> None:
-        """Switches off the quantizers that were found so, and warns if a product stays float.
+    def switch_off(self) -> None:
+        """Switches off the quantizers that were found so."""
+        quantizers = named_quantizers(self._model) if self._switched_off else {}
+        for name in self._switched_off:
+            quantizers[name].disable()
+
+    def warn(self) -> None:
+        """Warns if a product of such a layer stays float.
 
         Warns:
             QuantPatchWarning: It names the layers, and the modules that read their weights.
         """
-        quantizers = named_quantizers(self._model) if self._switched_off else {}
-        for name in self._switched_off:
-            quantizers[name].disable()
         if not self._float:
             return
         shown = [f"{layer} (in {reader or 'the model'})" for layer, reader in self._float.items()]

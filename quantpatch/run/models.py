@@ -21,7 +21,7 @@ from quantpatch.analysis.audit.coverage import report_of
 from quantpatch.analysis.audit.trace import recording
 from quantpatch.errors import RuleError
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
-from quantpatch.quantize.calibrate import collecting
+from quantpatch.quantize.calibration import Calibration
 from quantpatch.quantize.configure import Rules, configure
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import uncompiled
@@ -163,22 +163,24 @@ class _Model:
 
     def _lived(self, model: nn.Module, audit: bool) -> Generator[None, None, None]:
         """Goes on where a call begins and where it ends."""
-        quantizers = _without_range(model) if self._wanted else {}
-        if self._wanted and not quantizers:
-            self.note("nothing to calibrate: its quantizers are dynamic, off, or have ranges")
-            self._wanted = 0
-        if quantizers:
-            with collecting(model, lambda: quantizers, self._tell, zero_points=self._zero_points):
-                while self._calls < self._wanted:
+        by_itself = any(q.calibrating for q in named_quantizers(model).values())
+        if self._wanted and not by_itself:
+            with Calibration(
+                model, zero_points=self._zero_points, existing="keep", strict=False, passive=True
+            ) as calibration:
+                while calibration.quantizers and self._calls < self._wanted:
                     with _Eager():
                         yield
                     self._calls += 1
                     if self._calls < self._wanted:
                         yield
-            known, all_ = sum(q.amax is not None for q in quantizers.values()), len(quantizers)
-            self.note(f"{known} of {all_} quantizers calibrated in {self._calls} calls")
-            with in_float(model):  # what backward computes again has to be what it was
-                yield
+            if calibration.quantizers:
+                self._note_of(calibration)
+                with in_float(model):  # what backward computes again has to be what it was
+                    yield
+        if self._wanted and not self._calls:
+            self.note("nothing to calibrate: its quantizers are dynamic, off, or have ranges")
+            self._wanted = 0
         if audit:
             while any(q.calibrating for q in named_quantizers(model).values()):  # by the script itself
                 yield  # until this call is over
@@ -187,8 +189,12 @@ class _Model:
                 yield
             self.audit = str(report_of(model, trace)).rstrip()
 
-    def _tell(self, message: str, names: tuple[str, ...]) -> None:
-        self.note(f"{message}. They take the range of each tensor")
+    def _note_of(self, calibration: Calibration) -> None:
+        report, count = calibration.report, len(calibration.quantizers)
+        assert report is not None
+        if report.problem:
+            self.note(f"{report.problem}. They take the range of each tensor")
+        self.note(f"{len(report.calibrated)} of {count} quantizers calibrated in {self._calls} calls")
 
     def note(self, note: str) -> None:
         """Adds something to tell."""
@@ -241,16 +247,6 @@ class _Model:
         elif self._life is not None and self._audited:
             notes.append("not audited: every call that it ran calibrated it")
         return [f"{self.name}: {note}" for note in notes]
-
-
-def _without_range(model: nn.Module) -> dict[str, TensorQuantizer]:
-    return {
-        name: q
-        for name, q in named_quantizers(model).items()
-        if not (q.disabled or q.descriptor.dynamic or q.calibrating)
-        and q.descriptor.amax is None
-        and q.amax is None
-    }
 
 
 class _Eager:

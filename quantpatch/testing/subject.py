@@ -138,7 +138,7 @@ class Subject:
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of quantizers that saw nothing tells a check
-            with calibrating(layer, strict=False, overwrite=True):
+            with calibrating(layer, strict=False, existing="overwrite"):
                 self.run(layer)
 
     def _settled(self, layer: nn.Module) -> nn.Module:

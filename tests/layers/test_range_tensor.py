@@ -409,7 +409,7 @@ def test_an_average_that_was_updated_before_calibration_is_named_if_it_averaged_
         average.module.load_state_dict(state, strict=False)
     average.update_parameters(model)
     assert None not in ranges(average.module).values()
-    qp.calibrate(model, [X], overwrite=True)  # known before: nothing to tell
+    qp.calibrate(model, [X], existing="overwrite")  # known before: nothing to tell
     del unused
 
 
@@ -457,7 +457,7 @@ def test_an_optimizer_that_misses_ranges_whose_shape_data_shows_is_named():
     late.add_param_group(
         {"params": [q.amax for q in named_quantizers(model).values() if q.descriptor.learn_amax]}
     )
-    qp.calibrate(model, [X], overwrite=True)  # they are there now
+    qp.calibrate(model, [X], existing="overwrite")  # they are there now
     del other
 
 
@@ -517,7 +517,7 @@ def test_a_range_goes_with_the_weight_that_it_was_found_for():
     assert output.shape == (16, 7)
     assert head.weight_quantizer.held.shape == (7, 1)
     model(X)  # said once
-    qp.calibrate(model, [X], only_missing=True)
+    qp.calibrate(model, [X], existing="keep")
     assert torch.equal(head.weight_quantizer.amax, head.weight.detach().abs().amax(1, keepdim=True))
 
 

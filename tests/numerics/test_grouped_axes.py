@@ -133,7 +133,7 @@ def test_files_have_the_groups(size: tuple[int, int, int], packed: bool, tmp_pat
     ).eval()
     assert torch.equal(again(x), model(x))
     assert again[0].weight_quantizer.descriptor == model[0].weight_quantizer.descriptor
-    qp.calibrate(again, [x], overwrite=True, progress=False)
+    qp.calibrate(again, [x], existing="overwrite", progress=False)
     assert torch.equal(again[0].weight_quantizer.amax, model[0].weight_quantizer.amax)
 
 

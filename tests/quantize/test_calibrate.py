@@ -291,7 +291,7 @@ def test_the_warning_points_at_the_line_that_calibrates(as_block):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"strict": False}, {"overwrite": True}, {"only_missing": True}], ids=str
+    "options", [{}, {"strict": False}, {"existing": "overwrite"}, {"existing": "keep"}], ids=str
 )
 @pytest.mark.parametrize("recipe", ["mxfp8", "mxfp4", "nvfp4", "int4-weight-only"])
 def test_formats_without_ranges_go_through_the_same_script_and_it_is_said(recipe, options, caplog):
@@ -316,7 +316,7 @@ def test_where_no_range_is_missing_nothing_is_done_and_it_is_said(batches, caplo
     model[0].input_quantizer.disable()
     qp.calibrate(model, batches)
     before = copy.deepcopy(model.state_dict())
-    qp.calibrate(model, [100 * x for x in batches], only_missing=True)
+    qp.calibrate(model, [100 * x for x in batches], existing="keep")
     assert "5: has a range already; 1 of 5: is disabled" in caplog.records[0].message.replace("4 of 5", "5")
     for key, value in model.state_dict().items():  # that of the quantizer which is off is NaN
         torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
@@ -353,7 +353,7 @@ def test_learned_ranges_are_calibrated_before_the_model_is_distributed(tmp_path)
         assert caught.value.quantizers == ("module.0.input_quantizer",)
         with pytest.warns(qp.QuantPatchWarning, match="after DistributedDataParallel took the model"):
             qp.calibrate(model, [torch.randn(2, 4)])
-        qp.calibrate(nn.parallel.DistributedDataParallel(model), [torch.randn(2, 4)], overwrite=True)
+        qp.calibrate(nn.parallel.DistributedDataParallel(model), [torch.randn(2, 4)], existing="overwrite")
     finally:
         dist.destroy_process_group()
 
@@ -375,10 +375,10 @@ def test_a_second_calibration_is_an_error_that_says_how_to_ask_for_it(batches):
     model = build()
     qp.calibrate(model, batches[:1])
     first = model[0].input_quantizer.amax.clone()
-    with pytest.raises(CalibrationError, match="overwrite=True"):
+    with pytest.raises(CalibrationError, match="existing='overwrite'"):
         qp.calibrate(model, [10 * batches[0]])
     assert model[0].input_quantizer.amax == first
-    qp.calibrate(model, [10 * batches[0]], overwrite=True)
+    qp.calibrate(model, [10 * batches[0]], existing="overwrite")
     assert model[0].input_quantizer.amax == 10 * first
 
 
@@ -387,32 +387,33 @@ def test_only_missing_ranges_are_found_and_the_others_stay(batches, zero_points)
     model = build()
     qp.calibrate(model, batches)
     qp.configure(model, {"5": "int4"})
-    with pytest.raises(
-        CalibrationError, match="only_missing=True to find the ranges of the 2 others, or over"
-    ):
+    with pytest.raises(CalibrationError, match="existing='keep' to find the ranges of the 2 others, or exi"):
         qp.calibrate(model, batches)
     before = copy.deepcopy(model[0])
     fresh = copy.deepcopy(model)
-    qp.calibrate(fresh, [10 * x for x in batches], zero_points=zero_points, overwrite=True)
-    qp.calibrate(model, [10 * x for x in batches], zero_points=zero_points, only_missing=True)
+    qp.calibrate(fresh, [10 * x for x in batches], zero_points=zero_points, existing="overwrite")
+    qp.calibrate(model, [10 * x for x in batches], zero_points=zero_points, existing="keep")
     assert model[0].input_quantizer.descriptor == before.input_quantizer.descriptor
     assert all(map(torch.equal, model[0].state_dict().values(), before.state_dict().values()))
     assert model[5].input_quantizer.descriptor == fresh[5].input_quantizer.descriptor
     assert all(map(torch.equal, model[5].state_dict().values(), fresh[5].state_dict().values()))
-    with pytest.raises(CalibrationError, match=r"5 quantizers have a range already.*Pass overwrite=True"):
+    with pytest.raises(CalibrationError, match=r"5 quantizers have a range already.*existing=.overwrite"):
         qp.calibrate(model, batches)
 
 
-def test_all_ranges_and_only_missing_ones_contradict_each_other(batches):
-    with pytest.raises(OptionError, match="give one"):
-        qp.calibrate(build(), batches, overwrite=True, only_missing=True)
+def test_what_becomes_of_known_ranges_is_one_of_three_words(batches):
+    model = build()
+    before = states(model)
+    with pytest.raises(OptionError, match="existing='missing': expected 'error', .*'keep' .*'overwrite'"):
+        qp.calibrate(model, batches, existing="missing")
+    assert states(model) == before
 
 
 def test_ranges_of_layers_that_do_not_run_stay_when_the_others_are_overwritten():
     model = two_branches()
     qp.calibrate(model, lambda m: (m.used(torch.ones(1, 4)), m.unused(torch.ones(1, 4))))
     with pytest.warns(QuantPatchWarning, match="They stay as they are"):
-        qp.calibrate(model, [3 * torch.ones(1, 4)], overwrite=True, strict=False)
+        qp.calibrate(model, [3 * torch.ones(1, 4)], existing="overwrite", strict=False)
     assert (model.used.input_quantizer.amax, model.unused.input_quantizer.amax) == (3.0, 1.0)
 
 
@@ -431,7 +432,7 @@ def test_overwrite_keeps_the_old_ranges_if_it_fails(batches):
     qp.calibrate(model, batches)
     before = {name: amax.clone() for name, amax in ranges(model).items()}
     with pytest.raises(CalibrationError):
-        qp.calibrate(model, [torch.full((1, 3, 8, 8), torch.nan)], overwrite=True)
+        qp.calibrate(model, [torch.full((1, 3, 8, 8), torch.nan)], existing="overwrite")
     assert all(torch.equal(amax, before[name]) for name, amax in ranges(model).items())
 
 
@@ -493,7 +494,7 @@ def test_scale_amax_scales_the_range_once():
         model = nn.Linear(4, 4)
     x = torch.randn(2, 4)
     qp.calibrate(model, [x])
-    qp.calibrate(model, [x], overwrite=True)
+    qp.calibrate(model, [x], existing="overwrite")
     assert model.input_quantizer.amax == 0.5 * x.abs().max()
 
 

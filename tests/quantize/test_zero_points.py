@@ -268,7 +268,7 @@ def test_zero_points_that_were_found_are_found_anew_in_other_data(way: str, tmp_
     for data in (BOTH_SIDES, X - 0.5, SKEWED):  # the second needs none
         fresh = uncalibrated()
         qp.calibrate(fresh, data, zero_points=True, progress=False)
-        qp.calibrate(model, data, zero_points=True, overwrite=True, progress=False)
+        qp.calibrate(model, data, zero_points=True, existing="overwrite", progress=False)
         assert_same(model, fresh)
     assert model[0].input_quantizer.format == first
 
@@ -277,14 +277,14 @@ def test_without_being_asked_for_they_stay_with_new_ranges() -> None:
     model = uncalibrated()
     qp.calibrate(model, SKEWED, zero_points=True, progress=False)
     format = model[0].input_quantizer.format
-    qp.calibrate(model, BOTH_SIDES, overwrite=True, progress=False)
+    qp.calibrate(model, BOTH_SIDES, existing="overwrite", progress=False)
     assert model[0].input_quantizer.format == format
 
 
 def test_a_zero_point_that_a_descriptor_asks_for_stays() -> None:
     model = uncalibrated(qp.QuantDescriptor(unsigned=True, zero_point=37))
-    for overwrite in (False, True):
-        qp.calibrate(model, SKEWED, zero_points=True, overwrite=overwrite, progress=False)
+    for existing in ("error", "overwrite"):
+        qp.calibrate(model, SKEWED, zero_points=True, existing=existing, progress=False)
         assert model[0].input_quantizer.format.zero_point == 37
 
 
@@ -294,14 +294,14 @@ def test_found_ones_are_back_with_their_ranges_where_no_others_are_found(learn: 
     qp.calibrate(model, SKEWED, zero_points=True, progress=False)
     before = copy.deepcopy(model)
     with pytest.raises(CalibrationError):
-        qp.calibrate(model, X * torch.nan, zero_points=True, overwrite=True, progress=False)
+        qp.calibrate(model, X * torch.nan, zero_points=True, existing="overwrite", progress=False)
     assert_same(model, before)
     with pytest.warns(qp.QuantPatchWarning, match=r"saw no data.*2\.input_quantizer"):
         qp.calibrate(
             model,
             lambda m: m[0](BOTH_SIDES),
             zero_points=True,
-            overwrite=True,
+            existing="overwrite",
             strict=False,
             progress=False,
         )
@@ -486,7 +486,7 @@ def test_copies_casts_and_files_keep_it(tmp_path: Path) -> None:
 def test_calibrating_again_keeps_the_zero_point() -> None:
     model = fitted()
     format, amax = model[0].input_quantizer.format, model[0].input_quantizer.amax.clone()
-    qp.calibrate(model, [2 * SKEWED], overwrite=True, progress=False)
+    qp.calibrate(model, [2 * SKEWED], existing="overwrite", progress=False)
     assert model[0].input_quantizer.format == format
     assert model[0].input_quantizer.amax == pytest.approx(2 * amax.item(), rel=0.01)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class QuantPatchCallback(TrainerCallback):
         method: Name of the calibrator, as in ``quantpatch.calibrate``; default: each quantizer's own.
         report: Whether to print the share of multiply-accumulates that run quantized and what does not, and
             to write the share into the Trainer's log as ``quantized_share``.
-        overwrite: Whether to calibrate ranges that are known already, too.
+        existing: What becomes of ranges that are known already, as in ``quantpatch.calibrate``.
         strict: Whether a quantizer that saw no data is an error; otherwise a warning names it.
         **options: Handed to the calibrators, such as ``percentile=99.9``.
 
@@ -53,7 +53,7 @@ class QuantPatchCallback(TrainerCallback):
         method: str | None = None,
         report: bool = True,
         *,
-        overwrite: bool = False,
+        existing: Literal["error", "keep", "overwrite"] = "keep",
         strict: bool = False,
         **options: Any,
     ) -> None:
@@ -62,7 +62,7 @@ class QuantPatchCallback(TrainerCallback):
         self.batches = calibrate
         self.method = method
         self.report = report
-        self.overwrite = overwrite
+        self.existing = existing
         self.strict = strict
         self.options = options
         self.coverage: CoverageReport | None = None
@@ -95,14 +95,13 @@ class QuantPatchCallback(TrainerCallback):
         """
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         unknown = _without_range(model)
-        if self.batches and (unknown or self.overwrite):
+        if self.batches and (unknown or self.existing == "overwrite"):
             self._refuse_learned(model, unknown)
             qp.calibrate(
                 model,
                 self._batches(loader, args),
                 self.method,
-                overwrite=self.overwrite,
-                only_missing=not self.overwrite,
+                existing=self.existing,
                 strict=self.strict,
                 progress=state.is_world_process_zero and not args.disable_tqdm,
                 **self.options,

@@ -221,7 +221,7 @@ class QuantPatchQuantizer(HfQuantizer):
                 f"{', '.join(anew)} of {type(model).__name__} start anew, as their weights have other shapes "
                 f"in the checkpoint, and their ranges with them: "
                 f"{', '.join(name for names in anew.values() for name in names)}. Write "
-                f"qp.calibrate(model, batches, only_missing=True)",
+                f"qp.calibrate(model, batches, existing='keep')",
                 QuantPatchWarning,
                 stacklevel=2,
             )

@@ -170,11 +170,11 @@ def test_checkpoints_of_the_training_are_complete_and_it_resumes_from_them(tmp_p
     assert len(data.asked) < 12 + 8  # nothing was drawn for another calibration
 
 
-def test_overwrite_calibrates_again(tmp_path):
+def test_known_ranges_are_overwritten_where_that_is_asked_for(tmp_path):
     model = quantized()
     for quantizer in quantizers(model):
         quantizer.amax = 1e6 if quantizer.descriptor.kept_axes is None else None
-    trainer_of(model, QuantPatchCallback(1, report=False, overwrite=True), tmp_path).train()
+    trainer_of(model, QuantPatchCallback(1, report=False, existing="overwrite"), tmp_path).train()
     assert max(float(value.max()) for value in ranges(model).values()) < 1e6
 
 

@@ -224,7 +224,7 @@ def test_a_layer_of_another_shape_starts_anew_with_its_ranges_as_the_float_one_d
     assert torch.equal(
         other.bert.pooler.dense.weight_quantizer.amax, model.bert.pooler.dense.weight_quantizer.amax
     )
-    qp.calibrate(other, [ids], only_missing=True, progress=False)
+    qp.calibrate(other, [ids], existing="keep", progress=False)
     assert set(states(other).values()) == {"calibrated"}
     assert other(**ids).logits.isfinite().all()
 
@@ -276,7 +276,7 @@ def test_an_uncalibrated_model_is_saved_and_comes_back_uncalibrated(tmp_path):
 def test_what_was_configured_and_disabled_comes_back(tmp_path):
     model = calibrated()
     qp.configure(model, {"transformer.h.0.*": "int4", "lm_head": None})
-    qp.calibrate(model, [MODELS["gpt2"].inputs], progress=False, overwrite=True)
+    qp.calibrate(model, [MODELS["gpt2"].inputs], progress=False, existing="overwrite")
     again = loaded(type(model), saved(model, tmp_path) and tmp_path)
     assert_same(again, model)
     for name, quantizer in quantizers(again).items():

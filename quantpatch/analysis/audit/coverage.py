@@ -182,7 +182,7 @@ class CoverageReport:
             notes.append(
                 Text(
                     f"Weights changed since their ranges were found, and have more error than with ranges of "
-                    f"their own: {found}. Calibrate again: qp.calibrate(model, data, overwrite=True)"
+                    f"their own: {found}. Calibrate again: qp.calibrate(model, data, existing='overwrite')"
                 )
             )
         for name, code in self.to_paste:

@@ -178,7 +178,7 @@ def _turn_transposed(model: nn.Module, left: dict[str, str]) -> Iterator[str]:
         new.train(layer.training)
         full = f"{name}.{quantizer_name('weight')}".lstrip(".")
         if old.amax is not None:
-            left[full] = "its range was known for another axis: calibrate again, with only_missing=True"
+            left[full] = "its range was known for another axis: calibrate again, with existing='keep'"
         for place in _places(model)[old]:
             _put(model, place, new)
         yield full

@@ -548,7 +548,7 @@ def test_inputs_on_another_device_are_told_of_and_nothing_is_lost():
     assert caught.value.devices == ("meta", "cpu")
     assert same(before, state_of(model))
     with pytest.raises(InputError, match="its inputs on meta"):
-        qp.calibrate(model, [torch.randn(3, 2, 4, device="meta")], overwrite=True)
+        qp.calibrate(model, [torch.randn(3, 2, 4, device="meta")], existing="overwrite")
     with pytest.raises(InputError, match="its inputs on meta"):
         qp.compare(copy.deepcopy(model), model, [torch.randn(3, 2, 4, device="meta")])
     assert same(before, state_of(model))
@@ -713,8 +713,8 @@ def test_weights_that_changed_since_their_ranges_were_found_are_named(recipe, me
     assert [name for name, _ in report.outgrown] == ["0.weight_quantizer"]
     assert report.outgrown[0][1] > 4
     assert "0.weight_quantizer (" in " ".join(str(report).split())  # wherever the line breaks
-    assert "qp.calibrate(model, data, overwrite=True)" in " ".join(str(report).split())
-    qp.calibrate(model, [x], method, weight_method=method, overwrite=True)
+    assert "qp.calibrate(model, data, existing='overwrite')" in " ".join(str(report).split())
+    qp.calibrate(model, [x], method, weight_method=method, existing="overwrite")
     assert qp.audit(model, x).outgrown == ()
 
 

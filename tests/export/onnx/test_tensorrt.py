@@ -262,7 +262,7 @@ def test_tensorrt_takes_transposed_convolutions_on_axis_0(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
     # What the message says to do:
     model[0].weight_quantizer = qp.TensorQuantizer(qp.QuantDescriptor(axis=0, narrow_range=True))
-    qp.calibrate(model, [torch.randn(2, 4, 5)], overwrite=True, progress=False)
+    qp.calibrate(model, [torch.randn(2, 4, 5)], existing="overwrite", progress=False)
     report = export_onnx(model, torch.randn(2, 4, 5), tmp_path / "m.onnx", target="tensorrt")
     assert report.comparison is not None
     assert report.comparison.differing == 0

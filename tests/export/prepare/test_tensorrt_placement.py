@@ -138,7 +138,7 @@ def test_weights_of_transposed_convolutions_get_their_scales_on_axis_0(
     assert report.turned == ("0.weight_quantizer",)
     assert ("calibrate again" in report.left.get("0.weight_quantizer", "")) is calibrated
     assert prepare(model, x, target="tensorrt").turned == ()
-    qp.calibrate(model, [x], progress=False, only_missing=calibrated)
+    qp.calibrate(model, [x], progress=False, existing="keep")
     assert model[0].weight_quantizer.amax.shape == (3, 1, 1, 1)
     model.train()(x).sum().backward()
     exported = export_onnx(model.eval(), x, tmp_path / "m.onnx", target="tensorrt")

@@ -1,0 +1,349 @@
+"""One calibration of a model's quantizers: it starts, and then it finishes or is given up.
+
+At the end every range is set, or, if anything is wrong, none is and the model is as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from rich.table import Table
+from torch import Tensor, nn
+
+from quantpatch.calibrators import Calibrator, warn_of_negatives
+from quantpatch.errors import CalibrationError, listed, warn_caller
+from quantpatch.layers.base import weight_quantizers
+from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
+from quantpatch.numerics.affine import longer_side
+from quantpatch.numerics.formats import Integer
+from quantpatch.quantize.call_ranges import CallRanges
+from quantpatch.quantize.late_ranges import telling_of_late_ranges
+from quantpatch.quantize.to_calibrate import Existing, checked_existing, patterns, to_calibrate, why_none
+from quantpatch.quantize.weight_reads import FirstCall
+from quantpatch.quantize.zero_points import ends_on_all, fitted, to_fit, watching_ends, without_those_found
+from quantpatch.report.changes import outcome_table
+from quantpatch.report.render import as_text
+from quantpatch.torch_tools.class_swap import written_name
+from quantpatch.torch_tools.distributed import Ranks
+from quantpatch.torch_tools.forward import evaluating
+
+__all__ = ["Calibration", "CalibrationReport"]
+
+_LOGGER = logging.getLogger("quantpatch")
+
+
+@attrs.frozen
+class CalibrationReport:
+    """What a calibration did, by the names of the quantizers; prints as a table.
+
+    Attributes:
+        model: Class of the model.
+        calibrated: Those that got a range.
+        kept: Those that had one and kept it.
+        without_data: Those that saw no data, and stay as they were.
+        only_zeros: Those that saw nothing but zeros, and stay as they were.
+        switched_off: Those of layers that do not run since a forward reads their weight itself.
+        zero_points: The zero points of those that got one.
+        problem: Why quantizers that should have a range have none, in words; empty where all have one.
+    """
+
+    model: str
+    calibrated: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    without_data: tuple[str, ...] = ()
+    only_zeros: tuple[str, ...] = ()
+    switched_off: tuple[str, ...] = ()
+    zero_points: Mapping[str, int] = attrs.field(factory=dict)
+    problem: str = ""
+
+    def to_json(self) -> str:
+        """The same as JSON."""
+        return json.dumps(attrs.asdict(self), indent=2)
+
+    def __rich__(self) -> Table:
+        groups = {
+            "calibrated": self.calibrated,
+            "with a zero point": tuple(f"{name}: {zero}" for name, zero in self.zero_points.items()),
+            "kept their ranges": self.kept,
+            "saw no data": self.without_data,
+            "saw only zeros": self.only_zeros,
+            "switched off": self.switched_off,
+        }
+        return outcome_table(f"{self.model}: {len(self.calibrated)} quantizers calibrated", groups)
+
+    def __str__(self) -> str:
+        return as_text(self, of_names=True)
+
+
+class Calibration:
+    """A block in which a model runs and its quantizers collect statistics; their ranges are set at its end.
+
+    If the block raises, or a range cannot be found, none is set and every quantizer and module is in the
+    state it was in.
+
+    Args:
+        model: As in :func:`quantpatch.calibrating`, like the rest.
+        method: See there.
+        weight_method: See there.
+        zero_points: See there.
+        existing: See there.
+        strict: See there.
+        group: See there.
+        passive: Whether the model runs as it would without this, in its mode and with gradients, is never run
+            once more, and what a range could not be found for stands in the report alone.
+        **options: See there.
+
+    Attributes:
+        quantizers: Those that ranges are looked for, by name, while the block is open and after it.
+        report: What was done, once the block is over.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str | None = None,
+        *,
+        weight_method: str | None = None,
+        zero_points: bool = False,
+        existing: Existing = "error",
+        strict: bool = True,
+        group: dist.ProcessGroup | None = None,
+        passive: bool = False,
+        **options: Any,
+    ) -> None:
+        self.quantizers: dict[str, TensorQuantizer] = {}
+        self.report: CalibrationReport | None = None
+        self._model = model
+        self._method = method
+        self._weight_method = weight_method
+        self._zero_points = zero_points
+        self._existing = checked_existing(existing)
+        self._strict = strict
+        self._group = group
+        self._passive = passive
+        self._options = options
+        self._calibrators: dict[str, Calibrator] = {}
+        self._block = self._opened()
+
+    def __enter__(self) -> Calibration:
+        self._block.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._block.__exit__(kind, error, trace)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[None]:
+        model, quantizers, calibrators = self._model, self.quantizers, self._calibrators
+        with contextlib.ExitStack() as stack:
+            first = None if self._passive else stack.enter_context(FirstCall(model))
+            calls = None if self._passive else stack.enter_context(CallRanges(model))
+            stack.enter_context(in_float(model))
+            with Ranks(self._group) as ranks, _naming(quantizers):
+                quantizers.update(to_calibrate(model, self._existing))
+                if not (quantizers or self._passive):
+                    # By logging: a warning would stop those who make warnings errors, and one script serves
+                    # all formats.
+                    _LOGGER.warning("%s", why_none(model))
+                anew = quantizers if self._zero_points else {}
+                coming_back = stack.enter_context(without_those_found(anew))
+                self._begin(weight_quantizers(model))
+                watched = _to_watch(model, quantizers) if self._zero_points else {}
+                with watching_ends(watched) as seen, contextlib.ExitStack() as mode:
+                    if not self._passive:
+                        mode.enter_context(evaluating(model))
+                        mode.enter_context(torch.no_grad())
+                    yield
+                _demand_still_there(model, quantizers)
+                _demand_same(ranks, tuple(calibrators), "calibrates")
+                _demand_same(ranks, tuple(watched), "looks for the zero points of")
+            for calibrator in calibrators.values():  # the same order on every rank
+                calibrator.synchronize(self._group)
+            with Ranks(self._group) as ranks, _naming(quantizers):
+                ranges, report = self._found(first)
+                fits = _fits(watched, ends_on_all(ranks, seen), ranges, calibrators)
+            coming_back.difference_update(ranges)
+        with telling_of_late_ranges([model]):
+            for name, amax in ranges.items():
+                quantizers[name].replace_range(amax)
+        for name, fit in fits.items():
+            watched[name].use_zero_point(*fit, found=True)
+        if first is not None:
+            first.switch_off()
+        self.report = attrs.evolve(report, zero_points={name: zero for name, (zero, _) in fits.items()})
+        if first is not None and calls is not None:
+            if report.problem:
+                warn_caller(
+                    f"{report.problem}. They stay as they are: without a range they take that of each tensor"
+                )
+            first.warn()
+            calls.warn()
+        warn_of_negatives({name: calibrators[name] for name in ranges})
+
+    def _begin(self, of_weights: set[TensorQuantizer]) -> None:
+        """Makes all calibrators before a quantizer begins to collect: a name or an option may be wrong."""
+        for name, quantizer in self.quantizers.items():
+            self._calibrators[name] = (
+                quantizer.make_calibrator(self._weight_method)
+                if quantizer in of_weights
+                else quantizer.make_calibrator(self._method, **self._options)
+            )
+        for name, quantizer in self.quantizers.items():
+            quantizer.enable_calib(self._calibrators[name])
+
+    def _found(self, first: FirstCall | None) -> tuple[dict[str, Tensor], CalibrationReport]:
+        """The ranges that the statistics give, and what is to be reported of them.
+
+        Args:
+            first: Tells which of the layers that saw no data could not see any.
+
+        Raises:
+            CalibrationError: (``strict``) A quantizer that should have a range can have none.
+        """
+        of_weights = weight_quantizers(self._model)
+        ranges: dict[str, Tensor] = {}
+        unseen: list[str] = []
+        zero: list[str] = []
+        for name, calibrator in self._calibrators.items():
+            if not calibrator.saw_data:
+                unseen.append(name)
+                continue
+            quantizer = self.quantizers[name]
+            amax = quantizer.range_from(calibrator)
+            # A weight may be all zero, as layers that start as identities are; data that is says nothing.
+            if quantizer not in of_weights and not amax.any():
+                zero.append(name)
+            else:
+                ranges[name] = amax
+        read = first.weights_read(unseen) if first is not None and unseen else ()
+        unseen = [name for name in unseen if name not in read]
+        problem = self._problem(unseen, zero)
+        if problem and self._strict:
+            names = (*unseen, *zero)
+            rules = listed((f"{pattern!r}: None" for pattern in patterns(self._model, names)), limit=4)
+            raise CalibrationError(
+                f"{problem}. No range was set. Give batches that reach them, leave them float with "
+                f"qp.configure(model, {{{rules}}}), or pass strict=False to let them take the range of each "
+                f"tensor",
+                quantizers=names,
+            )
+        return ranges, CalibrationReport(
+            model=written_name(type(self._model)),
+            calibrated=tuple(ranges),
+            kept=_kept(self._model, self.quantizers),
+            without_data=tuple(unseen),
+            only_zeros=tuple(zero),
+            switched_off=tuple(read),
+            problem=problem,
+        )
+
+    def _problem(self, unseen: list[str], zero: list[str]) -> str:
+        count = len(self._calibrators)
+        problems = []
+        if unseen:
+            problems.append(
+                f"{len(unseen)} of {count} quantizers saw no data, because their layers did not run, or "
+                f"without that input: {listed(unseen)}"
+            )
+        if zero:
+            problems.append(f"{len(zero)} of {count} quantizers saw only zeros: {listed(zero)}")
+        if below := [name for name in zero if self._calibrators[name].negative_share]:
+            problems.append(
+                f"of these some saw negative values as well, which their unsigned integers cannot hold: "
+                f"{listed(below)}. Use signed ones (unsigned=False)"
+            )
+        return "; ".join(problems)
+
+
+def _kept(model: nn.Module, calibrated: Mapping[str, TensorQuantizer]) -> tuple[str, ...]:
+    """Those that had a range before, which was not looked for."""
+    return tuple(
+        name
+        for name, q in named_quantizers(model).items()
+        if name not in calibrated and not (q.disabled or q.descriptor.dynamic) and q.amax is not None
+    )
+
+
+def _to_watch(model: nn.Module, quantizers: Mapping[str, TensorQuantizer]) -> dict[str, TensorQuantizer]:
+    """Those that may get a zero point, whose ranges are being found or are their descriptors'."""
+    fitting = to_fit(model).items()
+    return {name: q for name, q in fitting if name in quantizers or q.descriptor.amax is not None}
+
+
+def _demand_still_there(model: nn.Module, quantizers: Mapping[str, TensorQuantizer]) -> None:
+    now = named_quantizers(model)
+    replaced = [name for name, quantizer in quantizers.items() if now.get(name, quantizer) is not quantizer]
+    if replaced:
+        raise CalibrationError(
+            f"{len(replaced)} quantizers were replaced while they were calibrated: {listed(replaced)}. No "
+            f"range was set. Configure or load a model before that or after",
+            quantizers=tuple(replaced),
+        )
+
+
+@contextlib.contextmanager
+def _naming(quantizers: Mapping[str, TensorQuantizer]) -> Iterator[None]:
+    """A block whose errors tell the qualified name of the quantizer that they come from."""
+    try:
+        yield
+    except CalibrationError as error:
+        names = tuple(name for name, q in quantizers.items() if q is error.quantizer)
+        if not names:
+            raise
+        raise CalibrationError(f"{names[0]}: {error}", quantizers=names) from error
+
+
+def _demand_same(ranks: Ranks, names: tuple[str, ...], doing: str) -> None:
+    """Checks that all ranks are about to put together the statistics of the same quantizers.
+
+    Raises:
+        CalibrationError: They are not, or another rank failed or is gone.
+    """
+    for index, others in enumerate(ranks.gather(names)):
+        differing = sorted(set(others) ^ set(names))
+        if differing:
+            other = ranks.number(index)
+            raise ranks.all_raise(
+                CalibrationError(
+                    f"rank {other} {doing} other quantizers than rank {dist.get_rank()}; only one of "
+                    f"them has {listed(differing)}. Every rank must hold the same model in the same state; "
+                    f"where they hold parts of one, such as stages of a pipeline, pass "
+                    f"group=dist.new_group(...) of the ranks that hold the same part",
+                    quantizers=tuple(differing),
+                    ranks=(other,),
+                )
+            )
+
+
+def _fits(
+    watched: Mapping[str, TensorQuantizer],
+    ends: Mapping[str, tuple[float, float]],
+    ranges: dict[str, Tensor],
+    calibrators: Mapping[str, Calibrator],
+) -> dict[str, tuple[int, float | None]]:
+    """What ``use_zero_point`` is to be given, by quantizer; their ranges are looked for once more."""
+    fits: dict[str, tuple[int, float | None]] = {}
+    for name, quantizer in watched.items():
+        amax, bits = ranges.get(name, quantizer.own_range), quantizer.format.bits
+        if amax is None or name not in ends:
+            continue
+        fit = fitted(float(amax), ends[name], bits)
+        if fit is not None and name in ranges:
+            # The longer side has more steps now, so that another threshold may be best.
+            calibrator = calibrators[name]
+            calibrator.format = longer_side(Integer(bits, unsigned=True, zero_point=fit[0]))
+            ranges[name] = quantizer.range_from(calibrator)
+            fit = fitted(float(ranges[name]), ends[name], bits, least_gain=1.0)
+        if fit is not None:
+            fits[name] = fit
+    return fits

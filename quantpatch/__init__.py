@@ -20,7 +20,7 @@ from quantpatch.export import (
 from quantpatch.layers import QuantizedLayer
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.plugins import Entry, Example, hookimpl
-from quantpatch.plugins.registry import registry
+from quantpatch.plugins.registry import recipe, registry
 from quantpatch.quantize import (
     calibrate,
     calibrating,
@@ -66,6 +66,7 @@ __all__ = [
     "prepare",
     "quantize_modules",
     "quantized",
+    "recipe",
     "registry",
     "revert",
     "save",

@@ -24,6 +24,7 @@ from quantpatch.plugins.scaffold import new_plugin
 from quantpatch.quantize.explain import explain
 from quantpatch.quantize.resolve import compose
 from quantpatch.quantize.scope import quantize_modules
+from quantpatch.recipes.descriptor import CHANNEL, REDUCTION, QuantDescriptor
 from quantpatch.report.folding import alike
 from quantpatch.report.render import as_text
 from quantpatch.run import RunSettings, launch
@@ -39,10 +40,38 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Recipe = Annotated[str | None, typer.Option(help="Recipe: int8, int4, fp8 ...")]
+# The options of a block, in each command that opens one.
+Recipe = Annotated[str | None, typer.Option(help="Recipe, such as int8: `quantpatch recipes` lists them.")]
+Skip = Annotated[list[str] | None, typer.Option(help="Layers to leave float.")]
+Custom = Annotated[
+    list[str] | None,
+    typer.Option(help="Entry, such as torch.nn.Linear=mylib.layers:QuantLinear: target and replacement."),
+]
+Include = Annotated[list[str] | None, typer.Option(help="Layers that are float by default.")]
+Plugin = Annotated[list[str] | None, typer.Option(help="Plugins that take part (default: all).")]
+Subclasses = Annotated[
+    bool | None,
+    typer.Option(
+        "--subclasses/--no-subclasses",
+        help="Quantize subclasses of known layers as well.",
+        show_default=False,
+    ),
+]
 
 
-Subclasses = Annotated[bool, typer.Option("--subclasses", help="Quantize subclasses as well.")]
+def _entries(given: list[str] | None) -> list[tuple[str, str, str]]:
+    """What ``--custom`` says, as ``custom=`` takes it."""
+    found = []
+    for text in given or ():
+        target, _, replacement = text.partition("=")
+        module, _, name = target.rpartition(".")
+        if not (module and name and replacement):
+            raise typer.BadParameter(
+                f"{text!r} names no target and replacement; write torch.nn.Linear=mylib.layers:QuantLinear",
+                param_hint="--custom",
+            )
+        found.append((module, name, replacement))
+    return found
 
 
 def _print(what: Any) -> None:
@@ -102,13 +131,67 @@ def plugins(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes: how each quantizes what layers take, hold and give."""
+    found = registry.recipes()
+    operands: tuple[str, ...] = ("input", "weight", "output", "hidden")
+    if as_json:
+        rows = [
+            {"name": name, "plugin": plugin, **{o: _descriptor(getattr(recipe, o)) for o in operands}}
+            for name, (recipe, plugin) in found.items()
+        ]
+        _print_json(rows)
+        return
+    table = Table()
+    # No column for what every recipe leaves float.
+    operands = tuple(o for o in operands if any(getattr(recipe, o) for recipe, _ in found.values()))
+    for heading in ("recipe", *operands, "plugin"):
+        table.add_column(heading, overflow="fold")
+    for name, (recipe, plugin) in found.items():
+        _add_row(table, name, *(_in_words(getattr(recipe, o)) for o in operands), plugin)
+    _print(table)
+
+
+def _descriptor(descriptor: QuantDescriptor | None) -> dict[str, Any] | None:
+    if descriptor is None:
+        return None
+    return {**attrs.asdict(descriptor, recurse=False), "format": _format(descriptor)}
+
+
+def _format(descriptor: QuantDescriptor) -> str:
+    return registry.format(descriptor).name
+
+
+def _in_words(descriptor: QuantDescriptor | None) -> str:
+    """A descriptor for a cell of a table: its format, which ranges it has, and where they are from."""
+    if descriptor is None:
+        return "float"
+    parts = [_format(descriptor)]
+    if descriptor.axis not in (None, REDUCTION):  # blocks run along it by nature
+        parts.append("per channel" if descriptor.axis == CHANNEL else f"axis {descriptor.axis}")
+    if descriptor.dynamic:
+        parts.append("dynamic")
+    return ", ".join(parts)
+
+
+@app.command()
 def layers(
-    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
-    plugin: Annotated[list[str] | None, typer.Option(help="Plugins that take part (default: all).")] = None,
+    skip: Skip = None,
+    custom: Custom = None,
+    include: Include = None,
+    plugin: Plugin = None,
     as_json: AsJson = False,
 ) -> None:
     """List what a block would replace, by what, and on whose word."""
-    table = compose({}, registry.offers(plugin), plugins=plugin, skip=skip or ())
+    _look_here()
+    table = compose(
+        {},
+        registry.offers(plugin),
+        plugins=plugin,
+        skip=skip or (),
+        custom=_entries(custom),
+        include=include or (),
+    )
     rows = [
         {
             "target": choice.offer.entry.dotted,
@@ -176,17 +259,24 @@ class _Layers:
 @app.command("explain")
 def explain_command(
     target: Annotated[str, typer.Argument(help="A class or function, such as torch.nn.Linear.")],
-    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Layers that are float by default.")] = None,
-    plugin: Annotated[list[str] | None, typer.Option(help="Plugins that take part (default: all).")] = None,
     recipe: Recipe = None,
-    subclasses: Subclasses = False,
+    skip: Skip = None,
+    custom: Custom = None,
+    include: Include = None,
+    plugin: Plugin = None,
+    subclasses: Subclasses = None,
     as_json: AsJson = False,
 ) -> None:
     """Say who would replace a class in a block, who would not, and why."""
     _look_here()
     found = explain(
-        target, skip or (), (), recipe, plugin, include=include or (), subclasses=subclasses or None
+        target,
+        recipe=recipe,
+        skip=skip or (),
+        custom=_entries(custom),
+        include=include or (),
+        plugins=plugin,
+        subclasses=subclasses,
     )
     _print_report(found, as_json)
 
@@ -196,10 +286,11 @@ def run_command(
     command: Annotated[list[str], typer.Argument(help="The script (or module) and its arguments.")],
     module: Annotated[bool, typer.Option("-m", help="Run a module, as `python -m` does.")] = False,
     recipe: Recipe = None,
-    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Layers that are float by default.")] = None,
-    plugin: Annotated[list[str] | None, typer.Option(help="Plugins that take part (default: all).")] = None,
-    subclasses: Subclasses = False,
+    skip: Skip = None,
+    custom: Custom = None,
+    include: Include = None,
+    plugin: Plugin = None,
+    subclasses: Subclasses = None,
     calibrate: Annotated[
         int, typer.Option(help="Calls of each model that run in float and set its ranges.", min=0)
     ] = 0,
@@ -214,7 +305,15 @@ def run_command(
     if zero_points and not calibrate:
         raise typer.BadParameter("calibration finds them: add --calibrate N", param_hint="--zero-points")
     settings = RunSettings(
-        recipe, skip or (), include or (), plugin, subclasses or None, calibrate, zero_points, audit
+        recipe=recipe,
+        skip=skip or (),
+        custom=_entries(custom),
+        include=include or (),
+        plugins=plugin,
+        subclasses=subclasses,
+        calibrate=calibrate,
+        zero_points=zero_points,
+        audit=audit,
     )
     launch(settings, command, module=module)
 
@@ -264,8 +363,11 @@ def audit_command(
         ),
     ],
     recipe: Recipe = None,
-    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave float.")] = None,
-    subclasses: Annotated[bool, typer.Option(help="Quantize subclasses of known layers too.")] = False,
+    skip: Skip = None,
+    custom: Custom = None,
+    include: Include = None,
+    plugin: Plugin = None,
+    subclasses: Subclasses = None,
     minimum: Annotated[float | None, typer.Option(help="Fail below this share.", min=0.0, max=1.0)] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -274,7 +376,15 @@ def audit_command(
     The exit code is 1 if that is below --minimum.
     """
     function, tensors = _build(build), [_tensor(text) for text in inputs]
-    with quantize_modules(skip=skip or (), recipe=recipe, subclasses=subclasses):
+    block = quantize_modules(
+        recipe=recipe,
+        skip=skip or (),
+        custom=_entries(custom),
+        include=include or (),
+        plugins=plugin,
+        subclasses=subclasses,
+    )
+    with block:
         model = function() if callable(function) else function
     if not isinstance(model, torch.nn.Module):
         raise ScopeError(f"{build} gave {model!r}, expected a model; name a function that builds one")
@@ -301,11 +411,16 @@ def new_plugin_command(
 
 
 @app.command()
-def demo() -> None:
+def demo(
+    epochs: Annotated[
+        int, typer.Option(help="Passes over the images that train the float model.", min=1)
+    ] = 20,
+    tuning_epochs: Annotated[int, typer.Option(help="Passes that fine-tune the quantized ones.", min=0)] = 4,
+) -> None:
     """Train, calibrate and fine-tune a small CNN on handwritten digits (needs the extra 'demo')."""
     from quantpatch.cli import demo as digits  # imports scikit-learn, which only this command needs
 
-    _print(digits.run())
+    _print(digits.run(epochs=epochs, tuning_epochs=tuning_epochs))
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from quantpatch.plugins.example import Example
 from quantpatch.plugins.plugin import BLOCK_VARIABLE, BUILTIN, Offer, Plugin, discover
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 
-__all__ = ["ALLOW_VARIABLE", "PluginInfo", "Registry", "registry"]
+__all__ = ["ALLOW_VARIABLE", "PluginInfo", "Registry", "recipe", "registry"]
 
 ALLOW_VARIABLE = "QUANTPATCH_PLUGINS"
 
@@ -209,6 +209,14 @@ class Registry:
         """
         return next(filter(None, (plugin.advice(self._manager, layer) for plugin in self._active())), None)
 
+    def recipes(self) -> dict[str, tuple[Recipe, str]]:
+        """Every recipe by its name, with the plugin that offers it.
+
+        Raises:
+            PluginError: A plugin failed.
+        """
+        return self._named("quantpatch_recipes", Recipe)
+
     def recipe(self, given: str | Recipe) -> Recipe:
         """The recipe of a name; a recipe is its own.
 
@@ -330,3 +338,17 @@ def _names_in(text: str) -> frozenset[str]:
 
 #: The registry that blocks use.
 registry = Registry()
+
+
+def recipe(name: str | Recipe) -> Recipe:
+    """A recipe by its name, to look at or to make another of: ``recipe("int8").replace(output=...)``.
+
+    Args:
+        name: Of a recipe that comes along or that a plugin offers; ``quantpatch recipes`` lists them. A
+            recipe is its own.
+
+    Raises:
+        PluginError: A plugin failed.
+        UnknownNameError: There is no such recipe.
+    """
+    return registry.recipe(name)

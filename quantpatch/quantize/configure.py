@@ -185,7 +185,7 @@ def checked_rules(rules: Rules) -> list[tuple[Matcher, Value]]:
         if isinstance(value, Recipe) and value.rules:
             raise RuleError(
                 f"rule {pair!r}: the recipe {value.name!r} has rules of its own, which cannot be part of "
-                f"a rule; write attrs.evolve(recipe, rules=())",
+                f"a rule; write recipe.replace(rules=())",
                 rule=pair,
             )
         if isinstance(matcher, str) and matcher.startswith(":") and matcher not in EDGES:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import attrs
 
-from quantpatch.errors import DescriptorError, shown
+from quantpatch.errors import DescriptorError, UnknownNameError, shown
 from quantpatch.numerics.formats import Float, Integer, NumberFormat
 from quantpatch.numerics.grouped_axes import GroupedAxes
 
@@ -21,6 +21,7 @@ CHANNEL: Literal["channel"] = "channel"
 REDUCTION: Literal["reduction"] = "reduction"
 
 Axis = int | tuple[int, ...] | None
+T = TypeVar("T")
 
 
 def _axis(given: Any) -> Any:
@@ -136,6 +137,15 @@ class QuantDescriptor:
         )
         return Integer(self.num_bits, self.unsigned, self.narrow_range, self.zero_point)
 
+    def replace(self, **changes: Any) -> QuantDescriptor:
+        """This descriptor with other values in some fields.
+
+        Raises:
+            DescriptorError: A field has an impossible value, or two contradict each other.
+            UnknownNameError: There is no such field.
+        """
+        return _replaced(self, changes)
+
     @property
     def kept_axes(self) -> Axis:
         """``axis``, once a layer has filled in ``"channel"`` or ``"reduction"`` (before that: None)."""
@@ -166,11 +176,20 @@ class QuantDescriptor:
         return self.for_axes(axis, 1 - axis if axis in (0, 1) else -1)
 
 
+def _replaced(value: T, changes: Mapping[str, Any]) -> T:
+    cls: Any = type(value)
+    known = {field.name for field in attrs.fields(cls) if field.init}
+    for name in changes:
+        if name not in known:
+            raise UnknownNameError.of(f"field of {cls.__name__}", name, known)
+    return cast(T, attrs.evolve(cast(Any, value), **changes))
+
+
 @functools.lru_cache(maxsize=1024)
 def _with_axis(descriptor: QuantDescriptor, axis: Axis) -> QuantDescriptor:
     if isinstance(axis, GroupedAxes):
-        return attrs.evolve(descriptor, axis=(0, 1), groups=axis.groups)
-    return attrs.evolve(descriptor, axis=axis)
+        return descriptor.replace(axis=(0, 1), groups=axis.groups)
+    return descriptor.replace(axis=axis)
 
 
 def _names(given: Any) -> Any:
@@ -219,3 +238,12 @@ class Recipe:
                     field=field,
                     value=value,
                 )
+
+    def replace(self, **changes: Any) -> Recipe:
+        """This recipe with other values in some fields, such as ``rules={":last": None}``.
+
+        Raises:
+            DescriptorError: A field has an impossible value.
+            UnknownNameError: There is no such field.
+        """
+        return _replaced(self, changes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import attrs
 
@@ -21,13 +21,18 @@ def _tuple(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-@attrs.frozen
+def _entries(given: Iterable[Sequence[str]]) -> tuple[tuple[str, str, str], ...]:
+    return tuple((module, name, replacement) for module, name, replacement in given)
+
+
+@attrs.frozen(kw_only=True)
 class RunSettings:
     """What ``quantpatch run`` was asked for.
 
     Attributes:
-        recipe: As in ``quantize_modules``, like the next four.
+        recipe: As in ``quantize_modules``, like the next five.
         skip: See there.
+        custom: See there.
         include: See there.
         plugins: See there.
         subclasses: See there.
@@ -39,6 +44,7 @@ class RunSettings:
 
     recipe: str | None = None
     skip: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
+    custom: tuple[tuple[str, str, str], ...] = attrs.field(default=(), converter=_entries)
     include: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
     plugins: tuple[str, ...] | None = attrs.field(default=None, converter=attrs.converters.optional(_tuple))
     subclasses: bool | None = None
@@ -54,10 +60,11 @@ class RunSettings:
         """
         return quantize_modules(
             skip=self.skip,
+            custom=self.custom,
             include=self.include,
             plugins=self.plugins,
             subclasses=self.subclasses,
-            recipe=None if self.recipe is None else attrs.evolve(registry.recipe(self.recipe), rules=()),
+            recipe=None if self.recipe is None else registry.recipe(self.recipe).replace(rules=()),
         )
 
     def rules(self) -> Rules:

@@ -87,6 +87,31 @@ def test_layers_tells_what_is_replaced_by_what_and_what_is_not():
     assert "torch.nn.Linear" in run("layers")
 
 
+def test_recipes_lists_each_with_its_formats_and_plugin(plugin):
+    mine = quantpatch.recipe("int4").replace(name="mine", output=quantpatch.QuantDescriptor(unsigned=True))
+    plugin("mylib", recipes={"mine": mine})
+    rows = {row["name"]: row for row in json.loads(run("recipes", "--json"))}
+    assert rows["int4-weight-only"]["input"] is None
+    assert rows["int4-weight-only"]["weight"]["format"] == "int4_g128"
+    assert (rows["mine"]["plugin"], rows["mine"]["output"]["unsigned"]) == ("mylib", True)
+    text = run("recipes")
+    assert all(word in text for word in ("mine", "uint8", "int8_narrow", "per channel", "nvfp4", "mylib"))
+
+
+def test_layers_takes_entries_and_what_is_float_by_default(model_module, tmp_path):
+    (tmp_path / "cli_layers.py").write_text(
+        "from quantpatch.layers import QuantizedLayer\nfrom torch import nn\n"
+        "class QuantFold(QuantizedLayer, nn.Fold):\n    pass\n"
+    )
+    options = ("--custom", "torch.nn.Fold=cli_layers:QuantFold", "--include", "Embedding")
+    rows = {row["target"]: row for row in json.loads(run("layers", *options, "--json"))}
+    assert rows["torch.nn.Fold"]["replacement"] == "cli_layers:QuantFold"
+    assert rows["torch.nn.Embedding"]["state"] == "replaced"
+    result = CliRunner().invoke(app, ["layers", "--custom", "torch.nn.Fold"])
+    assert result.exit_code == 2
+    assert "mylib.layers:QuantLinear" in result.output
+
+
 def test_audit_builds_in_a_block_and_reports(model_module):
     data = json.loads(run("audit", model_module, "--input", "2,4", "--json"))
     assert data["share"] == 1.0

@@ -90,7 +90,7 @@ def test_blocks_of_a_format_run_along_the_axis_that_a_product_sums_over():
     layer = quantized(blocks.Products, {torch.matmul: ("q", "k")})()
     assert layer.weights == {}
     assert layer.inputs == ()
-    axes = {name: descriptor.axis for name, descriptor in layer.descriptors(qp.registry.recipe("mxfp8"))}
+    axes = {name: descriptor.axis for name, descriptor in layer.descriptors(qp.recipe("mxfp8"))}
     assert axes == {"q": -1, "k": -2, "q_1": -1, "k_1": -2}
 
 

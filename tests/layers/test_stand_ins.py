@@ -52,7 +52,7 @@ class QuantScaled(QuantizedLayer, Scaled):
 
 def quantized(layer, cls, recipe="int8"):
     layer.__class__ = cls
-    layer.add_quantizers(qp.registry.recipe(recipe))
+    layer.add_quantizers(qp.recipe(recipe))
     return layer
 
 

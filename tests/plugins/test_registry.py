@@ -571,19 +571,19 @@ def test_an_import_that_fails_is_tried_again(install, monkeypatch) -> None:
 def test_names_from_plugins(plugin) -> None:
     recipe = qp.Recipe(name="mine")
     name = plugin(recipes={"mine": recipe})
-    assert qp.registry.recipe("mine") is recipe
-    assert qp.registry.recipe(recipe) is recipe
-    assert qp.registry.recipe("int8") is DEFAULT_RECIPE
+    assert qp.recipe("mine") is recipe
+    assert qp.recipe(recipe) is recipe
+    assert qp.recipe("int8") is DEFAULT_RECIPE
     with pytest.raises(UnknownNameError, match="unknown recipe 'mien'. Did you mean 'mine'\\?$"):
-        qp.registry.recipe("mien")
+        qp.recipe("mien")
     for unknown in (["int8"], qp.QuantDescriptor()):
         with pytest.raises(UnknownNameError, match="unknown recipe .* Or make one: Recipe"):
-            qp.registry.recipe(unknown)
+            qp.recipe(unknown)
     with pytest.raises(UnknownNameError, match="unknown calibrator 'maxx'. Did you mean 'max'"):
         qp.registry.calibrator("maxx")
     plugin("zeta", recipes={"mine": recipe})
     with pytest.raises(PluginError, match=f"plugin 'zeta' returned 'mine' .*which '{name}' has already"):
-        qp.registry.recipe("mine")
+        qp.recipe("mine")
 
 
 @pytest.mark.parametrize("bad", [["int8"], {"x": 3}, {3: DEFAULT_RECIPE}])
@@ -592,7 +592,7 @@ def test_names_of_another_kind_are_refused(bad, plugin) -> None:
     with pytest.raises(
         PluginError, match="plugin 'bad' returned .* from quantpatch_recipes, expected a (mapping|name)"
     ) as caught:
-        qp.registry.recipe("int8")
+        qp.recipe("int8")
     assert caught.value.hook == "quantpatch_recipes"
 
 

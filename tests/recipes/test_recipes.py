@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import quantpatch as qp
+from quantpatch.errors import DescriptorError, UnknownNameError
 from quantpatch.layers import QuantizedLayer, QuantLinear
 from quantpatch.numerics.fake_quant import fake_quantize
 from quantpatch.numerics.formats import BUILTIN_FORMATS
@@ -120,3 +121,23 @@ def test_the_active_recipe():
             assert active_recipe().name == "fp8"
         assert active_recipe().name == "int4"
     assert active_recipe() is DEFAULT_RECIPE
+
+
+def test_a_recipe_is_made_of_another_by_its_name():
+    made = qp.recipe("fp8").replace(name="mine", rules={":last": None})
+    assert made.input == qp.recipe("fp8").input
+    assert (made.name, made.rules) == ("mine", ((":last", None),))
+    assert qp.recipe(made) is made
+    with pytest.raises(UnknownNameError, match=r"unknown recipe 'int9'. Did you mean 'int8'"):
+        qp.recipe("int9")
+
+
+@pytest.mark.parametrize(
+    "value", [qp.recipe("int8"), qp.QuantDescriptor(num_bits=4)], ids=["recipe", "descriptor"]
+)
+def test_replace_checks_as_the_class_does_and_names_what_comes_near(value):
+    with pytest.raises(UnknownNameError, match="unknown field of .*Did you mean"):
+        value.replace(nam="x", axes=3, num_bit=3)
+    wrong = {"input": 3} if isinstance(value, qp.Recipe) else {"num_bits": 99}
+    with pytest.raises(DescriptorError):
+        value.replace(**wrong)

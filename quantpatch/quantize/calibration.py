@@ -131,6 +131,7 @@ class Calibration:
         self._passive = passive
         self._options = options
         self._calibrators: dict[str, Calibrator] = {}
+        self._of_weights: set[TensorQuantizer] = set()
         self._block = self._opened()
 
     def __enter__(self) -> Calibration:
@@ -157,7 +158,7 @@ class Calibration:
                     _LOGGER.warning("%s", why_none(model))
                 anew = quantizers if self._zero_points else {}
                 coming_back = stack.enter_context(without_those_found(anew))
-                self._begin(weight_quantizers(model))
+                self._begin()
                 watched = _to_watch(model, quantizers) if self._zero_points else {}
                 with watching_ends(watched) as seen, contextlib.ExitStack() as mode:
                     if not self._passive:
@@ -190,12 +191,13 @@ class Calibration:
             calls.warn()
         warn_of_negatives({name: calibrators[name] for name in ranges})
 
-    def _begin(self, of_weights: set[TensorQuantizer]) -> None:
+    def _begin(self) -> None:
         """Makes all calibrators before a quantizer begins to collect: a name or an option may be wrong."""
+        self._of_weights = weight_quantizers(self._model)
         for name, quantizer in self.quantizers.items():
             self._calibrators[name] = (
                 quantizer.make_calibrator(self._weight_method)
-                if quantizer in of_weights
+                if quantizer in self._of_weights
                 else quantizer.make_calibrator(self._method, **self._options)
             )
         for name, quantizer in self.quantizers.items():
@@ -210,7 +212,6 @@ class Calibration:
         Raises:
             CalibrationError: (``strict``) A quantizer that should have a range can have none.
         """
-        of_weights = weight_quantizers(self._model)
         ranges: dict[str, Tensor] = {}
         unseen: list[str] = []
         zero: list[str] = []
@@ -221,7 +222,7 @@ class Calibration:
             quantizer = self.quantizers[name]
             amax = quantizer.range_from(calibrator)
             # A weight may be all zero, as layers that start as identities are; data that is says nothing.
-            if quantizer not in of_weights and not amax.any():
+            if quantizer not in self._of_weights and not amax.any():
                 zero.append(name)
             else:
                 ranges[name] = amax

@@ -16,6 +16,8 @@ from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.late_ranges import telling_of_late_ranges
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
+from quantpatch.report.changes import ChangeReport
+from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.forward import demand_model
 
 __all__ = ["Rules", "apply_rules", "checked_rules", "configure"]
@@ -56,7 +58,7 @@ class _Place:
         return None if recipe.input is None else recipe.input.for_axes(None, -1)
 
 
-def configure(model: nn.Module, rules: Rules) -> None:
+def configure(model: nn.Module, rules: Rules) -> ChangeReport:
     r"""Changes the quantizers of a model by ordered rules; for each quantizer the last match wins.
 
     ::
@@ -82,13 +84,23 @@ def configure(model: nn.Module, rules: Rules) -> None:
             are there; it makes a new one only where the pattern tells its name from others
             (``"head.output_quantizer"``, ``"*.hidden_*"``).
 
+    Returns:
+        Which quantizers were changed, and which were not.
+
     Raises:
         RuleError: A pattern matches nothing (or, unless the value is None, only what is float), stands twice
             with different values, or is malformed; a value is none of these. Nothing has changed then.
         UnknownNameError: There is no recipe, or no format, of a name.
     """
     demand_model(model, "configure")
+    before = {name: (quantizer, quantizer.disabled) for name, quantizer in named_quantizers(model).items()}
     apply_rules([model], rules)
+    changed: dict[str, str] = {}
+    unchanged: dict[str, str] = {}
+    for name, quantizer in named_quantizers(model).items():
+        same = before.get(name) == (quantizer, quantizer.disabled)
+        (unchanged if same else changed)[name] = quantizer.extra_repr()
+    return ChangeReport(written_name(type(model)), changed, unchanged)
 
 
 def apply_rules(models: Sequence[nn.Module], rules: Rules) -> None:

@@ -16,6 +16,7 @@ import torch
 from quantpatch.errors import ConversionError
 from quantpatch.layers.base import QuantizedLayer, quantizers_of
 from quantpatch.layers.placed import placed_in, take_out
+from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.layers.subclass import combine, take_over, why_float
 from quantpatch.plugins.entry import EntryLike
 from quantpatch.plugins.registry import registry
@@ -25,8 +26,9 @@ from quantpatch.quantize.outcome import Outcome, Replaced, Skipped
 from quantpatch.quantize.resolve import Choice, Pattern, Table, nearest
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
+from quantpatch.report.changes import ChangeReport
 from quantpatch.torch_tools import nn
-from quantpatch.torch_tools.class_swap import change_class, dotted, own_class
+from quantpatch.torch_tools.class_swap import change_class, dotted, own_class, written_name
 from quantpatch.torch_tools.fast_paths import allow_fast_paths
 from quantpatch.torch_tools.forward import demand_model
 
@@ -177,24 +179,34 @@ def _unconvert(layer: Any, cls: type, children: tuple[str, ...]) -> None:
         del layer._modules[name]
 
 
-def revert(model: nn.Module) -> None:
+def revert(model: nn.Module) -> ChangeReport:
     """Takes a quantized model back to float: the same classes, attributes and weights, bit for bit.
 
     Works on models that ``convert`` quantized and on those built inside a block.
+
+    Returns:
+        The layers that are float again, and the quantizers that stay, which are neither a layer's nor placed
+        by quantpatch.
 
     Raises:
         ConversionError: The model holds no quantized layer.
     """
     _refuse_wrapped(model, "revert")
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    layers: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)
+    }
     if not layers:
         raise ConversionError(f"{type(model).__name__} holds no quantized layer, so nothing can be reverted")
-    for layer in layers:
-        own: Any = layer
-        kept = tuple(name for name in own._modules if name not in quantizers_of(own))
-        _unconvert(own, layer.float_class, kept)
-    for module in placed_in(model).values():
+    for layer in layers.values():
+        kept = tuple(name for name in layer._modules if name not in quantizers_of(layer))
+        _unconvert(layer, layer.float_class, kept)
+    placed = placed_in(model)
+    for module in placed.values():
         take_out(module)
+    changed = {name: dotted(own_class(layer)) for name, layer in layers.items()}
+    changed |= {name: "without a quantizer at its output" for name in placed if name not in changed}
+    left = {name: quantizer.extra_repr() for name, quantizer in named_quantizers(model).items()}
+    return ChangeReport(written_name(type(model)), changed, left)
 
 
 @contextlib.contextmanager

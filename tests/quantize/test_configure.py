@@ -254,3 +254,18 @@ def test_what_is_set_is_what_runs(model):
     qp.configure(model.head, {"*": None})
     with torch.no_grad():
         assert torch.equal(model.head(x), nn.functional.linear(x, model.head.weight, model.head.bias))
+
+
+def test_the_report_names_what_was_changed_and_what_was_not() -> None:
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    report = qp.configure(model, {"0.input_quantizer": "int4", "1": None, "0.weight_quantizer": "int8"})
+    assert report.changed == {
+        "0.input_quantizer": "int4, dynamic (not calibrated)",
+        "1.input_quantizer": "int8, disabled",
+        "1.weight_quantizer": "int8_narrow, axis=0, disabled",
+    }
+    assert report.unchanged == {"0.weight_quantizer": "int8_narrow, axis=0, dynamic (not calibrated)"}
+    assert list(qp.configure(model, {"1": None, "0.output_quantizer": "int8"}).changed) == []
+    again = qp.configure(model, {"1": "int8", "0.output_quantizer": qp.QuantDescriptor()})
+    assert list(again.changed) == ["0.output_quantizer", "1.input_quantizer", "1.weight_quantizer"]

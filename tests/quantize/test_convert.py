@@ -381,3 +381,12 @@ def test_failure_half_way_leaves_the_model_as_it_was():
     with pytest.raises(OSError, match="no"):
         qp.convert(model, custom=[(nn, "BatchNorm2d", Broken)])
     assert shape_of(model) == before
+
+
+def test_revert_reports_the_layers_that_are_float_again_and_the_quantizers_that_stay() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    model[1].mine = qp.TensorQuantizer()
+    qp.convert(model)
+    report = qp.revert(model)
+    assert report.changed == dict.fromkeys(["0", "2"], "torch.nn.modules.linear.Linear")
+    assert report.unchanged == {"1.mine": "int8, dynamic (not calibrated)"}

@@ -66,6 +66,7 @@ def wheel(session: nox.Session) -> None:
     shutil.rmtree(out / "plugins", ignore_errors=True)
     (out / "tests").mkdir(exist_ok=True)
     shutil.copy("tests/test_docs.py", out / "tests")
+    shutil.copy("README.md", out)
     for plugin in PLUGINS:
         shutil.copytree(plugin / "tests", out / plugin / "tests")
         shutil.copy(plugin / "README.md", out / plugin)

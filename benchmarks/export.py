@@ -36,6 +36,7 @@ from benchmarks.networks import (
     decoder,
     mobilenet,
     plain_cnn,
+    recognizer,
     resnet_stem,
     segmentation_head,
     small_resnet,
@@ -141,6 +142,7 @@ CASES = {
     "GPT-2": Case(lambda: Transformer("GPT-2"), _ids(1, 64)),
     "strides of 2": Case(strided, _images(1, 16, 64, 64)),
     "volumes": Case(volumes, _images(1, 3, 8, 24, 24)),
+    "text recognizer": Case(recognizer, _images(1, 3, 48, 160)),
     "decoder": Case(decoder, _images(1, 32, 12, 12)),
     **{f"MLP, {recipe}": _mlp(recipe) for recipe in ("int8", "w4a8", "int4", "int4-weight-only", "fp8")},
 }

@@ -16,6 +16,7 @@ __all__ = [
     "decoder",
     "mobilenet",
     "plain_cnn",
+    "recognizer",
     "resnet_stem",
     "segmentation_head",
     "small_resnet",
@@ -158,6 +159,55 @@ def volumes() -> nn.Module:
         nn.Conv3d(32, 32, 3, padding=1), nn.ReLU(),
         nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(32, 5),
     )  # fmt: skip
+
+
+class _Excited(nn.Module):
+    """Squeeze and excitation (arXiv 1709.01507)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(width, width // 4, 1),
+            nn.ReLU(),
+            nn.Conv2d(width // 4, width, 1),
+            nn.Hardsigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(x * self.gate(x))
+
+
+def _separable(inside: int, outside: int, size: int, stride: int | tuple[int, int]) -> list[nn.Module]:
+    """A depthwise and a pointwise convolution, each with batch norm and hard swish; large ones excited."""
+    return [
+        nn.Conv2d(inside, inside, size, stride, size // 2, groups=inside, bias=False),
+        nn.BatchNorm2d(inside),
+        nn.Hardswish(),
+        *([_Excited(inside)] if size == 5 else []),
+        nn.Conv2d(inside, outside, 1, bias=False),
+        nn.BatchNorm2d(outside),
+        nn.Hardswish(),
+    ]
+
+
+def recognizer() -> nn.Module:
+    """What reads a line of text on a phone: separable convolutions, then a letter for each column."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.Hardswish(),
+        *_separable(16, 32, 3, 1), *_separable(32, 64, 3, (2, 1)), *_separable(64, 64, 3, 1),
+        *_separable(64, 128, 3, (2, 1)), *_separable(128, 128, 5, 1), *_separable(128, 256, 5, (2, 1)),
+        nn.AvgPool2d((3, 2)), nn.Flatten(2), _Columns(), nn.Linear(256, 97),
+    )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return model
+
+
+class _Columns(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
 
 
 def decoder() -> nn.Module:

@@ -118,7 +118,7 @@ def prepare(
         unsigned: tuple[str, ...] = ()
         turned: tuple[str, ...] = ()
         if target == "onnxruntime":
-            rules.leave_images_float()
+            rules.leave_slow_float()
             rules.quantize_convolutions()
             rules.quantize_joins()
             unsigned = tuple(_never_negative(model, flow))

@@ -3,7 +3,7 @@
 Where quantizers stand decides what runs on integers. ONNX Runtime's integer convolution gives integers, and
 so do its additions and concatenations: they run where all operands are quantized, and the result again. A
 quantizer is put where a tensor comes from, behind a ReLU if one follows, and all who take the tensor share
-it, so that it is quantized once. A first convolution that is faster on floats stays float. TensorRT fuses a
+it, so that it is quantized once. A small convolution that is faster on floats stays float. TensorRT fuses a
 residual addition with the convolution before it if the other operand is quantized.
 """
 
@@ -30,6 +30,8 @@ __all__ = ["Rules"]
 _FEW_CHANNELS = 4
 # A float kernel is as fast as an integer one up to about so many products for each output.
 _FEW_PRODUCTS = 32
+# A volume is copied for the integer kernel in pieces of about so many channels.
+_FEW_IN_VOLUMES = 16
 # Activations that have no integer kernel.
 _FLOAT_ACTIVATIONS = frozenset(
     f"aten::{name}{end}" for name in ("gelu", "hardswish", "silu") for end in ("", "_")
@@ -77,33 +79,23 @@ class Rules:
 
     # --- rules ---------------------------------------------------------------------------------
 
-    def leave_images_float(self) -> None:
-        """A small convolution of images stays float if its activation has no integer kernel.
-
-        On integers the image is quantized, padded to four channels and turned, and the result becomes float
-        for the activation and integer again; the float kernel takes the image as it is and has the activation
-        in it (3 to 16 channels, 3 x 3, 160 x 160, hard swish: 200 and 114 us on one thread of an x86 with
-        VNNI; SiLU and GELU gain as much, larger kernels and ReLU do not).
-        """
+    def leave_slow_float(self) -> None:
+        """A small convolution stays float where ONNX Runtime is slower on integers than on floats."""
         for operator in self.flow.named("convolution"):
             layer = self._modules.get(operator.module)
-            if not isinstance(layer, QuantizedLayer) or not isinstance(layer, nn.Conv2d):
+            if not isinstance(layer, QuantizedLayer):
                 continue
-            products = layer.in_channels * math.prod(layer.kernel_size)
-            if layer.groups != 1 or layer.in_channels >= _FEW_CHANNELS or products > _FEW_PRODUCTS:
-                continue
-            uses = operator.outputs[0].uses
-            if len(uses) != 1 or uses[0].name not in _FLOAT_ACTIVATIONS:
-                continue
+            if isinstance(layer, nn.Conv2d):
+                why = _why_slow_on_images(layer, operator)
+            else:
+                why = _why_slow_on_volumes(layer) if isinstance(layer, nn.Conv3d) else None
             own = layer.quantizers().values()
-            if self._of_convolution(operator) is None or any(self._uses[q] > 1 for q in own):
+            if why is None or self._of_convolution(operator) is None or any(self._uses[q] > 1 for q in own):
                 continue
             self._float[operator] = layer
-            follows = uses[0].name.removeprefix("aten::").rstrip("_")
             self.left[operator.module] = (
-                f"its quantizers are switched off, since ONNX Runtime is faster on floats where images of "
-                f"{layer.in_channels} channels come in and {follows} follows, which has no integer kernel; "
-                f"enable() them if it shall be quantized nevertheless"
+                f"its quantizers are switched off, since ONNX Runtime is faster on floats {why}; enable() "
+                f"them if it shall be quantized nevertheless"
             )
 
     def quantize_convolutions(self) -> None:
@@ -253,6 +245,43 @@ class Rules:
             return False
         self.plans[spot] = (place, descriptor)
         return True
+
+
+def _why_slow_on_images(layer: nn.Conv2d, operator: Operator) -> str | None:
+    """When integers are slower in a convolution of images: its activation has no integer kernel.
+
+    On integers the image is quantized, padded to four channels and turned, and the result becomes float for
+    the activation and integer again; the float kernel takes the image as it is and has the activation in it
+    (3 to 16 channels, 3 x 3, 160 x 160, hard swish: 200 and 114 us on one thread of an x86 with VNNI; SiLU
+    and GELU gain as much, larger kernels and ReLU do not).
+    """
+    products = layer.in_channels * math.prod(layer.kernel_size)
+    if layer.groups != 1 or layer.in_channels >= _FEW_CHANNELS or products > _FEW_PRODUCTS:
+        return None
+    uses = operator.outputs[0].uses
+    if len(uses) != 1 or uses[0].name not in _FLOAT_ACTIVATIONS:
+        return None
+    follows = uses[0].name.removeprefix("aten::").rstrip("_")
+    return (
+        f"where images of {layer.in_channels} channels come in and {follows} follows, which has no integer "
+        f"kernel"
+    )
+
+
+def _why_slow_on_volumes(layer: nn.Conv3d) -> str | None:
+    """When integers are slower in a convolution of volumes: a group has few channels.
+
+    The integer kernel copies what each output needs, which takes as long for 1 channel as for 16 (16 outputs,
+    3 x 3 x 3, 16 x 16 x 16: 0.8 ms on one thread of an x86 with VNNI; on floats 0.2 ms from 3 channels, 0.9
+    from 12 and 1.1 from 16). With one channel to a group it has another way, for many groups at once.
+    """
+    inside, outside = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+    if inside == outside == 1 and layer.groups >= _FEW_IN_VOLUMES:
+        return None
+    if inside >= _FEW_IN_VOLUMES // 2 and inside * outside >= _FEW_IN_VOLUMES**2:
+        return None
+    grouped = "" if layer.groups == 1 else " in each group"
+    return f"where volumes of {inside} channels become {outside}{grouped}"
 
 
 def _quantizer_of(value: Value) -> TensorQuantizer | None:

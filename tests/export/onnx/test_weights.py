@@ -160,8 +160,8 @@ def test_the_format_of_a_file_is_that_of_its_opset(tmp_path: Path) -> None:
 
 
 def test_convolutions_of_volumes_are_padded_as_those_of_images(tmp_path: Path) -> None:
-    model = built(nn.Conv3d(18, 24, 2), nn.ReLU(), nn.Conv3d(24, 16, 1), nn.ReLU(), nn.Conv3d(16, 4, 1))
+    model = built(nn.Conv3d(18, 24, 2), nn.ReLU(), nn.Conv3d(24, 16, 1), nn.ReLU(), nn.Conv3d(16, 20, 1))
     exported = Exported(model, images(1, 18, 3, 4, 5), tmp_path)
     exported.assert_same()
-    assert exported.weights() == [(24, 20, 2, 2, 2), (16, 24, 1, 1, 1), (4, 16, 1, 1, 1)]
+    assert exported.weights() == [(24, 20, 2, 2, 2), (16, 24, 1, 1, 1), (20, 16, 1, 1, 1)]
     assert exported.kernels["QLinearConv"] == 3

@@ -373,6 +373,43 @@ def test_other_convolutions_of_images_are_quantized(first, why: str) -> None:
     assert not [m for m in model.modules() if isinstance(m, qp.TensorQuantizer) and m.disabled], why
 
 
+@pytest.mark.parametrize(
+    ("inside", "outside", "groups", "text"),
+    [
+        (3, 96, 1, "volumes of 3 channels become 96;"),
+        (8, 24, 1, "volumes of 8 channels become 24;"),
+        (32, 32, 4, "volumes of 8 channels become 8 in each group;"),
+        (3, 3, 3, "volumes of 1 channels become 1 in each group;"),
+    ],
+)
+def test_a_convolution_of_volumes_with_few_channels_stays_float(inside, outside, groups, text) -> None:
+    model = built(lambda: nn.Sequential(nn.Conv3d(inside, outside, 3, padding=1, groups=groups), nn.ReLU()))
+    x = torch.randn(1, inside, 4, 4, 4)
+    report = prepare(model, x)
+    assert list(report.left) == ["0"]
+    assert text in report.left["0"]
+    assert report.placed == ()
+    assert model[0].input_quantizer.disabled
+    assert model[0].weight_quantizer.disabled
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "groups"), [(8, 32, 1), (16, 16, 1), (32, 32, 2), (16, 16, 16)]
+)
+def test_other_convolutions_of_volumes_are_quantized(inside, outside, groups) -> None:
+    model = built(lambda: nn.Sequential(nn.Conv3d(inside, outside, 3, padding=1, groups=groups), nn.ReLU()))
+    report = prepare(model, torch.randn(1, inside, 4, 4, 4))
+    assert report.left == {}
+    assert report.placed == ("1.output_quantizer",)
+    assert not model[0].input_quantizer.disabled
+
+
+def test_tensorrt_has_all_convolutions_of_volumes_on_integers() -> None:
+    model = built(lambda: nn.Sequential(nn.Conv3d(3, 8, 3), nn.ReLU()))
+    assert prepare(model, torch.randn(1, 3, 4, 4, 4), target="tensorrt").left == {}
+    assert not model[0].input_quantizer.disabled
+
+
 def test_a_convolution_stays_quantized_where_another_layer_shares_its_quantizer() -> None:
     model = built(lambda: stem(nn.Hardswish()))
     model[3].input_quantizer = model[0].input_quantizer

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from quantpatch.calibrators import Calibrator, warn_of_negatives
 from quantpatch.errors import CalibrationError, DescriptorError, ExportError, OperandError, RangeError
+from quantpatch.layers.lowering import lowering
 from quantpatch.layers.range_state import HeldRange
 from quantpatch.numerics.affine import has_zero_point, longer_side, magnitudes, upper_end
 from quantpatch.numerics.backends.eager import round_trip_to_range
@@ -233,6 +234,9 @@ class TensorQuantizer(HeldRange):
         """
         if self.disabled:
             return x
+        exported = lowering()
+        if exported is not None and (instead := exported.forward_of(self)) is not None:
+            return instead(x)
         try:
             if self.calibrating and self.calibrator is not None:
                 self._collect(x)

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.lowering import lowering
 from quantpatch.recipes.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.fx import leaf_in_fx
@@ -53,9 +54,6 @@ class QuantizedRecurrent(QuantizedLayer):
     bidirectional: bool
     dropout: float
     training: bool
-
-    #: Whether every layer runs in Python, step by step; exporters set it where their target has no operator.
-    in_steps: bool = False
 
     def weight_axes(self) -> Mapping[str, Axis]:
         return {name: 0 for name in self._flat_weights_names if name.startswith("weight")}
@@ -85,6 +83,11 @@ class QuantizedRecurrent(QuantizedLayer):
         """Whether what one step hands to the next is quantized, so that a layer runs step by step."""
         return any(self._any_active(*self._inside(layer)) for layer in range(self.num_layers))
 
+    def _runs_in_steps(self) -> bool:
+        """Whether an exporter, whose target has no operator for the layer, has it run in Python."""
+        exported = lowering()
+        return exported is not None and exported.runs_in_steps(self)
+
     def _any_active(self, *operands: str) -> bool:
         quantizers = map(self.quantizer, operands)
         return any(quantizer is not None and quantizer.is_active for quantizer in quantizers)
@@ -105,7 +108,7 @@ class QuantizedRecurrent(QuantizedLayer):
         apart = [f"input_l{layer}" for layer in range(1, self.num_layers)]
         apart += [name for layer in range(self.num_layers) for name in self._inside(layer)]
         weights = self.quantize_weights()
-        if self.in_steps or self._any_active(*apart):
+        if self._runs_in_steps() or self._any_active(*apart):
             output = self._run_by_layer(weights, input, hx)
         else:
             stand_ins = {**weights, **self._flattened(weights, self._flat_weights_names)} if weights else {}
@@ -139,7 +142,7 @@ class QuantizedRecurrent(QuantizedLayer):
             own = slice(layer * directions, (layer + 1) * directions)
             state = None if hx is None else hx[own] if isinstance(hx, Tensor) else tuple(s[own] for s in hx)
             sequence = self._quantize_sequence(f"input_l{layer}" if layer else "input", sequence)
-            in_steps = self.in_steps or self._any_active(*self._inside(layer))
+            in_steps = self._runs_in_steps() or self._any_active(*self._inside(layer))
             run = self._run_by_steps if in_steps else self._run_kernel
             sequence, state = run(layer, weights, sequence, state)
             states.append(state)

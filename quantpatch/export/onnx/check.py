@@ -7,7 +7,7 @@ compared, and the integers that every quantizer gives.
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from quantpatch.export.onnx.latency import Latency, measure, on_floats
 from quantpatch.export.onnx.sessions import changed, session, session_options
 from quantpatch.export.prepare.moving import MOVING_NODES
 from quantpatch.export.prepare.runtimes import Operand, codes_name
+from quantpatch.layers.lowering import Lowering, lowered
 from quantpatch.numerics.fake_quant import fake_quantize, quantize
 from quantpatch.numerics.formats import Integer
 
@@ -279,11 +280,11 @@ def _torch_results(
     """The model's outputs, and each call of each quantizer and its codes by their name in the file."""
     codes: dict[str, tuple[Operand, Tensor]] = {}
 
-    def recording(operand: Operand) -> Any:
+    def recording(operand: Operand) -> Callable[[Tensor], Tensor]:
         calls = 0
         axis = operand.quantizer.descriptor.kept_axes
 
-        def forward(x: Tensor, *, batch_axis: int | None = 0) -> Tensor:
+        def forward(x: Tensor) -> Tensor:
             nonlocal calls
             amax = None if operand.amax is None else operand.amax.to(x.device)
             if isinstance(operand.element, Integer):
@@ -293,14 +294,9 @@ def _torch_results(
 
         return forward
 
-    try:
-        for operand in by_name.values():
-            operand.quantizer.__dict__["forward"] = recording(operand)
-        with torch.no_grad():
-            outputs = model(*args, **kwargs)
-    finally:
-        for operand in by_name.values():
-            operand.quantizer.__dict__.pop("forward", None)
+    forwards: dict[nn.Module, Any] = {operand.quantizer: recording(operand) for operand in by_name.values()}
+    with lowered(Lowering(forwards)), torch.no_grad():
+        outputs = model(*args, **kwargs)
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)], codes
 
 

@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,8 +28,9 @@ from quantpatch.export.checkpoint.description import active_plugins, describe_qu
 from quantpatch.export.onnx.check import ExportReport, compare_with_torch
 from quantpatch.export.onnx.graph import tidy
 from quantpatch.export.onnx.latency import float_twin
-from quantpatch.export.onnx.tracing import standing_in
+from quantpatch.export.onnx.tracing import lowering_for
 from quantpatch.export.prepare.runtimes import TARGETS, Operand, Target, operands, problems
+from quantpatch.layers.lowering import lowered
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.atomic_files import own_version, written_whole
 from quantpatch.torch_tools.forward import demand_model, evaluating, telling, uncompiled
@@ -253,38 +254,69 @@ def _traced(
     output_names: list[str] | None,
 ) -> Any:
     from quantpatch.export.onnx.operators import translations
-    from quantpatch.export.onnx.recurrent import recurrent_layers_traced
+    from quantpatch.export.onnx.recurrent import kernels_as_operators
 
     if not kwargs and args and isinstance(args[-1], dict):
         args = (*args, {})  # torch takes a dict that comes last for the keywords
     with (
-        standing_in(found, target),
-        recurrent_layers_traced(model),
+        lowered(lowering_for(model, found, target)),
+        kernels_as_operators(model),
         warnings.catch_warnings(),
         torch.no_grad(),
     ):
         warnings.simplefilter("ignore")  # torch's own, about what it calls itself
         try:
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 model,
                 args,
                 kwargs=kwargs,
                 dynamo=True,
                 verbose=False,
-                optimize=True,  # which torch 2.6 does not by itself
+                optimize=True,
                 opset_version=opset,
                 dynamic_shapes=dynamic_shapes,
                 input_names=input_names,
                 output_names=output_names,
                 custom_translation_table=translations(opset),
             )
-        except torch.onnx.OnnxExporterError as error:
+            if found and _has_lost_quantizers(program):
+                _run_for_export(model, args, kwargs, dynamic_shapes)
+            return program
+        except (torch.onnx.OnnxExporterError, _NotRun) as error:
             raise ExportError(
                 f"{type(model).__name__} cannot be traced for ONNX: {_innermost(error)}\n"
                 f"{_of_steps(model, dynamic_shapes)}Try "
                 f"torch.onnx.export(model, ..., dynamo=True) on the float model first, which says more",
                 target=target,
             ) from error
+
+
+class _NotRun(Exception):
+    """torch cannot run the model to trace it."""
+
+
+def _has_lost_quantizers(program: Any) -> bool:
+    """Whether torch, which could not run a model to trace it, compiled it: quantizers are not seen then."""
+    kinds = {node.op_type for node in program.model.graph}
+    return "Round" in kinds and "DequantizeLinear" not in kinds
+
+
+def _run_for_export(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> NoReturn:
+    """Traces a model again by running it, for the reason why that failed.
+
+    Raises:
+        _NotRun: That is so.
+    """
+
+    def as_dimension(name: Any) -> Any:
+        return torch.export.Dim.DYNAMIC if isinstance(name, str) else name
+
+    try:
+        shapes = pytree.tree_map(as_dimension, dynamic_shapes)
+        torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise _NotRun from error
+    raise _NotRun("torch compiled the model, and quantizers are not seen then")
 
 
 def _innermost(error: BaseException) -> str:

@@ -7,7 +7,8 @@ each step has its own nodes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,7 +19,14 @@ from quantpatch.errors import ExportError
 from quantpatch.layers.recurrent import QuantizedRecurrent, QuantLSTM
 from quantpatch.torch_tools import nn
 
-__all__ = ["demand_operators", "recurrent", "recurrent_layers_traced", "recurrent_to_onnx", "written_out"]
+__all__ = [
+    "demand_operators",
+    "kernels_as_operators",
+    "projecting",
+    "recurrent",
+    "recurrent_to_onnx",
+    "written_out",
+]
 
 # How torch orders the gates in a weight, in the order of ONNX's.
 _GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn_tanh": (0,), "rnn_relu": (0,)}
@@ -151,7 +159,7 @@ def recurrent_to_onnx(op: Any) -> Callable[..., Any]:
 
 def demand_operators(model: nn.Module, target: str) -> None:
     """Refuses layers that torch would write as an operator that computes something else."""
-    plain = {n: m for n, m in _projecting(model).items() if not isinstance(m, QuantLSTM)}
+    plain = {n: m for n, m in projecting(model).items() if not isinstance(m, QuantLSTM)}
     if plain:
         named = ", ".join(f"{name or 'the model'} (proj_size={m.proj_size})" for name, m in plain.items())
         raise ExportError(
@@ -160,10 +168,6 @@ def demand_operators(model: nn.Module, target: str) -> None:
             quantizers=tuple(plain),
             target=target,
         )
-
-
-def _projecting(model: nn.Module) -> dict[str, nn.LSTM]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.LSTM) and m.proj_size}
 
 
 def written_out(model: nn.Module) -> list[str]:
@@ -176,17 +180,13 @@ def written_out(model: nn.Module) -> list[str]:
     ]
 
 
-@contextlib.contextmanager
-def recurrent_layers_traced(model: nn.Module) -> Iterator[None]:
-    """A block in which recurrent layers are traced as one operator, or in steps where ONNX has none."""
-    layers = _projecting(model).values()
-    try:
-        for layer in layers:
-            layer.__dict__["in_steps"] = True
-        # A mode is asked at every call of a function while torch traces, and there are some 100,000.
-        recurs = any(isinstance(module, nn.RNNBase) for module in model.modules())
-        with _Whole() if recurs else contextlib.nullcontext():
-            yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("in_steps", None)
+def projecting(model: nn.Module) -> dict[str, nn.LSTM]:
+    """The LSTMs that ONNX has no operator for, by name; they are traced step by step."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.LSTM) and m.proj_size}
+
+
+def kernels_as_operators(model: nn.Module) -> AbstractContextManager[Any]:
+    """A block in which torch's recurrent kernels are traced as one operator each."""
+    # A mode is asked at every call of a function while torch traces, and there are some 100,000.
+    recurs = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    return _Whole() if recurs else contextlib.nullcontext()

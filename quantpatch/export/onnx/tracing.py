@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from quantpatch.export.onnx.recurrent import projecting
 from quantpatch.export.prepare.runtimes import Operand, codes_name
+from quantpatch.layers.lowering import Lowering
 from quantpatch.numerics.formats import Float, Integer
 
-__all__ = ["standing_in"]
+__all__ = ["lowering_for"]
 
 
-@contextlib.contextmanager
-def standing_in(found: list[Operand], target: str) -> Iterator[None]:
-    """A block in which quantizers compute through operators that the exporter knows.
-
-    Another thread that runs the model meanwhile gets the same values.
+def lowering_for(model: nn.Module, found: list[Operand], target: str) -> Lowering:
+    """What a model's layers compute through while the exporter traces it: operators that it knows.
 
     Args:
-        found: The quantizers.
+        model: The model.
+        found: Its quantizers.
         target: As in ``export_onnx``.
     """
-    forwards = [(operand, _forward_of(operand, target)) for operand in found]
-    try:
-        for operand, forward in forwards:
-            operand.quantizer.__dict__["forward"] = forward
-        yield
-    finally:
-        for operand in found:
-            operand.quantizer.__dict__.pop("forward", None)
-
-
-def _forward_of(operand: Operand, target: str) -> Callable[..., Tensor]:
-    return _activation(operand, target) if operand.weight is None else _weight(operand, target)
+    forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {
+        operand.quantizer: (_activation if operand.weight is None else _weight)(operand, target)
+        for operand in found
+    }
+    return Lowering(forwards, list(projecting(model).values()))
 
 
 # torch traces a ``to`` that does nothing as two nodes, and takes twice the time for them all.
@@ -59,7 +51,7 @@ def _zero_point(element: Any, *, as_uint8: bool) -> Tensor:
     return torch.tensor(128, dtype=torch.uint8) if as_uint8 else torch.zeros((), dtype=torch.int8)
 
 
-def _activation(operand: Operand, target: str) -> Callable[..., Tensor]:
+def _activation(operand: Operand, target: str) -> Callable[[Tensor], Tensor]:
     from quantpatch.export.onnx.operators import quantize_dequantize
 
     element, amax, axis = operand.element, operand.amax, operand.axis
@@ -77,7 +69,7 @@ def _activation(operand: Operand, target: str) -> Callable[..., Tensor]:
     zero = zero.clone() if axis is None else zero.expand(flat.shape).clone()
     calls = 0
 
-    def forward(x: Tensor, *, batch_axis: int | None = 0) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         nonlocal calls
         name = codes_name(operand.name, calls)
         calls += 1
@@ -93,7 +85,7 @@ def _activation(operand: Operand, target: str) -> Callable[..., Tensor]:
     return forward
 
 
-def _weight(operand: Operand, target: str) -> Callable[..., Tensor]:
+def _weight(operand: Operand, target: str) -> Callable[[Tensor], Tensor]:
     from quantpatch.export.onnx.operators import dequantize, quantize_dequantize
 
     format, element, axis = operand.format, operand.element, operand.axis
@@ -117,7 +109,7 @@ def _weight(operand: Operand, target: str) -> Callable[..., Tensor]:
         values = dequantize(codes, scale, dim, 0, "")
         zero = _zero_point(element, as_uint8=False).expand(scale.shape).clone()
 
-        def forward(x: Tensor, *, batch_axis: int | None = 0) -> Tensor:
+        def forward(x: Tensor) -> Tensor:
             given = (_beside(x, constant) for constant in (values, scale, zero))
             result: Tensor = quantize_dequantize(*given, dim, name)
             return _as(operand.apart(result, x.shape), x.dtype)
@@ -125,7 +117,7 @@ def _weight(operand: Operand, target: str) -> Callable[..., Tensor]:
         return forward
     kind = "" if not four_bits else "uint4" if getattr(element, "unsigned", False) else "int4"
 
-    def forward_codes(x: Tensor, *, batch_axis: int | None = 0) -> Tensor:
+    def forward_codes(x: Tensor) -> Tensor:
         result: Tensor = dequantize(_beside(x, codes), _beside(x, scale), dim, blocks, kind)
         return _as(operand.apart(result, x.shape), x.dtype)
 

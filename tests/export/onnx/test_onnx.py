@@ -433,3 +433,37 @@ def test_blocks_are_no_longer_than_a_row(tmp_path: Path) -> None:
     assert {a.name: a.i for a in node.attribute} == {"axis": 1, "block_size": 24}
     (result,) = run(tmp_path / "m.onnx", x)
     torch.testing.assert_close(result, model(x).detach())
+
+
+def test_an_export_that_fails_while_it_traces_leaves_the_model_alone(tmp_path: Path) -> None:
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if torch.compiler.is_compiling():
+                raise RuntimeError("not to be traced")
+            result: torch.Tensor = self.layer(x)
+            return result
+
+    model = calibrated(Failing, torch.randn(3, 4))
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    refused(model, tmp_path / "m.onnx")
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_what_torch_compile_makes_of_a_model_is_no_file_without_quantizers(tmp_path: Path) -> None:
+    class OnlyCompiled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.layer(x)
+            if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+                raise RuntimeError("not to be run")
+            return result
+
+    model = calibrated(OnlyCompiled, torch.randn(3, 4))
+    assert "not to be run" in str(refused(model, tmp_path / "m.onnx"))

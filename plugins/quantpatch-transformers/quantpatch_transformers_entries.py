@@ -77,7 +77,9 @@ def quantpatch_entries() -> Iterable[Entry]:
         )
     # from_pretrained calls it: inside a block the checkpoint's ranges are read along with its weights.
     from_pretrained = "quantpatch_transformers.pretrained:get_hf_quantizer"
-    yield Entry("transformers.modeling_utils", "get_hf_quantizer", from_pretrained, optional=True, told=False)
+    yield Entry(
+        "transformers.modeling_utils", "get_hf_quantizer", from_pretrained, optional=True, reported=False
+    )
     for own, known in (("experts", EXPERTS), ("mixers", (*MIXERS, *CONVOLUTION_MIXERS))):
         for model, _, name in (each.partition(".") for each in known):
             module = f"transformers.models.{model}.modeling_{model}"

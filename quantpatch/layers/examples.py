@@ -21,14 +21,14 @@ def rand(*shape: int, **options: Any) -> Callable[[], tuple[Tensor]]:
 
 
 def _of(name: str, inputs: Callable[[], Any], *args: Any, **options: Any) -> Example:
-    """An example of a class of torch.nn with its arguments; ``excused`` and ``call`` are the example's."""
-    excused, call = options.pop("excused", {}), options.pop("call", {})
+    """An example of a class of torch.nn with its arguments, and options of the example itself."""
+    skip_checks, call = options.pop("skip_checks", {}), options.pop("call", {})
     return Example(
         f"torch.nn.{name}",
         lambda: getattr(nn, name)(*args, **options),
         inputs,
         keywords=call,
-        excused=excused,
+        skip_checks=skip_checks,
     )
 
 
@@ -87,16 +87,16 @@ def _attention() -> Iterator[Example]:
         return nn.TransformerEncoder(layer, 2, nn.LayerNorm(8), enable_nested_tensor=False)
 
     yield _of("MultiheadAttention", three, 8, 2, kdim=4, vdim=7)
-    excused = {"operands": "in self-attention the query's quantizer serves for key and value too"}
-    yield Example("torch.nn.TransformerEncoder", encoder, rand(3, 5, 8), excused=excused)
+    skip_checks = {"operands": "in self-attention the query's quantizer serves for key and value too"}
+    yield Example("torch.nn.TransformerEncoder", encoder, rand(3, 5, 8), skip_checks=skip_checks)
 
 
 def _embedding() -> Iterator[Example]:
     def indices(*shape: int) -> Callable[[], tuple[Tensor]]:
         return lambda: (torch.randint(0, 10, shape),)
 
-    excused = dict.fromkeys(("threads", "checkpointing", "unchanged"), _RENORMALIZES)
-    yield _of("Embedding", indices(7), 10, 4, max_norm=0.5, norm_type=1.0, excused=excused)
+    skip_checks = dict.fromkeys(("threads", "checkpointing", "unchanged"), _RENORMALIZES)
+    yield _of("Embedding", indices(7), 10, 4, max_norm=0.5, norm_type=1.0, skip_checks=skip_checks)
     yield _of("EmbeddingBag", indices(3, 5), 10, 4)
 
 

@@ -42,7 +42,7 @@ class Entry:
         default: Whether a block replaces the target without being asked to by ``include``.
         optional: Whether the module may lack the target, as other versions of its package do; there is
             nothing to replace then. Otherwise that is an error.
-        told: Whether ``scope.replaced`` tells of it. Not of what a plugin replaces for its own ends, such as
+        reported: Whether ``scope.replaced`` lists it. Not what a plugin replaces for its own ends, such as
             a function that loads checkpoints: users look there for layers.
     """
 
@@ -51,7 +51,7 @@ class Entry:
     replacement: type | Callable[..., Any] | str
     default: bool = attrs.field(default=True, kw_only=True)
     optional: bool = attrs.field(default=False, kw_only=True)
-    told: bool = attrs.field(default=True, kw_only=True)
+    reported: bool = attrs.field(default=True, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.module, (str, ModuleType)) or not self.module:

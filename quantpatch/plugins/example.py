@@ -23,7 +23,7 @@ class Example:
         inputs: Returns the positional arguments of a call, as a tuple. Called after the random seed was set.
         keywords: Keyword arguments of the call.
         label: Tells several examples of a target apart.
-        excused: Checks that cannot hold for this layer, by name, each with the reason.
+        skip_checks: Checks that cannot hold for this layer, by name, each with the reason.
     """
 
     target: str
@@ -31,7 +31,7 @@ class Example:
     inputs: Callable[[], tuple[Any, ...]]
     keywords: Mapping[str, Any] = attrs.field(factory=dict, kw_only=True)
     label: str = attrs.field(default="", kw_only=True)
-    excused: Mapping[str, str] = attrs.field(factory=dict, kw_only=True)
+    skip_checks: Mapping[str, str] = attrs.field(factory=dict, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         for name in ("build", "inputs"):

@@ -85,7 +85,7 @@ class Outcome:
                 count,
             )
             for (offer, because, target, replacement), count in self._items()
-            if not because and offer.entry.told
+            if not because and offer.entry.reported
         )
 
     @property

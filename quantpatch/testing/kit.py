@@ -32,7 +32,7 @@ def assert_layer_conforms(
     *,
     keywords: Mapping[str, Any] | None = None,
     checks: Iterable[str] | None = None,
-    excused: Mapping[str, str] | None = None,
+    skip_checks: Mapping[str, str] | None = None,
     plugins: Iterable[str] | None = None,
     recipe: str | Recipe | None = None,
 ) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ def assert_layer_conforms(
         inputs: Returns the positional arguments of a call, as a tuple.
         keywords: Keyword arguments of the call.
         checks: Names of the checks to make; default: all.
-        excused: Checks that cannot hold for this layer, by name, each with the reason.
+        skip_checks: Checks that cannot hold for this layer, by name, each with the reason.
         plugins: Plugins that take part in the blocks besides the built-in one; default: all active ones.
         recipe: Recipe of the blocks; default int8.
 
@@ -63,7 +63,7 @@ def assert_layer_conforms(
         UnknownNameError: There is no check of a name.
     """
     entry = Entry.of(entry)
-    example = Example(entry.dotted, build, inputs, keywords=keywords or {}, excused=excused or {})
+    example = Example(entry.dotted, build, inputs, keywords=keywords or {}, skip_checks=skip_checks or {})
     names = tuple(CHECKS) if checks is None else tuple(checks)
     subject = Subject(entry, example, None if plugins is None else tuple(plugins), recipe)
     results = {name: _result(name, subject) for name in names}
@@ -93,11 +93,11 @@ def run_check(name: str, subject: Subject) -> None:
         NotApplicable: It says nothing about this layer, or the example excuses the layer.
         UnknownNameError: There is no such check, or the example excuses from one that does not exist.
     """
-    for given in (name, *subject.example.excused):
+    for given in (name, *subject.example.skip_checks):
         if given not in CHECKS:
             raise UnknownNameError.of("check", given, CHECKS)
-    if name in subject.example.excused:
-        raise NotApplicable(f"excused: {subject.example.excused[name]}")
+    if name in subject.example.skip_checks:
+        raise NotApplicable(f"left out: {subject.example.skip_checks[name]}")
     check = CHECKS[name]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about what it traces

@@ -109,17 +109,22 @@ def test_the_assertion_lists_every_check_that_fails():
     assert f"{len(caught.value.checks)} of {len(FAST)} checks failed" in str(caught.value)
 
 
-def test_an_excused_check_is_not_made():
+def test_a_check_to_skip_is_not_made():
     entry = (broken_layers, "Scaled", broken_layers.Signature)
     passed = assert_layer_conforms(
-        entry, scaled, inputs, checks=["signature", "copied"], excused={"signature": "it is old"}, plugins=[]
+        entry,
+        scaled,
+        inputs,
+        checks=["signature", "copied"],
+        skip_checks={"signature": "it is old"},
+        plugins=[],
     )
     assert passed == ("copied",)
 
 
-@pytest.mark.parametrize("where", ["checks", "excused"])
+@pytest.mark.parametrize("where", ["checks", "skip_checks"])
 def test_a_misspelled_check_is_an_error_that_shows_the_right_one(where):
-    given = {"checks": ["pickeld"]} if where == "checks" else {"excused": {"pickeld": "because"}}
+    given = {"checks": ["pickeld"]} if where == "checks" else {"skip_checks": {"pickeld": "because"}}
     with pytest.raises(UnknownNameError, match="unknown check 'pickeld'. Did you mean 'pickled'"):
         assert_layer_conforms((broken_layers, "Scaled", broken_layers.Good), scaled, inputs, **given)
 

@@ -82,7 +82,7 @@ class SensitivityReport:
     def __rich__(self) -> Table:
         alone = "quantized" if self.mode == "quantize_one" else "float"
         table = Table(caption=f"metric: with this layer alone {alone}")
-        table.add_column("layer", overflow="fold", min_width=12)
+        table.add_column("layer", overflow="fold")
         table.add_column("metric", justify="right")
         table.add_column("loss", justify="right")
         table.add_row("all float", f"{self.float_metric:.4g}", "")

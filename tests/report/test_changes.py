@@ -12,11 +12,11 @@ def test_it_prints_a_line_for_each_outcome_with_a_count_and_the_first_names() ->
     report = ChangeReport("Net", many | {"head": "int4"}, {"stem": "int8"})
     lines = [line.split() for line in str(report).splitlines()]
     assert lines[0] == ["Net:", "13", "changed"]
-    assert [line[1:5] for line in lines if "│" in line][:1] == [["now", "float", "│", "12"]]
+    assert lines[3][:3] == ["now", "float", "12"]
     text = " ".join(str(report).split())
     assert "layer9 and 2 more" in text
-    assert "now int4 │ 1 │ head" in text
-    assert "still int8 │ 1 │ stem" in text
+    assert "now int4 1 head" in text
+    assert "still int8 1 stem" in text
     assert json.loads(report.to_json()) == {
         "model": "Net",
         "changed": dict(report.changed),

@@ -1,4 +1,4 @@
-"""Tables as text: what rich makes of them, and names that can be found."""
+"""Reports as text: tables as wide as there is room, and names that can be found."""
 
 from __future__ import annotations
 
@@ -7,46 +7,43 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from quantpatch.report import render
 from quantpatch.report.render import as_percent, as_text
 
 
-def table(
-    *, rows=3, name="層.[b]x", title="A title", caption="a caption that is longer than the whole table is"
-):
-    made = Table(title=title, caption=caption)
-    made.add_column("name", overflow="fold", min_width=9)
+def table(name="layer.one", rows=2):
+    made = Table(title="A title", caption="a caption")
+    made.add_column("name")
     made.add_column("loss", justify="right")
     for number in range(rows):
-        made.add_row(name, Text(f"{number * 100}"), end_section=number in (0, rows - 1))
+        made.add_row(name, Text(f"{number * 100}"))
     return made
 
 
-def by_rich(renderable, width=120):
-    return render._by_rich(renderable, width)
+def test_parts_stand_one_below_another():
+    code = Text("print(" + "x" * 200 + ")", no_wrap=True)
+    made = Group(table(rows=1), Group("A sentence", Text("\nanother [b]")), code)
+    assert as_text(made).splitlines() == [
+        "A title",
+        "name       loss",
+        "───────────────",
+        "layer.one     0",
+        "",
+        "a caption",
+        "A sentence",
+        "",
+        "another [b]",
+        code.plain,
+    ]
 
 
-@pytest.mark.parametrize(
-    "made",
-    [
-        table(),
-        table(rows=1),
-        table(rows=0),
-        table(title=None, caption=None),
-        table(caption=Text("")),
-        table(name="two\nlines"),
-        table(name="word " * 40),
-        Group(table(), "A sentence " * 20, table(rows=1), "", "the end"),
-        Table(title="of no columns"),
-    ],
-)
-def test_it_is_what_rich_makes_of_it(made):
-    assert as_text(made) == by_rich(made)
+def test_sentences_are_broken_where_the_terminal_ends(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    assert [len(line) for line in as_text("word " * 25).splitlines()] == [49, 49, 24]
 
 
 def test_names_are_whole_where_there_is_no_terminal_or_the_table_is_long(monkeypatch):
     name = "layer." * 30
-    short, long = table(name=name), table(name=name, rows=300)
+    short, long = table(name), table(name, rows=300)
     assert name in as_text(short, of_names=True)
     monkeypatch.setenv("COLUMNS", "110")
     assert name not in as_text(short, of_names=True)

@@ -1,49 +1,65 @@
-"""Tables for a narrow terminal: cells broken at dots and spaces, or rows one below another."""
+"""Lines of a table or a text: cells broken at dots and spaces, or, where it is narrow, rows as a list."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.cells import cell_len
 from rich.table import Table
 
-__all__ = ["narrow_lines", "wrapped"]
+__all__ = ["table_lines", "width_of", "wrapped"]
 
 _GAP = 2  # between columns
-_MOST_LINES = 3  # of a row; a table whose rows are higher is harder to read than a list
+# Lines of a row; a table whose rows are higher is harder to read than a list, the more so a narrow one.
+_MOST_LINES, _MOST_LINES_WHERE_WIDE, _WIDE = 3, 12, 100
 _INDENT = "    "
 
+Row = Sequence[str]
 
-def narrow_lines(table: Table, width: int) -> Iterator[str]:
-    """The lines of a table, none wider than ``width``.
+
+def table_lines(table: Table, width: int | None) -> Iterator[str]:
+    """The lines of a table.
 
     Args:
         table: What is to be shown.
-        width: Number of columns; words that are wider are cut.
+        width: What no line is wider than; words that are wider are cut. None: as wide as the cells.
     """
     headers = [str(column.header) for column in table.columns]
     rows = list(zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True))
     is_right = [column.justify == "right" for column in table.columns]
+    widths = _widths([headers, *rows], is_right, width) if headers else []
+    total = width or sum(widths or ()) + _GAP * len(headers)
     if table.title:
-        yield from wrapped(str(table.title), width)
-    widths = _widths([headers, *rows], is_right, width)
+        yield from wrapped(str(table.title), total)
     if widths is None:
-        yield from _stacked(headers, rows, is_right, width)
-    else:
+        yield from _stacked(headers, rows, is_right, total)
+    elif headers:
+        rule = "─" * (sum(widths) + _GAP * (len(widths) - 1))
         yield from _lined_up(headers, widths, is_right)
-        yield "─" * (sum(widths) + _GAP * (len(widths) - 1))
-        for row in rows:
+        yield rule
+        for row, settings in zip(rows, table.rows, strict=True):
             yield from _lined_up(row, widths, is_right)
+            if settings.end_section and row is not rows[-1]:
+                yield rule
     if table.caption:
         yield ""
-        yield from wrapped(str(table.caption), width)
+        yield from wrapped(str(table.caption), total)
+
+
+def width_of(table: Table) -> int:
+    """How wide a table is whose cells are not broken."""
+    columns = ([str(column.header), *map(str, column.cells)] for column in table.columns)
+    return sum(max(map(cell_len, cells)) + _GAP for cells in columns) - _GAP
 
 
 def wrapped(text: str, width: int) -> list[str]:
     """Lines of at most ``width``, broken at spaces, after dots, and elsewhere only within longer words."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
+        if cell_len(paragraph) <= width:
+            lines.append(paragraph.rstrip())
+            continue
         line = ""
         for piece in _pieces(paragraph):
             if line and cell_len(line) + cell_len(piece.rstrip()) > width:
@@ -62,10 +78,12 @@ def _pieces(text: str) -> list[str]:
     return re.findall(r"(?:\d+\.\d\S*|[^\s.]*\.?)\s*", text)[:-1] or [text]
 
 
-def _widths(rows: list[tuple[str, ...] | list[str]], is_right: list[bool], width: int) -> list[int] | None:
+def _widths(rows: Sequence[Row], is_right: list[bool], width: int | None) -> list[int] | None:
     """Widths of columns that rows fit into with few lines; None if there are none."""
     columns = list(zip(*rows, strict=True))
-    whole = [max(map(cell_len, column)) for column in columns]
+    whole = [max(max(map(cell_len, cell.split("\n"))) for cell in column) for column in columns]
+    if width is None or sum(whole) + _GAP * (len(whole) - 1) <= width:
+        return whole
     least = [
         full if right else max(cell_len(piece.rstrip()) for cell in column for piece in _pieces(cell))
         for column, full, right in zip(columns, whole, is_right, strict=True)
@@ -74,16 +92,20 @@ def _widths(rows: list[tuple[str, ...] | list[str]], is_right: list[bool], width
     if spare < 0:
         return None
     widths = list(least)
-    while spare and widths != whole:
+    while spare:
         needy = max(range(len(widths)), key=lambda n: whole[n] / widths[n])
         widths[needy] += 1
         spare -= 1
+    most = _MOST_LINES if width < _WIDE else _MOST_LINES_WHERE_WIDE
     highest = max(len(wrapped(cell, w)) for row in rows for cell, w in zip(row, widths, strict=True))
-    return widths if highest <= _MOST_LINES else None
+    return widths if highest <= most else None
 
 
-def _lined_up(row: tuple[str, ...] | list[str], widths: list[int], is_right: list[bool]) -> Iterator[str]:
-    cells = [wrapped(cell, w) for cell, w in zip(row, widths, strict=True)]
+def _lined_up(row: Row, widths: list[int], is_right: list[bool]) -> Iterator[str]:
+    if "\n" not in "".join(row) and all(cell_len(cell) <= w for cell, w in zip(row, widths, strict=True)):
+        cells = [[cell] for cell in row]
+    else:
+        cells = [wrapped(cell, w) for cell, w in zip(row, widths, strict=True)]
     for number in range(max(map(len, cells))):
         parts = []
         for lines, w, right in zip(cells, widths, is_right, strict=True):
@@ -93,9 +115,7 @@ def _lined_up(row: tuple[str, ...] | list[str], widths: list[int], is_right: lis
         yield (" " * _GAP).join(parts).rstrip()
 
 
-def _stacked(
-    headers: list[str], rows: list[tuple[str, ...]], is_right: list[bool], width: int
-) -> Iterator[str]:
+def _stacked(headers: list[str], rows: Sequence[Row], is_right: list[bool], width: int) -> Iterator[str]:
     """Each row as its first cell, and below it the others with the names of their columns where needed."""
     for first, *rest in rows:
         yield from wrapped(first, width)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import quantpatch as qp
 from quantpatch.cli.main import app
 from quantpatch.report.folding import folded_name, folded_names
-from quantpatch.report.narrow import narrow_lines, wrapped
+from quantpatch.report.layout import table_lines, width_of, wrapped
 
 
 class Attention(nn.Module):
@@ -167,7 +167,7 @@ def table(name):
 
 
 def test_columns_stay_where_they_fit_and_are_stacked_where_not():
-    assert list(narrow_lines(table("layer.one"), 32)) == [
+    assert list(table_lines(table("layer.one"), 32)) == [
         "A title",
         "name       loss  why not",
         "────────────────────────────────",
@@ -176,13 +176,13 @@ def test_columns_stay_where_they_fit_and_are_stacked_where_not():
         "",
         "a caption",
     ]
-    assert list(narrow_lines(table("layer.one"), 24))[3:7] == [
+    assert list(table_lines(table("layer.one"), 24))[3:7] == [
         "layer.   1.5",
         "one",
         "b          -  it is not",
         "              there",
     ]
-    assert list(narrow_lines(table("layer." * 8), 22)) == [
+    assert list(table_lines(table("layer." * 8), 22)) == [
         "A title",
         "layer.layer.layer.",
         "layer.layer.layer.",
@@ -194,6 +194,19 @@ def test_columns_stay_where_they_fit_and_are_stacked_where_not():
         "",
         "a caption",
     ]
+
+
+def test_a_table_without_a_width_is_as_wide_as_its_cells_and_sections_have_a_rule_between_them():
+    made = Table()
+    made.add_column("層")
+    made.add_column("n", justify="right")
+    made.add_row("a cat", "1", end_section=True)
+    made.add_row("two\nlines", "10", end_section=True)
+    lines = list(table_lines(made, None))
+    assert lines == ["層      n", "─" * 9, "a cat   1", "─" * 9, "two    10", "lines"]
+    assert width_of(made) >= 9
+    assert list(table_lines(Table(title="no columns"), 40)) == ["no columns"]
+    assert list(table_lines(Table("a", "b"), 40)) == ["a  b", "────"]
 
 
 def test_names_that_differ_in_numbers_alone_become_one():

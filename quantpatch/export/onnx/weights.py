@@ -130,6 +130,9 @@ def _takes_blocks(use: Any, dequantized: Any) -> bool:
 def fold_weight(graph: Any, node: Any) -> None:
     """Writes a weight as its codes, cast, times its scales.
 
+    Blocks get an axis of their own for that. With scales repeated along the blocks' axis, OpenVINO, which
+    keeps codes of 4 bits, takes each for that of another element.
+
     Args:
         graph: An ``onnx_ir.Graph``; changed in place.
         node: The DequantizeLinear.
@@ -137,17 +140,28 @@ def fold_weight(graph: Any, node: Any) -> None:
     import onnx_ir as ir
 
     codes, scale = node.inputs[:2]
-    how, rank = attributes_of(node), len(codes.shape)
-    axis = how.get("axis", 1) % max(rank, 1)
-    steps: list[Any] = []
+    how, shape = attributes_of(node), list(codes.shape)
+    axis = how.get("axis", 1) % max(len(shape), 1)
+    is_in_blocks = len(scale.shape) > 1 and scale.shape[axis] > 1
     if len(scale.shape) == 1:
-        scale = _shaped(graph, scale, [-1 if d == axis else 1 for d in range(rank)])
-    elif how.get("block_size", 0):
-        steps, scale = _repeated(graph, scale, axis, how["block_size"], list(codes.shape))
+        scale = _shaped(graph, scale, [-1 if d == axis else 1 for d in range(len(shape))])
+    elif is_in_blocks:
+        codes = _in_blocks(graph, codes, axis, scale.shape[axis], how["block_size"])
+        scale = _in_blocks(graph, scale, axis, scale.shape[axis], 1)
     cast = ir.node("Cast", [codes], {"to": ir.DataType.FLOAT})
-    cast.outputs[0].shape = codes.shape
-    cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    replaced(graph, node, [*steps, cast, ir.node("Mul", [cast.outputs[0], scale])])
+    steps = [cast, ir.node("Mul", [cast.outputs[0], scale])]
+    shapes = [list(codes.shape)] * 2
+    if is_in_blocks:
+        joined = [*shape[:axis], -1, *shape[axis + 1 :]]
+        steps.append(ir.node("Reshape", [steps[-1].outputs[0], _integers(graph, joined)]))
+        shapes.append([*joined[:axis], codes.shape[axis] * codes.shape[axis + 1], *joined[axis + 1 :]])
+        if shapes[-1] != shape:  # the last block is shorter
+            ends = [_integers(graph, [n]) for n in (0, shape[axis], axis)]
+            steps.append(ir.node("Slice", [steps[-1].outputs[0], *ends]))
+            shapes.append(shape)
+    for step, dims in zip(steps, shapes, strict=True):
+        step.outputs[0].type, step.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(dims)
+    replaced(graph, node, steps)
 
 
 def _shaped(graph: Any, value: Any, shape: list[int]) -> Any:
@@ -156,29 +170,22 @@ def _shaped(graph: Any, value: Any, shape: list[int]) -> Any:
     return constant(graph, name, value.const_value.numpy().reshape(shape), value.dtype)
 
 
-def _repeated(graph: Any, scale: Any, axis: int, size: int, shape: list[int]) -> tuple[list[Any], Any]:
-    """Nodes that repeat the scales of blocks along their axis, for a weight of a shape."""
+def _in_blocks(graph: Any, value: Any, axis: int, blocks: int, size: int) -> Any:
+    """A constant whose axis is two: of the blocks, and of what is in each; zeros fill the last one."""
     import numpy as np
-    import onnx_ir as ir
 
-    blocks = list(scale.shape)
-    apart = _shaped(graph, scale, [*blocks[: axis + 1], 1, *blocks[axis + 1 :]])
+    array = value.const_value.numpy()
+    missing = blocks * size - array.shape[axis]
+    ends = [(0, missing if d == axis else 0) for d in range(array.ndim)]
+    shape = [*array.shape[:axis], blocks, size, *array.shape[axis + 1 :]]
+    name = f"{value.name}.{'x'.join(map(str, shape))}"
+    return constant(graph, name, np.pad(array, ends).reshape(shape), value.dtype)
 
-    def integers(values: list[int]) -> Any:
-        return constant(graph, f"integers.{'x'.join(map(str, values))}", np.array(values, np.int64))
 
-    wide = [*blocks[: axis + 1], size, *blocks[axis + 1 :]]
-    joined = [*blocks[:axis], blocks[axis] * size, *blocks[axis + 1 :]]
-    steps = [ir.node("Expand", [apart, integers(wide)])]
-    steps.append(ir.node("Reshape", [steps[-1].outputs[0], integers(joined)]))
-    shapes = [wide, joined]
-    if joined != shape:  # the last block is shorter
-        ends = [integers([n]) for n in (0, shape[axis], axis)]
-        steps.append(ir.node("Slice", [steps[-1].outputs[0], *ends]))
-        shapes.append(shape)
-    for step, dims in zip(steps, shapes, strict=True):
-        step.outputs[0].type, step.outputs[0].shape = ir.TensorType(scale.dtype), ir.Shape(dims)
-    return steps, steps[-1].outputs[0]
+def _integers(graph: Any, values: list[int]) -> Any:
+    import numpy as np
+
+    return constant(graph, f"integers.{'x'.join(map(str, values))}", np.array(values, np.int64))
 
 
 def _guard(graph: Any, convolution: Any) -> None:

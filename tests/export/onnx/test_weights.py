@@ -94,9 +94,13 @@ def test_a_convolution_whose_result_stays_float_dequantizes_no_weight_at_a_run(
     assert weight.op_type == "Mul"
 
 
-@pytest.mark.parametrize("size", [32, 40])
-def test_blocks_that_no_kernel_takes_are_floats_once_loaded(size: int, tmp_path: Path) -> None:
-    """Those of 40 leave a shorter one."""
+@pytest.mark.parametrize(
+    ("size", "codes", "scales"), [(32, (2, 32), (2, 1)), (40, (2, 40), (2, 1)), (100, (64,), (1,))]
+)
+def test_blocks_that_no_kernel_takes_are_floats_once_loaded(
+    size: int, codes: tuple[int, ...], scales: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Those of 40 leave a shorter one. Repeated scales are what OpenVINO takes for other elements'."""
     blocks = qp.QuantDescriptor(format=Blocked(Integer(4), size), axis=1)
     recipe = qp.Recipe(name="r", input=qp.QuantDescriptor(), weight=blocks)
     exported = Exported(linears(recipe), images(3, 64), tmp_path)
@@ -107,6 +111,11 @@ def test_blocks_that_no_kernel_takes_are_floats_once_loaded(size: int, tmp_path:
     assert kinds(exported) >= {onnx.TensorProto.INT4}
     assert dequantized_at_each_run(exported) == []
     assert exported.difference.max() < exported.step / 100
+    shapes = {tensor.name: tuple(tensor.dims)[:-1] for tensor in exported.proto.graph.initializer}
+    casts = {node.output[0]: node.input[0] for node in exported.proto.graph.node if node.op_type == "Cast"}
+    products = [node.input for node in exported.proto.graph.node if node.op_type == "Mul"]
+    of_weights = [(shapes[casts[first]], shapes[second]) for first, second in products if first in casts]
+    assert of_weights[0] == (codes, scales)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -39,6 +39,7 @@ __all__ = [
     "ScopeError",
     "ScriptError",
     "UnknownNameError",
+    "listed",
     "near_misses",
     "shown",
     "warn_caller",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +32,14 @@ FLOORS = [
     {"cli", "testing"},
     {"__main__"},
 ]
+# What a plugin may import.
+PUBLIC = {"quantpatch"} | {
+    f"quantpatch.{name}"
+    for name in (
+        *("analysis", "calibrators", "errors", "export", "layers", "numerics", "plugins", "quantize"),
+        *("recipes", "report", "testing"),
+    )
+}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
@@ -113,6 +123,37 @@ def test_every_folder_has_a_front_door_that_lists_what_is_public() -> None:
     folders = [path for module, path in MODULES.items() if path.name == "__init__.py"]
     without = [str(path.relative_to(ROOT)) for path in folders if "__all__" not in path.read_text()]
     assert without == []
+
+
+# Files of other distributions, as the bundled plugins and what `quantpatch new-plugin` writes are.
+OUTSIDE = [
+    path
+    for folder, pattern in [(ROOT.parent / "plugins", "*.py"), (ROOT / "plugins/scaffold", "*.py.template")]
+    for path in sorted(folder.rglob(pattern))
+]
+
+
+@pytest.mark.skipif(not (ROOT.parent / "plugins").is_dir(), reason="not a checkout")
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(ROOT.parent)))
+def test_plugins_import_public_names_only(path: Path) -> None:
+    """Those in ``__all__`` of the front doors that docs/stability.md lists, and in ``errors``."""
+    text = path.read_text()
+    for line in re.findall(r"^\s*((?:from|import) quantpatch[ .][^()\n]*(?:\([^)]*\))?)", text, re.MULTILINE):
+        (node,) = ast.parse(line.strip()).body
+        assert isinstance(node, (ast.Import, ast.ImportFrom))
+        module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+        assert module in PUBLIC, line
+        if isinstance(node, ast.ImportFrom):
+            known = importlib.import_module(str(module)).__all__
+            assert {alias.name for alias in node.names} <= {*known, *(m.rpartition(".")[2] for m in PUBLIC)}
+
+
+def test_public_modules_are_those_that_the_stability_policy_lists() -> None:
+    page = ROOT.parent / "docs/stability.md"
+    if not page.is_file():
+        pytest.skip("not a checkout")
+    listed = re.findall(r"`(quantpatch(?:\.\w+)?)`", page.read_text().partition("## What a version")[0])
+    assert {name for name in listed if name in MODULES} | {"quantpatch"} == PUBLIC
 
 
 @pytest.mark.sweep

@@ -10,9 +10,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from quantpatch.plugins.entry import Entry
-from quantpatch.plugins.example import Example
-from quantpatch.plugins.hookspecs import hookimpl
+from quantpatch.plugins import Entry, Example, hookimpl
 
 __all__ = [
     "CONVOLUTION_MIXERS",

@@ -1,6 +1,14 @@
 """From a trained model to files: checkpoints and ONNX, and the folding that they profit from."""
 
-from quantpatch.export.checkpoint import SaveReport, expect_ranges, float_state_dict, load, save
+from quantpatch.export.checkpoint import (
+    SaveReport,
+    StructurePlan,
+    describe,
+    expect_ranges,
+    float_state_dict,
+    load,
+    save,
+)
 from quantpatch.export.onnx import Comparison, ExportReport, export_onnx
 from quantpatch.export.prepare import (
     FoldedBatchNorm,
@@ -18,6 +26,8 @@ __all__ = [
     "FoldedWeights",
     "Preparation",
     "SaveReport",
+    "StructurePlan",
+    "describe",
     "expect_ranges",
     "export_onnx",
     "float_state_dict",

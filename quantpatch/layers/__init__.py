@@ -2,19 +2,33 @@
 
 from quantpatch.layers import attention, conv, embedding, linear, norm, operands, pooling, recurrent
 from quantpatch.layers.attention import *  # noqa: F403
-from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.base import QuantizedLayer, make_replacement
 from quantpatch.layers.conv import *  # noqa: F403
 from quantpatch.layers.embedding import *  # noqa: F403
 from quantpatch.layers.linear import *  # noqa: F403
 from quantpatch.layers.norm import *  # noqa: F403
 from quantpatch.layers.operands import *  # noqa: F403
 from quantpatch.layers.pooling import *  # noqa: F403
+from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.layers.range_state import RANGE_KEY, ZERO_POINT_KEY
 from quantpatch.layers.recurrent import *  # noqa: F403
+from quantpatch.layers.stand_ins import call_with
+from quantpatch.torch_tools.fast_paths import refuse_fast_paths
 
-__all__ = ["QuantizedLayer"]
+__all__ = [
+    "RANGE_KEY",
+    "ZERO_POINT_KEY",
+    "QuantizedLayer",
+    "TensorQuantizer",
+    "call_with",
+    "make_replacement",
+    "named_quantizers",
+    "refuse_fast_paths",
+]
 for _family in (attention, conv, embedding, linear, norm, operands, pooling, recurrent):
     __all__ += _family.__all__
 # Known beforehand, whatever modules somebody hangs into a layer.
 for _name in __all__:
-    if issubclass(_layer := globals()[_name], QuantizedLayer) and _layer is not QuantizedLayer:
+    _layer = globals()[_name]
+    if isinstance(_layer, type) and issubclass(_layer, QuantizedLayer) and _layer is not QuantizedLayer:
         _layer._settle(_layer in (QuantMultiheadAttention, QuantTransformerEncoder))  # noqa: F405

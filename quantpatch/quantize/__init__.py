@@ -5,6 +5,7 @@ What decides is here too: ``targets.py`` what a target is, ``resolve.py`` which 
 """
 
 from quantpatch.quantize.calibrate import calibrate, calibrating
+from quantpatch.quantize.calibration import Calibration, CalibrationReport
 from quantpatch.quantize.configure import configure
 from quantpatch.quantize.convert import convert, quantized, revert
 from quantpatch.quantize.explain import explain
@@ -12,6 +13,8 @@ from quantpatch.quantize.scope import keep_float, quantize_modules
 from quantpatch.quantize.zero_points import fit_zero_points
 
 __all__ = [
+    "Calibration",
+    "CalibrationReport",
     "calibrate",
     "calibrating",
     "configure",

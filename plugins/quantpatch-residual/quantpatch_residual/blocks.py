@@ -14,10 +14,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from quantpatch import Entry, QuantizedLayer, Recipe
+from quantpatch import Entry, QuantDescriptor, QuantizedLayer, Recipe
 from quantpatch.errors import EntryError
-from quantpatch.layers.base import make_replacement
-from quantpatch.recipes.descriptor import QuantDescriptor
+from quantpatch.layers import make_replacement
 
 __all__ = ["QuantizedResidual", "residual_entry"]
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from quantpatch import Recipe, TensorQuantizer
+from quantpatch import Recipe, TensorQuantizer, registry
 from quantpatch.errors import ConversionError
-from quantpatch.plugins.registry import registry
-from quantpatch.recipes.builtin import DEFAULT_RECIPE
+from quantpatch.recipes import DEFAULT_RECIPE
 
 __all__ = ["IMPLEMENTATION", "attention_is_quantized", "quantize_attention", "revert_attention"]
 

@@ -13,10 +13,9 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import quantpatch as qp
-from quantpatch.analysis.audit import CoverageReport
+from quantpatch.analysis import CoverageReport
 from quantpatch.errors import CalibrationError, ConversionError, QuantPatchWarning, listed
-from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.report.render import as_percent
+from quantpatch.layers import TensorQuantizer, named_quantizers
 from quantpatch_transformers.pretrained import make_savable
 
 __all__ = ["QuantPatchCallback"]
@@ -169,7 +168,7 @@ def _told(model: nn.Module, coverage: CoverageReport) -> str:
     quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer)]
     left = sorted((row for row in coverage.rows if not row.quantized), key=lambda row: -row.macs)
     lines = [
-        f"quantpatch: {as_percent(coverage.share)} of the multiply-accumulates of {coverage.model} run "
+        f"quantpatch: {coverage.share:.1%} of the multiply-accumulates of {coverage.model} run "
         f"quantized, by {len(quantizers)} quantizers"
     ]
     if left:

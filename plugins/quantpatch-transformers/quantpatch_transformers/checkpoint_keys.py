@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from quantpatch.errors import CheckpointError
-from quantpatch.layers.range_state import RANGE_KEY, ZERO_POINT_KEY
+from quantpatch.layers import RANGE_KEY, ZERO_POINT_KEY
 
 __all__ = ["Checkpoint", "aliased", "names_in"]
 

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from quantpatch.plugins.example import Example
+from quantpatch.plugins import Example
 from quantpatch_transformers_entries import CONVOLUTION_MIXERS, EXPERTS, MIXERS
 
 __all__ = ["EXAMPLES"]

@@ -15,10 +15,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
-from quantpatch.layers import QuantizedLayer
-from quantpatch.layers.quantizer import TensorQuantizer
-from quantpatch.layers.stand_ins import call_with
-from quantpatch.recipes.descriptor import Axis, QuantDescriptor, Recipe
+from quantpatch.layers import QuantizedLayer, TensorQuantizer, call_with
+from quantpatch.recipes import Axis, QuantDescriptor, Recipe
 from quantpatch_transformers.made import classes_of
 from quantpatch_transformers.products import QuantizedProducts
 from quantpatch_transformers_entries import EXPERTS

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from quantpatch.layers.base import make_replacement
+from quantpatch.layers import make_replacement
 
 __all__ = ["classes_of"]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from quantpatch.layers import QuantizedLayer
-from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
+from quantpatch.recipes import QuantDescriptor, Recipe
 from quantpatch_transformers.made import classes_of
 from quantpatch_transformers.products import QuantizedProducts
 from quantpatch_transformers_entries import CONVOLUTION_MIXERS, MIXERS

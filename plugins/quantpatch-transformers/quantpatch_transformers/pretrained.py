@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers import auto
@@ -22,15 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import quantpatch as qp
 from quantpatch.errors import CheckpointError, ConversionError, QuantPatchWarning
-from quantpatch.export.checkpoint.description import active_plugins, describe_layers, describe_quantizers
-from quantpatch.export.checkpoint.structure import StructurePlan
-from quantpatch.layers import QuantizedLayer
-from quantpatch.layers.quantizer import named_quantizers
-from quantpatch.layers.range_state import RANGE_KEY
-from quantpatch.plugins.registry import registry
-from quantpatch.recipes.builtin import active_recipe
-from quantpatch.torch_tools.atomic_files import own_version
-from quantpatch.torch_tools.class_swap import dotted
+from quantpatch.export import StructurePlan, describe
+from quantpatch.layers import RANGE_KEY, QuantizedLayer, named_quantizers
+from quantpatch.recipes import active_recipe
 from quantpatch_transformers.attention import attention_is_quantized, quantize_attention
 from quantpatch_transformers.checkpoint_keys import Checkpoint, aliased, names_in
 
@@ -85,7 +78,7 @@ class QuantPatchConfig(QuantizationConfigMixin):
         self.plugins = None if plugins is None else tuple(plugins)
         self.rules = dict(rules or {})
         self.attention = attention
-        self.quantpatch_version = kwargs.get("quantpatch_version", own_version())
+        self.quantpatch_version = kwargs.get("quantpatch_version", qp.__version__)
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into ``config.json``: names, where there are objects."""
@@ -94,7 +87,7 @@ class QuantPatchConfig(QuantizationConfigMixin):
             if isinstance(value, qp.Recipe):
                 return value.name
             if isinstance(value, type):
-                return dotted(value)
+                return f"{value.__module__}.{value.__qualname__}"
             return value if value is None or isinstance(value, (str, bool)) else str(value)
 
         return {
@@ -156,7 +149,7 @@ class QuantPatchQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Names a recipe that does not exist before any weight is read."""
         if not self.is_saved and self.quantization_config.recipe is not None:
-            registry.recipe(self.quantization_config.recipe)
+            qp.registry.recipe(self.quantization_config.recipe)
 
     # --- loading -------------------------------------------------------------------------------
 
@@ -301,22 +294,14 @@ class QuantPatchQuantizer(HfQuantizer):
 
 def _describe(model: PreTrainedModel, known: Iterable[str] | None = None) -> dict[str, Any]:
     """How a model is quantized; of whose quantizers only those that are named have a range, if any are."""
-    quantizers = describe_quantizers(model)
+    description = describe(model)
     if known is not None:
         names = set(known)
-        for name, quantizer in quantizers.items():
+        for name, quantizer in description["quantizers"].items():
             quantizer["known"] = name in names
-    return {
-        "quantpatch": own_version(),
-        "torch": str(torch.__version__),
-        "model": dotted(type(model)),
-        "plugins": active_plugins(),
-        "layers": describe_layers(model),
-        "quantizers": quantizers,
-        "attention": attention_is_quantized(model),
-        "aliases": {},
-        "tied": {},
-    }
+    # Quantizers that are shared are shared again where the model is built.
+    del description["shared"]
+    return {**description, "attention": attention_is_quantized(model), "aliases": {}, "tied": {}}
 
 
 def make_savable(model: PreTrainedModel) -> None:

@@ -20,8 +20,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 import quantpatch as qp
-from quantpatch.testing import assert_layer_conforms
-from quantpatch.testing.checks import CHECKS
+from quantpatch.testing import CHECKS, assert_layer_conforms
 from quantpatch_transformers import experts
 from quantpatch_transformers.examples import EXAMPLES
 from quantpatch_transformers_entries import EXPERTS, quantpatch_entries

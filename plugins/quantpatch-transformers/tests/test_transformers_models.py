@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from transformers.pytorch_utils import Conv1D
 
 import quantpatch as qp
-from quantpatch.plugins.registry import registry
+from quantpatch import registry
 from quantpatch_transformers.conv1d import QuantConv1D
 
 VOCABULARY = 61
@@ -306,7 +306,7 @@ def test_without_the_plugin_conv1d_stays_float():
 def test_a_block_imports_no_transformers_but_takes_effect_when_it_is_imported_inside():
     code = """
 import sys, quantpatch as qp
-from quantpatch.plugins.registry import registry
+from quantpatch import registry
 assert [p.state for p in registry.plugins() if p.name == "transformers"] == ["active"]
 with qp.quantize_modules() as scope:
     assert not [name for name in sys.modules if name.split(".")[0] == "transformers"]

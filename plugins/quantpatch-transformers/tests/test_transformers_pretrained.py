@@ -215,7 +215,8 @@ def test_a_layer_of_another_shape_starts_anew_with_its_ranges_as_the_float_one_d
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # transformers' own
         load()
     with pytest.warns(
-        qp.QuantPatchWarning, match=r"classifier of .* start anew.*classifier\.weight_quantizer.*only_missing"
+        qp.QuantPatchWarning,
+        match=r"classifier of .* start anew.*classifier\.weight_quantizer.*existing=.keep",
     ):
         other = load(ignore_mismatched_sizes=True)
     anew = {name for name, state in states(other).items() if state != "calibrated"}

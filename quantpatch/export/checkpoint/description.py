@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import attrs
+import torch
 from torch import nn
 
 from quantpatch.errors import CheckpointError, DescriptorError, QuantPatchError, shown
@@ -20,16 +21,10 @@ from quantpatch.layers.subclass import replacement_of
 from quantpatch.numerics.formats import Blocked, Float, Integer, NumberFormat
 from quantpatch.plugins.registry import registry
 from quantpatch.recipes.descriptor import QuantDescriptor
+from quantpatch.torch_tools.atomic_files import own_version
 from quantpatch.torch_tools.class_swap import dotted, own_class
 
-__all__ = [
-    "active_plugins",
-    "describe_layers",
-    "describe_quantizers",
-    "describe_sharing",
-    "descriptor_of",
-    "missing_plugins",
-]
+__all__ = ["describe", "descriptor_of", "missing_plugins"]
 
 _BUILTIN = "quantpatch.builtin"
 _FORMATS: Mapping[str, type[Any]] = {"integer": Integer, "float": Float, "blocked": Blocked}
@@ -37,7 +32,24 @@ _LATER = ("format", "number_format")
 _FIELDS = {a.name for a in attrs.fields(QuantDescriptor) if a.init}
 
 
-def active_plugins() -> list[dict[str, str | None]]:
+def describe(model: nn.Module) -> dict[str, Any]:
+    """How a model is quantized, as JSON: what :class:`quantpatch.export.StructurePlan` makes of another.
+
+    Raises:
+        CheckpointError: A quantizer has a format that no file can name.
+    """
+    return {
+        "quantpatch": own_version(),
+        "torch": str(torch.__version__),
+        "model": dotted(own_class(model)),
+        "plugins": _active_plugins(),
+        "layers": _describe_layers(model),
+        "quantizers": _describe_quantizers(model),
+        "shared": _describe_sharing(model),
+    }
+
+
+def _active_plugins() -> list[dict[str, str | None]]:
     """Name, distribution and version of each plugin that takes part, the built-in one left out."""
     return [
         {"name": info.name, "distribution": info.distribution, "version": info.version}
@@ -142,7 +154,7 @@ def descriptor_of(described: Mapping[str, Any]) -> QuantDescriptor:
     return descriptor
 
 
-def describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
+def _describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Each quantizer by name: its descriptor, what is switched off, and whether its range is known.
 
     Also whether its zero point was found, if it was.
@@ -164,7 +176,7 @@ def describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
     return described
 
 
-def describe_sharing(model: nn.Module) -> dict[str, str]:
+def _describe_sharing(model: nn.Module) -> dict[str, str]:
     """The further names of quantizers that are in a model more than once, each with the first."""
     first = {quantizer: name for name, quantizer in named_quantizers(model).items()}
     every = named_quantizers(model, every_name=True)
@@ -174,7 +186,7 @@ def describe_sharing(model: nn.Module) -> dict[str, str]:
 # --- Layers -----------------------------------------------------------------------------------------------
 
 
-def describe_layers(model: nn.Module) -> dict[str, dict[str, str]]:
+def _describe_layers(model: nn.Module) -> dict[str, dict[str, str]]:
     """The quantized layers by name: their class and the float class that it stands for.
 
     Of a user's subclass the class is that of its base's replacement.

@@ -16,23 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor, nn
 
 from quantpatch.errors import CheckpointError, InputError, MissingExtraError, listed, shown
 from quantpatch.export.checkpoint import packing
-from quantpatch.export.checkpoint.description import (
-    active_plugins,
-    describe_layers,
-    describe_quantizers,
-    describe_sharing,
-)
+from quantpatch.export.checkpoint.description import describe
 from quantpatch.export.checkpoint.restore import Plan
 from quantpatch.export.checkpoint.saved import read_json
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers, outside_of
-from quantpatch.torch_tools.atomic_files import own_version, written_whole
-from quantpatch.torch_tools.class_swap import dotted, own_class
+from quantpatch.torch_tools.atomic_files import written_whole
 from quantpatch.torch_tools.forward import demand_model
 
 __all__ = ["SaveReport", "float_state_dict", "load", "save"]
@@ -149,13 +142,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, packed: bool = False
                 not_packed[key] = reason
     description = {
         "file_version": FILE_VERSION,
-        "quantpatch": own_version(),
-        "torch": str(torch.__version__),
-        "model": dotted(own_class(model)),
-        "plugins": active_plugins(),
-        "layers": describe_layers(model),
-        "quantizers": describe_quantizers(model),
-        "shared": describe_sharing(model),
+        **describe(model),
         "tied": tied,
         "packed": how_packed,
     }

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError, listed, warn_caller
-from quantpatch.export.checkpoint.description import active_plugins, describe_quantizers
+from quantpatch.export.checkpoint.description import describe
 from quantpatch.export.onnx.check import ExportReport, compare_with_torch
 from quantpatch.export.onnx.graph import tidy
 from quantpatch.export.onnx.latency import float_twin
@@ -32,7 +32,7 @@ from quantpatch.export.onnx.tracing import lowering_for
 from quantpatch.export.prepare.runtimes import TARGETS, Operand, Target, operands, problems
 from quantpatch.layers.lowering import lowered
 from quantpatch.torch_tools import nn
-from quantpatch.torch_tools.atomic_files import own_version, written_whole
+from quantpatch.torch_tools.atomic_files import written_whole
 from quantpatch.torch_tools.forward import demand_model, evaluating, telling, uncompiled
 
 __all__ = ["export_onnx"]
@@ -346,16 +346,17 @@ def _of_steps(model: nn.Module, dynamic_shapes: Any) -> str:
 
 
 def _metadata(model: nn.Module, target: str) -> dict[str, str]:
+    description = describe(model)
     recipe = {
         name: described["descriptor"]
-        for name, described in describe_quantizers(model).items()
+        for name, described in description["quantizers"].items()
         if not described["disabled"]
     }
     return {
-        "quantpatch.version": own_version(),
+        "quantpatch.version": description["quantpatch"],
         "quantpatch.target": target,
         "quantpatch.recipe": json.dumps(recipe),
-        "quantpatch.plugins": json.dumps(active_plugins()),
+        "quantpatch.plugins": json.dumps(description["plugins"]),
     }
 
 

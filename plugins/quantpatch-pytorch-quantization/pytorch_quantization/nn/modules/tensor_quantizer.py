@@ -25,7 +25,7 @@ from pytorch_quantization.tensor_quant import (
     tensor_quant,
 )
 from pytorch_quantization.utils.reduce_amax import kept_to_reduced, reduce_amax
-from quantpatch.torch_tools.fast_paths import refuse_fast_paths
+from quantpatch.layers import refuse_fast_paths
 
 __all__ = ["TensorQuantizer"]
 

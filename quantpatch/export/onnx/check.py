@@ -361,8 +361,20 @@ def _within_step(path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], gr
                 within += int((same | ((ours - theirs).abs() <= step)).sum())
                 count += ours.numel()
     except Exception as error:
-        raise ExportError(f"ONNX Runtime cannot run the exported file with optimizations: {error}") from error
+        raise ExportError(_not_optimized(error)) from error
     return within / count if count else 1.0
+
+
+def _not_optimized(error: Exception) -> str:
+    import onnxruntime
+
+    said = f"ONNX Runtime {onnxruntime.__version__} cannot run the exported file with optimizations: {error}"
+    if "float8" not in str(error):
+        return said
+    return (
+        f"{said}\nThe optimizations of ONNX Runtime before 1.32 move FP8 into operators that do not take it. "
+        f"Upgrade it, use an int8 recipe, or pass check=False and run the file with its optimizations off"
+    )
 
 
 def steps_of_outputs(path: Path) -> list[float]:

@@ -272,14 +272,13 @@ def _traced(
                 kwargs=kwargs,
                 dynamo=True,
                 verbose=False,
-                optimize=True,
                 opset_version=opset,
                 dynamic_shapes=dynamic_shapes,
                 input_names=input_names,
                 output_names=output_names,
                 custom_translation_table=translations(opset),
             )
-            if found and _has_lost_quantizers(program):
+            if _is_draft(program) or (found and _has_lost_quantizers(program)):
                 _run_for_export(model, args, kwargs, dynamic_shapes)
             return program
         except (torch.onnx.OnnxExporterError, _NotRun) as error:
@@ -293,6 +292,11 @@ def _traced(
 
 class _NotRun(Exception):
     """torch cannot run the model to trace it."""
+
+
+def _is_draft(program: Any) -> bool:
+    """Whether torch could not trace a model and made a draft: one branch of each ``if`` (torch 2.8)."""
+    return "Draft" in (getattr(program, "_capture_strategy", None) or "")
 
 
 def _has_lost_quantizers(program: Any) -> bool:

@@ -122,8 +122,9 @@ def change(graph: Path, kind: str, position: int, by: float) -> None:
     node = next(node for node in proto.graph.node if node.op_type == kind)
     (tensor,) = (t for t in proto.graph.initializer if t.name == node.input[position])
     name = f"{tensor.name}.changed"
-    array = onnx.numpy_helper.to_array(tensor) * by
-    proto.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(array.dtype), name))
+    array = onnx.numpy_helper.to_array(tensor)
+    changed = (array * by).astype(array.dtype)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(changed, name))
     node.input[position] = name
     onnx.save(proto, str(graph))
 

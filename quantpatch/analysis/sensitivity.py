@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import attrs
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -22,7 +20,7 @@ from quantpatch.errors import ComparisonError, listed, shown, warn_caller
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.report.render import as_text
 from quantpatch.torch_tools.atomic_files import written_whole
-from quantpatch.torch_tools.forward import demand_model, evaluating
+from quantpatch.torch_tools.forward import demand_model, evaluating, progress_over
 
 __all__ = ["SensitivityReport", "SensitivityRow", "sensitivity"]
 
@@ -154,12 +152,14 @@ def sensitivity(
         return results.get(key)
 
     rows = []
-    console = Console(stderr=True)
-    hidden = not (progress and console.is_terminal)
     changes = _Changes(model)
-    with evaluating(model), _switching(model, everything) as switch:
+    with (
+        evaluating(model),
+        _switching(model, everything) as switch,
+        progress_over(groups, "Sensitivity", progress=progress) as each,
+    ):
         float_metric, all_metric = measure("float", set()), measure("quantized", everything)
-        for name in track(groups, description="Sensitivity", console=console, transient=True, disable=hidden):
+        for name in each:
             chosen = set(groups[name])
             metric = measure(f"layer:{name}", chosen if quantizing_one else everything - chosen)
             loss = float_metric - metric if quantizing_one else metric - all_metric

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
@@ -19,12 +19,15 @@ __all__ = [
     "demand_model",
     "evaluating",
     "explaining_devices",
+    "progress_over",
     "run_batch",
     "run_over",
     "telling",
     "uncompiled",
     "unwrapped",
 ]
+
+T = TypeVar("T")
 
 
 def demand_model(model: Any, function: str) -> None:
@@ -202,6 +205,26 @@ def telling(progress: bool) -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
+@contextlib.contextmanager
+def progress_over(
+    items: Iterable[T], description: str, *, progress: bool, total: int | None = None
+) -> Iterator[Iterable[T]]:
+    """A block with the items, over which a progress bar runs.
+
+    Args:
+        items: What is iterated over.
+        description: Stands before the bar.
+        progress: Whether to show it (on a terminal only).
+        total: How many items there are, where they have no length.
+    """
+    console = Console(stderr=True)
+    if not (progress and console.is_terminal):
+        yield items  # without a bar: one that is disabled still ends with an empty line in older rich
+        return
+    with Progress(console=console, transient=True) as bar:
+        yield bar.track(items, total=total, description=description)
+
+
 def run_over(model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], Any], *, progress: bool) -> None:
     """Runs a model over data; of what wraps it the module inside.
 
@@ -221,10 +244,9 @@ def run_over(model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], Any],
         return
     data = as_batches(data)
     total = len(data) if isinstance(data, Sized) else None
-    console = Console(stderr=True)
     count = 0
-    with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
-        for batch in bar.track(data, total=total, description="Calibrating"):
+    with progress_over(data, "Calibrating", progress=progress, total=total) as shown:
+        for batch in shown:
             run_batch(runner, batch)
             count += 1
     if not count:

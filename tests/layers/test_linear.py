@@ -215,7 +215,6 @@ def test_torch_fx_takes_layers_as_they_are():
     assert torch.equal(graph(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*")
 @pytest.mark.parametrize("recipe", ["int8", "int4", "fp8", "mxfp8", "mxfp4", "nvfp4"])
 def test_torch_jit_trace(recipe):
     """It traces twice and compares: nothing may depend on values, nor on what was kept from before."""

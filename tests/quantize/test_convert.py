@@ -302,7 +302,6 @@ def test_reverting_a_float_model_is_an_error():
         qp.revert(net())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scripted_module_is_refused_by_name():
     model = nn.Sequential(nn.Linear(2, 2), torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)))
     with pytest.raises(ConversionError, match="'1'.*scripted"):
@@ -326,7 +325,6 @@ def test_what_is_no_model_is_refused(function, given, message):
         function(given)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scripted_module_is_not_reverted():
     with pytest.raises(ConversionError, match=r"cannot revert the model: it is a scripted module"):
         qp.revert(torch.jit.script(nn.Linear(2, 2)))

@@ -23,7 +23,7 @@ FLOORS = [
     {"calibrators", "recipes"},
     {"plugins"},
     {"layers"},
-    {"report"},
+    {"dataflow", "report"},
     {"quantize"},
     {"analysis", "export.checkpoint", "export.prepare"},
     {"export.onnx", "run"},

@@ -18,7 +18,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from quantpatch.analysis.audit.coverage import report_of
-from quantpatch.analysis.audit.trace import recording
+from quantpatch.analysis.audit.trace import tracing
 from quantpatch.errors import RuleError
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.quantize.calibration import Calibration
@@ -185,7 +185,7 @@ class _Model:
             while any(q.calibrating for q in named_quantizers(model).values()):  # by the script itself
                 yield  # until this call is over
                 yield  # until the next one begins
-            with _Eager(), recording(model) as trace:
+            with _Eager(), tracing(model) as trace:
                 yield
             self.audit = str(report_of(model, trace)).rstrip()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from quantpatch.analysis.audit.trace import Seen, Trace, recording
+from quantpatch.analysis.audit.trace import Seen, Trace, tracing
 from quantpatch.errors import LayerError
 from quantpatch.layers.base import QuantizedLayer, make_replacement
 from quantpatch.layers.call_sites import Operations, rewrite
@@ -250,7 +250,7 @@ def _try(call: Call, declared: _Declared | None) -> _Trial:
         change_class(twin, make_replacement(f"Quant{cls.__name__}", (QuantizedLayer, cls), members))
         twin.add_quantizers(active_recipe())
     args, kwargs = tree_map(_own_copy, (args, kwargs))
-    with evaluating(twin), torch.no_grad(), torch.random.fork_rng(devices=[]), recording(twin) as trace:
+    with evaluating(twin), torch.no_grad(), torch.random.fork_rng(devices=[]), tracing(twin) as trace:
         running.append(trace)
         twin(*args, **kwargs)
     own = [product for product in trace.seen if product.layer is twin and not product.of_weight]

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch.jit import ScriptModule
 
-from quantpatch.analysis.audit.operations import FAST_PATHS
 from quantpatch.analysis.audit.trace import Seen
+from quantpatch.dataflow import FAST_PATHS
 from quantpatch.errors import EntryError
 from quantpatch.layers.base import QuantizedLayer, quantizer_name, quantizers_of
 from quantpatch.layers.subclass import why_float

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from quantpatch.analysis.audit.operations import PRESERVING, Product, products_of
-from quantpatch.layers.base import QuantizedLayer, is_quantizer
+from quantpatch.dataflow import Operator, Product, Recorder, Value, recording, traits
+from quantpatch.layers.base import QuantizedLayer
 from quantpatch.recipes.descriptor import Axis
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import own_class
 from quantpatch.torch_tools.forward import evaluating
 
-__all__ = ["Operand", "Seen", "Trace", "recording", "trace"]
+__all__ = ["Operand", "Seen", "Trace", "trace", "tracing"]
 
 
 # Namespaces of operators that multiply nothing unseen: torch's own, ours, marks for the profiler, messages.
@@ -37,6 +33,8 @@ _BLANK = frozenset(
     "aten::" + name
     for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_zeros", "zeros", "zeros_like")
 )
+# Operators that fill one with a number.
+_FILLING = frozenset({"aten::zero_", "aten::fill_"})
 
 
 @attrs.frozen
@@ -106,171 +104,150 @@ class Trace:
     calls: dict[type, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = attrs.field(factory=dict)
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Tracer:
+    """Makes a ``Trace`` of what a recorder notes, operator by operator."""
+
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
-        self._stack: list[nn.Module] = [model]
+        self._origins = _Origins(self._names)
         self._lacking: set[nn.Module] = set()  # what is running and has multiplied something float
-        self._origin = _Origins()
-        self.trace = Trace(origin_of=self._origin.get)
-        self._blank: Any = WeakTensorKeyDictionary()  # tensors to be filled, in which nothing is float yet
-        self._parameters = dict(model.named_parameters())
-        self._weights: Any = WeakTensorKeyDictionary()
-        for name, parameter in self._parameters.items():
-            self._weights[parameter] = name
+        self._recorder: Recorder | None = None
+        self._done = 0
+        self.trace = Trace(origin_of=self._origin_of)
 
-    # --- which module is running -----------------------------------------------------------------
+    def follow(self, recorder: Recorder) -> None:
+        """From here on what this one notes is looked at."""
+        self._recorder = recorder
 
-    def entered(self, module: nn.Module, args: Any) -> None:
-        if not is_quantizer(module):
-            self._stack.append(module)
+    def left(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """A module has run."""
+        self.catch_up()
+        if module in self._lacking:
+            self._lacking.remove(module)
+            self.trace.calls.setdefault(own_class(module), (module, args, kwargs))
 
-    def left(self, module: Any, args: Any, *kwargs_and_output: Any) -> None:
-        *kwargs, output = kwargs_and_output  # torch leaves the keywords out where forward raised
-        if not is_quantizer(module):
-            if len(self._stack) > 1:
-                self._stack.pop()
-            if module in self._lacking:
-                self._lacking.remove(module)
-                if kwargs:
-                    self.trace.calls.setdefault(own_class(module), (module, args, kwargs[0]))
+    def catch_up(self) -> None:
+        """Looks at all operators that were noted since the last time."""
+        if self._recorder is None:
             return
-        name = self._names.get(module, "a quantizer outside the model")
-        self.trace.reached.add(name)
-        if isinstance(output, Tensor) and module.quantizing and not module.disabled:
-            self._origin.put(output, name)
+        flow = self._recorder.flow
+        for operator in flow.operators[self._done :]:
+            for product in operator.products:
+                self._see(operator, product)
+            if operator.quantizer is None and operator.name.partition("::")[0] not in _LOOKED_INTO:
+                self.trace.opaque.add(operator.name)
+            self._origins.note(operator)
+        self._done = len(flow.operators)
+        self.trace.reached.update(self._origins.name_of(quantizer) for quantizer in flow.quantized)
 
-    # --- what it runs ------------------------------------------------------------------------------
+    def _origin_of(self, tensor: Tensor) -> str | None:
+        self.catch_up()
+        return None if self._recorder is None else self._origins.quantizer(self._recorder.of(tensor))
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # Under inference_mode what is made of other operators, as attention is, comes here in one piece.
-        with self:
-            result = func.decompose(*args, **(kwargs or {}))
-        if result is not NotImplemented:
-            return result
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name
-        for product in products_of(name, args, result):
-            self._note(name, product)
-        namespace = name.partition("::")[0]
-        if namespace not in _LOOKED_INTO:
-            self.trace.opaque.add(name)
-        out = tuple(value for key, value in (kwargs or {}).items() if key.startswith("out"))
-        self._follow(name, args, result, tuple(t for t in out if isinstance(t, Tensor)))
-        return result
-
-    def _note(self, operator: str, product: Product) -> None:
+    def _see(self, operator: Operator, product: Product[Value]) -> None:
         # The innermost module that has a name: wrappers made on the fly do not help the reader.
-        layer = next((m for m in reversed(self._stack) if m in self._names), self._model)
-        name, of_weight = self._names[layer], self._is_of_weight(layer, product)
+        layer = next((m for m in reversed(operator.stack) if m in self._names), self._model)
+        of_weight = _is_of_weight(operator, layer, product)
+        operands = tuple(
+            self._origins.operand(role, value, channel)
+            for (role, value), channel in zip(product.operands, product.channels, strict=True)
+        )
         found = Seen(
-            name, layer, operator, product.operation, product.macs, self._operands(product), of_weight
+            operator.module, layer, operator.name, product.operation, product.macs, operands, of_weight
         )
         if not (found.quantized or of_weight or isinstance(layer, QuantizedLayer)):
             self._lacking.add(layer)
-        self.trace.seen.append(attrs.evolve(found, operands=tuple(named_for(layer, name, found.operands))))
+        named = tuple(named_for(layer, operator.module, operands))
+        self.trace.seen.append(attrs.evolve(found, operands=named))
 
-    def _operands(self, product: Product) -> tuple[Operand, ...]:
-        found = []
-        for (role, tensor), channel in zip(product.operands, product.channels, strict=True):
-            quantizer = None if tensor is None else self._origin.get(tensor)
-            operand = Operand(role, quantizer)
-            name = None if tensor is None or quantizer is not None else self._weights.get(tensor)
-            if tensor is not None and name is not None:
-                operand = Operand(role, None, name, _axes_of(self._parameters[name], tensor, channel))
-            found.append(operand)
-        return tuple(found)
 
-    def _is_of_weight(self, layer: nn.Module, product: Product) -> bool:
-        if any(isinstance(module, ParametrizationList) for module in self._stack):
-            return True
-        # Spectral norm as a hook multiplies the weight by vectors; no layer that has it does.
-        hooks = layer._forward_pre_hooks.values()
-        return any(isinstance(hook, SpectralNorm) for hook in hooks) and any(
-            tensor is not None and tensor.dim() == 1 for _, tensor in product.operands
-        )
-
-    def _follow(self, name: str, args: tuple[Any, ...], result: Any, out: tuple[Any, ...] = ()) -> None:
-        """Passes the origin of an argument on to a result that holds the same values.
-
-        Args:
-            name: Name of the operator.
-            args: Its arguments.
-            result: What it returned.
-            out: What it was told to write its result into.
-        """
-        plain = name.removesuffix("_")
-        for written in out:
-            self._origin.forget(written)
-        if plain in _BLANK and isinstance(result, Tensor):
-            self._blank[result] = True
-        if not args:
-            return
-        if name == "aten::copy_":
-            self._fill(args[0], args[1])
-            return
-        is_kept = plain in PRESERVING or (plain in ("aten::mul", "aten::div") and _is_number(args[1]))
-        if plain != name and not is_kept and isinstance(args[0], Tensor):
-            self._origin.forget(args[0])  # changed in place, it holds other values
-        if name in ("aten::cat", "aten::stack"):
-            origins = [self._origin.get(t) for t in args[0]]
-            origin = origins[0] if origins and None not in origins else None
-        elif is_kept:
-            origin = self._origin.get(args[0]) if isinstance(args[0], Tensor) else None
-            weight = self._weights.get(args[0]) if isinstance(args[0], Tensor) else None
-            if weight is not None:
-                for tensor in tree_leaves(result):
-                    if isinstance(tensor, Tensor):
-                        self._weights[tensor] = weight
-        else:
-            return
-        if origin is not None:
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    self._origin.put(tensor, origin)
-
-    def _fill(self, into: Tensor, source: Tensor) -> None:
-        """A tensor, or part of one, is written over: padding around the edges is made so."""
-        whole = into if into._base is None else into._base
-        origin = self._origin.get(source)
-        if origin is not None and (into is whole or self._blank.get(whole)):
-            self._origin.put(whole, origin)
-        else:
-            self._origin.forget(into)
-            self._blank.pop(whole, None)
+def _is_of_weight(operator: Operator, layer: nn.Module, product: Product[Value]) -> bool:
+    if any(isinstance(module, ParametrizationList) for module in operator.stack):
+        return True
+    # Spectral norm as a hook multiplies the weight by vectors; no layer that has it does.
+    hooks = layer._forward_pre_hooks.values()
+    return any(isinstance(hook, SpectralNorm) for hook in hooks) and any(
+        value is not None and len(value.shape) == 1 for _, value in product.operands
+    )
 
 
 class _Origins:
-    """The quantizer that each tensor came out of; a tensor that is gone is forgotten."""
+    """The quantizer that each value came out of, and the parameter that it holds, if there is one.
 
-    def __init__(self) -> None:
-        self._names: Any = WeakTensorKeyDictionary()
-        # By the memory that they lie in, so that what is written over is found without a look at all others.
-        self._lying_in: dict[int, list[TensorWeakRef]] = {}
+    Args:
+        names: The names of the model's modules.
+    """
 
-    def get(self, tensor: Tensor) -> str | None:
-        """The quantizer's name, or None."""
-        name: str | None = self._names.get(tensor)
-        return name
+    def __init__(self, names: Mapping[nn.Module, str]) -> None:
+        self._names = names
+        self._quantizers: dict[Value, str] = {}
+        self._parameters: dict[Value, Value] = {}
+        self._blank: set[Value] = set()  # tensors to be filled, in which nothing is float yet
 
-    def put(self, tensor: Tensor, name: str) -> None:
-        """A tensor holds what came out of a quantizer."""
-        self._names[tensor] = name
-        self._lying_in.setdefault(_memory(tensor), []).append(TensorWeakRef(tensor))
+    def name_of(self, quantizer: nn.Module) -> str:
+        """The name of a quantizer."""
+        return self._names.get(quantizer, "a quantizer outside the model")
 
-    def forget(self, changed: Tensor) -> None:
-        """What a tensor holds is new: in what it is a view of, and in the other views of that, as well."""
-        memory = _memory(changed)
-        self._names.pop(changed, None)
-        for reference in self._lying_in.pop(memory, ()):
-            tensor = reference()
-            # Memory of what is gone is given to others, and a tensor can be given other memory.
-            if tensor is not None and _memory(tensor) == memory:
-                self._names.pop(tensor, None)
+    def quantizer(self, value: Value) -> str | None:
+        """The name of the quantizer that a value came out of."""
+        return self._quantizers.get(value)
+
+    def operand(self, role: str, value: Value | None, channel: int | None) -> Operand:
+        """What is known of a value that is multiplied."""
+        quantizer = None if value is None else self.quantizer(value)
+        parameter = None if value is None or quantizer is not None else self._parameter(value)
+        if value is None or parameter is None:
+            return Operand(role, quantizer)
+        return Operand(role, None, parameter.parameter, _axes_of(parameter, value, channel))
+
+    def _parameter(self, value: Value) -> Value | None:
+        return value if value.parameter is not None else self._parameters.get(value)
+
+    def note(self, operator: Operator) -> None:
+        """Passes the origin of an argument on to a result that holds the same values."""
+        plain = operator.name.removesuffix("_")
+        source = operator.inputs[0] if operator.inputs else None
+        if operator.quantizer is not None:
+            self._put(operator.outputs, self.name_of(operator.quantizer))
+        elif operator.name == "aten::copy_":
+            self._fill(operator)
+        elif plain in _BLANK:
+            self._blank.update(operator.outputs)
+        elif operator.name in _FILLING:
+            self._blank.update(value for value in operator.outputs if source in self._blank)
+            self._blank.update(after for before, after in operator.written if before in self._blank)
+        elif operator.name in ("aten::cat", "aten::stack"):
+            origins = [self.quantizer(value) for value in operator.inputs]
+            self._put(operator.outputs, None if None in origins or not origins else origins[0])
+        elif source is not None and (traits(operator.name).keeps_grid or _is_scaled(plain, operator)):
+            self._put(operator.outputs, self.quantizer(source))
+            parameter = self._parameter(source)
+            if parameter is not None:
+                self._parameters.update(dict.fromkeys(operator.outputs, parameter))
+            if plain != operator.name:  # in place, of a part perhaps: what was around it is as it was
+                for before, after in operator.written:
+                    self._put((after,), self.quantizer(before))
+
+    def _put(self, values: Iterable[Value], quantizer: str | None) -> None:
+        if quantizer is not None:
+            self._quantizers.update({v: quantizer for v in values if v.is_floating_point})
+
+    def _fill(self, operator: Operator) -> None:
+        """A tensor, or part of one, is written over: padding around the edges is made so."""
+        quantizer = self.quantizer(operator.inputs[1])
+        self._put(operator.outputs, quantizer)
+        for before, after in operator.written:
+            if quantizer is not None and before in self._blank:
+                self._put((after,), quantizer)
+                self._blank.add(after)
+
+
+def _is_scaled(plain: str, operator: Operator) -> bool:
+    """Whether an operator multiplies all values by one number."""
+    if plain not in ("aten::mul", "aten::div"):
+        return False
+    return len(operator.inputs) < 2 or operator.inputs[1].shape == ()
 
 
 def named_for(layer: nn.Module, module: str, operands: tuple[Operand, ...]) -> Iterator[Operand]:
@@ -306,17 +283,18 @@ def _own_role(module: str, operand: Operand) -> str | None:
     return operand.role if operand.role.startswith("weight") else None
 
 
-def _axes_of(parameter: Tensor, view: Tensor, channel: int | None) -> Axis:
+def _axes_of(parameter: Value, view: Value, channel: int | None) -> Axis:
     """The axes of a parameter that are the output channels of what is a view of it."""
-    if channel is None or not -view.dim() <= channel < view.dim():
+    dims = len(view.shape)
+    if channel is None or not -dims <= channel < dims or not view.stride:
         return None
-    wanted = [channel % view.dim()]
-    if channel < 0 and view.dim() == 3:
+    wanted = [channel % dims]
+    if channel < 0 and dims == 3:
         wanted.insert(0, 0)  # of three axes of a batched product the first counts experts
-    own = list(zip(parameter.shape, parameter.stride(), strict=True))
+    own = list(zip(parameter.shape, parameter.stride, strict=True))
     found: set[int] = set()
     for axis in wanted:
-        like = (view.shape[axis], view.stride(axis))
+        like = (view.shape[axis], view.stride[axis])
         if axis < len(own) and own[axis] == like:
             found.add(axis)
         elif like in own:
@@ -324,40 +302,20 @@ def _axes_of(parameter: Tensor, view: Tensor, channel: int | None) -> Axis:
     return found.pop() if len(found) == 1 else tuple(sorted(found)) or None
 
 
-def _memory(tensor: Tensor) -> int:
-    """What a tensor shares with its views; ``_base`` is not known under inference_mode."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # a sparse one, for instance, has no storage
-        return id(tensor)
-
-
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, Tensor) or value.dim() == 0
-
-
 @contextlib.contextmanager
-def recording(model: nn.Module) -> Iterator[Trace]:
-    """A block in which everything that runs is noted as the model's.
-
-    Hooks are put on all modules of the process, not on the model's own: torch's fast paths look whether
-    a module has hooks, and would not be taken.
-    """
-    recorder = _Recorder(model)
-    entered = register_module_forward_pre_hook(recorder.entered)
-    left = register_module_forward_hook(recorder.left, with_kwargs=True, always_call=True)
-    try:
-        with recorder:
-            yield recorder.trace
-    finally:
-        entered.remove()
-        left.remove()
-        # torch forgets this one, and would take it for a hook of every module ever after.
-        torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(left.id, None)
+def tracing(model: nn.Module) -> Iterator[Trace]:
+    """A block in which everything that runs is noted as the model's."""
+    tracer = _Tracer(model)
+    with recording(model, tracer.left) as recorder:
+        tracer.follow(recorder)
+        try:
+            yield tracer.trace
+        finally:
+            tracer.catch_up()
 
 
 def trace(model: nn.Module, run: Callable[[], Any]) -> Trace:
     """Runs ``run`` with the model in eval mode, without gradients, and notes what it computes."""
-    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]), recording(model) as found:
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]), tracing(model) as found:
         run()
     return found

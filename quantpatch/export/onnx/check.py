@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from quantpatch.dataflow import MOVING_NODES
 from quantpatch.errors import ExportError
 from quantpatch.export.onnx.kernel_check import KernelCheck, check_kernels
 from quantpatch.export.onnx.latency import Latency, measure, on_floats
 from quantpatch.export.onnx.sessions import changed, session, session_options
-from quantpatch.export.prepare.moving import MOVING_NODES
 from quantpatch.export.prepare.runtimes import Operand, codes_name
 from quantpatch.layers.lowering import Lowering, lowered
 from quantpatch.numerics.fake_quant import fake_quantize, quantize

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from quantpatch.export.prepare.moving import MOVING_NODES
+from quantpatch.dataflow import PASSED_NODES
 
 __all__ = [
     "attributes_of",
@@ -21,9 +21,6 @@ __all__ = [
     "store_four_bits",
     "tidy",
 ]
-
-# What a convolution's integer kernel does besides, and what a QuantizeLinear moves in front of.
-_PASSED = (*MOVING_NODES, "Relu", "Clip")
 
 
 def tidy(model: Any, target: str) -> None:
@@ -96,7 +93,7 @@ def quantizers_behind(value: Any) -> tuple[list[Any], bool]:
     for use in value.uses():
         if use.node.op_type == "QuantizeLinear":
             found.append(use.node)
-        elif use.node.op_type in _PASSED and use.idx == 0:
+        elif use.node.op_type in PASSED_NODES and use.idx == 0:
             more, only = quantizers_behind(use.node.outputs[0])
             found += more
             is_all = is_all and only

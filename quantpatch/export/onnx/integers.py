@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from quantpatch.dataflow import MOVING_NODES
 from quantpatch.export.onnx.graph import attributes_of, constant_of, is_float8, maker, replaced
-from quantpatch.export.prepare.moving import MOVING_NODES
 
 __all__ = ["move_integers"]
 

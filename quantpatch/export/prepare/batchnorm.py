@@ -16,8 +16,8 @@ import attrs
 from torch import Tensor, fx
 from torch.nn.utils import parametrize
 
+from quantpatch.dataflow import BATCHNORM, Dataflow, Value, dataflow, traits
 from quantpatch.errors import ExportError, listed, warn_caller
-from quantpatch.export.prepare.dataflow import BATCHNORM, Dataflow, Value, dataflow
 from quantpatch.export.prepare.folded_batchnorm import (
     LAYERS,
     Fold,
@@ -26,7 +26,6 @@ from quantpatch.export.prepare.folded_batchnorm import (
     computes_as_torch,
     is_per_channel,
 )
-from quantpatch.export.prepare.moving import MOVING
 from quantpatch.export.prepare.verified import made_if_same, run_of
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.torch_tools import nn
@@ -35,7 +34,6 @@ from quantpatch.torch_tools.forward import demand_model
 __all__ = ["FoldedBatchNorm", "fold_batchnorm"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_PRODUCTS = frozenset(f"aten::{name}" for name in ("addmm", "bmm", "convolution", "linear", "mm"))
 _OWN = "its forward is its own: give the arguments to run the model on, so that it can be compared"
 
 
@@ -208,15 +206,18 @@ def _find_in_run(
 
 def _is_product_of_weight(value: Value, layer: str) -> bool:
     """Whether a value is what a convolution or matrix product with a parameter itself gives, in a module."""
-    product = value.maker
-    while product is not None and (product.quantizer is not None or product.name in MOVING):
-        product = product.inputs[0].maker
-    if product is None or product.module != layer or product.name not in _PRODUCTS:
+    value = _before_moves(value)
+    if value.maker is None or value.maker.module != layer or not value.maker.products:
         return False
-    weight = product.inputs[1 if product.name == "aten::convolution" else -1]
-    while weight.maker is not None and (weight.maker.quantizer is not None or weight.maker.name in MOVING):
-        weight = weight.maker.inputs[0]
-    return weight.is_parameter
+    weight = value.maker.products[-1].operands[-1][1]
+    return weight is not None and _before_moves(weight).is_constant
+
+
+def _before_moves(value: Value) -> Value:
+    """What a value was before it was quantized or moved."""
+    while value.maker is not None and (value.maker.quantizer is not None or traits(value.maker.name).moves):
+        value = value.maker.inputs[0]
+    return value
 
 
 def _obstacle(layer: Any, norm: Any, uses: Counter[int], owners: Counter[int]) -> str | None:

@@ -12,9 +12,9 @@ from typing import Any
 import attrs
 from torch import Tensor
 
+from quantpatch.dataflow import Dataflow, Value, dataflow
 from quantpatch.errors import UnknownNameError, warn_caller
 from quantpatch.export.prepare.batchnorm import FoldedBatchNorm, fold_batchnorm
-from quantpatch.export.prepare.dataflow import Dataflow, Value, dataflow
 from quantpatch.export.prepare.placement_rules import Rules
 from quantpatch.export.prepare.runtimes import TARGETS, Target
 from quantpatch.export.prepare.unsigned import is_never_negative

@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator
 
 import attrs
 
-from quantpatch.export.prepare.dataflow import BATCHNORM, Dataflow, Operator, Value
-from quantpatch.export.prepare.moving import MOVING
+from quantpatch.dataflow import BATCHNORM, Dataflow, Operator, Value, traits
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.placed import can_hold
 from quantpatch.layers.quantizer import TensorQuantizer
@@ -36,8 +35,6 @@ _FEW_IN_VOLUMES = 16
 _FLOAT_ACTIVATIONS = frozenset(
     f"aten::{name}{end}" for name in ("gelu", "hardswish", "silu") for end in ("", "_")
 )
-
-_RELU = ("aten::relu", "aten::relu_", "aten::hardtanh", "aten::hardtanh_", "aten::clamp_min")
 
 
 class Rules:
@@ -73,7 +70,7 @@ class Rules:
             if operator.quantizer is not None:
                 if self._uses[operator.quantizer] == 1:
                     yield operator.quantizer
-            elif operator.name in MOVING:
+            elif traits(operator.name).moves:
                 for output in operator.outputs:
                     yield from self.takers(output)
 
@@ -157,7 +154,7 @@ class Rules:
 
     def _joined(self, operator: Operator) -> QuantDescriptor | None:
         """The descriptor for an addition or concatenation of activations, one of them a convolution's."""
-        if len(operator.inputs) < 2 or any(value.is_parameter for value in operator.inputs):
+        if len(operator.inputs) < 2 or any(value.is_constant for value in operator.inputs):
             return None
         found = (self._from_convolution(value) for value in operator.inputs)
         return next((descriptor for descriptor in found if descriptor is not None), None)
@@ -181,8 +178,9 @@ class Rules:
 
     def _from_convolution(self, value: Value) -> QuantDescriptor | None:
         operator = value.maker
-        passed = (*MOVING, *_RELU, *BATCHNORM)
-        while operator is not None and (operator.quantizer is not None or operator.name in passed):
+        while operator is not None and (
+            operator.quantizer is not None or _is_passed(operator) or operator.name in BATCHNORM
+        ):
             operator = operator.inputs[0].maker
         if operator is None or operator.name != "aten::convolution":
             return None
@@ -193,7 +191,7 @@ class Rules:
         while value not in self.plans:
             if value.maker is None or value.maker.quantizer is not None:
                 return value.maker is not None
-            if value.maker.name not in MOVING:
+            if not traits(value.maker.name).moves:
                 return False
             value = value.maker.inputs[0]
         return True
@@ -210,11 +208,11 @@ class Rules:
         if operator.quantizer is not None:
             return True
         used = [value for value in operator.outputs if value.uses or value.is_result]
-        return operator.name in (*MOVING, *_RELU) and bool(used) and all(map(self._is_settled, used))
+        return _is_passed(operator) and bool(used) and all(map(self._is_settled, used))
 
     def _behind_activation(self, value: Value) -> Value:
         """The value behind the ReLU that is all a value goes into; else the value."""
-        if len(value.uses) != 1 or value.uses[0].name not in _RELU or value.is_result:
+        if len(value.uses) != 1 or not traits(value.uses[0].name).clips or value.is_result:
             return value
         behind = value.uses[0].outputs[0]
         return behind if self._spot(behind) is not None or self._is_settled(behind) else value
@@ -230,7 +228,7 @@ class Rules:
     def _spot(self, value: Value) -> Value | None:
         """Where a quantizer can stand for a value: at it, or behind what only moves it."""
         while self._place(value) is None:
-            if value.is_result or len(value.uses) != 1 or value.uses[0].name not in MOVING:
+            if value.is_result or len(value.uses) != 1 or not traits(value.uses[0].name).moves:
                 return None
             used = [output for output in value.uses[0].outputs if output.uses or output.is_result]
             if len(used) != 1:
@@ -285,12 +283,18 @@ def _why_slow_on_volumes(layer: nn.Conv3d) -> str | None:
 
 
 def _quantizer_of(value: Value) -> TensorQuantizer | None:
-    while value.maker is not None and value.maker.name in MOVING:
+    while value.maker is not None and traits(value.maker.name).moves:
         value = value.maker.inputs[0]
     return None if value.maker is None else value.maker.quantizer
 
 
 def _is_returned(value: Value) -> bool:
     """Whether a model returns a value, moved or behind a ReLU at most."""
-    passed = (use for use in value.uses if use.name in (*MOVING, *_RELU))
+    passed = filter(_is_passed, value.uses)
     return value.is_result or any(_is_returned(output) for use in passed for output in use.outputs)
+
+
+def _is_passed(operator: Operator) -> bool:
+    """Whether an operator moves its argument, or cuts it off, as an integer kernel does besides."""
+    known = traits(operator.name)
+    return known.moves or known.clips

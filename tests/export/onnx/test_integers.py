@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantpatch as qp
-from quantpatch.export.prepare.moving import MOVING_NODES
+from quantpatch.dataflow import MOVING_NODES
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -1,4 +1,4 @@
-"""What the audit knows of torch's operators: which ones multiply, what, and how much.
+"""Which of torch's operators multiply, what, and how much.
 
 Operators are those that reach the dispatcher, below autograd and below every Python function: what is
 seen there is what runs, fast paths included.
@@ -7,80 +7,64 @@ seen there is what runs, fast paths included.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import attrs
 from torch import Tensor
 
-__all__ = ["FAST_PATHS", "PRESERVING", "Product", "products_of"]
+__all__ = ["FAST_PATHS", "Product", "products_of"]
+
+T = TypeVar("T")
 
 
 @attrs.frozen
-class Product:
+class Product(Generic[T]):
     """A matrix product, or a sum of products like one, inside an operator.
 
     Attributes:
         operation: What it is, for people.
         macs: Multiply-accumulates.
-        operands: What is multiplied, by role. None stands for a value that never leaves the operator.
+        operands: What is multiplied, by role: tensors, or what was recorded of them. None stands for a value
+            that never leaves the operator.
         channels: For each operand the axis along which the outputs lie, if it is a weight; None where that
             cannot be told.
     """
 
     operation: str
     macs: int
-    operands: tuple[tuple[str, Tensor | None], ...]
+    operands: tuple[tuple[str, T | None], ...]
     channels: tuple[int | None, ...] = (None, None)
 
-
-# Operators whose result holds values of their (first) argument and zeros only, or all of them times one
-# number: if the argument is on a quantizer's grid, so is the result.
-PRESERVING = frozenset(
-    "aten::" + name
-    for name in (
-        "adaptive_max_pool2d", "adaptive_max_pool3d", "alias", "as_strided", "clone", "constant_pad_nd",
-        "contiguous", "detach", "diagonal", "embedding", "expand", "flip", "gather", "im2col", "index",
-        "index_select", "lift_fresh", "masked_fill", "masked_select", "max_pool2d",
-        "max_pool2d_with_indices", "max_pool3d_with_indices", "narrow", "native_channel_shuffle", "neg",
-        "permute", "pixel_shuffle", "pixel_unshuffle", "reflection_pad1d", "reflection_pad2d",
-        "reflection_pad3d", "relu", "repeat", "replication_pad1d", "replication_pad2d", "replication_pad3d",
-        "roll", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "take", "transpose", "tril",
-        "triu", "unbind", "unfold", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "unsqueeze",
-        "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "view", "_adaptive_max_pool2d",
-        "_reshape_alias", "_to_copy", "_unsafe_index", "_unsafe_view", "_upsample_nearest_exact1d",
-        "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
-    )
-)  # fmt: skip
 
 #: Operators that do the work of whole layers and read the weights themselves.
 FAST_PATHS = frozenset({"aten::_transformer_encoder_layer_fwd", "aten::_native_multi_head_attention"})
 
 
-def _two(operation: str, left: Tensor, right: Tensor, macs: int) -> Iterator[Product]:
+def _two(operation: str, left: Tensor, right: Tensor, macs: int) -> Iterator[Product[Tensor]]:
     yield Product(operation, macs, (("left", left), ("right", right)), (-2, -1))
 
 
-def _matmul(first: int) -> Callable[[tuple[Any, ...], Any], Iterator[Product]]:
+def _matmul(first: int) -> Callable[[tuple[Any, ...], Any], Iterator[Product[Tensor]]]:
     """A product of the arguments ``first`` and the next, contracted over the last axis of the former."""
 
-    def products(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+    def products(args: tuple[Any, ...], result: Any) -> Iterator[Product[Tensor]]:
         left, right = args[first], args[first + 1]
         return _two("matrix product", left, right, result.numel() * left.shape[-1])
 
     return products
 
 
-def _summed_batches(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+def _summed_batches(args: tuple[Any, ...], result: Any) -> Iterator[Product[Tensor]]:
     return _two("matrix product", args[1], args[2], args[1].numel() * args[2].shape[-1])
 
 
-def _convolution_time_first(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+def _convolution_time_first(args: tuple[Any, ...], result: Any) -> Iterator[Product[Tensor]]:
     x, weight = args[:2]  # (time, batch, channels) and (kernel, channels, outputs)
     macs = result.numel() * weight.shape[0] * weight.shape[1]
     yield Product("convolution", macs, (("input", x), ("weight", weight)), (None, 2))
 
 
-def _convolution(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+def _convolution(args: tuple[Any, ...], result: Any) -> Iterator[Product[Tensor]]:
     x, weight, transposed = args[0], args[1], bool(args[6])
     per_element = weight.numel() // weight.shape[0]
     name = "transposed convolution" if transposed else "convolution"
@@ -88,21 +72,21 @@ def _convolution(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
     yield Product(name, macs, (("input", x), ("weight", weight)), (None, int(transposed)))
 
 
-def _attention(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+def _attention(args: tuple[Any, ...], result: Any) -> Iterator[Product[Tensor]]:
     query, key, value = args[:3]
     pairs = query.numel() // query.shape[-1] * key.shape[-2]
     yield Product("attention scores", pairs * query.shape[-1], (("query", query), ("key", key)))
     yield Product("attention output", pairs * value.shape[-1], (("probabilities", None), ("value", value)))
 
 
-def _mkldnn_rnn(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+def _mkldnn_rnn(args: tuple[Any, ...], result: Any) -> Iterator[Product[Tensor]]:
     x, weight_ih, weight_hh = args[:3]
     steps = x.numel() // x.shape[-1]
     yield Product("recurrent input", steps * weight_ih.numel(), (("input", x), ("weight_ih", weight_ih)))
     yield Product("recurrent state", steps * weight_hh.numel(), (("hidden", None), ("weight_hh", weight_hh)))
 
 
-def _cudnn_rnn(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+def _cudnn_rnn(args: tuple[Any, ...], result: Any) -> Iterator[Product[Tensor]]:
     x, weights = args[0], [w for w in args[1] if w is not None and w.dim() == 2]
     steps = x.numel() // x.shape[-1]
     for index, weight in enumerate(weights):
@@ -110,18 +94,18 @@ def _cudnn_rnn(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
         yield Product("recurrent", steps * weight.numel(), (("input", operand), ("weight", weight)))
 
 
-def _trilinear(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+def _trilinear(args: tuple[Any, ...], result: Any) -> Iterator[Product[Tensor]]:
     left, weight, right = args[:3]
     rows = result.numel() // weight.shape[0] if weight.dim() else 1
     operands = (("input1", left), ("weight", weight), ("input2", right))
     yield Product("bilinear", rows * weight.numel(), operands, (None, 0, None))
 
 
-def _grouped(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+def _grouped(args: tuple[Any, ...], result: Any) -> Iterator[Product[Tensor]]:
     return _two("grouped matrix product", args[0], args[1], result.numel() * args[0].shape[-1])
 
 
-def _fast_encoder_layer(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+def _fast_encoder_layer(args: tuple[Any, ...], result: Any) -> Iterator[Product[Tensor]]:
     x, width = args[0], args[1]
     weights = [a for a in args[3:] if isinstance(a, Tensor) and a.dim() == 2 and width in a.shape]
     tokens, length = x.numel() // x.shape[-1], x.shape[-2]
@@ -129,14 +113,14 @@ def _fast_encoder_layer(args: tuple[Any, ...], result: Any) -> Iterator[Product]
     yield Product("transformer layer in one piece", macs, (("input", None), ("weights", None)))
 
 
-def _fast_attention(args: tuple[Any, ...], result: Any) -> Iterator[Product]:
+def _fast_attention(args: tuple[Any, ...], result: Any) -> Iterator[Product[Tensor]]:
     x, width, weights = args[0], args[3], (args[5], args[7])
     tokens, length = x.numel() // x.shape[-1], args[1].shape[-2]
     macs = tokens * sum(w.numel() for w in weights) + 2 * tokens * length * width
     yield Product("attention in one piece", macs, (("input", None), ("weights", None)))
 
 
-_MULTIPLYING: dict[str, Callable[[tuple[Any, ...], Any], Iterator[Product]]] = {
+_MULTIPLYING: dict[str, Callable[[tuple[Any, ...], Any], Iterator[Product[Tensor]]]] = {
     "mm": _matmul(0),
     "bmm": _matmul(0),
     "mv": _matmul(0),
@@ -168,7 +152,7 @@ _MULTIPLYING: dict[str, Callable[[tuple[Any, ...], Any], Iterator[Product]]] = {
 }
 
 
-def products_of(operator: str, args: tuple[Any, ...], result: Any) -> list[Product]:
+def products_of(operator: str, args: tuple[Any, ...], result: Any) -> list[Product[Tensor]]:
     """The products in a call of an operator (``"aten::mm"``); none for operators that do not multiply."""
     namespace, _, name = operator.partition("::")
     products = _MULTIPLYING.get(name) if namespace == "aten" else None

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from quantpatch.interception.activations import Activation
+    from quantpatch.interception.block import Block
     from quantpatch.interception.torch_state import Snapshot
     from quantpatch.testing import Trial
 
@@ -126,14 +126,12 @@ class ConformanceItem(pytest.Item):
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """Remembers which test has left a block open, for ``torch_untouched`` of a later one to name it."""
     result = yield
-    if "quantpatch.interception.activations" in sys.modules:
+    if "quantpatch.interception.block" in sys.modules:
         from quantpatch.testing.untouched import open_here
 
-        known = [activation for activation, _ in _left_open]
+        known = [block for block, _ in _left_open]
         _left_open.extend(
-            (activation, item.nodeid)
-            for activation in open_here()
-            if activation not in known and activation not in _of_fixtures
+            (block, item.nodeid) for block in open_here() if block not in known and block not in _of_fixtures
         )
     return result
 
@@ -141,7 +139,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """What is open before a test's own code runs belongs to its fixtures, and may serve others as well."""
-    if "quantpatch.interception.activations" in sys.modules:
+    if "quantpatch.interception.block" in sys.modules:
         from quantpatch.testing.untouched import open_here
 
         _of_fixtures[:] = open_here()
@@ -149,8 +147,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 # Blocks that the fixtures of the current test have opened, and those left open with the test that did.
-_of_fixtures: list[Activation] = []
-_left_open: list[tuple[Activation, str]] = []
+_of_fixtures: list[Block] = []
+_left_open: list[tuple[Block, str]] = []
 
 _snapshot: Snapshot | None = None
 
@@ -167,11 +165,11 @@ def torch_untouched() -> Iterator[None]:
     from quantpatch.testing.untouched import close_blocks, import_hooks, open_here, warm_up
 
     global _snapshot
-    for activation, test in _left_open:
-        if not activation.closed:
-            activation.payload.close()
+    for block, test in _left_open:
+        if not block.closed:
+            block.close()
             warnings.warn(
-                f"{test} left a block open: {activation.payload.scope!r}. It was closed",
+                f"{test} left a block open: {block.scope!r}. It was closed",
                 QuantPatchWarning,
                 stacklevel=2,
             )

@@ -18,11 +18,12 @@ from rich.table import Table
 
 from quantpatch.analysis.audit import audit
 from quantpatch.errors import CoverageError, QuantPatchError, ScopeError, shown
-from quantpatch.interception.hooks import Slot
 from quantpatch.plugins.registry import registry
 from quantpatch.plugins.scaffold import new_plugin
+from quantpatch.quantize.compose import compose
 from quantpatch.quantize.explain import explain
-from quantpatch.quantize.resolve import compose
+from quantpatch.quantize.reasons import NotByDefault
+from quantpatch.quantize.resolve import Decision
 from quantpatch.quantize.scope import quantize_modules
 from quantpatch.recipes.descriptor import CHANNEL, REDUCTION, QuantDescriptor
 from quantpatch.report.folding import alike
@@ -185,74 +186,75 @@ def layers(
     """List what a block would replace, by what, and on whose word."""
     _look_here()
     table = compose(
-        {},
-        registry.offers(plugin),
+        registry.entries(plugin),
         plugins=plugin,
         skip=skip or (),
         custom=_entries(custom),
         include=include or (),
     )
-    rows = [
-        {
-            "target": choice.offer.entry.dotted,
-            "replacement": str(choice.offer.entry).partition(" -> ")[2],
-            "plugin": choice.offer.plugin,
-            "state": choice.float_because
-            or ("replaced" if isinstance(key, Slot) else "replaced if its module gets imported"),
-        }
-        for key, choice in table.items()
-    ]
+    decisions = list(table.values())
     if as_json:
-        _print_json(rows)
+        headings = ("target", "replacement", "plugin", "state")
+        _print_json([dict(zip(headings, _cells(decision), strict=True)) for decision in decisions])
         return
-    _print(_Layers([{key: str(value) for key, value in row.items()} for row in rows]))
+    _print(_Layers(decisions))
 
 
-def _package(row: dict[str, str]) -> str:
-    return row["target"].partition(".")[0]
+def _cells(decision: Decision) -> tuple[str | None, ...]:
+    """A target, what replaces it, the plugin with the entry, and whether a block replaces it."""
+    entry = decision.entry
+    assert entry is not None
+    waits = "replaced if its module gets imported" if decision.target is None else "replaced"
+    state = waits if decision.reason is None else str(decision.reason)
+    return decision.name, entry.replacement_name, entry.plugin, state
 
 
-def _state_of_any(row: dict[str, str]) -> str:
-    """The state without the target's own name, which it may tell to write somewhere."""
-    return row["state"].replace(repr(row["target"].rpartition(".")[2]), "...")
+def _likeness(decision: Decision) -> Any:
+    """What targets have in common that can be shown as one."""
+    reason = decision.reason
+    why = NotByDefault if isinstance(reason, NotByDefault) else reason
+    package, _, _ = decision.name.partition(".")
+    return package, None if decision.entry is None else decision.entry.plugin, why, decision.target is None
 
 
 @attrs.frozen
 class _Layers:
     """What a block would replace, as a table."""
 
-    rows: list[dict[str, str]]
+    decisions: list[Decision]
 
     def __rich__(self) -> Table:
-        return self._table([tuple(row.values()) for row in self.rows])
+        return self._table([_cells(decision) for decision in self.decisions])
 
     def folded(self) -> Table:
         """One row for the targets in a package that are replaced alike; their modules are in JSON."""
-        groups = alike(self.rows, lambda row: (_package(row), row["plugin"], _state_of_any(row)))
-        return self._table([self._folded(group) for group in groups])
+        return self._table([self._folded(group) for group in alike(self.decisions, _likeness)])
 
     @staticmethod
-    def _folded(group: list[dict[str, str]]) -> tuple[str, ...]:
-        row = group[0]
+    def _folded(group: list[Decision]) -> tuple[str | None, ...]:
         if len(group) == 1:
-            return tuple(row.values())
-        parts = [row["target"].split(".") for row in group]
+            return _cells(group[0])
+        rows = [_cells(decision) for decision in group]
+        parts = [decision.name.split(".") for decision in group]
         same = itertools.takewhile(
             lambda found: len(set(found)) == 1, zip(*(p[:-1] for p in parts), strict=False)
         )
         modules, names = ".".join(found[0] for found in same), [p[-1] for p in parts]
-        made = (row["replacement"].rpartition(":")[2] for row in group)
+        made = (str(replacement).rpartition(":")[2] for _, replacement, _, _ in rows)
         by_rule = all(m.startswith(f"Quant{name}") for name, m in zip(names, made, strict=True))
         replaced_by = "Quant..." if by_rule else "each by its own"
-        return f"{modules}: {', '.join(names)}", replaced_by, row["plugin"], _state_of_any(row)
+        _, _, plugin, state = rows[0]
+        if isinstance(group[0].reason, NotByDefault):
+            state = str(NotByDefault(tuple(names)))
+        return f"{modules}: {', '.join(names)}", replaced_by, plugin, state
 
     @staticmethod
-    def _table(rows: list[tuple[str, ...]]) -> Table:
+    def _table(rows: list[tuple[str | None, ...]]) -> Table:
         table = Table()
         for heading in ("target", "replacement", "plugin", "state"):
             table.add_column(heading, overflow="fold")
         for row in rows:
-            _add_row(table, *row)
+            _add_row(table, *(cell or "custom" for cell in row))
         return table
 
 

@@ -4,7 +4,7 @@
 hooks.py             stand in for the ``__init__`` of classes, and for functions
 slots.py             where hooks stand, and what stood there before
 construction.py      when a construction is over, whatever called what
-activations.py       which policy is in force in which context
+block.py             one block: who decides what is built in a context, from its opening to its end
 statements.py        changes that an interrupt between two instructions cannot split
 import_watch.py      targets whose module is imported later
 mimicry.py           hooks that look like what they stand for

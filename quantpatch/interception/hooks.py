@@ -6,7 +6,7 @@ is what it was, keys in order and values by identity, whatever happened in betwe
 nothing of quantization and imports no torch.
 
 A *slot* is the one attribute that carries a hook: ``__init__`` in a class's own dictionary, or a
-function's name in its module. A hook asks the *activation* in force in its context which replacement
+function's name in its module. A hook asks the *block* in force in its context which replacement
 applies.
 """
 
@@ -21,10 +21,9 @@ from collections.abc import Callable
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
-from quantpatch.interception import activations
-from quantpatch.interception.activations import (
-    Activation,
-    Policy,
+from quantpatch.interception import block as blocks
+from quantpatch.interception.block import (
+    Block,
     current,
     current_in_context,
     is_being_replaced,
@@ -34,7 +33,7 @@ from quantpatch.interception.activations import (
 from quantpatch.interception.mimicry import inheriting, is_made_here
 from quantpatch.interception.slots import MISSING, HookedAttribute, lock
 
-__all__ = ["Activation", "Policy", "Slot", "current", "current_in_context", "is_being_replaced", "lock"]
+__all__ = ["Block", "Slot", "current", "current_in_context", "is_being_replaced", "lock"]
 
 Hook = Callable[..., Any]
 
@@ -256,8 +255,8 @@ class _ClassSlot(Slot):
 
         @functools.wraps(displaced if type(displaced) is FunctionType else target.__init__)
         def __init__(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-            activation = current()
-            if activation is None:
+            block = current()
+            if block is None:
                 return base_init(self, *args, **kwargs)
             inside = within.get()
             cls = type(self)
@@ -271,22 +270,21 @@ class _ClassSlot(Slot):
                         within.set(inside)
                 if is_within(slot, inside):
                     return base_init(self, *args, **kwargs)
-            policy: Policy = activation.payload
             if cls is not target:
                 result = base_init(self, *args, **kwargs)
-                policy.subclass_came_out(slot, self)
+                block.subclass_came_out(slot, self)
                 return result
-            replacement = policy.replacement_for(slot)
+            replacement = block.replacement_for(slot)
             if replacement is None:
                 result = base_init(self, *args, **kwargs)
             else:
                 become(self, "__class__", replacement)
                 try:
-                    within.set((slot, activation, inside))
+                    within.set((slot, block, inside))
                     result = self.__init__(*args, **kwargs)
                 finally:
                     within.set(inside)
-            policy.came_out(slot)
+            block.came_out(slot)
             return result
 
         init.acts_by(__init__)
@@ -334,10 +332,10 @@ class _RootSlot(_ClassSlot):
         @functools.wraps(self.target.__init__)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> Any:
             base_init(self, *args, **kwargs)
-            activation = current()
+            block = current()
             # One that other code has wrapped for good, as torch.compile does, leaves it to the one above.
-            if activation is not None and slot._kept is not None and slot._kept[0] is __init__:
-                activation.payload.passed_root(self)
+            if block is not None and slot._kept is not None and slot._kept[0] is __init__:
+                block.passed_root(self)
 
         _Mark.on(__init__, slot, displaced)
         return __init__
@@ -377,21 +375,20 @@ class _FunctionSlot(Slot):
 
         @functools.wraps(original)
         def dispatch(*args: Any, **kwargs: Any) -> Any:
-            activation = current()
-            if activation is not None and slot is not None:  # None where a pickle has brought this
-                inside = activations.within.get()  # as the module's, since no pickle holds a ContextVar
+            block = current()
+            if block is not None and slot is not None:  # None where a pickle has brought this
+                inside = blocks.within.get()  # as the module's, since no pickle holds a ContextVar
                 if not is_within(slot, inside):
-                    policy: Policy = activation.payload
-                    replacement = policy.replacement_for(slot)
+                    replacement = block.replacement_for(slot)
                     if replacement is None:
                         result = original(*args, **kwargs)
                     else:
                         try:
-                            activations.within.set((slot, activation, inside))
+                            blocks.within.set((slot, block, inside))
                             result = replacement(*args, **kwargs)
                         finally:
-                            activations.within.set(inside)
-                    policy.came_out(slot)
+                            blocks.within.set(inside)
+                    block.came_out(slot)
                     return result
             return original(*args, **kwargs)
 

@@ -16,7 +16,7 @@ import attrs
 import torch
 from torch import nn
 
-from quantpatch.interception.activations import Activation, opened_here
+from quantpatch.interception.block import Block, opened_here
 
 __all__ = ["ABSENT", "Change", "Snapshot", "Trace", "protected"]
 
@@ -247,17 +247,17 @@ class LeftOpen:
     """A block that was opened and not closed.
 
     Attributes:
-        activation: What is in force.
+        block: The block.
     """
 
-    activation: Activation
+    block: Block
 
     def __str__(self) -> str:
-        return f"a block was left open: {self.activation.payload.scope!r}"
+        return f"a block was left open: {self.block.scope!r}"
 
     def undo(self) -> None:
         """Closes it."""
-        self.activation.payload.close()
+        self.block.close()
 
 
 # --- code that may not change torch ------------------------------------------------------------
@@ -285,7 +285,7 @@ def protected(changes: list[Trace]) -> Iterator[None]:
     try:
         yield
     finally:
-        left = [LeftOpen(activation) for activation in opened_here() if activation not in blocks]
+        left = [LeftOpen(block) for block in opened_here() if block not in blocks]
         found = [c for c in before.changes() if _is_foreign(c, before)]
         traces: list[Trace] = [*left, *found, *settings.changes()]
         for change in traces:

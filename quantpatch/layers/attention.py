@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from quantpatch.errors import QuantPatchError
 from quantpatch.layers.base import QuantizedLayer
@@ -48,6 +49,7 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     """
 
     inputs = ("query", "key", "value")
+    parts = {"out_proj": NonDynamicallyQuantizableLinear}
 
     def weight_axes(self) -> Mapping[str, Axis]:
         """One weight for all three projections, or one for each, and that of the output's."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -37,6 +37,7 @@ __all__ = [
     "make_replacement",
     "quantizer_name",
     "quantizers_of",
+    "weight_owner",
     "weight_quantizers",
 ]
 
@@ -60,6 +61,9 @@ class QuantizedLayer:
         operations: Operations that ``forward`` makes itself, such as ``+`` or ``torch.matmul``, each with
             names for its operands: ``{torch.add: ("branch", "skip")}``. Each of these activations is
             quantized where it is used. A class with operations has no other operands, unless it names them.
+        parts: Submodules whose weights the layer multiplies itself and that it never calls, by name, each
+            with its class. Nothing replaces them; their weights are operands of the layer: that of
+            ``out_proj`` is ``out_proj_weight``.
         feature_axis: The axis of an activation's features, along which formats in blocks run. For weights
             that is the axis of the input channels.
         float_class: The class this one stands for (found by itself).
@@ -68,6 +72,7 @@ class QuantizedLayer:
     inputs: ClassVar[tuple[str, ...]] = ("input",)
     weights: ClassVar[Mapping[str, Axis]] = {"weight": 0}
     operations: ClassVar[Operations] = {}
+    parts: ClassVar[Mapping[str, type[nn.Module]]] = {}
     feature_axis: ClassVar[int] = -1
     float_class: ClassVar[type[nn.Module]]
 
@@ -394,6 +399,21 @@ class ChannelsFirst3d(QuantizedLayer):
     """Mixin for layers over three spatial axes."""
 
     feature_axis = -4
+
+
+def weight_owner(class_of: Callable[[str], Any], name: str) -> tuple[str, str]:
+    """Which layer multiplies a weight, and under the name of which operand.
+
+    Args:
+        class_of: Gives the class of a module of the model by its name.
+        name: The weight's name in the model: ``"fc.weight"``, or of a part of a layer
+            ``"attention.out_proj.weight"``, which is ``out_proj_weight`` of ``"attention"``.
+    """
+    module, _, operand = name.rpartition(".")
+    layer, _, part = module.rpartition(".")
+    if part and part in getattr(class_of(layer), "parts", ()):
+        return layer, f"{part}_{operand}"
+    return module, operand
 
 
 def is_quantizer(module: Any) -> bool:

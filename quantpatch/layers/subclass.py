@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
+import attrs
+
 from quantpatch.errors import LayerError
 from quantpatch.interception import hooks
 from quantpatch.layers.base import QuantizedLayer, make_replacement
@@ -23,14 +25,77 @@ from quantpatch.layers.stand_ins import is_stand_in
 from quantpatch.recipes.descriptor import Recipe
 from quantpatch.torch_tools.class_swap import change_class, dotted
 
-__all__ = ["attributes_used", "combine", "own_ways", "replacement_of", "take_over", "why_float"]
+__all__ = [
+    "CannotCombine",
+    "Obstacle",
+    "OwnInit",
+    "OwnMembers",
+    "WrittenOtherwise",
+    "attributes_used",
+    "cannot_combine",
+    "combine",
+    "own_ways",
+    "replacement_of",
+    "take_over",
+]
+
+
+@attrs.frozen
+class Obstacle:
+    """Why a subclass cannot be quantized as its base class is; reads on after "a subclass of Linear"."""
+
+
+@attrs.frozen
+class OwnMembers(Obstacle):
+    """It does not compute as its base class does.
+
+    Attributes:
+        names: What of its base class's computation it has in a version of its own.
+    """
+
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shown = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in self.names]
+        return f"with {' and '.join(shown)} of its own"
+
+
+@attrs.frozen
+class OwnInit(Obstacle):
+    """The base class's replacement can build layers, but not take over one that exists."""
+
+    def __str__(self) -> str:
+        return "whose replacement has an __init__ of its own, which makes new layers only"
+
+
+@attrs.frozen
+class WrittenOtherwise(Obstacle):
+    """The base class's replacement was not written as its quantized layer."""
+
+    def __str__(self) -> str:
+        return "whose replacement is not a QuantizedLayer of it"
+
+
+@attrs.frozen
+class CannotCombine(Obstacle):
+    """Python cannot combine the layouts or metaclasses of the two.
+
+    Attributes:
+        error: What it says.
+    """
+
+    error: str
+
+    def __str__(self) -> str:
+        return f"that Python cannot combine with its replacement ({self.error})"
+
 
 # Held as long as the class is in use, which holds the two classes that it is made of.
 _combined: weakref.WeakValueDictionary[tuple[type, type], type[QuantizedLayer]] = (
     weakref.WeakValueDictionary()
 )
 # What was found out about a subclass, by replacement.
-_found: weakref.WeakKeyDictionary[type, dict[Any, str]] = weakref.WeakKeyDictionary()
+_found: weakref.WeakKeyDictionary[type, dict[Any, Obstacle | None]] = weakref.WeakKeyDictionary()
 
 # Who overrides these decides what happens before any forward.
 _ALWAYS_USED = {"__call__", "__getattr__", "__getattribute__"}
@@ -51,8 +116,8 @@ def combine(replacement: type[QuantizedLayer], subclass: type[Any]) -> type[Quan
     known = _combined.get((replacement, subclass))
     if known is not None:
         return known
-    why = own_ways(replacement, subclass) or _cannot_combine(replacement, subclass)
-    if why:
+    why = own_ways(replacement, subclass) or cannot_combine(replacement, subclass)
+    if why is not None:
         raise LayerError(
             f"{dotted(subclass)} cannot be quantized as {replacement.__qualname__}: it is a subclass {why}",
             layer=subclass,
@@ -103,27 +168,8 @@ def _new(replacement: type[QuantizedLayer], subclass: type[Any], *arguments: Any
     return cls.__new__(cls, *arguments)
 
 
-def why_float(replacement: Any | None, subclass: type[Any], target: str, *, wanted: bool) -> str:
-    """Why an object of a subclass stays float; empty if it does not.
-
-    Args:
-        replacement: What replaces the base class; None if it has not been imported.
-        subclass: Its class.
-        target: Dotted name of the base class.
-        wanted: Whether subclasses are to be quantized.
-    """
-    why = "" if replacement is None else own_ways(replacement, subclass)
-    if wanted and not why:
-        why = _cannot_combine(replacement, subclass)
-        if not why:
-            return ""
-    if why:
-        return f"a subclass of {target} {why}, for which there is no entry"
-    return f"a subclass of {target}, for which there is no entry; write subclasses=True"
-
-
-def own_ways(replacement: Any, subclass: type[Any]) -> str:
-    """In what a subclass does not compute as its base class does; empty if it does.
+def own_ways(replacement: Any, subclass: type[Any]) -> Obstacle | None:
+    """In what a subclass does not compute as its base class does; None if it does.
 
     It must leave alone the ``forward`` of the base class, all that this uses of the object (its methods, and
     theirs), and all that the replacement is made of.
@@ -131,9 +177,6 @@ def own_ways(replacement: Any, subclass: type[Any]) -> str:
     Args:
         replacement: What replaces the base class.
         subclass: The subclass.
-
-    Returns:
-        A clause to go after "a subclass of ...".
     """
     known = _found.setdefault(subclass, {})
     if replacement not in known:
@@ -141,12 +184,12 @@ def own_ways(replacement: Any, subclass: type[Any]) -> str:
     return known[replacement]
 
 
-def _own_ways(replacement: Any, subclass: type[Any]) -> str:
+def _own_ways(replacement: Any, subclass: type[Any]) -> Obstacle | None:
     base = getattr(replacement, "float_class", None)
     if base is None or not issubclass(replacement, QuantizedLayer) or not issubclass(subclass, base):
-        return "whose replacement is no QuantizedLayer of it"
+        return WrittenOtherwise()
     if replacement.__init__ is not QuantizedLayer.__init__:
-        return "whose replacement has an __init__ of its own, which makes new layers only"
+        return OwnInit()
     own = _members(itertools.takewhile(lambda c: c is not base, subclass.__mro__))
     members = _members(c for c in replacement.__mro__ if c not in base.__mro__)
     added = {
@@ -154,18 +197,16 @@ def _own_ways(replacement: Any, subclass: type[Any]) -> str:
     }
     clash = (added & own.keys()) - _FOR_SHOW
     used = {name for name in attributes_used(base, "forward") | _ALWAYS_USED if _overrides(base, own, name)}
-    if not clash | used:
-        return ""
-    shown = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in sorted(clash | used)]
-    return f"with {' and '.join(shown)} of its own"
+    return OwnMembers(tuple(sorted(clash | used))) if clash | used else None
 
 
-def _cannot_combine(replacement: Any, subclass: type[Any]) -> str:
+def cannot_combine(replacement: Any, subclass: type[Any]) -> Obstacle | None:
+    """Whether Python cannot combine a replacement with a subclass that computes as its base class does."""
     try:
         object.__setattr__(object.__new__(subclass), "__class__", _combined_now(replacement, subclass))
     except Exception as error:  # layouts or metaclasses that do not go together
-        return f"that Python cannot combine with its replacement ({type(error).__name__}: {error})"
-    return ""
+        return CannotCombine(f"{type(error).__name__}: {error}")
+    return None
 
 
 def _members(classes: Iterator[type]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def _module_reference(module: Any) -> Any:
     return module
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Entry:
     """What to replace, and by what.
 
@@ -44,6 +44,8 @@ class Entry:
             nothing to replace then. Otherwise that is an error.
         reported: Whether ``scope.replaced`` lists it. Not what a plugin replaces for its own ends, such as
             a function that loads checkpoints: users look there for layers.
+        plugin: Name of the plugin that returned it, which is noted then; None for one that was given as
+            ``custom``.
     """
 
     module: str | ModuleType = attrs.field(converter=_module_reference)
@@ -52,6 +54,7 @@ class Entry:
     default: bool = attrs.field(default=True, kw_only=True)
     optional: bool = attrs.field(default=False, kw_only=True)
     reported: bool = attrs.field(default=True, kw_only=True)
+    plugin: str | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.module, (str, ModuleType)) or not self.module:
@@ -98,6 +101,11 @@ class Entry:
         return self.module if isinstance(self.module, str) else self.module.__name__
 
     @property
+    def source(self) -> str:
+        """Whose it is, for messages."""
+        return "custom" if self.plugin is None else f"plugin {self.plugin!r}"
+
+    @property
     def dotted(self) -> str:
         """Dotted name of the target, such as ``"torch.nn.Linear"``."""
         return f"{self.module_name}.{self.name}"
@@ -132,11 +140,16 @@ class Entry:
                 entry=self,
             ) from None
 
-    def __str__(self) -> str:
+    @property
+    def replacement_name(self) -> str:
+        """Where the replacement is found: ``"package.module:Name"``."""
         replacement = self.replacement
-        if not isinstance(replacement, str):
-            replacement = f"{replacement.__module__}:{getattr(replacement, '__qualname__', replacement)}"
-        return f"{self.dotted} -> {replacement}"
+        if isinstance(replacement, str):
+            return replacement
+        return f"{replacement.__module__}:{getattr(replacement, '__qualname__', replacement)}"
+
+    def __str__(self) -> str:
+        return f"{self.dotted} -> {self.replacement_name}"
 
 
 EntryLike = Entry | tuple[Any, str, Any]

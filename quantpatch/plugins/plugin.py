@@ -29,7 +29,7 @@ from quantpatch.torch_tools import debug_trace
 from quantpatch.torch_tools.atomic_files import own_version
 from quantpatch.torch_tools.raised import is_from_outside, said
 
-__all__ = ["BLOCK_VARIABLE", "BUILTIN", "Offer", "Plugin", "discover"]
+__all__ = ["BLOCK_VARIABLE", "BUILTIN", "Plugin", "discover"]
 
 BUILTIN = "quantpatch.builtin"
 BLOCK_VARIABLE = "QUANTPATCH_BLOCK"
@@ -41,27 +41,6 @@ _HOOKS = tuple(name for name in hookspecs.__all__ if name.startswith("quantpatch
 
 # A line of a distribution's requirements that is about quantpatch itself.
 _IS_OURS = re.compile(r"quantpatch(?![\w.-])", re.IGNORECASE).match
-
-
-@attrs.frozen(cache_hash=True)
-class Offer:
-    """An entry with its provenance.
-
-    Attributes:
-        entry: The entry.
-        plugin: Name of the plugin that offers it, or None for one given to a scope as ``custom``.
-    """
-
-    entry: Entry
-    plugin: str | None
-
-    def __str__(self) -> str:
-        return str(self.entry)
-
-    @property
-    def source(self) -> str:
-        """Whose it is, for messages."""
-        return "custom" if self.plugin is None else f"plugin {self.plugin!r}"
 
 
 class Plugin:
@@ -306,7 +285,7 @@ class Plugin:
             raise self.error(f"returned {said!r} from {hook}, expected text or None", hook)
         return said
 
-    def entries(self, manager: pluggy.PluginManager) -> tuple[Offer, ...]:
+    def entries(self, manager: pluggy.PluginManager) -> tuple[Entry, ...]:
         """What it offers to replace.
 
         Raises:
@@ -314,7 +293,7 @@ class Plugin:
         """
         hook = "quantpatch_entries"
 
-        def read(returned: list[Any]) -> tuple[Offer, ...]:
+        def read(returned: list[Any]) -> tuple[Entry, ...]:
             for several in returned:
                 if isinstance(several, (str, bytes, Entry)) or not isinstance(several, Iterable):
                     raise self.error(
@@ -334,10 +313,10 @@ class Plugin:
             doubled = sorted(target for target, count in targets.items() if count > 1)
             if doubled:
                 raise self.error(f"returned more than one entry for {', '.join(doubled)} from {hook}", hook)
-            return tuple(Offer(entry, self.name) for entry in entries)
+            return tuple(attrs.evolve(entry, plugin=self.name) for entry in entries)
 
-        offers: tuple[Offer, ...] = self._ask(manager, hook, read)
-        return offers  # the same objects each time: a block that is opened looks each of them up
+        found: tuple[Entry, ...] = self._ask(manager, hook, read)
+        return found  # the same objects each time: a block that is opened looks each of them up
 
     def examples(self, manager: pluggy.PluginManager) -> tuple[Example, ...]:
         """How it says to build what it replaces.

@@ -23,7 +23,7 @@ from quantpatch.numerics.formats import NumberFormat, affine_format
 from quantpatch.plugins import hookspecs
 from quantpatch.plugins.entry import Entry
 from quantpatch.plugins.example import Example
-from quantpatch.plugins.plugin import BLOCK_VARIABLE, BUILTIN, Offer, Plugin, discover
+from quantpatch.plugins.plugin import BLOCK_VARIABLE, BUILTIN, Plugin, discover
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 
 __all__ = ["ALLOW_VARIABLE", "PluginInfo", "Registry", "recipe", "registry"]
@@ -68,7 +68,7 @@ class Registry:
         self._manager.add_hookspecs(hookspecs)
         self._plugins: dict[str, Plugin] = {}
         self._undiscovered = discover
-        self._remembered: dict[Any, tuple[Offer, ...]] = {}  # what each choice of plugins offers
+        self._remembered: dict[Any, tuple[Entry, ...]] = {}  # those of each choice of plugins
         self._told: set[tuple[str, str]] = set()  # unknown names that a warning has named
 
     # --- what is there -------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class Registry:
 
     # --- what they say -------------------------------------------------------------------------
 
-    def offers(self, plugins: Iterable[str] | None = None) -> tuple[Offer, ...]:
+    def entries(self, plugins: Iterable[str] | None = None) -> tuple[Entry, ...]:
         """Every entry of every active plugin: built-ins first, then plugins by name.
 
         Args:
@@ -160,7 +160,7 @@ class Registry:
         key = (only, os.environ.get(BLOCK_VARIABLE), os.environ.get(ALLOW_VARIABLE), tuple(self._plugins))
         found = self._remembered.get(key)
         if found is None:
-            found = tuple(offer for p in self._active(only) for offer in p.entries(self._manager))
+            found = tuple(entry for p in self._active(only) for entry in p.entries(self._manager))
             self._remembered[key] = found
         return found
 
@@ -284,7 +284,7 @@ class Registry:
             try:
                 plugin.load(self._manager)
                 hooks = plugin.hooks(self._manager)
-                entries = tuple(offer.entry for offer in plugin.entries(self._manager))
+                entries = plugin.entries(self._manager)
                 if not hooks:
                     reason = "it implements no hook: mark functions with @quantpatch.hookimpl"
             except PluginError as error:

@@ -17,13 +17,14 @@ from quantpatch.errors import ConversionError
 from quantpatch.layers.base import QuantizedLayer, quantizers_of
 from quantpatch.layers.placed import placed_in, take_out
 from quantpatch.layers.quantizer import named_quantizers
-from quantpatch.layers.subclass import combine, take_over, why_float
+from quantpatch.layers.subclass import take_over
 from quantpatch.plugins.entry import EntryLike
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.configure import apply_rules
-from quantpatch.quantize.options import Settings
+from quantpatch.quantize.options import Options
 from quantpatch.quantize.outcome import Outcome, Replaced, Skipped
-from quantpatch.quantize.resolve import Choice, Pattern, Table, nearest
+from quantpatch.quantize.reasons import Pattern
+from quantpatch.quantize.resolve import Decision, Table, resolver
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
 from quantpatch.report.changes import ChangeReport
@@ -46,15 +47,6 @@ class Conversion:
 
     replaced: tuple[Replaced, ...]
     skipped: tuple[Skipped, ...]
-
-
-@attrs.frozen
-class _Step:
-    """One layer to convert."""
-
-    name: str
-    layer: nn.Module
-    replacement: type[QuantizedLayer]
 
 
 def convert(
@@ -89,7 +81,7 @@ def convert(
             entry's replacement cannot take over a layer that exists.
         RuleError: A rule of the recipe matches nothing, or is malformed.
     """
-    settings = Settings.of(skip, custom, recipe, plugins, include, subclasses)
+    options = Options.of(skip, custom, recipe, plugins, include, subclasses)
     _refuse_wrapped(model, "convert")
     already = [name for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
     if already:
@@ -100,17 +92,17 @@ def convert(
         )
     chosen = registry.recipe(DEFAULT_RECIPE if recipe is None else recipe)
     outcome = Outcome()
-    steps = _plan(model, settings.table(chosen), outcome, subclasses=bool(settings.subclasses))
-    if not steps:
+    planned = _plan(model, options.table(chosen), outcome)
+    if not planned:
         seen = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
         raise ConversionError(
             f"{type(model).__name__} holds nothing to quantize: its modules are {seen}. Give an entry for "
             f"your own layers: convert(model, custom=[(module, 'Name', QuantName)])"
         )
     with contextlib.ExitStack() as undo:
-        for step in steps:
-            undo.callback(_unconvert, step.layer, own_class(step.layer), tuple(step.layer._modules))
-            take_over(step.layer, step.replacement, chosen)
+        for layer, replacement in planned:
+            undo.callback(_unconvert, layer, own_class(layer), tuple(layer._modules))
+            take_over(layer, replacement, chosen)
         if chosen.rules:
             apply_rules([model], chosen.rules)
         undo.pop_all()  # all went well: keep it
@@ -135,39 +127,30 @@ def _refuse_wrapped(model: nn.Module, verb: str) -> None:
             )
 
 
-def _plan(model: nn.Module, table: Table, outcome: Outcome, *, subclasses: bool) -> list[_Step]:
-    steps: list[_Step] = []
-    for name, layer in model.named_modules():
-        cls = own_class(layer)
-        found = nearest(table, cls)
-        if found is None:
+def _plan(model: nn.Module, table: Table, outcome: Outcome) -> list[tuple[nn.Module, type[QuantizedLayer]]]:
+    """The layers to convert, each with the class that it gets."""
+    planned = []
+    decide = resolver(table)
+    for layer in model.modules():
+        decision = decide(own_class(layer))
+        if decision.entry is None:
             continue
-        slot, choice = found
-        offer, because = choice.offer, choice.float_because
-        own = "" if cls is slot.target else dotted(cls)
-        if own:
-            because = because or why_float(choice.replacement, cls, offer.entry.dotted, wanted=subclasses)
-        if because:
-            outcome.count(offer, because, target=own)
-            continue
-        replacement = _fit_for_conversion(choice)
-        if own:
-            replacement = combine(replacement, cls)
-        outcome.count(offer, target=own, replacement=dotted(replacement))
-        steps.append(_Step(name, layer, replacement))
-    return steps
+        if decision.reason is None:
+            planned.append((layer, _fit_for_conversion(decision)))
+        outcome.count(decision)
+    return planned
 
 
-def _fit_for_conversion(choice: Choice) -> type[QuantizedLayer]:
-    entry, replacement = choice.offer.entry, choice.replacement
-    target = entry.name
+def _fit_for_conversion(decision: Decision) -> type[QuantizedLayer]:
+    entry, replacement = decision.entry, decision.replacement
     is_layer = isinstance(replacement, type) and issubclass(replacement, QuantizedLayer)
     if is_layer and hasattr(replacement, "float_class"):
         fit: type[QuantizedLayer] = replacement
         return fit
+    assert entry is not None
     raise ConversionError(
-        f"{choice.offer.source}: {entry} can build new layers but not take over existing ones: the "
-        f"replacement is no QuantizedLayer. Write: class Quant{target}(quantpatch.QuantizedLayer, {target})",
+        f"{entry.source}: {entry} can build new layers but not take over existing ones: the replacement is "
+        f"not a QuantizedLayer. Write: class Quant{entry.name}(quantpatch.QuantizedLayer, {entry.name})",
         entry=entry,
     )
 

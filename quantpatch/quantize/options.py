@@ -14,14 +14,16 @@ from torch import nn
 from quantpatch.errors import ScopeError
 from quantpatch.plugins.entry import Entry, EntryLike
 from quantpatch.plugins.registry import registry
-from quantpatch.quantize.resolve import Pattern, Table, compose, load_all, outermost
+from quantpatch.quantize.compose import compose, load_all, outermost
+from quantpatch.quantize.reasons import Pattern
+from quantpatch.quantize.resolve import Table
 from quantpatch.recipes.descriptor import Recipe
 
-__all__ = ["Settings"]
+__all__ = ["Options"]
 
 
 @attrs.frozen
-class Settings:
+class Options:
     """What to quantize and how; ``quantize_modules`` says what each of these is.
 
     Attributes:
@@ -31,6 +33,7 @@ class Settings:
         plugins: Names of the plugins that take part; None: all of them.
         include: Targets to replace although they are left float by default.
         subclasses: Whether subclasses of targets are quantized as well; None: as in the block around.
+        keep_float: Whether nothing is replaced at all.
     """
 
     skip: tuple[Pattern, ...] = ()
@@ -39,6 +42,7 @@ class Settings:
     plugins: tuple[str, ...] | None = None
     include: tuple[Pattern, ...] = ()
     subclasses: bool | None = None
+    keep_float: bool = False
 
     @classmethod
     def of(
@@ -49,7 +53,7 @@ class Settings:
         plugins: Iterable[str] | None,
         include: Iterable[Pattern] | Pattern,
         subclasses: bool | None,
-    ) -> Settings:
+    ) -> Options:
         """What a user gave, where a single item may stand for a list of one.
 
         Raises:
@@ -65,39 +69,51 @@ class Settings:
         )
 
     def __str__(self) -> str:
-        """As the arguments of a call, leaving out what was not given."""
-        given = {field.name: getattr(self, field.name) for field in attrs.fields(Settings)}
-        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value not in ((), None))
+        """As the call that they were given to, without what was not given."""
+        if self.keep_float:
+            return "keep_float()"
+        given = ((field, getattr(self, field.name)) for field in attrs.fields(Options))
+        arguments = (f"{field.name}={value!r}" for field, value in given if value != field.default)
+        return f"quantize_modules({', '.join(arguments)})"
 
-    def table(self, recipe: Recipe, enclosing: Table | None = None) -> Table:
-        """The loaded table; not to be changed.
+    def table(self, recipe: Recipe, around: Table | None = None) -> Table:
+        """The loaded table.
 
         Args:
             recipe: The recipe in force.
-            enclosing: The table of the block around, if there is one.
+            around: The table of the block around, if there is one.
 
         Raises:
-            EntryError: An entry cannot be used.
             EntryConflictError: Two plugins want the same target.
+            EntryError: An entry cannot be used.
             PluginError: A plugin failed.
             UnknownNameError: A name in ``skip``, ``include`` or ``plugins`` means nothing.
         """
+        if self.keep_float:
+            return around or Table()  # what a block inside starts from
         include = (*recipe.include, *self.include)
         changes_nothing = not (self.custom or self.skip or include) and self.plugins is None
-        if enclosing and changes_nothing and sys.modules.keys().isdisjoint(enclosing.waits_for):
-            return enclosing
-        if not enclosing and not self.custom:
-            return outermost(registry.offers(self.plugins), self.plugins, self.skip, include)
+        if (
+            around
+            and changes_nothing
+            and self.subclasses in (None, around.subclasses)
+            and sys.modules.keys().isdisjoint(around.waits_for)
+        ):
+            return around
+        if not around and not self.custom:
+            subclasses = bool(self.subclasses)
+            return outermost(registry.entries(self.plugins), self.plugins, self.skip, include, subclasses)
         # A block inside another adds the plugins it names; otherwise what it starts from says it all.
-        fresh = not enclosing or self.plugins is not None
+        fresh = not around or self.plugins is not None
         return load_all(
             compose(
-                enclosing or Table(),
-                registry.offers(self.plugins) if fresh else (),
+                registry.entries(self.plugins) if fresh else (),
+                around=around,
                 plugins=self.plugins,
                 skip=self.skip,
                 include=include,
                 custom=self.custom,
+                subclasses=self.subclasses,
             )
         )
 

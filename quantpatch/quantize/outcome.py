@@ -8,7 +8,8 @@ import attrs
 
 from quantpatch.interception import hooks
 from quantpatch.plugins.entry import Entry
-from quantpatch.plugins.plugin import Offer
+from quantpatch.quantize.reasons import Reason
+from quantpatch.quantize.resolve import Decision
 from quantpatch.torch_tools import debug_trace
 from quantpatch.torch_tools.class_swap import dotted
 
@@ -23,15 +24,18 @@ class Replaced:
         target: Dotted name of the class or function.
         replacement: Dotted name of what took its place.
         entry: The entry that applied.
-        plugin: The plugin it came from; None for an entry given as ``custom``.
         count: How many objects were built (or calls made).
     """
 
     target: str
     replacement: str
     entry: Entry
-    plugin: str | None
     count: int
+
+    @property
+    def plugin(self) -> str | None:
+        """The plugin that the entry came from; None for an entry given as ``custom``."""
+        return self.entry.plugin
 
 
 @attrs.frozen
@@ -40,69 +44,52 @@ class Skipped:
 
     Attributes:
         target: Dotted name of the class (or function).
-        reason: Why it was left float.
+        why: Why it was left float, as a value.
         count: How many objects were built.
     """
 
     target: str
-    reason: str
+    why: Reason
     count: int
+
+    @property
+    def reason(self) -> str:
+        """Why it was left float, as a sentence."""
+        return str(self.why)
 
 
 class Outcome:
     """Counts what is built, from any thread."""
 
     def __init__(self) -> None:
-        self._counts: Counter[tuple[Offer, str, str, str]] = Counter()
+        self._counts: Counter[Decision] = Counter()
 
-    def count(
-        self, offer: Offer, float_because: str = "", *, target: str = "", replacement: str = ""
-    ) -> None:
-        """Counts one object.
-
-        Args:
-            offer: The entry that is for it, or for its base class.
-            float_because: Why it stayed float; empty if it was replaced.
-            target: Dotted name of its class, if that is not the entry's target.
-            replacement: Dotted name of what took its place, if that is not the entry's replacement.
-        """
+    def count(self, decision: Decision) -> None:
+        """Counts one object that came out as was decided."""
         with hooks.lock:
-            key = offer, float_because, target, replacement
-            self._counts[key] += 1
-            first = self._counts[key] == 1
+            self._counts[decision] += 1
+            first = self._counts[decision] == 1
         if first and debug_trace.is_on():
-            debug_trace.say(_decision(*key))
+            debug_trace.say(f"  {decision}")
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:
         """What was replaced so far, in the order in which each came up first."""
         return tuple(
-            Replaced(
-                target or offer.entry.dotted,
-                replacement or dotted(offer.entry.load_replacement()),
-                offer.entry,
-                offer.plugin,
-                count,
-            )
-            for (offer, because, target, replacement), count in self._items()
-            if not because and offer.entry.reported
+            Replaced(decision.name, dotted(decision.replacement), decision.entry, count)
+            for decision, count in self._items()
+            if decision.reason is None and decision.entry is not None and decision.entry.reported
         )
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
         """What was left float so far, in the order in which each came up first."""
         return tuple(
-            Skipped(target or offer.entry.dotted, because, count)
-            for (offer, because, target, _), count in self._items()
-            if because
+            Skipped(decision.name, decision.reason, count)
+            for decision, count in self._items()
+            if decision.reason is not None
         )
 
-    def _items(self) -> list[tuple[tuple[Offer, str, str, str], int]]:
+    def _items(self) -> list[tuple[Decision, int]]:
         with hooks.lock:
             return list(self._counts.items())
-
-
-def _decision(offer: Offer, float_because: str, target: str, replacement: str) -> str:
-    if float_because:
-        return f"  {target or offer.entry.dotted} stays float: {float_because}"
-    return f"  {f'{target} -> {replacement}' if target else offer.entry} ({offer.source})"

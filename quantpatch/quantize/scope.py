@@ -16,10 +16,10 @@ from quantpatch.layers.base import QuantizedLayer
 from quantpatch.plugins.entry import EntryLike
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.configure import apply_rules, checked_rules
-from quantpatch.quantize.opening import Opening
-from quantpatch.quantize.options import Settings
+from quantpatch.quantize.options import Options
 from quantpatch.quantize.outcome import Outcome, Replaced, Skipped
-from quantpatch.quantize.resolve import Pattern, Table
+from quantpatch.quantize.quantizing_block import QuantizingBlock
+from quantpatch.quantize.reasons import Pattern
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
 
@@ -35,56 +35,48 @@ class Scope:
     object can be entered again, also inside itself and in several threads.
     """
 
-    def __init__(self, settings: Settings, float_because: str = "") -> None:
-        self._settings = settings
-        self._float_because = float_because  # if not empty, nothing is replaced
-        self._openings: list[Opening] = []  # by calls of __enter__
-        self._started: Opening | None = None
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._blocks: list[QuantizingBlock] = []  # by calls of __enter__
+        self._started: QuantizingBlock | None = None
         self._outcome = Outcome()
 
     def __repr__(self) -> str:
-        return self._float_because or f"quantize_modules({self._settings})"
+        return str(self._options)
 
     # --- opening and closing -------------------------------------------------------------------
 
-    def _new_opening(self) -> Opening:
-        around = hooks.current()
-        outer: Opening | None = None if around is None else around.payload
-        enclosing = Table() if outer is None else outer.table
-        settings = self._settings
-        if settings.recipe is None and outer is not None:
+    def _new_block(self) -> QuantizingBlock:
+        around: Any = hooks.current()
+        options = self._options
+        if options.recipe is None and around is not None:
             # What is built in here belongs to the models of the block whose recipe it is.
-            recipe, built, applies_rules = outer.recipe, outer.built, False
+            recipe, built, applies_rules = around.recipe, around.built, False
         else:
-            recipe = registry.recipe(DEFAULT_RECIPE if settings.recipe is None else settings.recipe)
+            recipe = registry.recipe(DEFAULT_RECIPE if options.recipe is None else options.recipe)
             applies_rules = bool(checked_rules(recipe.rules))
             built = Built() if applies_rules else None
-        table = enclosing if self._float_because else settings.table(recipe, enclosing)
-        subclasses = settings.subclasses
-        if subclasses is None:
-            subclasses = outer is not None and outer.subclasses
-        return Opening(
+        return QuantizingBlock(
             self,
-            table,
+            options.table(recipe, None if around is None else around.table),
             recipe,
             outcome=self._outcome,
-            float_because=self._float_because,
-            subclasses=subclasses,
+            keep_float=options.keep_float,
             built=built,
             applies_rules=applies_rules,
         )
 
     def __enter__(self) -> Scope:
         statement = Statement.entering(self)
-        opening = statement.opening = self._new_opening()
+        block = statement.opening = self._new_block()
         try:
-            opening.open()
+            block.install()
             if not statement.is_real:
                 with hooks.lock:
-                    self._openings.append(opening)
-            opening.activation.enter()
+                    self._blocks.append(block)
+            block.enter()
         except BaseException:
-            opening.close()
+            block.close()
             raise
         return self
 
@@ -100,31 +92,31 @@ class Scope:
     else:
         __exit__ = Exit(lambda scope, statement, failed: scope._leave(statement.opening, failed=failed))
 
-    def _leave(self, opening: Opening | None, *, failed: bool) -> None:
-        self._close(opening or self._opening_here(), failed=failed)
+    def _leave(self, block: QuantizingBlock | None, *, failed: bool) -> None:
+        self._close(block or self._block_here(), failed=failed)
 
-    def _opening_here(self) -> Opening:
-        """Of those that no ``with`` statement will close, the innermost opening of this scope here.
+    def _block_here(self) -> QuantizingBlock:
+        """Of those that no ``with`` statement will close, the innermost block of this scope here.
 
         What is closed in another context than it was opened in, is the one opened last.
         """
         with hooks.lock:
-            opened = [opening for opening in self._openings if not opening.activation.closed]
-        activation = hooks.current_in_context()
-        while activation is not None:
-            if not activation.closed and activation.payload in opened:
-                found: Opening = activation.payload
+            opened = [block for block in self._blocks if not block.closed]
+        block: Any = hooks.current_in_context()
+        while block is not None:
+            if not block.closed and block in opened:
+                found: QuantizingBlock = block
                 return found
-            activation = activation.parent
+            block = block.parent
         if not opened:
             raise ScopeError(f"{self!r} is left without having been entered")
         return opened[-1]
 
-    def _close(self, opening: Opening, *, failed: bool) -> None:
-        displaced = opening.close()
-        if self._openings:
+    def _close(self, block: QuantizingBlock, *, failed: bool) -> None:
+        displaced = sorted(map(block.name_of, block.close()))
+        if self._blocks:
             with hooks.lock:  # with those whose closing was interrupted
-                self._openings = [other for other in self._openings if not other.activation.closed]
+                self._blocks = [other for other in self._blocks if not other.closed]
         if failed:  # nothing gets in the way of an exception of the body
             return
         if displaced:
@@ -132,8 +124,8 @@ class Scope:
                 f"while {self!r} was open, other code replaced the __init__ of {', '.join(displaced)} for "
                 f"good: what was built afterwards may be float; audit the model"
             )
-        if opening.applies_rules:
-            _apply_rules(opening)
+        if block.applies_rules:
+            _apply_rules(block)
 
     def start(self) -> Scope:
         """Opens the block for the whole process, in every context that has no block of its own.
@@ -141,16 +133,16 @@ class Scope:
         Raises:
             ScopeError: It is started already.
         """
-        if self._started is not None and not self._started.activation.closed:
+        if self._started is not None and not self._started.closed:
             raise ScopeError(f"{self!r}.start() was called twice; call stop() in between")
-        opening = self._new_opening()
+        block = self._new_block()
         try:
-            opening.open()
-            self._started = opening
-            opening.activation.start()
+            block.install()
+            self._started = block
+            block.start()
         except BaseException:
             self._started = None
-            opening.close()
+            block.close()
             raise
         return self
 
@@ -160,16 +152,16 @@ class Scope:
         Raises:
             ScopeError: It is not started.
         """
-        opening = self._started
-        if opening is None:
+        block = self._started
+        if block is None:
             raise ScopeError(
                 f"{self!r}.stop() without start(); keep the scope that was started: "
                 f"scope = quantize_modules(); scope.start(); ...; scope.stop()"
             )
         try:
-            self._close(opening, failed=False)
+            self._close(block, failed=False)
         finally:
-            if opening.activation.closed:  # else it was interrupted before that, and can be stopped again
+            if block.closed:  # else it was interrupted before that, and can be stopped again
                 self._started = None
 
     # --- as a decorator ------------------------------------------------------------------------
@@ -217,7 +209,7 @@ class Scope:
         return run  # type: ignore[return-value]
 
     def _fresh(self) -> Scope:
-        return Scope(self._settings, self._float_because)
+        return Scope(self._options)
 
     # --- what came out -------------------------------------------------------------------------
 
@@ -232,16 +224,16 @@ class Scope:
         return self._outcome.skipped
 
 
-def _apply_rules(opening: Opening) -> None:
+def _apply_rules(block: QuantizingBlock) -> None:
     """Applies a recipe's rules to the models that were built.
 
     Raises:
         RuleError: A pattern matches nothing in any of them; the models are quantized as without rules.
     """
-    assert opening.built is not None
-    recipe, roots = opening.recipe, opening.built.roots()
+    assert block.built is not None
+    recipe, roots = block.recipe, block.built.roots()
     if not any(isinstance(module, QuantizedLayer) for root in roots for module in root.modules()):
-        if opening.built.count:
+        if block.built.count:
             warn_caller(
                 f"the rules of recipe {recipe.name!r} were applied to nothing: no quantized layer that was "
                 f"built in the block is left at its end. For copies of layers write configure(model, rules)"
@@ -303,7 +295,7 @@ def quantize_modules(
             block ends: PyTorch is what it was, and the models are quantized as without rules).
         UnknownNameError: Nothing goes by a name in ``skip``, ``include``, ``recipe`` or ``plugins``.
     """
-    return Scope(Settings.of(skip, custom, recipe, plugins, include, subclasses))
+    return Scope(Options.of(skip, custom, recipe, plugins, include, subclasses))
 
 
 def keep_float() -> Scope:
@@ -312,4 +304,4 @@ def keep_float() -> Scope:
     That goes for what is built directly in it: a ``quantize_modules()`` inside it replaces again what was
     replaced around it.
     """
-    return Scope(Settings(), float_because="keep_float()")
+    return Scope(Options(keep_float=True))

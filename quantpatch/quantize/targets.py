@@ -15,14 +15,22 @@ from quantpatch.errors import EntryError, listed, near_misses
 from quantpatch.interception.hooks import Slot
 from quantpatch.interception.torch_state import Trace, protected
 from quantpatch.plugins.entry import Entry
-from quantpatch.plugins.plugin import BUILTIN, Offer
+from quantpatch.plugins.plugin import BUILTIN
 from quantpatch.plugins.registry import registry
 from quantpatch.torch_tools.class_swap import dotted, written_name
 
-__all__ = ["entry_error", "load_checked", "missing_module", "own_class", "slot_of", "stranger_under"]
+__all__ = [
+    "class_meant",
+    "entry_error",
+    "imported_replacement",
+    "load_checked",
+    "missing_module",
+    "slot_of",
+    "stranger_under",
+]
 
 
-def own_class(entry: Entry, found: type) -> type:
+def class_meant(entry: Entry, found: type) -> type:
     """The class that an entry is for.
 
     Args:
@@ -39,11 +47,10 @@ def own_class(entry: Entry, found: type) -> type:
     return next((base for base in (*found.__mro__, *_bases(entry)) if _is_defined_by(entry, base)), found)
 
 
-def stranger_under(offer: Offer) -> type | None:
+def stranger_under(entry: Entry) -> type | None:
     """The class that has taken the name of an entry's target, if one has."""
-    entry = offer.entry
     found = getattr(entry.loaded_module(), entry.name, None)
-    return found if isinstance(found, type) and own_class(entry, found) is not found else None
+    return found if isinstance(found, type) and class_meant(entry, found) is not found else None
 
 
 def _is_defined_by(entry: Entry, cls: type) -> bool:
@@ -51,12 +58,20 @@ def _is_defined_by(entry: Entry, cls: type) -> bool:
     return cls.__qualname__ == entry.name and f"{cls.__module__}.".startswith(f"{module}.")
 
 
-def _bases(entry: Entry) -> tuple[type, ...]:
-    """The bases of an entry's replacement; none if it is not imported."""
+def imported_replacement(entry: Entry) -> Any:
+    """The replacement of an entry; None as long as it is not imported."""
     replacement: Any = entry.replacement
     if isinstance(replacement, str):
         module, _, name = replacement.partition(":")
-        replacement = getattr(sys.modules.get(module), name, None)
+        loaded = sys.modules.get(module)
+        # Not getattr: a module may import others when it is asked for what it does not have yet.
+        return None if loaded is None else vars(loaded).get(name)
+    return replacement
+
+
+def _bases(entry: Entry) -> tuple[type, ...]:
+    """The bases of an entry's replacement; none if it is not imported."""
+    replacement = imported_replacement(entry)
     return replacement.__mro__[1:] if isinstance(replacement, type) else ()
 
 
@@ -75,44 +90,45 @@ def missing_module(name: str) -> str | None:
     return None if found else root
 
 
-def entry_error(offer: Offer, what: str, hint: str = "") -> EntryError:
+def entry_error(entry: Entry, what: str, hint: str = "") -> EntryError:
     """The error for an entry that cannot be used, naming it and whose it is."""
-    infos = () if offer.plugin is None else registry.plugins()
-    dist = next((info.distribution for info in infos if info.name == offer.plugin), None)
+    infos = () if entry.plugin is None else registry.plugins()
+    dist = next((info.distribution for info in infos if info.name == entry.plugin), None)
     brought = f"The plugin comes with {dist}" if dist else ""
-    text = f"{offer.source}: entry {offer.entry} cannot be used: {what}"
+    text = f"{entry.source}: entry {entry} cannot be used: {what}"
     return EntryError(
         ". ".join(part.rstrip(".") for part in (text, hint, brought) if part),
-        entry=offer.entry,
-        plugin=offer.plugin,
+        entry=entry,
+        plugin=entry.plugin,
     )
 
 
-def slot_of(offer: Offer) -> Slot | None:
+def slot_of(entry: Entry) -> Slot | None:
     """The slot of an entry's target; None while its module is not imported, or lacks an optional one.
 
     Raises:
         EntryError: The module has no such name, or what it names cannot be replaced.
     """
-    entry = offer.entry
     module = entry.loaded_module()
     if module is None:
         return None
     try:
         found = getattr(module, entry.name)
         return (
-            Slot.of_class(own_class(entry, found)) if isinstance(found, type) else Slot.of(module, entry.name)
+            Slot.of_class(class_meant(entry, found))
+            if isinstance(found, type)
+            else Slot.of(module, entry.name)
         )
     except AttributeError:
         if entry.optional:
             return None
         hint = near_misses(entry.name, (name for name in dir(module) if not name.startswith("_")))
-        raise entry_error(offer, f"module {entry.module_name} has no {entry.name!r}", hint) from None
+        raise entry_error(entry, f"module {entry.module_name} has no {entry.name!r}", hint) from None
     except TypeError as error:
-        raise entry_error(offer, str(error)) from error
+        raise entry_error(entry, str(error)) from error
 
 
-def load_checked(offer: Offer, slot: Slot) -> Any:
+def load_checked(entry: Entry, slot: Slot) -> Any:
     """The entry's replacement, imported and fit to take the target's place.
 
     Raises:
@@ -120,27 +136,27 @@ def load_checked(offer: Offer, slot: Slot) -> Any:
             imported.
     """
     try:
-        replacement = _imported(offer)
+        replacement = _imported(entry)
     except EntryError as error:
-        raise entry_error(offer, str(error)) from error
+        raise entry_error(entry, str(error)) from error
     try:
-        if replacement is stranger_under(offer):
+        if replacement is stranger_under(entry):
             raise TypeError("it is the target itself, as it has taken the target's name")
         slot.check(replacement)
     except TypeError as error:
-        name = offer.entry.name
+        name = entry.name
         hint = (
             f"Write a subclass: class Quant{name}(quantpatch.QuantizedLayer, {name}): ..."
             if isinstance(slot.target, type)
             else f"Write a function that takes the arguments of {name}"
         )
-        raise entry_error(offer, f"the replacement cannot take the target's place: {error}", hint) from error
-    _check_base(offer, slot, replacement)
-    if offer.plugin is not None and isinstance(replacement, type) and not _is_importable(replacement):
+        raise entry_error(entry, f"the replacement cannot take the target's place: {error}", hint) from error
+    _check_base(entry, slot, replacement)
+    if entry.plugin is not None and isinstance(replacement, type) and not _is_importable(replacement):
         # In code of one's own, given as custom, that is a matter of one's own.
         name = written_name(replacement)
         raise entry_error(
-            offer,
+            entry,
             f"{replacement.__module__}.{replacement.__qualname__} is not found under that name, so that the "
             f"layers built from it could not be pickled",
             f"Define the class at the top of a module, and name it as text: 'package.module:{name}'",
@@ -148,14 +164,14 @@ def load_checked(offer: Offer, slot: Slot) -> Any:
     return replacement
 
 
-def _imported(offer: Offer) -> Any:
+def _imported(entry: Entry) -> Any:
     """The replacement; importing that of a plugin may not change torch."""
-    named = offer.entry.replacement
-    if offer.plugin in (None, BUILTIN) or not isinstance(named, str) or _is_imported(named):
-        return offer.entry.load_replacement()
+    named = entry.replacement
+    if entry.plugin in (None, BUILTIN) or not isinstance(named, str) or _is_imported(named):
+        return entry.load_replacement()
     changes: list[Trace] = []
     with protected(changes):
-        replacement = offer.entry.load_replacement()
+        replacement = entry.load_replacement()
     if changes:
         what = listed(changes)
         raise EntryError(f"importing it changes PyTorch: {what}. That was taken back")
@@ -176,7 +192,7 @@ def _is_importable(cls: type) -> bool:
     return found is cls
 
 
-def _check_base(offer: Offer, slot: Slot, replacement: Any) -> None:
+def _check_base(entry: Entry, slot: Slot, replacement: Any) -> None:
     """Raises EntryError if the replacement was written on another class of the target's name.
 
     That is a stranger that stood there when the replacement was imported, or the class of before its module
@@ -185,7 +201,7 @@ def _check_base(offer: Offer, slot: Slot, replacement: Any) -> None:
     target = slot.target
     if not isinstance(target, type):
         return
-    stranger = stranger_under(offer)
+    stranger = stranger_under(entry)
     names = (dotted(target), "" if stranger is None else dotted(stranger))
     for base in replacement.__mro__[1:]:
         if base is target:
@@ -193,12 +209,12 @@ def _check_base(offer: Offer, slot: Slot, replacement: Any) -> None:
         if dotted(base) in names and not _is_up_to_date(base, target):
             module = replacement.__module__
             why = (
-                f"it is a subclass of {dotted(base)}, which stood under the name {offer.entry.dotted} when "
+                f"it is a subclass of {dotted(base)}, which stood under the name {entry.dotted} when "
                 f"{module} was imported"
                 if base is stranger
                 else f"it is a subclass of the {dotted(base)} of before {target.__module__} was reloaded"
             )
-            raise entry_error(offer, why, f"Import {module} again, or before it happens")
+            raise entry_error(entry, why, f"Import {module} again, or before it happens")
 
 
 def _is_up_to_date(old: type, new: type) -> bool:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from quantpatch.interception import hooks
 from quantpatch.recipes.descriptor import CHANNEL, REDUCTION, QuantDescriptor, Recipe
@@ -68,5 +69,5 @@ BUILTIN_RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 def active_recipe() -> Recipe:
     """The recipe of the block in force here; ``int8`` outside any block."""
-    activation = hooks.current()
-    return DEFAULT_RECIPE if activation is None else activation.payload.recipe
+    block: Any = hooks.current()
+    return DEFAULT_RECIPE if block is None else block.recipe

@@ -11,7 +11,7 @@ import attrs
 from rich.table import Table
 from torch import nn
 
-from quantpatch.layers.base import QuantizedLayer, is_quantizer
+from quantpatch.layers.base import QuantizedLayer, is_quantizer, weight_owner
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.report.folding import alike, folded_name, starred
 from quantpatch.report.render import as_text
@@ -160,11 +160,12 @@ def _state_of(quantizer: Any, amax: Any) -> str:
 
 
 def _is_operand(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> bool:
-    """Whether the layer that holds a module has a quantizer for its weight, as attention for ``out_proj``."""
-    parent, _, own = name.rpartition(".")
-    layer: Any = modules.get(parent)
-    return isinstance(layer, QuantizedLayer) and any(
-        layer.quantizer(f"{own}_{weight}") is not None for weight in module._parameters
+    """Whether a module is a part of a layer that has a quantizer for its weight."""
+    owners = (weight_owner(lambda n: type(modules.get(n)), f"{name}.{own}") for own in module._parameters)
+    layers: list[tuple[Any, str]] = [(modules.get(layer), operand) for layer, operand in owners]
+    return any(
+        isinstance(layer, QuantizedLayer) and layer.quantizer(operand) is not None
+        for layer, operand in layers
     )
 
 

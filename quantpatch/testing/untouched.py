@@ -9,7 +9,7 @@ import torch
 import torch._dynamo
 import torch.onnx
 
-from quantpatch.interception.activations import Activation, open_here
+from quantpatch.interception.block import Block, open_here
 
 __all__ = ["close_blocks", "import_hooks", "open_here", "warm_up"]
 
@@ -19,18 +19,18 @@ def warm_up() -> None:
     torch.compile(lambda x: x + 1, backend="aot_eager")(torch.zeros(1))
 
 
-def close_blocks(but: Container[Activation] = ()) -> list[str]:
+def close_blocks(but: Container[Block] = ()) -> list[str]:
     """Ends the blocks that are open here, and tells of each.
 
     Args:
         but: Those that were open before, such as one of a fixture for several tests.
     """
     found = []
-    for activation in open_here():
-        if activation not in but:
-            activation.payload.close()
+    for block in open_here():
+        if block not in but:
+            block.close()
             found.append(
-                f"a block was left open: {activation.payload.scope!r}. Use it in a `with` statement, or call "
+                f"a block was left open: {block.scope!r}. Use it in a `with` statement, or call "
                 f"stop() for every start(), also where the test fails"
             )
     return found

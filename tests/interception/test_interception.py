@@ -10,13 +10,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from quantpatch.interception.hooks import Activation, Policy, Slot, current
+from quantpatch.interception.hooks import Block, Slot, current
 
 
-class Table(Policy):
-    """What replaces what, by slot."""
+class ByTable(Block):
+    """Replaces by slot."""
 
     def __init__(self, replacements):
+        super().__init__()
         self.replacements = replacements
 
     def replacement_for(self, slot):
@@ -52,11 +53,11 @@ def function(x):
         assert all(vars(owner)[key] is value for key, value in was.items())
 
 
-def opening(module, **replacements) -> Activation:
+def opening(module, **replacements) -> Block:
     table = {Slot.of(module, name): value for name, value in replacements.items()}
-    activation = Activation(Table(table))
-    activation.open(table)
-    return activation
+    block = ByTable(table)
+    block.open(table)
+    return block
 
 
 def wrap(cls):
@@ -71,34 +72,34 @@ def wrap(cls):
 
 
 def test_an_activation_decides_only_while_it_is_in_force(code) -> None:
-    activation = opening(code, Target=code.Quick)
+    block = opening(code, Target=code.Quick)
     assert type(code.Target()) is code.Target
-    activation.enter()
-    assert current() is activation
+    block.enter()
+    assert current() is block
     made = code.Target(x=3)
     assert (type(made), made.x) == (code.Quick, 3)
     assert type(code.Heir()) is code.Heir
-    assert activation.close() == []
-    assert activation.close() == []
+    assert block.close() == []
+    assert block.close() == []
     assert current() is None
     assert type(code.Target()) is code.Target
 
 
 def test_a_class_without_an_init_of_its_own(code) -> None:
-    activation = opening(code, Heir=code.QuickHeir, Target=code.Quick)
-    activation.enter()
+    block = opening(code, Heir=code.QuickHeir, Target=code.Quick)
+    block.enter()
     assert (type(code.Heir(1)), type(code.Target(1)), code.Heir(x=4).x) == (code.QuickHeir, code.Quick, 4)
-    activation.close()
+    block.close()
     assert "__init__" not in vars(code.Heir)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_hooks_stay_until_the_last_one_leaves_in_any_order(code, order) -> None:
     original = vars(code.Target)["__init__"]
-    activations = [opening(code, Target=code.Quick) for _ in range(3)]
+    blocks = [opening(code, Target=code.Quick) for _ in range(3)]
     for which in order:
         assert vars(code.Target)["__init__"] is not original
-        activations[which].close()
+        blocks[which].close()
     assert vars(code.Target)["__init__"] is original
 
 
@@ -116,8 +117,8 @@ def test_wrapped_hooks_are_taken_out_once_they_are_on_top_again(code, steps) -> 
         elif step == "u" and undo:
             undo.pop()()
         assert code.Target(5).x == 5
-    for activation in opened:
-        activation.close()
+    for block in opened:
+        block.close()
     while undo:
         undo.pop()()
 
@@ -135,10 +136,10 @@ def test_a_hook_that_nobody_can_write_back_is_forgotten(code) -> None:
     original = vars(code.Target)["__init__"]
     hooks = []
     for _ in range(5):
-        activation = opening(code, Target=code.Quick)
+        block = opening(code, Target=code.Quick)
         hooks.append(weakref.ref(vars(code.Target)["__init__"]))
         code.Target.__init__ = original
-        assert activation.close() == [Slot.of(code, "Target")]
+        assert block.close() == [Slot.of(code, "Target")]
     gc.collect()
     assert [hook() for hook in hooks] == [None] * 5
 
@@ -154,13 +155,13 @@ def test_a_slot_is_one_object_while_it_is_used_and_goes_with_its_last_user(code)
 
 def test_a_function(code) -> None:
     original = code.function
-    activation = opening(code, function=lambda x: code.function(x) + 1)
+    block = opening(code, function=lambda x: code.function(x) + 1)
     assert code.function(1) == 1
-    activation.enter()
+    block.enter()
     assert code.function(1) == 2
     assert (code.function.__doc__, code.function.__name__) == ("Doc.", "function")
     assert Slot.of(code, "function").target is original
-    activation.close()
+    block.close()
     assert code.function is original
 
 
@@ -177,14 +178,14 @@ def test_started_for_the_whole_process(code) -> None:
 
 def test_a_late_slot_is_hooked_unless_the_activation_is_closed(code) -> None:
     slot = Slot.of(code, "Target")
-    activation = Activation(Table({slot: code.Quick}))
-    activation.open(())
-    activation.enter()
-    activation.add(slot)
-    activation.add(slot)
+    block = ByTable({slot: code.Quick})
+    block.open(())
+    block.enter()
+    block.add(slot)
+    block.add(slot)
     assert type(code.Target()) is code.Quick
-    activation.close()
-    activation.add(slot)
+    block.close()
+    block.add(slot)
 
 
 def test_what_cannot_be_hooked(code) -> None:
@@ -201,9 +202,9 @@ def test_a_failing_replacement_leaves_the_context_as_it_was(code) -> None:
         def __init__(self, *args):
             raise KeyError
 
-    activation = opening(code, Target=Fails)
-    activation.enter()
+    block = opening(code, Target=Fails)
+    block.enter()
     for _ in range(2):
         with pytest.raises(KeyError):
             code.Target()
-    activation.close()
+    block.close()

@@ -10,18 +10,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 from quantpatch.layers.examples import EXAMPLES, rand
+from quantpatch.plugins.entry import Entry
 from quantpatch.plugins.example import Example
-from quantpatch.plugins.plugin import BUILTIN, Offer
+from quantpatch.plugins.plugin import BUILTIN
 from quantpatch.plugins.registry import registry
 from quantpatch.testing import Subject
 
 
-def entries() -> dict[str, Offer]:
-    return {offer.entry.dotted: offer for offer in registry.offers([]) if offer.plugin == BUILTIN}
+def entries() -> dict[str, Entry]:
+    return {entry.dotted: entry for entry in registry.entries([]) if entry.plugin == BUILTIN}
 
 
 def subject(example: Example) -> Subject:
-    return Subject(entries()[example.target].entry, example, plugins=())
+    return Subject(entries()[example.target], example, plugins=())
 
 
 CASES: list[Example] = list(EXAMPLES)

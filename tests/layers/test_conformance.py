@@ -51,9 +51,9 @@ every_case = pytest.mark.parametrize("example", CASES, ids=short)
 
 
 def test_every_registered_layer_has_an_example():
-    offers = registry.offers([])
-    assert [o.entry.dotted for o in offers if o.plugin == BUILTIN] != []
-    assert {o.entry.dotted for o in offers} == {example.target for example in EXAMPLES}
+    known = registry.entries([])
+    assert [o.dotted for o in known if o.plugin == BUILTIN] != []
+    assert {o.dotted for o in known} == {example.target for example in EXAMPLES}
 
 
 @pytest.mark.sweep(5)

@@ -37,8 +37,8 @@ def test_an_installed_plugin_is_found_with_its_distribution(install) -> None:
     (zeta,) = [info for info in infos if info.name == "zeta"]
     assert (zeta.distribution, zeta.version, zeta.state, zeta.reason) == ("zeta-dist", "3.1", "active", "")
     assert zeta.hooks == ("quantpatch_entries",)
-    assert zeta.entries == (qp.Entry("far.away", "Layer", "far.quant:QuantLayer"),)
-    assert [o.plugin for o in registry.offers(["zeta", "alpha"]) if o.plugin != BUILTIN] == ["alpha", "zeta"]
+    assert zeta.entries == (qp.Entry("far.away", "Layer", "far.quant:QuantLayer", plugin="zeta"),)
+    assert [o.plugin for o in registry.entries(["zeta", "alpha"]) if o.plugin != BUILTIN] == ["alpha", "zeta"]
     assert "far" not in sys.modules
 
 
@@ -176,17 +176,17 @@ def test_a_broken_plugin_is_named_with_its_distribution_and_can_be_blocked(
         with pytest.raises(
             PluginError, match=rf"plugin 'broken' \(from broken-dist 0.3\) {message}"
         ) as caught:
-            registry.offers(["broken"])
+            registry.entries(["broken"])
         assert "set QUANTPATCH_BLOCK=broken" in str(caught.value)
         assert (caught.value.plugin, caught.value.distribution) == ("broken", "broken-dist 0.3")
     (info,) = [info for info in registry.plugins() if info.name == "broken"]
     assert info.state == "failed"
     assert "broken-dist 0.3" in info.reason
-    assert registry.offers([])  # those not asked for do not matter
+    assert registry.entries([])  # those not asked for do not matter
     monkeypatch.setenv("QUANTPATCH_BLOCK", " broken ,")
     sys.modules.pop(module, None)
     registry = Registry()
-    assert {offer.plugin for offer in registry.offers(["broken"])} == {BUILTIN}
+    assert {entry.plugin for entry in registry.entries(["broken"])} == {BUILTIN}
     assert module not in sys.modules, "a blocked plugin is not imported"
     (info,) = [info for info in registry.plugins() if info.name == "broken"]
     assert (info.state, info.reason, info.entries) == ("blocked", "QUANTPATCH_BLOCK names it", ())
@@ -197,7 +197,7 @@ def test_the_environment_allows_and_blocks(install, monkeypatch) -> None:
     install("two", GOOD.replace("Layer", "Other"))
 
     def active() -> set[str]:
-        return {str(offer.plugin) for offer in Registry().offers()} & {"one", "two", BUILTIN}
+        return {str(entry.plugin) for entry in Registry().entries()} & {"one", "two", BUILTIN}
 
     assert active() == {"one", "two", BUILTIN}
     monkeypatch.setenv("QUANTPATCH_PLUGINS", "one, ")
@@ -220,7 +220,7 @@ def test_two_distributions_with_one_plugin_name(install) -> None:
     with pytest.raises(
         PluginError, match=r"from first-dist 1.2\) has the same name as one from second-dist 1.2. Uninstall"
     ):
-        Registry().offers(["same"])
+        Registry().entries(["same"])
 
 
 def test_a_distribution_may_bring_two_plugins_but_not_under_one_name_or_from_one_module(install) -> None:
@@ -230,16 +230,16 @@ def test_a_distribution_may_bring_two_plugins_but_not_under_one_name_or_from_one
     with pytest.raises(
         PluginError, match=r"'twice' \(from doubled 1.2\) is declared twice, as plugin_module"
     ):
-        Registry().offers(["twice"])
+        Registry().entries(["twice"])
     module = install("alpha", GOOD, points="omega = MODULE", dist="echo")
     registry = Registry()
-    assert registry.offers(["alpha"])
+    assert registry.entries(["alpha"])
     with pytest.raises(
         PluginError,
         match=rf"'omega' \(from echo 1.2\) is the same module as plugin 'alpha': two .* {module}. Remove one",
     ):
-        registry.offers(["alpha", "omega"])
-    assert registry.offers(["alpha"])
+        registry.entries(["alpha", "omega"])
+    assert registry.entries(["alpha"])
 
 
 def test_what_torch_changes_by_itself_while_a_plugin_is_imported_is_not_the_plugins_doing(
@@ -250,7 +250,7 @@ def test_what_torch_changes_by_itself_while_a_plugin_is_imported_is_not_the_plug
     monkeypatch.setattr(torch, "manual_seed", torch.manual_seed)
     monkeypatch.setattr(torch.random, "manual_seed", torch.random.manual_seed)
     install("innocent", f"{source}torch.manual_seed = torch.random.manual_seed\n{GOOD}")
-    assert "innocent" in {offer.plugin for offer in Registry().offers(["innocent"])}
+    assert "innocent" in {entry.plugin for entry in Registry().entries(["innocent"])}
     assert torch.manual_seed is torch.random.manual_seed
 
 
@@ -261,7 +261,7 @@ def test_blocks_that_other_threads_open_during_an_import_are_not_the_plugins_doi
         "other = threading.Thread(target=scope.start)\nother.start()\nother.join()\n"
     )
     module = install("busy", source + GOOD)
-    assert "busy" in {offer.plugin for offer in Registry().offers(["busy"])}
+    assert "busy" in {entry.plugin for entry in Registry().entries(["busy"])}
     sys.modules[module].scope.stop()
 
 
@@ -277,7 +277,7 @@ def test_a_block_that_a_plugin_leaves_open_is_closed(how, install) -> None:
             match=r"'open' \(from open-dist 1.2\) .*a block was left open: quantize_modules",
         ),
     ):
-        Registry().offers(["open"])
+        Registry().entries(["open"])
     assert type(torch.nn.Linear(1, 1)) is torch.nn.Linear
     assert not around.replaced
 
@@ -288,16 +288,16 @@ def test_a_plugin_written_for_an_older_api_is_to_be_updated(install, monkeypatch
     for version in (1, 2):
         monkeypatch.setattr(hookspecs, "API_VERSION", version)
         monkeypatch.setattr("quantpatch.layers.builtin.quantpatch_api", (version, version))
-        assert "old" in {offer.plugin for offer in Registry().offers(["old"])}
+        assert "old" in {entry.plugin for entry in Registry().entries(["old"])}
     monkeypatch.setattr(hookspecs, "API_VERSION", 3)
     monkeypatch.setattr("quantpatch.layers.builtin.quantpatch_api", (3, 3))
     with pytest.raises(
         PluginError,
         match="for versions 1 to 2 .* has version 3. Update old-dist: pip install --upgrade old-dist",
     ):
-        Registry().offers(["old"])
+        Registry().entries(["old"])
     with pytest.raises(PluginError, match=r"'silent' .*for version 1 of the plugin API"):
-        Registry().offers(["silent"])
+        Registry().entries(["silent"])
 
 
 def test_an_unknown_name_in_the_allowlist_is_an_error_and_in_the_blocklist_a_warning(
@@ -308,7 +308,7 @@ def test_an_unknown_name_in_the_allowlist_is_an_error_and_in_the_blocklist_a_war
     with pytest.raises(
         UnknownNameError, match="unknown plugin in QUANTPATCH_PLUGINS 'mylob'. Did you mean 'mylib'"
     ):
-        Registry().offers()
+        Registry().entries()
     with pytest.warns(QuantPatchWarning, match="QUANTPATCH_PLUGINS names 'mylob', .* Did you mean 'mylib'"):
         assert "mylib" in {info.name for info in Registry().plugins()}  # can be listed all the same
     monkeypatch.delenv("QUANTPATCH_PLUGINS")
@@ -317,8 +317,8 @@ def test_an_unknown_name_in_the_allowlist_is_an_error_and_in_the_blocklist_a_war
     with pytest.warns(
         QuantPatchWarning, match="QUANTPATCH_BLOCK names 'mylob', and there is no such plugin. Did you mean"
     ):
-        registry.offers()
-    assert "mylib" in {offer.plugin for offer in registry.offers()}  # told once
+        registry.entries()
+    assert "mylib" in {entry.plugin for entry in registry.entries()}  # told once
 
 
 def test_twenty_plugins_import_none_of_their_target_packages_until_the_user_does(tmp_path) -> None:
@@ -469,7 +469,7 @@ def test_an_installed_plugin_without_hooks_is_told_of(install) -> None:
     install("idle", "x = 1", "idle-dist")
     registry = Registry()
     with pytest.warns(QuantPatchWarning, match="'idle' .*implements no hook, .* @quantpatch.hookimpl"):
-        registry.offers(["idle"])
+        registry.entries(["idle"])
 
 
 class Twice:
@@ -515,7 +515,7 @@ def test_several_implementations_of_a_hook_all_count() -> None:
     registry = Registry(discover=False)
     plugin = Twice()
     registry.register(plugin, "twice")
-    assert {str(offer.entry.dotted) for offer in registry.offers()} == {"far.away.First", "far.away.Second"}
+    assert {str(entry.dotted) for entry in registry.entries()} == {"far.away.First", "far.away.Second"}
     assert registry.named("quantpatch_recipes", qp.Recipe) == {"mine": plugin.recipe, "other": plugin.other}
     assert {e.target for e in registry.examples("twice")} == {"far.away.First", "far.away.Second"}
     assert registry.advice(torch.nn.Identity()) == "write something else"
@@ -536,7 +536,7 @@ def test_several_implementations_may_not_contradict_each_other_or_forget_to_retu
     with pytest.raises(PluginError, match="'twice' returned 'mine' from quantpatch_recipes twice"):
         registry.named("quantpatch_recipes", qp.Recipe)
     with pytest.raises(PluginError, match="returned None from quantpatch_entries"):
-        registry.offers()
+        registry.entries()
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, type("OutOfTime", (BaseException,), {})])
@@ -550,8 +550,8 @@ def test_a_timeout_during_an_import_is_not_the_plugins_failure(kind, install) ->
         install("slow", f"{source}    os.kill(os.getpid(), signal.SIGUSR1)\n{GOOD}", "slow-dist")
         registry = Registry()
         with pytest.raises(kind, match="out of time"):
-            registry.offers(["slow"])
-        assert "slow" in {offer.plugin for offer in registry.offers(["slow"])}
+            registry.entries(["slow"])
+        assert "slow" in {entry.plugin for entry in registry.entries(["slow"])}
     finally:
         signal.signal(signal.SIGUSR1, before)
         vars(sys).pop("second_try", None)
@@ -563,9 +563,9 @@ def test_an_import_that_fails_is_tried_again(install, monkeypatch) -> None:
     with pytest.raises(
         PluginError, match=r"plugin 'early' \(from early-dist 1.2\) cannot be imported: OSError"
     ):
-        registry.offers(["early"])
+        registry.entries(["early"])
     monkeypatch.setattr(sys, "ready", True, raising=False)
-    assert "early" in {offer.plugin for offer in registry.offers(["early"])}
+    assert "early" in {entry.plugin for entry in registry.entries(["early"])}
 
 
 def test_names_from_plugins(plugin) -> None:

@@ -149,8 +149,8 @@ def test_subclasses_are_explained_as_a_block_treats_them(cls, subclasses):
     ("target", "because"),
     [
         (Own, "there is no entry for it"),
-        (dict, "there is no entry for it, and it is no class of layers"),
-        ("torch.nn.functional.linear", "there is no entry for it, and it is no class of layers"),
+        (dict, "there is no entry for it, and it is not a class of layers"),
+        ("torch.nn.functional.linear", "there is no entry for it, and it is not a class of layers"),
         ("quantpatch.layers.linear.QuantLinear", "it is quantized itself: it replaces torch.nn.Linear"),
         (nn.modules.linear.NonDynamicallyQuantizableLinear, "it is a part of another layer"),
         (type("Sub", (nn.Embedding,), {}), "a subclass of torch.nn.Embedding, which stays float: not"),

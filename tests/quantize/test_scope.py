@@ -1014,8 +1014,8 @@ def test_replaced_and_skipped_tell_what_came_out(plugin) -> None:
         ("AvgPool2d", "skip='AvgPool2d'", 1),
         (
             "Sub",
-            "a subclass of torch.nn.Conv2d whose replacement is no QuantizedLayer of it, for which there is "
-            "no entry",
+            "a subclass of torch.nn.Conv2d whose replacement is not a QuantizedLayer of it, for which there "
+            "is no entry",
             2,
         ),
     ]

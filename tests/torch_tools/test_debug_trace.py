@@ -37,14 +37,14 @@ def lines(monkeypatch, capsys):
 def test_imports_and_hooks_are_told_with_plugin_result_and_duration(install, lines):
     install("mine", SOURCE, "my-dist", "0.3")
     registry = Registry()
-    registry.offers(["mine"])
+    registry.entries(["mine"])
     found = lines()
     assert "quantpatch: plugin 'mine' (from my-dist 0.3) imported (T ms)" in found
     assert (
         "quantpatch: plugin 'mine': quantpatch_entries() -> far.away.Layer -> far.quant:QuantLayer (T ms)"
         in found
     )
-    registry.offers(["mine"])
+    registry.entries(["mine"])
     assert lines() == []  # asked once
     with pytest.raises(Exception, match="no such thing"):
         registry.recipe("mine")
@@ -54,7 +54,10 @@ def test_imports_and_hooks_are_told_with_plugin_result_and_duration(install, lin
 def test_a_block_tells_what_it_opens_with_and_each_decision_once(lines):
     with quantize_modules(skip=["Conv2d"], plugins=[]):
         opened = lines()
-        assert "quantpatch: quantize_modules(skip=('Conv2d',)) opened, recipe int8: replaces" in opened[-1]
+        assert (
+            "quantpatch: quantize_modules(skip=('Conv2d',), plugins=()) opened, recipe int8: replaces"
+            in opened[-1]
+        )
         for _ in range(2):
             nn.Linear(2, 2)
             nn.Conv2d(1, 1, 1)

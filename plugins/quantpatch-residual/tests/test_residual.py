@@ -267,7 +267,7 @@ def test_the_readme_is_true(monkeypatch, capsys, tmp_path):
 
 def test_listing_the_plugin_imports_none_of_its_targets():
     code = (
-        "import sys, quantpatch; quantpatch.registry.offers(['residual']); "
+        "import sys, quantpatch; quantpatch.registry.entries(['residual']); "
         "print([m for m in ('torchvision', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

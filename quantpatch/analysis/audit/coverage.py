@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.jit import ScriptModule
 
 from quantpatch.analysis.audit.paste import propose
-from quantpatch.analysis.audit.reasons import BY_RECIPE, known_targets, reason_for
+from quantpatch.analysis.audit.reasons import FloatOperands, reason_for
 from quantpatch.analysis.audit.trace import Seen, Trace, trace
 from quantpatch.errors import CoverageError, InputError
 from quantpatch.layers.base import QuantizedLayer, is_quantizer, quantizer_name
@@ -24,6 +24,9 @@ from quantpatch.numerics.fake_quant import fake_quantize, reduce_amax
 from quantpatch.numerics.grouped_axes import GroupedAxes
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.call_ranges import CallRanges
+from quantpatch.quantize.compose import compose
+from quantpatch.quantize.reasons import Reason
+from quantpatch.quantize.resolve import resolver
 from quantpatch.report.folding import alike, folded_name, folded_names, starred
 from quantpatch.report.render import as_percent, as_text
 from quantpatch.torch_tools import nn
@@ -49,7 +52,7 @@ class CoverageRow:
         calls: How often they ran.
         macs: Multiply-accumulates of all calls.
         operands: For each operand its role, and the quantizer it came out of, or None.
-        reason: Why an operand was float; empty if none was.
+        why: Why an operand was float, as a value; None if none was.
         of_weight: Whether it is a step in the making of a weight, by a parametrization or spectral norm's
             hook: the same for every input, and not counted.
         weights: Roles of the operands that are weights.
@@ -61,9 +64,14 @@ class CoverageRow:
     calls: int
     macs: int
     operands: tuple[tuple[str, str | None], ...]
-    reason: str
+    why: Reason | None
     of_weight: bool = False
     weights: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Why an operand was float, as a sentence; empty if none was."""
+        return "" if self.why is None else str(self.why)
 
     @property
     def quantized(self) -> bool:
@@ -124,13 +132,16 @@ class CoverageReport:
     def to_json(self) -> str:
         """The same as JSON, with the share, and the layers with weights."""
         counts = {"macs": self.macs, "share": self.share, "layers_with_weights": self.layers_with_weights}
-        return json.dumps({**attrs.asdict(self), **counts}, indent=2)
+        report = attrs.asdict(self, filter=lambda field, _: field.name != "why")
+        for row, written in zip(self.rows, report["rows"], strict=True):
+            written["reason"] = row.reason
+        return json.dumps({**report, **counts}, indent=2)
 
     def headline(self) -> str:
         """How much is quantized: products, or where no product is, weights."""
         quantized, layers = self.layers_with_weights
         of_weights = f"weights of {quantized} of {layers} layers quantized"
-        by_recipe = {row.float_operands: 0 for row in self.rows if row.reason.startswith(BY_RECIPE)}
+        by_recipe = [row.why.by_recipe for row in self.rows if isinstance(row.why, FloatOperands)]
         left = list(dict.fromkeys(role for roles in by_recipe for role in roles))
         if left:
             shown = "inputs" if left == ["input"] else " and ".join(left)
@@ -199,7 +210,7 @@ class CoverageReport:
 def _likeness(row: CoverageRow) -> Any:
     """What rows have in common that can be shown as one."""
     operands = tuple((role, quantizer and starred(quantizer)) for role, quantizer in row.operands)
-    return starred(row.module), row.layer, row.operation, operands, row.reason, row.of_weight
+    return starred(row.module), row.layer, row.operation, operands, row.why, row.of_weight
 
 
 def _folded(rows: list[CoverageRow]) -> CoverageRow:
@@ -260,15 +271,16 @@ def audit(model: nn.Module, *inputs: Any, minimum: float | None = None, **keywor
 
 def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
     """The report about a model that was recorded while it ran."""
-    targets = known_targets()
+    table = compose(registry.entries())
+    decide = resolver(table)
     rows: dict[Any, CoverageRow] = {}
     uncovered: dict[type[Any], list[Seen]] = {}
     of_weights = set(_weight_quantizers(model))
     for item in seen.seen:
         operands = tuple((operand.role, operand.quantizer) for operand in item.operands)
-        reason = reason_for(item, targets)
+        why = reason_for(item, decide)
         weights = tuple(o.role for o in item.operands if o.parameter is not None or o.quantizer in of_weights)
-        key = (item.module, item.operation, operands, reason, item.of_weight)
+        key = (item.module, item.operation, operands, why, item.of_weight)
         row = rows.get(key) or CoverageRow(
             item.module,
             written_name(type(item.layer)),
@@ -276,14 +288,14 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
             0,
             0,
             operands,
-            reason,
+            why,
             item.of_weight,
             weights,
         )
         rows[key] = attrs.evolve(row, calls=row.calls + 1, macs=row.macs + item.macs)
         cls = own_class(item.layer)
-        covered = cls in targets or isinstance(item.layer, (QuantizedLayer, ScriptModule))
-        if reason and not (covered or item.of_weight) and not registry.advice(item.layer):
+        covered = table.slot_of(cls) is not None or isinstance(item.layer, (QuantizedLayer, ScriptModule))
+        if why is not None and not (covered or item.of_weight) and not registry.advice(item.layer):
             uncovered.setdefault(cls, []).append(item)
     proposals = {dotted(cls): propose(items, seen.calls.get(cls)) for cls, items in uncovered.items()}
     used = seen.reached | _served(model, seen.reached)

@@ -1,107 +1,221 @@
-"""Why an operand was float."""
+"""Why an operand was float: a type for each reason. All are printed here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import attrs
 from torch.jit import ScriptModule
 
 from quantpatch.analysis.audit.trace import Seen
 from quantpatch.dataflow import FAST_PATHS
 from quantpatch.errors import EntryError
 from quantpatch.layers.base import QuantizedLayer, quantizer_name, quantizers_of
-from quantpatch.layers.subclass import why_float
-from quantpatch.plugins.plugin import Offer
 from quantpatch.plugins.registry import registry
-from quantpatch.quantize.targets import slot_of
+from quantpatch.quantize.reasons import FloatBase, IsPart, Reason, SubclassOf
+from quantpatch.quantize.resolve import Decision
 from quantpatch.torch_tools.class_swap import own_class, written_name
 
-__all__ = ["BY_RECIPE", "Targets", "known_targets", "reason_for"]
-
-#: How a reason starts that is a choice.
-BY_RECIPE = "the recipe leaves"
-
-#: Classes that the active plugins have entries for.
-Targets = dict[type, Offer]
+__all__ = ["FloatOperands", "reason_for"]
 
 
-def known_targets() -> Targets:
-    """Every imported class that an entry of an active plugin replaces."""
-    found: Targets = {}
-    for offer in registry.offers():
-        slot = slot_of(offer)
-        if slot is not None and isinstance(slot.target, type):
-            found[slot.target] = offer
-    return found
+@attrs.frozen
+class OfAWeight(Reason):
+    """It is a step in the making of a weight."""
 
-
-def reason_for(seen: Seen, targets: Targets) -> str:
-    """Why some operand of a product did not come out of a quantizer; empty if all did."""
-    if seen.quantized:
-        return ""
-    missing = [operand.role for operand in seen.operands if operand.quantizer is None]
-    if seen.of_weight:
+    def __str__(self) -> str:
         return "a weight is made of it, the same for every input: not counted"
+
+
+@attrs.frozen
+class FastPath(Reason):
+    """torch's C++ code ran the layer.
+
+    Attributes:
+        layer: Its class.
+    """
+
+    layer: str
+
+    def __str__(self) -> str:
+        return f"torch's fast path ran {self.layer} in one piece and read the weights itself"
+
+
+@attrs.frozen
+class SwitchedOff(Reason):
+    """Quantizers of the layer are disabled, or do not quantize.
+
+    Attributes:
+        layer: Its class.
+        quantizers: Their names in it.
+    """
+
+    layer: str
+    quantizers: tuple[str, ...]
+
+    def __str__(self) -> str:
+        verb = "is" if len(self.quantizers) == 1 else "are"
+        return f"{' and '.join(self.quantizers)} of {self.layer} {verb} switched off"
+
+
+@attrs.frozen
+class HiddenState(Reason):
+    """The recipe leaves the hidden state of a recurrent layer float.
+
+    Attributes:
+        layer: Its class.
+    """
+
+    layer: str
+
+    def __str__(self) -> str:
+        return (
+            f"the hidden state of {self.layer} stays in torch's fused kernel; Recipe(hidden=...) has it "
+            f"quantized at each step"
+        )
+
+
+@attrs.frozen
+class FloatOperands(Reason):
+    """The layer is quantized, and has no quantizer for these operands.
+
+    Attributes:
+        layer: Its class.
+        by_recipe: Those for which another recipe would have one.
+        inside: Those that are made inside the layer.
+    """
+
+    layer: str
+    by_recipe: tuple[str, ...]
+    inside: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = []
+        if self.by_recipe:
+            alone = len(self.by_recipe) == 1 and not self.inside
+            parts.append(f"the recipe leaves {'it' if alone else ' and '.join(self.by_recipe)} float")
+        if self.inside:
+            verb = "is" if len(self.inside) == 1 else "are"
+            parts.append(f"{' and '.join(self.inside)} {verb} made inside {self.layer}")
+        return "; ".join(parts)
+
+
+@attrs.frozen
+class Scripted(Reason):
+    """The code of the layer is fixed.
+
+    Attributes:
+        layer: Its class, before it was scripted.
+    """
+
+    layer: str
+
+    def __str__(self) -> str:
+        return f"{self.layer} is a scripted module, whose code is fixed; quantize it before scripting"
+
+
+@attrs.frozen
+class LeftFloat(Reason):
+    """The layer is of a target's class, or of a subclass of one.
+
+    Attributes:
+        layer: Its class.
+        why: Why a block leaves it float; None if it does not.
+    """
+
+    layer: str
+    why: Reason | None
+
+    def __str__(self) -> str:
+        if self.why is None:
+            return f"{self.layer} was left float: it was skipped, or built outside a block"
+        if isinstance(self.why, (SubclassOf, FloatBase)):
+            return f"{self.layer} is {self.why}"
+        return f"{self.layer} was left float: {self.why}"
+
+
+@attrs.frozen
+class OfAFunction(Reason):
+    """A function that is called in a forward made the product.
+
+    Attributes:
+        layer: The class with that forward.
+        reads: The layers whose weights it reads itself.
+        advice: What a plugin says of it.
+    """
+
+    layer: str
+    reads: tuple[str, ...]
+    advice: str | None
+
+    def __str__(self) -> str:
+        reading = f", which reads the weight of {' and '.join(self.reads)} itself" if self.reads else ""
+        advice = self.advice or "for which there is no entry"
+        return f"a function called in the forward of {self.layer}{reading}, {advice}"
+
+
+@attrs.frozen
+class CannotBeUsed(Reason):
+    """The entry for the class cannot be used.
+
+    Attributes:
+        error: What is wrong with it.
+    """
+
+    error: str
+
+    def __str__(self) -> str:
+        return self.error
+
+
+def reason_for(seen: Seen, decide: Callable[[Any], Decision]) -> Reason | None:
+    """Why some operand of a product did not come out of a quantizer; None if all did.
+
+    Args:
+        seen: The product.
+        decide: Gives what becomes of a class in a block without options.
+    """
+    if seen.quantized:
+        return None
+    if seen.of_weight:
+        return OfAWeight()
     layer: Any = seen.layer
     cls = own_class(layer)
     name = written_name(cls)
     if seen.operator in FAST_PATHS:
-        return f"torch's fast path ran {name} in one piece and read the weights itself"
+        return FastPath(name)
     if isinstance(layer, QuantizedLayer):
-        off = [
-            name
-            for name, several in quantizers_of(layer).items()
-            if any(q.disabled or not q.quantizing for q in several)
-        ]
-        if off:
-            return f"{' and '.join(off)} of {name} {'is' if len(off) == 1 else 'are'} switched off"
-        if missing == ["hidden"]:
-            return (
-                f"the hidden state of {name} stays in torch's fused kernel; Recipe(hidden=...) has "
-                f"it quantized at each step"
-            )
-        return _about_layer(layer, missing)
+        return _about_quantized(layer, name, tuple(o.role for o in seen.operands if o.quantizer is None))
     if isinstance(layer, ScriptModule):
-        return (
-            f"{layer.original_name} is a scripted module, whose code is fixed; quantize it before scripting"
-        )
-    if cls in targets:
-        by = targets[cls]
-        ask = "" if by.entry.default else f", and not by default: include=[{by.entry.name!r}]"
-        return f"{cls.__name__} was left float: it was skipped, or built outside a block{ask}"
-    base = next((base for base in cls.__mro__ if base in targets), None)
-    if base is not None:
-        return f"{cls.__name__} is {_about_subclass(cls, base, targets[base])}"
-    ask = registry.advice(layer) or "for which there is no entry"
-    return f"a function called in the forward of {cls.__name__}{_reading(seen)}, {ask}"
+        return Scripted(str(layer.original_name))
+    try:
+        decision = decide(cls)
+    except EntryError as error:
+        return LeftFloat(cls.__name__, CannotBeUsed(str(error)))
+    if decision.entry is not None or isinstance(decision.reason, IsPart):
+        return LeftFloat(cls.__name__, decision.reason)
+    return OfAFunction(cls.__name__, _reads(seen), registry.advice(layer))
 
 
-def _about_layer(layer: Any, missing: list[str]) -> str:
-    """Why operands of a quantized layer are float whose quantizers, if it has them, are all on."""
-    name = written_name(own_class(layer))
+def _about_quantized(layer: Any, name: str, missing: tuple[str, ...]) -> Reason:
+    off = [
+        quantizer
+        for quantizer, several in quantizers_of(layer).items()
+        if any(q.disabled or not q.quantizing for q in several)
+    ]
+    if off:
+        return SwitchedOff(name, tuple(off))
+    if missing == ("hidden",):
+        return HiddenState(name)
     could_have = {*layer.inputs, *layer.weight_axes(), *layer._inner}
     left = [role for role in missing if role in could_have and not layer._modules.get(quantizer_name(role))]
-    inside = [role for role in missing if role not in left]
-    parts = [f"{BY_RECIPE} {'it' if len(missing) == 1 else ' and '.join(left)} float"] if left else []
-    if inside:
-        parts.append(f"{' and '.join(inside)} {'is' if len(inside) == 1 else 'are'} made inside {name}")
-    return "; ".join(parts)
+    return FloatOperands(name, tuple(left), tuple(role for role in missing if role not in left))
 
 
-def _reading(seen: Seen) -> str:
-    """A clause on the layers whose weights a product reads itself, if there are any."""
+def _reads(seen: Seen) -> tuple[str, ...]:
+    """The layers whose weights a product reads itself."""
     own = {name for name, _ in seen.layer.named_parameters(recurse=False)}
     names = (o.parameter for o in seen.operands if o.parameter is not None)
     others = dict.fromkeys(name for name in names if name.removeprefix(f"{seen.module}.") not in own)
-    layers = [name.rpartition(".")[0] or name for name in others]
-    if not layers:
-        return ""
-    return f", which reads the weight of {' and '.join(layers)} itself"
-
-
-def _about_subclass(cls: type, base: type, offer: Offer) -> str:
-    try:
-        replacement = offer.entry.load_replacement()
-    except EntryError:
-        replacement = None
-    return why_float(replacement, cls, base.__name__, wanted=False)
+    return tuple(name.rpartition(".")[0] or name for name in others)

@@ -11,7 +11,7 @@ from typing import Any
 
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.subclass import replacement_of
-from quantpatch.plugins.plugin import Offer
+from quantpatch.plugins.entry import Entry
 from quantpatch.plugins.registry import registry
 from quantpatch.torch_tools.class_swap import dotted
 
@@ -23,7 +23,7 @@ class KnownClasses:
 
     def __init__(self) -> None:
         self._existing: dict[str, list[type[Any]]] | None = None
-        self._by_name: dict[type[Any], list[Offer]] | None = None
+        self._by_name: dict[type[Any], list[Entry]] | None = None
 
     def find(self, name: str, float_class: type[Any]) -> type[Any] | None:
         """The quantized layer of a dotted name that can stand for layers of a class, if it is known.
@@ -35,8 +35,8 @@ class KnownClasses:
             if issubclass(float_class, cls.float_class):
                 return cls
         for base in float_class.__mro__:
-            for offer in self._offers_by_name().get(base, ()):
-                found = offer.entry.load_replacement()
+            for entry in self._entries_by_name().get(base, ()):
+                found = entry.load_replacement()
                 if isinstance(found, type) and issubclass(found, QuantizedLayer) and dotted(found) == name:
                     return found
         return None
@@ -53,16 +53,16 @@ class KnownClasses:
                     self._existing.setdefault(name, []).insert(0, cls)
         return self._existing
 
-    def _offers_by_name(self) -> dict[type[Any], list[Offer]]:
+    def _entries_by_name(self) -> dict[type[Any], list[Entry]]:
         """The entries whose replacement has not been imported yet, by target."""
         if self._by_name is None:
             self._by_name = {}
-            for offer in registry.offers():
-                module = offer.entry.loaded_module()
+            for entry in registry.entries():
+                module = entry.loaded_module()
                 # Not getattr: a module may import others when it is asked for what it does not have yet.
-                target = None if module is None else vars(module).get(offer.entry.name)
-                if isinstance(offer.entry.replacement, str) and isinstance(target, type):
-                    self._by_name.setdefault(target, []).append(offer)
+                target = None if module is None else vars(module).get(entry.name)
+                if isinstance(entry.replacement, str) and isinstance(target, type):
+                    self._by_name.setdefault(target, []).append(entry)
         return self._by_name
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quantpatch.errors import listed, shown
 from quantpatch.export.checkpoint import packing
 from quantpatch.export.checkpoint.structure import StructurePlan
+from quantpatch.layers.base import quantizer_name, weight_owner
 from quantpatch.layers.quantizer import named_quantizers, outside_of
 
 __all__ = ["Plan"]
@@ -128,12 +129,8 @@ class Plan(StructurePlan):
 
     def _quantizer_of(self, key: str) -> str:
         """The name of the quantizer of a weight."""
-        parent, _, own = key.rpartition(".")
-        name = f"{parent}.{own}_quantizer".lstrip(".")
-        if name in self._quantizers:
-            return name
-        grand, _, child = parent.rpartition(".")  # its parent's: out_proj of attention
-        return f"{grand}.{child}_{own}_quantizer".lstrip(".")
+        layer, operand = weight_owner(lambda n: self._converted.get(n, type(self._modules.get(n))), key)
+        return f"{layer}.{quantizer_name(operand)}".lstrip(".")
 
     def _fill(self) -> None:
         """Copies the weights in; a model with tensors on the meta device gets the file's own."""

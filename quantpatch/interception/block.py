@@ -1,6 +1,6 @@
-"""In force or not: who decides what is built in a context, from the opening of a block to its end.
+"""A block: who decides what is built in a context, from its opening to its end.
 
-Activations form a stack through their ``parent``; one that was closed is passed over, so scopes may end
+Blocks form a stack through their ``parent``; one that was closed is passed over, so scopes may end
 in any order, in other threads, tasks and generators, and none outlives its end.
 """
 
@@ -11,14 +11,14 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
+from quantpatch.interception.construction import settle
 from quantpatch.interception.slots import HookedAttribute, lock
 
 if TYPE_CHECKING:
     from quantpatch.interception.hooks import Slot
 
 __all__ = [
-    "Activation",
-    "Policy",
+    "Block",
     "current",
     "current_in_context",
     "is_being_replaced",
@@ -29,8 +29,37 @@ __all__ = [
 ]
 
 
-class Policy:
-    """Who decides what is built while an activation is in force."""
+class Watch(Protocol):
+    """What a block starts and stops with its hooks; stopping twice is harmless."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Block:
+    """One opening of a scope; a subclass decides what comes of what is built in it.
+
+    Attributes:
+        slots: Where its hooks are. May grow while it is open (a target imported later).
+        scope: What was opened, for messages.
+        watch: What it starts and stops with its hooks.
+        parent: The block in force where this one was opened.
+        closed: Set once, when the scope ends; a closed block decides nothing.
+        thread: The thread that opened it.
+    """
+
+    __slots__ = ("__weakref__", "closed", "parent", "scope", "slots", "thread", "watch")
+
+    def __init__(self, scope: object = None, watch: Watch | None = None) -> None:
+        self.slots: list[Slot] = []
+        self.scope = scope
+        self.watch = watch
+        self.parent: Block | None = None
+        self.closed = False
+        self.thread = threading.get_ident()
+
+    # --- what is built in it -------------------------------------------------------------------
 
     def replacement_for(self, slot: Slot) -> Any | None:
         """What to use instead of the target now, or None to leave it alone.
@@ -50,36 +79,7 @@ class Policy:
     def passed_root(self, thing: Any) -> None:
         """Learns that the ``__init__`` of a root (see ``Slot.of_root``) has run on an object."""
 
-
-class Watch(Protocol):
-    """What an activation starts and stops with its hooks; stopping twice is harmless."""
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None: ...
-
-
-class Activation:
-    """One opening of a scope.
-
-    Attributes:
-        slots: Where its hooks are. May grow while it is open (a target imported later).
-        payload: The policy that decides, to be found again through ``current()``.
-        watch: What it starts and stops with its hooks.
-        parent: The activation in force where this one was opened.
-        closed: Set once, when the scope ends; a closed activation decides nothing.
-        thread: The thread that opened it.
-    """
-
-    __slots__ = ("__weakref__", "closed", "parent", "payload", "slots", "thread", "watch")
-
-    def __init__(self, payload: Any, watch: Watch | None = None) -> None:
-        self.slots: list[Slot] = []
-        self.payload = payload
-        self.watch = watch
-        self.parent: Activation | None = None
-        self.closed = False
-        self.thread = threading.get_ident()
+    # --- opening and closing -------------------------------------------------------------------
 
     def open(self, slots: Iterable[Slot]) -> None:
         """Puts in the hooks; if anything goes wrong, none stays."""
@@ -112,14 +112,14 @@ class Activation:
         _in_context.set(self)
 
     def start(self) -> None:
-        """Takes force in every context that has no activation of its own."""
+        """Takes force in every context that has no block of its own."""
         _process_wide.append(self)
 
     def close(self) -> list[Slot]:
         """Ends it everywhere, and takes out the hooks that nobody else needs.
 
         May be interrupted anywhere: it decides nothing from its first steps on, and what is left to be
-        taken out then, the next call, or the next activation that opens or closes, takes out.
+        taken out then, the next call, or the next block that opens or closes, takes out.
 
         Returns:
             The slots where somebody else's value stood instead of a hook.
@@ -131,6 +131,7 @@ class Activation:
             displaced = self._take_out()
         if _in_context.get() is not None:
             _in_context.set(current_in_context())
+        settle()
         return displaced
 
     def _take_out(self) -> list[Slot]:
@@ -153,56 +154,56 @@ class Activation:
         return displaced if alone else []
 
 
-_in_context: ContextVar[Activation | None] = ContextVar("quantpatch_activation", default=None)
-_process_wide: list[Activation] = []
+_in_context: ContextVar[Block | None] = ContextVar("quantpatch_block", default=None)
+_process_wide: list[Block] = []
 # Those that are being closed, or whose closing was interrupted.
-_closing: dict[Activation, None] = {}
+_closing: dict[Block, None] = {}
 # Targets whose replacement is being built or called here: what it needs of its own target is float. With the
-# activation that decided so: what an interrupt has left here goes with that.
-within: ContextVar[tuple[Slot, Activation, Any] | None] = ContextVar("quantpatch_within", default=None)
+# block that decided so: what an interrupt has left here goes with that.
+within: ContextVar[tuple[Slot, Block, Any] | None] = ContextVar("quantpatch_within", default=None)
 
 
-def _finish_closing(but: Activation | None = None) -> None:
+def _finish_closing(but: Block | None = None) -> None:
     """Takes out what an interrupted ``close`` has left."""
-    for activation in list(_closing):
-        if activation is not but:
-            activation.closed = True
-            activation._take_out()
+    for block in list(_closing):
+        if block is not but:
+            block.closed = True
+            block._take_out()
 
 
-def current_in_context() -> Activation | None:
-    """The innermost open activation of this context alone."""
-    activation = _in_context.get()
-    while activation is not None and activation.closed:
-        activation = activation.parent
-    return activation
+def current_in_context() -> Block | None:
+    """The innermost open block of this context alone."""
+    block = _in_context.get()
+    while block is not None and block.closed:
+        block = block.parent
+    return block
 
 
-def current() -> Activation | None:
-    """The activation in force: this context's, or else the last one started process-wide."""
-    activation = _in_context.get()
-    while activation is not None:
-        if not activation.closed:
-            return activation
-        activation = activation.parent
+def current() -> Block | None:
+    """The block in force: this context's, or else the last one started process-wide."""
+    block = _in_context.get()
+    while block is not None:
+        if not block.closed:
+            return block
+        block = block.parent
     if _process_wide:
         return next((started for started in reversed(_process_wide[:]) if not started.closed), None)
     return None
 
 
-def open_here() -> list[Activation]:
+def open_here() -> list[Block]:
     """All that are open in this context or process-wide, the innermost first."""
     found = []
-    activation = current_in_context()
-    while activation is not None:
-        if not activation.closed:
-            found.append(activation)
-        activation = activation.parent
+    block = current_in_context()
+    while block is not None:
+        if not block.closed:
+            found.append(block)
+        block = block.parent
     return found + [started for started in reversed(_process_wide[:]) if not started.closed]
 
 
-def opened_here() -> list[Activation]:
-    """The open activations of this context, and those that this thread has started process-wide."""
+def opened_here() -> list[Block]:
+    """The open blocks of this context, and those that this thread has started process-wide."""
     here = threading.get_ident()
     return [a for a in open_here() if a not in _process_wide or a.thread == here]
 
@@ -212,7 +213,7 @@ def is_being_replaced(slot: Slot) -> bool:
     return is_within(slot, within.get())
 
 
-def is_within(slot: Slot, link: tuple[Slot, Activation, Any] | None) -> bool:
+def is_within(slot: Slot, link: tuple[Slot, Block, Any] | None) -> bool:
     """Whether a slot is among those whose replacement is at work."""
     while link is not None:
         if link[0] is slot and not link[1].closed:

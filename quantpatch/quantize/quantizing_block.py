@@ -1,0 +1,207 @@
+"""One block: what it replaces, what it makes of what is built in it, and its end."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import attrs
+from torch import nn
+
+from quantpatch.errors import EntryError, QuantPatchWarning
+from quantpatch.interception import hooks
+from quantpatch.interception.built_modules import Built
+from quantpatch.interception.construction import when_constructed
+from quantpatch.interception.hooks import Block, Slot
+from quantpatch.interception.import_watch import ImportWatch
+from quantpatch.layers.subclass import own_ways, take_over
+from quantpatch.quantize.outcome import Outcome
+from quantpatch.quantize.reasons import BuiltDirectly
+from quantpatch.quantize.resolve import Decision, Key, Table, resolve
+from quantpatch.quantize.targets import slot_of
+from quantpatch.recipes.descriptor import Recipe
+from quantpatch.torch_tools import debug_trace
+from quantpatch.torch_tools.class_swap import dotted, own_class
+
+__all__ = ["QuantizingBlock"]
+
+
+class QuantizingBlock(Block):
+    """One opening of a ``Scope``, with its table, its recipe, and the watch for late imports.
+
+    Attributes:
+        table: What a block inside starts from.
+        recipe: How layers are quantized.
+        outcome: Counts what is built.
+        built: Which models the recipe's rules will be applied to ...
+        applies_rules: ... by this block, which brought the recipe.
+    """
+
+    def __init__(
+        self,
+        scope: object,
+        table: Table,
+        recipe: Recipe,
+        *,
+        outcome: Outcome,
+        keep_float: bool = False,
+        built: Built | None = None,
+        applies_rules: bool = False,
+    ) -> None:
+        self.recipe = recipe
+        self.outcome = outcome
+        self.built = built
+        self.applies_rules = applies_rules
+        self._keep_float = keep_float
+        self._use(table)
+        watched = table.waits_for | table.may_be_reloaded
+        super().__init__(scope, ImportWatch(watched, self._imported) if watched else None)
+
+    def _use(self, table: Table) -> None:
+        self.table = table
+        self._decisions = table.kept_float if self._keep_float else table
+        self._late: dict[type, Callable[[Any], None] | None] = {}  # by class, for objects that came by late
+
+    def install(self) -> None:
+        """Puts in the hooks."""
+        slots = self.table.slots
+        watches = bool(slots) or self.built is not None
+        self.open((*slots, _module_slot()) if watches else ())
+        if debug_trace.is_on():
+            self._say_what_it_replaces()
+
+    def _say_what_it_replaces(self) -> None:
+        float_ = sum(decision.reason is not None for decision in self._decisions.values())
+        waiting = self.table.waits_for
+        later = f"; waits for {', '.join(sorted(waiting))}" if waiting else ""
+        debug_trace.say(
+            f"{self.scope!r} opened, recipe {self.recipe.name}: replaces {len(self.table) - float_} targets, "
+            f"leaves {float_} float{later}"
+        )
+
+    def name_of(self, slot: Slot) -> str:
+        """What a target is called in messages."""
+        return self.table[slot].name if slot in self.table else dotted(slot.target)
+
+    # --- what is built -------------------------------------------------------------------------
+
+    def replacement_for(self, slot: Slot) -> Any | None:
+        """The replacement, unless the target stays float here."""
+        decision = self._decisions.get(slot)
+        if decision is None or decision.reason is not None:
+            return None
+        if decision.replacement is None:  # its target was imported since the block was opened
+            decision = self._decisions.loaded(slot)
+        return decision.replacement
+
+    def came_out(self, slot: Slot) -> None:
+        """Counts it."""
+        decision = self._decisions.get(slot)
+        if decision is not None:
+            self.outcome.count(decision)
+
+    def subclass_came_out(self, slot: Slot, thing: Any) -> None:
+        """Sees to what is not a module."""
+        if not isinstance(thing, nn.Module):  # modules are seen at their root
+            self._met(thing)
+
+    def passed_root(self, thing: Any) -> None:
+        """Sees to modules: what recipes' rules are for, and what no hook has replaced."""
+        if self.built is not None:
+            self.built.add(thing)
+        self._met(thing)
+
+    def _met(self, thing: Any) -> None:
+        """Sees an object that no hook has replaced: of a subclass, or built by ways that pass the hook by."""
+        cls = type(thing)
+        late = self._late[cls] if cls in self._late else self._late.setdefault(cls, self._late_for(cls))
+        if late is not None:
+            late(thing)
+
+    def _late_for(self, cls: type) -> Callable[[Any], None] | None:
+        decision, slot = resolve(self._decisions, cls), self._decisions.slot_of(cls)
+        if decision.entry is None:
+            return None
+        if slot is not None:
+            if decision.reason is not None:
+                return None  # its hook has counted it
+            obstacle = own_ways(decision.replacement, cls)
+            if obstacle is not None:
+                decision = attrs.evolve(decision, reason=BuiltDirectly(obstacle))
+
+        def late(thing: Any) -> None:
+            if slot is not None and hooks.is_being_replaced(slot):
+                return
+            if decision.reason is not None:
+                self.outcome.count(decision)
+            else:
+                when_constructed(thing, functools.partial(self._take_over, thing, cls, decision))
+
+        return late
+
+    def _take_over(self, layer: Any, cls: type, decision: Decision) -> None:
+        if own_class(layer) is not cls:  # two of its bases have come by
+            return
+        take_over(layer, decision.replacement, self.recipe)
+        self.outcome.count(decision)
+
+    # --- what is imported ----------------------------------------------------------------------
+
+    def _put(self, slot: Slot, decision: Decision, instead_of: Key | None = None) -> None:
+        """Notes a target. In a table of this block's own: others may have the one so far as well.
+
+        The replacement is imported at its first use: at this moment its own imports may be half done.
+        """
+        with hooks.lock:
+            decisions = {key: found for key, found in self.table.items() if key != instead_of}
+            decisions[slot] = attrs.evolve(decision, target=slot.target, replacement=None)
+            self._use(self.table.with_all(decisions.items()))
+
+    def _imported(self, module: ModuleType) -> None:
+        """Takes up the entries that waited for a module, and targets that it defines again."""
+        table = self.table
+        for key, decision in table.items():
+            if isinstance(key, Slot):
+                self._reloaded(key, decision, module)
+            elif table.entry(key).module_name == module.__name__:
+                self._take_up(key, decision)
+
+    def _reloaded(self, slot: Slot, decision: Decision, module: ModuleType) -> None:
+        target = slot.target
+        if slot.owner is module:  # a function, and reloading has put another one in the place of the hook
+            self.add(slot)
+        elif isinstance(target, type) and target.__module__ == module.__name__:
+            found = vars(module).get(target.__name__)
+            if isinstance(found, type) and found is not target and dotted(found) == dotted(target):
+                # Whether the replacement fits the new class is seen at its first use: by then whatever
+                # reloads has had the time to update the old one, which the replacement is made from.
+                new = Slot.of_class(found)
+                self._put(new, decision)
+                self.add(new)
+
+    def _take_up(self, name: str, decision: Decision) -> None:
+        entry = self.table.entry(name)
+        try:
+            slot = slot_of(entry)
+        except EntryError as error:  # an exception here would break an import that is not ours
+            warnings.warn(f"{error}; nothing was replaced", QuantPatchWarning, stacklevel=2)
+            return
+        if slot is None:  # an optional one, which this version of its package does not have
+            return
+        self._put(slot, self.table.get(slot, decision), instead_of=name)
+        self.add(slot)
+        used = self.table.entry(slot)
+        if used.plugin != entry.plugin:
+            warnings.warn(
+                f"{entry.dotted} is replaced by {used.source}; the entry of {entry.source} is not used",
+                QuantPatchWarning,
+                stacklevel=2,
+            )
+
+
+def _module_slot() -> Slot:
+    """Where every module comes by while it is built."""
+    return Slot.of_root(nn.Module)

@@ -62,7 +62,7 @@ def test_a_block_tells_what_it_opens_with_and_each_decision_once(lines):
             nn.Linear(2, 2)
             nn.Conv2d(1, 1, 1)
         assert lines() == [
-            "quantpatch:   torch.nn.Linear -> quantpatch.layers.linear:QuantLinear "
+            "quantpatch:   torch.nn.Linear -> quantpatch.layers.linear.QuantLinear "
             "(plugin 'quantpatch.builtin')",
             "quantpatch:   torch.nn.Conv2d stays float: skip='Conv2d'",
         ]

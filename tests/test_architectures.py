@@ -158,14 +158,14 @@ def disable(model):
 
 
 def test_the_share_that_runs_quantized_is_what_is_said_and_no_quantizer_is_missed(case, way):
-    report = qp.audit(case.models[way], *case.inputs)
+    report = qp.audit(case.models[way], tuple(case.inputs))
     assert report.share == pytest.approx(case.share)
     assert (report.unreached, report.opaque, report.to_paste) == ((), (), ())
 
 
 def test_multiply_accumulates_are_half_of_torchs_own_count_of_operations(case, way):
     model = case.models[way]
-    report = qp.audit(model, *case.inputs)
+    report = qp.audit(model, tuple(case.inputs))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         case.run(model)
     fused = sum(row.macs for row in report.rows if row.operation.startswith("recurrent"))  # torch counts none

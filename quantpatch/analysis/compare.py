@@ -100,14 +100,14 @@ class _Sums:
         return 1.0 if self.noise == 0 else 0.0
 
 
-def compare(float_model: nn.Module, quantized_model: nn.Module, data: Iterable[Any]) -> ComparisonReport:
-    """Runs two models side by side and compares what each quantized layer puts out.
+def compare(model: nn.Module, float_model: nn.Module, data: Iterable[Any]) -> ComparisonReport:
+    """Runs a model beside its float version and compares what each quantized layer puts out.
 
     Each layer gets the input that its own model makes, so errors of the layers before are in it.
 
     Args:
-        float_model: The reference.
-        quantized_model: A model with the same layer names.
+        model: A quantized model.
+        float_model: The reference: a model with the same layer names.
         data: Batches, as ``calibrate`` takes them.
 
     Returns:
@@ -118,34 +118,32 @@ def compare(float_model: nn.Module, quantized_model: nn.Module, data: Iterable[A
             outputs have different shapes.
         InputError: One is no model, or the data no batches or on another device.
     """
-    for model in (float_model, quantized_model):
-        demand_model(model, "compare")
-    if float_model is quantized_model:
+    for given in (model, float_model):
+        demand_model(given, "compare")
+    if model is float_model:
         raise ComparisonError(
             "both are the same model, which differs from itself in nothing. convert() changes a model in "
             "place: keep a float one, float_model = copy.deepcopy(model), before it"
         )
     references = dict(float_model.named_modules())
     layers = {
-        name: module
-        for name, module in quantized_model.named_modules()
-        if name in references and _is_quantized(module)
+        name: module for name, module in model.named_modules() if name in references and _is_quantized(module)
     }
     if not layers and any(map(_is_quantized, float_model.modules())):
         raise ComparisonError(
-            "the first model has quantized layers and the second has none: write compare(float_model, "
-            "quantized_model, data)"
+            "the second model has quantized layers and the first has none: write compare(quantized_model, "
+            "float_model, data)"
         )
     if not layers:
         raise ComparisonError(
-            f"{written_name(type(quantized_model))} has no quantized layer by a name that "
+            f"{written_name(type(model))} has no quantized layer by a name that "
             f"{type(float_model).__name__} has; compare a model with its own quantized version"
         )
     sums = {name: _Sums() for name in layers}
     ran: set[str] = set()
     with ExitStack() as stack:
         stack.enter_context(evaluating(float_model))
-        stack.enter_context(evaluating(quantized_model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(without_fast_paths())
         expected: dict[str, list[Tensor]] = {}
         got: dict[str, list[Tensor]] = {}
@@ -157,7 +155,7 @@ def compare(float_model: nn.Module, quantized_model: nn.Module, data: Iterable[A
                 expected.clear()
                 got.clear()
                 run_batch(float_model, batch)
-                run_batch(quantized_model, batch)
+                run_batch(model, batch)
                 for name in got:
                     ran.add(name)
                     _add_all(name, sums[name], expected.get(name, []), got[name])

@@ -391,7 +391,7 @@ def audit_command(
     if not isinstance(model, torch.nn.Module):
         raise ScopeError(f"{build} gave {model!r}, expected a model; name a function that builds one")
     try:
-        report = audit(model, *tensors, minimum=minimum)
+        report = audit(model, tuple(tensors), minimum=minimum)
     except CoverageError as error:
         _print_report(error.report, as_json)
         typer.echo(f"error: {error}", err=True)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from quantpatch.errors import CalibrationError, InputError
 
 __all__ = [
+    "arguments",
     "as_batches",
     "demand_model",
     "evaluating",
@@ -124,6 +125,22 @@ def as_batches(data: Any) -> Iterable[Any]:
     raise InputError(
         f"data is {type(data).__name__}, expected batches: tensors, tuples of arguments or dicts of keywords"
     )
+
+
+def arguments(
+    args: tuple[Any, ...] | Tensor | Any, kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with once, as functions take it: what is no tuple is the one argument.
+
+    Raises:
+        InputError: The keywords are no mapping.
+    """
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise InputError(
+            f"kwargs is a {type(kwargs).__name__}, expected the model's keywords: kwargs={{'name': value}}"
+        )
+    # A named tuple, such as a PackedSequence, is one argument.
+    return args if type(args) is tuple else (args,), dict(kwargs or {})
 
 
 def run_batch(model: nn.Module, batch: Any) -> None:

@@ -115,9 +115,9 @@ def test_what_is_put_together_has_one_scale():
 
 def test_attention_is_covered_whole_and_with_float_probabilities_by_half():
     module = quantized("attention")
-    assert qp.audit(module, X, Y, X).share == 1.0
+    assert qp.audit(module, (X, Y, X)).share == 1.0
     module.probabilities_quantizer.disable()
-    report = qp.audit(module, X, Y, X)
+    report = qp.audit(module, (X, Y, X))
     assert report.share == 0.5
 
 

@@ -433,7 +433,7 @@ def test_a_model_with_hidden_states_quantized_calibrates_and_saves(tmp_path):
     assert {row.state for row in qp.summary(layer).rows} == {"calibrated"}
     qp.save(layer, tmp_path / "lstm.safetensors")
     fresh = nn.LSTM(5, 4, num_layers=2)
-    qp.load(tmp_path / "lstm.safetensors", fresh)
+    qp.load(fresh, tmp_path / "lstm.safetensors")
     assert torch.equal(fresh(x)[0], layer(x)[0])
 
 

@@ -256,7 +256,7 @@ def test_a_checkpoint_names_the_two_classes(tmp_path):
     with qp.quantize_modules(subclasses=True):
         built = nn.Sequential(MyLinear(3), nn.Linear(3, 2))
     for fresh in (nn.Sequential(MyLinear(3), nn.Linear(3, 2)), built):
-        qp.load(tmp_path / "model.safetensors", fresh)
+        qp.load(fresh, tmp_path / "model.safetensors")
         assert type(fresh[0]) is combine(QuantLinear, MyLinear)
         assert torch.equal(fresh(X), model(X))
 

@@ -129,7 +129,7 @@ def test_files_have_the_groups(size: tuple[int, int, int], packed: bool, tmp_pat
     model, x = nn.Sequential(calibrated(layer(2, *size))), torch.randn(1, size[0], 5, 5)
     qp.save(model, tmp_path / "m.safetensors", packed=packed)
     again = qp.load(
-        tmp_path / "m.safetensors", nn.Sequential(nn.ConvTranspose2d(*size[:2], 3, groups=size[2]))
+        nn.Sequential(nn.ConvTranspose2d(*size[:2], 3, groups=size[2])), tmp_path / "m.safetensors"
     ).eval()
     assert torch.equal(again(x), model(x))
     assert again[0].weight_quantizer.descriptor == model[0].weight_quantizer.descriptor

@@ -262,7 +262,7 @@ def test_zero_points_that_were_found_are_found_anew_in_other_data(way: str, tmp_
         model.load_state_dict(before.state_dict())
     elif way == "file":
         qp.save(model, tmp_path / "m.safetensors")
-        model = qp.load(tmp_path / "m.safetensors", uncalibrated())
+        model = qp.load(uncalibrated(), tmp_path / "m.safetensors")
     elif way == "pickle":
         model = pickle.loads(pickle.dumps(model))
     for data in (BOTH_SIDES, X - 0.5, SKEWED):  # the second needs none
@@ -470,7 +470,7 @@ def test_copies_casts_and_files_keep_it(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU(), nn.Conv2d(4, 2, 1)).eval()
 
-    loaded = qp.load(tmp_path / "m.safetensors", build=build).eval()
+    loaded = qp.load(build, tmp_path / "m.safetensors").eval()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
         assert other[0].input_quantizer.format.name == name
         assert torch.equal(other(SKEWED), expected)

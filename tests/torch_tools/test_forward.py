@@ -10,7 +10,7 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.errors import InputError
-from quantpatch.torch_tools.forward import as_batches, uncompiled
+from quantpatch.torch_tools.forward import arguments, as_batches, uncompiled
 
 X = torch.randn(2, 4)
 
@@ -31,21 +31,21 @@ def quantized_model() -> nn.Sequential:
         lambda path: qp.calibrate([X], quantized_model()),
         lambda path: qp.calibrate(nn.Linear, [X]),
         lambda path: qp.audit(X, quantized_model()),
-        lambda path: qp.compare([X], float_model(), quantized_model()),
+        lambda path: qp.compare(quantized_model(), [X], float_model()),
         lambda path: qp.configure({}, quantized_model()),
         lambda path: qp.convert("model"),
         lambda path: qp.prepare(X, quantized_model()),
         lambda path: qp.fold_batchnorm(X),
         lambda path: qp.float_state_dict({}),
         lambda path: qp.save(path, quantized_model()),
-        lambda path: qp.load(quantized_model(), path),
-        lambda path: qp.load(path, "model"),
+        lambda path: qp.load(path, quantized_model()),
+        lambda path: qp.load("model", path),
         lambda path: qp.export_onnx(X, path, quantized_model()),
         lambda path: qp.sensitivity(X, lambda model: 1.0),
     ],
 )
 def test_what_is_no_model_is_said_to_be_none(call, tmp_path):
-    with pytest.raises(InputError, match=r"takes a model|takes the file first"):
+    with pytest.raises(InputError, match=r"takes a model|takes the model first"):
         call(tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
 
@@ -150,3 +150,12 @@ def test_a_type_error_of_the_models_own_is_left_alone():
         model = AnyKeys()
     with pytest.raises(TypeError, match="not such options"):
         qp.calibrate(model, [{"x": X, "flag": 1}], progress=False)
+
+
+def test_arguments_are_a_tuple_or_the_one_that_they_are():
+    assert arguments(X, None) == ((X,), {})
+    assert arguments((X, 3), {"scale": 2}) == ((X, 3), {"scale": 2})
+    packed = nn.utils.rnn.pack_sequence([torch.zeros(2, 3)])  # a named tuple
+    assert arguments(packed, {}) == ((packed,), {})
+    with pytest.raises(InputError, match=r"kwargs is a list, expected the model's keywords: kwargs="):
+        arguments((), ["scale"])

@@ -297,7 +297,7 @@ def test_a_summary_lists_the_toolkits_quantizers(calibrated):
     ("name", "call"),
     [
         ("save", lambda m, path: qp.save(m, path)),
-        ("load", lambda m, path: qp.load(path, m)),
+        ("load", lambda m, path: qp.load(m, path)),
         ("export_onnx", lambda m, path: qp.export_onnx(m, torch.randn(2, 1, 4, 4), path)),
         ("prepare", lambda m, path: qp.prepare(m, torch.randn(2, 1, 4, 4))),
         ("calibrate", lambda m, path: qp.calibrate(m, [torch.randn(2, 1, 4, 4)])),

@@ -114,7 +114,7 @@ class QuantPatchCallback(TrainerCallback):
                 stacklevel=2,
             )
         if self.report and state.is_world_process_zero:
-            self.coverage = qp.audit(model, **next(self._batches(loader, args)))
+            self.coverage = qp.audit(model, kwargs=next(self._batches(loader, args)))
             state.log_history.append({"quantized_share": self.coverage.share, "step": state.global_step})
             print(_told(model, self.coverage))
 

@@ -59,9 +59,9 @@ def test_built_in_a_block_or_converted_it_runs_quantized_and_exact_when_disabled
     built.load_state_dict(reference.state_dict())
     converted = copy.deepcopy(reference)
     qp.convert(converted)
-    report = qp.audit(built, **MODELS[name].inputs)
+    report = qp.audit(built, kwargs=MODELS[name].inputs)
     assert report.share >= MODELS[name].share
-    assert qp.audit(converted, **MODELS[name].inputs).share == report.share
+    assert qp.audit(converted, kwargs=MODELS[name].inputs).share == report.share
     left = {row.layer: row.reason for row in report.rows if not row.quantized}
     assert set(left) == MODELS[name].float_layers
     told = ("for which there is no entry", "quantize_attention(model) quantizes")
@@ -79,7 +79,7 @@ def test_calibrated_it_copies_and_pickles(name):
     if name in WITH_ATTENTION:
         quantize_attention(model)
     qp.calibrate(model, [MODELS[name].inputs], progress=False)
-    assert qp.audit(model, **MODELS[name].inputs).share >= WITH_ATTENTION.get(name, MODELS[name].share)
+    assert qp.audit(model, kwargs=MODELS[name].inputs).share >= WITH_ATTENTION.get(name, MODELS[name].share)
     expected = output(model, name)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(output(twin, name), expected)
@@ -168,7 +168,7 @@ def test_arguments_it_does_not_know_are_refused_rather_than_dropped(name):
 def test_the_audit_tells_how_to_quantize_attention():
     with qp.quantize_modules():
         model = MODELS["bert"].build().eval()
-    report = qp.audit(model, **MODELS["bert"].inputs)
+    report = qp.audit(model, kwargs=MODELS["bert"].inputs)
     (reason,) = {row.reason for row in report.rows if not row.quantized}
     assert reason.endswith("quantpatch_transformers.attention.quantize_attention(model) quantizes")
     assert report.to_paste == ()

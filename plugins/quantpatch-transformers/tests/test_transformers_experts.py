@@ -204,7 +204,7 @@ def test_jetmoe_has_a_range_for_each_channel_of_each_expert():
     qp.convert(layer)
     qp.calibrate(layer, [(torch.randn(TOKENS, HIDDEN), [3, 4, 0, 5])], progress=False)
     assert torch.equal(layer.weight_quantizer.amax, layer.weight.abs().amax(2, keepdim=True))
-    assert qp.audit(layer, torch.randn(TOKENS, HIDDEN), [3, 4, 0, 5]).share == 1.0
+    assert qp.audit(layer, (torch.randn(TOKENS, HIDDEN), [3, 4, 0, 5])).share == 1.0
 
 
 def test_it_compiles_to_the_same_values():
@@ -240,7 +240,7 @@ def test_every_one_of_them_runs_quantized_and_is_exact_when_disabled():
         layer = copy.deepcopy(reference)
         qp.convert(layer)
         inputs = example.inputs()
-        assert qp.audit(layer, *inputs).share == 1.0, example.target
+        assert qp.audit(layer, tuple(inputs)).share == 1.0, example.target
         expected = reference(*inputs)
         assert not torch.equal(layer(*inputs), expected), example.target
         for quantizer in layer.quantizers().values():
@@ -291,7 +291,7 @@ def test_experts_of_ones_own_take_one_line():
     with qp.quantize_modules(custom=[qp.Entry(_module_with(MyExperts), "MyExperts", QuantMyExperts)]):
         layer = MyExperts(reference.config)
     layer.load_state_dict(reference.state_dict())
-    assert qp.audit(layer, *routed()).share == 1.0
+    assert qp.audit(layer, tuple(routed())).share == 1.0
 
 
 def _module_with(cls):

@@ -68,7 +68,7 @@ def test_every_quantizer_is_reached_and_disabled_it_is_exact(name):
     with qp.quantize_modules():
         model = float_model(name)
     qp.calibrate(model, [{"input_ids": IDS}], progress=False)  # strict: a layer that saw no data is an error
-    report = qp.audit(model, input_ids=IDS)
+    report = qp.audit(model, kwargs={"input_ids": IDS})
     assert {row.layer for row in report.rows if not row.quantized} == LEFT[name]
     theirs, ours = logits(reference), logits(model)
     assert 0 < (theirs - ours).norm() < 0.05 * theirs.norm()

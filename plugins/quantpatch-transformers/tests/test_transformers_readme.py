@@ -46,12 +46,12 @@ def test_the_figures_of_the_table_are_those_of_the_audit():
         torch.manual_seed(0)
         model = MODELS[name].build().eval()
         qp.convert(model)
-        assert share == f"{100 * qp.audit(model, **MODELS[name].inputs).share:.1f}", name
+        assert share == f"{100 * qp.audit(model, kwargs=MODELS[name].inputs).share:.1f}", name
         try:
             quantize_attention(model)
         except ConversionError:
             assert with_attention == "has no attention"
             continue
-        report = qp.audit(model, **MODELS[name].inputs)
+        report = qp.audit(model, kwargs=MODELS[name].inputs)
         assert with_attention == f"{100 * report.share:.1f} %", name
         assert {row.layer for row in report.rows if not row.quantized} == set(left.split(", ")) - {""}, name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -31,7 +31,12 @@ from quantpatch.report.folding import alike, folded_name, folded_names, starred
 from quantpatch.report.render import as_percent, as_text
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import dotted, own_class, written_name
-from quantpatch.torch_tools.forward import demand_model, explaining_devices, uncompiled
+from quantpatch.torch_tools.forward import (
+    arguments,
+    demand_model,
+    explaining_devices,
+    uncompiled,
+)
 from quantpatch.torch_tools.sharded import is_sharded
 
 __all__ = ["CoverageReport", "CoverageRow", "audit", "report_of"]
@@ -222,7 +227,13 @@ def _folded(rows: list[CoverageRow]) -> CoverageRow:
     )
 
 
-def audit(model: nn.Module, *inputs: Any, minimum: float | None = None, **keywords: Any) -> CoverageReport:
+def audit(
+    model: nn.Module,
+    args: tuple[Any, ...] | Tensor = (),
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    minimum: float | None = None,
+) -> CoverageReport:
     """Runs a model once and tells which of its multiplications ran on quantized operands.
 
     The report is made from the operators that were really executed, not from the classes of layers: a
@@ -234,9 +245,9 @@ def audit(model: nn.Module, *inputs: Any, minimum: float | None = None, **keywor
 
     Args:
         model: The model.
-        *inputs: Arguments of its forward.
+        args: Arguments to run it on: a tensor, or a tuple.
+        kwargs: Keyword arguments to run it on.
         minimum: Smallest share to accept, from 0 to 1.
-        **keywords: Keyword arguments of its forward.
 
     Returns:
         The report.
@@ -253,8 +264,9 @@ def audit(model: nn.Module, *inputs: Any, minimum: float | None = None, **keywor
     runner = uncompiled(model)
     if isinstance(runner, nn.DataParallel):
         raise InputError("nn.DataParallel runs copies of the layers: write audit(model.module, ...)")
-    with explaining_devices(runner, (inputs, keywords)), CallRanges(runner) as calls:
-        seen = trace(runner, lambda: runner(*inputs, **keywords))
+    args, kwargs = arguments(args, kwargs)
+    with explaining_devices(runner, (args, kwargs)), CallRanges(runner) as calls:
+        seen = trace(runner, lambda: runner(*args, **kwargs))
     calls.warn()
     report = report_of(runner, seen)
     if minimum is not None and report.share < minimum:

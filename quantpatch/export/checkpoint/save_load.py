@@ -235,27 +235,22 @@ def _pack_into(
     return None
 
 
-def load(
-    path: str | os.PathLike[str],
-    model: nn.Module | None = None,
-    *,
-    build: Callable[[], nn.Module] | None = None,
-) -> nn.Module:
+def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
     """Makes a model be what was saved: its layers, its quantizers, its weights and ranges.
 
     ::
 
-        model = qp.load("model.safetensors", build=MyModel)
-        qp.load("model.safetensors", model)
+        qp.load(model, "model.safetensors")
+        model = qp.load(MyModel, "model.safetensors")
 
     The model may be float or quantized, in part or otherwise than the saved one: layers are converted and
     reverted as the file says. Parameters keep their device and dtype; those on the meta device are put on
     the CPU. No calibration is needed, and no code that the file names is imported or run.
 
     Args:
+        model: The model to load into, changed in place; or a class or function without arguments that builds
+            it, also on the meta device.
         path: What ``save`` wrote.
-        model: The model to load into, changed in place.
-        build: Builds the model instead; may build it on the meta device.
 
     Returns:
         The model.
@@ -263,20 +258,20 @@ def load(
     Raises:
         CheckpointError: The file is no such file, is incomplete or newer, or does not fit the model; a
             plugin is not installed; a range is missing, negative or not finite. The model is untouched.
-        InputError: ``model`` is no model.
+        InputError: ``model`` is neither a model nor builds one.
         MissingExtraError: safetensors is not installed.
     """
-    if isinstance(path, nn.Module):
-        raise InputError("load takes the file first: write load(path, model)")
-    if model is not None:
+    if isinstance(path, nn.Module) or isinstance(model, (str, os.PathLike)):
+        raise InputError("load takes the model first: write load(model, path), or load(MyModel, path)")
+    build = None if isinstance(model, nn.Module) or not callable(model) else model
+    if build is None:
         demand_model(model, "load")
     path = Path(path)
-    if (model is None) == (build is None):
-        raise CheckpointError("give load a model, or build=, and not both", path=str(path))
     description, tensors = _read(path)
-    if model is None:
-        assert build is not None
+    if build is not None:
         model = build()
+        demand_model(model, "load")
+    assert isinstance(model, nn.Module)
     plan = Plan(model, description, tensors)
     if plan.problems:
         raise CheckpointError(

@@ -33,7 +33,7 @@ from quantpatch.export.prepare.runtimes import TARGETS, Operand, Target, operand
 from quantpatch.layers.lowering import lowered
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.atomic_files import written_whole
-from quantpatch.torch_tools.forward import demand_model, evaluating, telling, uncompiled
+from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, telling, uncompiled
 
 __all__ = ["export_onnx"]
 
@@ -103,7 +103,7 @@ def export_onnx(
     model = uncompiled(model)
     has_bfloat16 = _has_bfloat16(model, args, kwargs)
     opset = opset if opset is not None else _OPSET_OF_BFLOAT16 if has_bfloat16 else _OPSET
-    args, kwargs = _each_on_its_own(args if isinstance(args, tuple) else (args,), kwargs or {})
+    args, kwargs = _each_on_its_own(*arguments(args, kwargs))
     with _EXPORTING, _quiet(), evaluating(model), telling(progress) as tell:
         # While another thread traces, its tensors stand in for the parameters of a model that both export.
         found = _checked_operands(model, target, opset)

@@ -29,7 +29,10 @@ from quantpatch.export.prepare.folded_batchnorm import (
 from quantpatch.export.prepare.verified import made_if_same, run_of
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.torch_tools import nn
-from quantpatch.torch_tools.forward import demand_model
+from quantpatch.torch_tools.forward import (
+    arguments,
+    demand_model,
+)
 
 __all__ = ["FoldedBatchNorm", "fold_batchnorm"]
 
@@ -104,7 +107,7 @@ def fold_batchnorm(
     if args is None and kwargs is None:
         _find(model, "", pairs, seen)
     else:
-        given = () if args is None else args if isinstance(args, tuple) else (args,)
+        given, kwargs = arguments(() if args is None else args, kwargs)
         run = run_of(model, given, kwargs)
         _find_in_run(model, dataflow(model, run), pairs, seen)
     folded: dict[str, str] = {}

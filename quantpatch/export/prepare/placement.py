@@ -24,7 +24,12 @@ from quantpatch.layers.placed import quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.quantize.call_ranges import CallRanges
 from quantpatch.torch_tools import nn
-from quantpatch.torch_tools.forward import demand_model, explaining_devices, uncompiled
+from quantpatch.torch_tools.forward import (
+    arguments,
+    demand_model,
+    explaining_devices,
+    uncompiled,
+)
 
 __all__ = ["Preparation", "prepare"]
 
@@ -64,7 +69,7 @@ class Preparation:
 
 def prepare(
     model: nn.Module,
-    args: tuple[Any, ...] | Tensor,
+    args: tuple[Any, ...] | Tensor = (),
     *,
     kwargs: Mapping[str, Any] | None = None,
     target: Target = "onnxruntime",
@@ -105,7 +110,7 @@ def prepare(
     if target not in TARGETS:
         raise UnknownNameError.of("target", target, TARGETS)
     model = uncompiled(model)
-    args = args if isinstance(args, tuple) else (args,)
+    args, kwargs = arguments(args, kwargs)
     with explaining_devices(model, (args, kwargs)):
         # TensorRT folds batch norm by itself, and its documentation asks that nobody does it before.
         fold = target == "onnxruntime"

@@ -89,7 +89,7 @@ def test_multiply_accumulates_are_half_of_torchs_own_count_of_operations(build, 
 )
 def test_the_less_common_products_are_counted(multiply, shapes, macs):
     model = Wrapped(lambda self, *tensors: multiply(*tensors))
-    assert qp.audit(model, *map(torch.randn, shapes)).macs == macs
+    assert qp.audit(model, tuple(map(torch.randn, shapes))).macs == macs
 
 
 def test_a_float_model_has_a_share_of_zero_and_says_that_it_was_left_float():
@@ -333,7 +333,7 @@ def test_a_layer_that_is_left_float_by_default_says_what_to_write():
 
     qp.registry.register(Plugin(), "on-request")
     try:
-        report = qp.audit(nn.Bilinear(2, 2, 2), torch.randn(1, 2), torch.randn(1, 2))
+        report = qp.audit(nn.Bilinear(2, 2, 2), (torch.randn(1, 2), torch.randn(1, 2)))
     finally:
         qp.registry.unregister("on-request")
     assert all("include=['Bilinear']" in row.reason for row in report.rows)
@@ -371,10 +371,10 @@ def test_inputs_that_are_one_tensor_are_quantized_once_and_none_is_missed():
     for calibrated in (False, True):
         if calibrated:
             qp.calibrate(model, [(x, x)])
-        assert qp.audit(model, x, x).unreached == ()
-        assert qp.audit(model, x, other).unreached == ()
+        assert qp.audit(model, (x, x)).unreached == ()
+        assert qp.audit(model, (x, other)).unreached == ()
     model.attention.value_quantizer.disable()
-    assert qp.audit(model, x, x).share < 1.0
+    assert qp.audit(model, (x, x)).share < 1.0
     assert not any("out_proj" in name for name, _ in qp.summary(model).float_layers)
 
 
@@ -432,7 +432,7 @@ def test_attention_counts_scores_and_output_apart():
 
     model = Wrapped(forward, q=qp.TensorQuantizer(), k=qp.TensorQuantizer())
     q, k, v = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 4)
-    scores, output = qp.audit(model, q, k, v).rows
+    scores, output = qp.audit(model, (q, k, v)).rows
     assert (scores.macs, scores.quantized) == (2 * 5 * 7 * 8, True)
     assert output.macs == 2 * 5 * 7 * 4
     assert not output.quantized
@@ -457,7 +457,7 @@ def test_keywords_several_inputs_dict_outputs_and_tied_weights():
 
     model = Wrapped(forward, first=first, second=second)
     qp.convert(model)
-    report = qp.audit(model, torch.randn(2, 4), scale=2.0)
+    report = qp.audit(model, torch.randn(2, 4), kwargs={"scale": 2.0})
     assert report.share == 1.0
     assert [row.module for row in report.rows] == ["first", "second"]
 
@@ -556,7 +556,7 @@ def test_inputs_on_another_device_are_told_of_and_nothing_is_lost():
     with pytest.raises(InputError, match="its inputs on meta"):
         qp.calibrate(model, [torch.randn(3, 2, 4, device="meta")], existing="overwrite")
     with pytest.raises(InputError, match="its inputs on meta"):
-        qp.compare(copy.deepcopy(model), model, [torch.randn(3, 2, 4, device="meta")])
+        qp.compare(model, copy.deepcopy(model), [torch.randn(3, 2, 4, device="meta")])
     assert same(before, state_of(model))
 
 
@@ -696,9 +696,9 @@ def test_what_is_changed_where_it_lies_in_memory_is_no_quantized_operand_any_mor
 def test_under_inference_mode_the_same_is_seen(build, shape):
     model, x = build(), torch.randn(shape)
     inputs = (x, x, x) if isinstance(model, (nn.MultiheadAttention, Wrapped)) else (x,)
-    expected = qp.audit(model, *inputs)
+    expected = qp.audit(model, tuple(inputs))
     with torch.inference_mode():
-        found = qp.audit(model, *(t.clone() for t in inputs))
+        found = qp.audit(model, tuple(t.clone() for t in inputs))
     assert found.macs == expected.macs > 0
     assert [row.operation for row in found.rows] == [row.operation for row in expected.rows]
 

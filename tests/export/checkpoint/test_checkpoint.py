@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import CheckpointError, MissingExtraError
+from quantpatch.errors import CheckpointError, InputError, MissingExtraError
 from quantpatch.export.checkpoint.packing import pack, unpack
 from quantpatch.export.checkpoint.save_load import float_state_dict, load, save
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Float, Integer, NumberFormat
@@ -100,7 +100,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
 def test_the_same_outputs_come_back(recipe: str, packed: bool, tmp_path: Path) -> None:
     model = trained(recipe)
     save(model, tmp_path / "m.safetensors", packed=packed)
-    back = load(tmp_path / "m.safetensors", build=Net).eval()
+    back = load(Net, tmp_path / "m.safetensors").eval()
     assert torch.equal(back(TOKENS), model(TOKENS))
     assert [type(m) for m in back.modules()] == [type(m) for m in model.modules()]
     assert back.head.weight is back.table.weight
@@ -123,7 +123,7 @@ def test_a_model_in_any_state_becomes_what_was_saved(start: str, tmp_path: Path)
             skip=["Linear"] if start == "partly" else [],
         ):
             other = Net()
-    assert load(tmp_path / "m.safetensors", other) is other
+    assert load(other, tmp_path / "m.safetensors") is other
     other.eval()
     assert torch.equal(other(TOKENS), model(TOKENS))
     assert other.conv.input_quantizer.disabled
@@ -139,7 +139,7 @@ def test_layers_that_the_file_has_float_are_reverted(tmp_path: Path) -> None:
     save(model, tmp_path / "m.safetensors")
     with qp.quantize_modules():
         other = nn.Sequential(nn.Linear(4, 4), nn.AvgPool1d(2)).eval()
-    load(tmp_path / "m.safetensors", other)
+    load(other, tmp_path / "m.safetensors")
     assert type(other[0]) is nn.Linear
     x = torch.randn(3, 4)
     assert torch.equal(other(x), model(x))
@@ -149,7 +149,7 @@ def test_an_operand_that_the_file_leaves_float_loses_its_quantizer(tmp_path: Pat
     model = ready("int8-weight-only")
     save(model, tmp_path / "m.safetensors")
     other = ready("int8")
-    load(tmp_path / "m.safetensors", other)
+    load(other, tmp_path / "m.safetensors")
     assert list(other[0].quantizers()) == ["weight_quantizer"]
 
 
@@ -158,7 +158,7 @@ def test_an_uncalibrated_model_round_trips(tmp_path: Path) -> None:
         model = small().eval()
     save(model, tmp_path / "m.safetensors")
     other = ready()
-    load(tmp_path / "m.safetensors", other)
+    load(other, tmp_path / "m.safetensors")
     assert other[0].input_quantizer.amax is None
     x = torch.randn(3, 6)
     assert torch.equal(other(x), model(x))
@@ -169,7 +169,7 @@ def test_dtype_of_the_model_is_kept_and_ranges_stay_float32(tmp_path: Path) -> N
     save(model, tmp_path / "m.safetensors", packed=True)
     with torch.device("meta"):
         other = small().bfloat16()
-    load(tmp_path / "m.safetensors", other).eval()
+    load(other, tmp_path / "m.safetensors").eval()
     x = torch.randn(3, 6, dtype=torch.bfloat16)
     assert other[0].weight.dtype == torch.bfloat16
     assert other[0].input_quantizer.amax.dtype == torch.float32
@@ -192,7 +192,7 @@ def test_shared_layers_and_single_quantizers(tmp_path: Path) -> None:
     qp.calibrate(model, [torch.randn(2, 4)], progress=False)
     save(model, tmp_path / "m.safetensors")
     x = torch.randn(3, 4)
-    other = load(tmp_path / "m.safetensors", build=Shared).eval()
+    other = load(Shared, tmp_path / "m.safetensors").eval()
     assert other.a is other.b
     assert torch.equal(other(x), model(x))
 
@@ -211,11 +211,11 @@ def test_parametrized_weights(tmp_path: Path) -> None:
     quantized_already = build()
     qp.convert(quantized_already)
     for other in (build(), quantized_already):
-        load(tmp_path / "m.safetensors", other).eval()
+        load(other, tmp_path / "m.safetensors").eval()
         assert torch.equal(other(x), model(x))
     qp.revert(other)
     save(other, tmp_path / "float.safetensors")
-    assert type(load(tmp_path / "float.safetensors", model)[0]).__bases__ == (nn.Linear,)
+    assert type(load(model, tmp_path / "float.safetensors")[0]).__bases__ == (nn.Linear,)
     assert torch.equal(other(x), model(x))
 
 
@@ -229,7 +229,7 @@ def test_a_learned_range_past_zero(tmp_path: Path, packed: bool) -> None:
     with torch.no_grad():
         model[0].weight_quantizer.amax[0].neg_()
     save(model, tmp_path / "m.safetensors", packed=packed)
-    assert torch.equal(load(tmp_path / "m.safetensors", build=small).eval()(x), model(x))
+    assert torch.equal(load(small, tmp_path / "m.safetensors").eval()(x), model(x))
 
 
 def test_training_goes_on_with_the_same_losses(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_training_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     torch.save(optimizer.state_dict(), tmp_path / "o.pt")
     expected = steps(model, optimizer, 5)
 
-    resumed = load(tmp_path / "m.safetensors", build=small).train()
+    resumed = load(small, tmp_path / "m.safetensors").train()
     optimizer = torch.optim.Adam(resumed.parameters(), lr=0.02)
     optimizer.load_state_dict(torch.load(tmp_path / "o.pt"))
     assert steps(resumed, optimizer, 5) == expected
@@ -275,7 +275,7 @@ def test_loading_into_the_model_that_an_optimizer_holds_keeps_its_parameters(tmp
     with torch.no_grad():
         for parameter in held:
             parameter.mul_(1.5)
-    load(tmp_path / "m.safetensors", model)
+    load(model, tmp_path / "m.safetensors")
     assert all(a is b for a, b in zip(held, model.parameters(), strict=True))
 
 
@@ -291,7 +291,7 @@ def test_a_float_model_round_trips(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = small()
     save(model, tmp_path / "m.safetensors")
-    other = load(tmp_path / "m.safetensors", ready())
+    other = load(ready(), tmp_path / "m.safetensors")
     assert type(other[0]) is nn.Linear
     assert torch.equal(other[0].weight, model[0].weight)
 
@@ -333,7 +333,7 @@ def test_packing_saves_what_it_says(recipe: str, least: float, tmp_path: Path) -
     assert not any(
         tensor.dtype == torch.float32 and tensor.numel() > 600 for tensor in load_file(report.path).values()
     )
-    back = load(report.path, build=build).eval()
+    back = load(build, report.path).eval()
     assert torch.equal(back(x), model(x))
 
 
@@ -410,7 +410,7 @@ def test_what_does_not_fit_is_named_and_the_model_untouched(message: str, kind: 
     model = small() if kind == "float" else ready("int4")
     before = fingerprint(model)
     with pytest.raises(CheckpointError) as caught:
-        load(file, model)
+        load(model, file)
     assert message in str(caught.value)
     assert caught.value.path == str(file)
     assert caught.value.problems
@@ -425,23 +425,23 @@ def test_a_truncated_file(keep: int, tmp_path: Path) -> None:
     model = ready()
     before = fingerprint(model)
     with pytest.raises(CheckpointError, match="truncated"):
-        load(path, model)
+        load(model, path)
     assert_untouched(model, before)
 
 
 def test_other_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
-        load(tmp_path / "none.safetensors", small())
+        load(small(), tmp_path / "none.safetensors")
     save_file({"a": torch.ones(1)}, tmp_path / "plain.safetensors")
     with pytest.raises(CheckpointError, match=r"qp\.save did not write it"):
-        load(tmp_path / "plain.safetensors", small())
+        load(small(), tmp_path / "plain.safetensors")
     torch.save(ready().state_dict(), tmp_path / "torch.pt")
     with pytest.raises(CheckpointError, match="torch.save wrote it.*LitModel.load_from_checkpoint"):
-        load(tmp_path / "torch.pt", small())
+        load(small(), tmp_path / "torch.pt")
     header = json.dumps({"__metadata__": {"quantpatch": "[]"}}).encode()
     (tmp_path / "odd.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load(tmp_path / "odd.safetensors", small())
+        load(small(), tmp_path / "odd.safetensors")
 
 
 def test_another_architecture(tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_another_architecture(tmp_path: Path) -> None:
     model = Net()
     before = fingerprint(model)
     with pytest.raises(CheckpointError, match="no such layer"):
-        load(tmp_path / "m.safetensors", model)
+        load(model, tmp_path / "m.safetensors")
     assert_untouched(model, before)
 
 
@@ -462,16 +462,19 @@ def test_batch_norm_that_is_folded_on_one_side_alone_is_told_of(tmp_path: Path) 
     save(folded, tmp_path / "folded.safetensors")
     save(plain, tmp_path / "plain.safetensors")
     with pytest.raises(CheckpointError, match=r"1: if batch norm was folded .* write qp\.fold_batchnorm"):
-        load(tmp_path / "folded.safetensors", plain)
+        load(plain, tmp_path / "folded.safetensors")
     with pytest.raises(CheckpointError, match="1: if batch norm of the model was folded, load into one"):
-        load(tmp_path / "plain.safetensors", folded)
+        load(folded, tmp_path / "plain.safetensors")
 
 
-def test_load_takes_one_of_model_and_build(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not both"):
-        load(tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match="not both"):
-        load(tmp_path / "m.safetensors", small(), build=small)
+def test_load_takes_the_model_first_or_what_builds_it(tmp_path: Path) -> None:
+    save(small(), tmp_path / "m.safetensors")
+    assert isinstance(load(small, tmp_path / "m.safetensors"), nn.Module)
+    with pytest.raises(InputError, match=r"write load\(model, path\)"):
+        load(tmp_path / "m.safetensors", small())
+    for given in (3, lambda: 3):
+        with pytest.raises(InputError, match="load takes a model"):
+            load(given, tmp_path / "m.safetensors")
 
 
 @attrs.frozen
@@ -497,13 +500,13 @@ def test_a_plugins_format_is_written_by_name_and_asked_for_again(plugin: Any, tm
     model = ready(recipe)
     save(model, tmp_path / "m.safetensors")
     x = torch.randn(3, 6)
-    assert torch.equal(load(tmp_path / "m.safetensors", build=small)(x), model(x))
+    assert torch.equal(load(small, tmp_path / "m.safetensors")(x), model(x))
     registry.unregister(name)
     try:
         untouched = small()
         weights = {name: value.clone() for name, value in untouched.state_dict().items()}
         with pytest.raises(CheckpointError, match="the plugin 'thirds-plugin' is not installed") as caught:
-            load(tmp_path / "m.safetensors", untouched)
+            load(untouched, tmp_path / "m.safetensors")
         assert [type(layer) for layer in untouched] == [type(layer) for layer in small()]
         assert all(torch.equal(value, weights[name]) for name, value in untouched.state_dict().items())
         assert "unknown format 'thirds'" in str(caught.value)
@@ -521,7 +524,7 @@ def test_no_code_of_the_file_is_imported(tmp_path: Path) -> None:
         description["layers"]["0"]["class"] = "antigravity.QuantLinear"
 
     with pytest.raises(CheckpointError):
-        load(altered(tmp_path / "m.safetensors", change), small())
+        load(small(), altered(tmp_path / "m.safetensors", change))
     assert "antigravity" not in sys.modules
 
 
@@ -565,7 +568,7 @@ def test_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(MissingExtraError, match=r"quantpatch\[safetensors\]"):
         save(small(), tmp_path / "m.safetensors")
     with pytest.raises(MissingExtraError, match=r"quantpatch\[safetensors\]"):
-        load(tmp_path / "m.safetensors", small())
+        load(small(), tmp_path / "m.safetensors")
 
 
 def test_every_builtin_format_round_trips_as_fields(tmp_path: Path) -> None:
@@ -576,7 +579,7 @@ def test_every_builtin_format_round_trips_as_fields(tmp_path: Path) -> None:
     other = copy.deepcopy(model)
     for quantizer in other:
         quantizer.descriptor = qp.QuantDescriptor(format=Float(4, 3))
-    load(tmp_path / "m.safetensors", other)
+    load(other, tmp_path / "m.safetensors")
     assert [q.format for q in other] == [q.format for q in model]
     assert [q.descriptor for q in other] == [q.descriptor for q in model]
 
@@ -599,7 +602,7 @@ def test_loading_looks_through_a_model_as_often_however_many_layers_it_has(tmp_p
         qp.calibrate(model, [torch.randn(4, 2)], progress=False)
         save(model, tmp_path / "m.safetensors")
         again = Counting(*(nn.Linear(2, 2) for _ in range(layers)))
-        load(tmp_path / "m.safetensors", again)
+        load(again, tmp_path / "m.safetensors")
         walks.append(again.walks)
     assert walks[0] == walks[1]
 
@@ -610,8 +613,8 @@ def test_a_model_that_is_saved_while_it_is_calibrated_quantizes_when_it_is_loade
     with qp.calibrating(model):
         model(torch.randn(4, 2))
         qp.save(model, tmp_path / "model.safetensors")
-    loaded = qp.load(tmp_path / "model.safetensors", nn.Sequential(nn.Linear(2, 2)))
+    loaded = qp.load(nn.Sequential(nn.Linear(2, 2)), tmp_path / "model.safetensors")
     assert loaded[0].input_quantizer.quantizing
     model[0].input_quantizer.disable_quant()  # for good
     qp.save(model, tmp_path / "model.safetensors")
-    assert not qp.load(tmp_path / "model.safetensors", model)[0].input_quantizer.quantizing
+    assert not qp.load(model, tmp_path / "model.safetensors")[0].input_quantizer.quantizing

@@ -89,7 +89,7 @@ def seen(model: nn.Module) -> Any:
 def refused(path: Path, model: nn.Module) -> str:
     before = seen(model)
     with pytest.raises(CheckpointError) as caught:
-        qp.load(path, model)
+        qp.load(model, path)
     assert seen(model) == before
     return str(caught.value)
 
@@ -136,7 +136,7 @@ def test_a_changed_description_is_loaded_as_it_says_or_refused(data, valid, tmp_
     model = Net().eval()
     before = seen(model)
     try:
-        qp.load(file, model)
+        qp.load(model, file)
     except CheckpointError:
         assert seen(model) == before
         return
@@ -208,7 +208,7 @@ def test_a_layer_that_is_shared_in_the_file_alone_is_refused(tmp_path) -> None:
     assert "two.input_quantizer: in the file it is one.input_quantizer" in refused(
         tmp_path / "m.safetensors", Twice(shared=False)
     )
-    assert qp.load(tmp_path / "m.safetensors", Twice(shared=True)).two.input_quantizer is not None
+    assert qp.load(Twice(shared=True), tmp_path / "m.safetensors").two.input_quantizer is not None
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_a_range_that_is_said_not_to_be_known(valid, tmp_path) -> None:
     description["quantizers"]["head.input_quantizer"]["known"] = False
     assert "says is not known" in refused(written(tmp_path / "m.safetensors", description, valid[1]), Net())
     tensors = {**valid[1], "head.input_quantizer._amax": torch.tensor(torch.nan)}
-    model = qp.load(written(tmp_path / "m.safetensors", description, tensors), Net())
+    model = qp.load(Net(), written(tmp_path / "m.safetensors", description, tensors))
     assert model.head.input_quantizer.amax is None
 
 
@@ -330,7 +330,7 @@ def test_a_class_that_exists_is_found_wherever_it_was_defined(tmp_path) -> None:
     with qp.quantize_modules(custom=[(nn, "Linear", QuantHere)]):
         model = nn.Sequential(nn.Linear(2, 2))
     qp.save(model, tmp_path / "m.safetensors")
-    assert type(qp.load(tmp_path / "m.safetensors", nn.Sequential(nn.Linear(2, 2)))[0]) is QuantHere
+    assert type(qp.load(nn.Sequential(nn.Linear(2, 2)), tmp_path / "m.safetensors")[0]) is QuantHere
 
 
 def test_a_class_for_other_layers_is_refused(tmp_path) -> None:
@@ -368,7 +368,7 @@ def test_what_the_models_own_code_raises_leaves_the_layers_as_they_were(tmp_path
     model.register_load_state_dict_pre_hook(fails)
     before = [(type(m), list(m._modules), dict(m._forward_pre_hooks)) for m in model.modules()]
     with pytest.raises(CheckpointError, match="failed in the model's own code"):
-        qp.load(tmp_path / "m.safetensors", model)
+        qp.load(model, tmp_path / "m.safetensors")
     assert [(type(m), list(m._modules), dict(m._forward_pre_hooks)) for m in model.modules()] == before
 
 
@@ -377,5 +377,5 @@ def test_a_class_that_a_tracer_made_of_a_layers_class_is_not_taken_for_it(tmp_pa
     names = {"__module__": QuantLinear.__module__, "__qualname__": QuantLinear.__qualname__}
     made = type("QuantLinear", (QuantLinear,), {**names, "_modules": property(lambda self: {})})
     qp.save(converted(nn.Sequential(nn.Linear(2, 2))), tmp_path / "m.safetensors")
-    model = qp.load(tmp_path / "m.safetensors", nn.Sequential(nn.Linear(2, 2)))
+    model = qp.load(nn.Sequential(nn.Linear(2, 2)), tmp_path / "m.safetensors")
     assert type(model[0]) is QuantLinear is not made

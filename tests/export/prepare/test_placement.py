@@ -179,7 +179,7 @@ def test_a_checkpoint_brings_what_was_placed_and_shared(tmp_path) -> None:
         return fresh
 
     for start in (build, lambda: (lambda m: (qp.convert(m), m)[1])(build())):
-        again = load(tmp_path / "m.safetensors", build=start).eval()
+        again = load(start, tmp_path / "m.safetensors").eval()
         assert torch.equal(again(X), model(X))
         assert again[2].body[0].input_quantizer is again[1].output_quantizer
         assert set(again.state_dict()) == set(model.state_dict())
@@ -188,7 +188,7 @@ def test_a_checkpoint_brings_what_was_placed_and_shared(tmp_path) -> None:
     qp.convert(plain)
     qp.calibrate(plain, [X], progress=False)
     save(plain, tmp_path / "plain.safetensors")
-    load(tmp_path / "plain.safetensors", model)
+    load(model, tmp_path / "plain.safetensors")
     assert torch.equal(model(X), plain(X))
     assert not model[2]._forward_hooks
     assert not [name for name, _ in model.named_modules() if name in report.placed]

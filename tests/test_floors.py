@@ -7,6 +7,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def is_for_types_only(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
-def imports(node: ast.AST, *, anywhere: bool) -> list[str]:
+def imports(node: ast.AST, *, anywhere: bool, known: Mapping[str, Path] = MODULES) -> list[str]:
     """Modules of the package that the code imports; those that only wait in functions, if ``anywhere``."""
     found: list[str] = []
     for child in ast.iter_child_nodes(node):
@@ -72,9 +73,9 @@ def imports(node: ast.AST, *, anywhere: bool) -> list[str]:
         elif isinstance(child, ast.ImportFrom):
             assert child.level == 0, "absolute imports only"
             found += [f"{child.module}.{alias.name}" for alias in child.names]
-        found += imports(child, anywhere=anywhere)
-    known = [name if name in MODULES else name.rpartition(".")[0] for name in found]
-    return [name for name in known if name in MODULES]
+        found += imports(child, anywhere=anywhere, known=known)
+    modules = [name if name in known else name.rpartition(".")[0] for name in found]
+    return [name for name in modules if name in known]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -113,6 +114,31 @@ def files_needed(module: str) -> set[str]:
 
 def test_no_file_imports_itself_by_way_of_others() -> None:
     arrows = {module: files_needed(module) for module in MODULES}
+    while leaves := [module for module, wanted in arrows.items() if not wanted & set(arrows)]:
+        for module in leaves:
+            del arrows[module]
+    assert arrows == {}
+
+
+def modules_of_plugins() -> dict[str, Path]:
+    """The modules of the plugins that are beside the package in a checkout."""
+    found = {}
+    for project in (ROOT.parent / "plugins").glob("*"):
+        packages = [door.parent for door in project.glob("*/__init__.py")]
+        for path in (*project.glob("*.py"), *(file for folder in packages for file in folder.rglob("*.py"))):
+            parts = path.relative_to(project).with_suffix("").parts
+            if parts[0] != "tests":
+                found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def test_no_file_waits_for_itself_in_a_function_either() -> None:
+    """Of plugins too. What a folder's door lists is no arrow of the files behind it."""
+    modules = {**MODULES, **modules_of_plugins()}
+    arrows = {
+        module: set(imports(ast.parse(path.read_text()), anywhere=True, known=modules)) - {module, ROOT.name}
+        for module, path in modules.items()
+    }
     while leaves := [module for module, wanted in arrows.items() if not wanted & set(arrows)]:
         for module in leaves:
             del arrows[module]

@@ -87,9 +87,9 @@ def quantpatch_entries() -> Iterable[Entry]:
 @hookimpl
 def quantpatch_examples() -> Iterable[Example]:
     """How to build each of them, for the conformance kit."""
-    from quantpatch_transformers.examples import EXAMPLES  # imports transformers
+    from quantpatch_transformers.examples import examples_of  # imports transformers
 
-    return EXAMPLES
+    return examples_of(EXPERTS, (*MIXERS, *CONVOLUTION_MIXERS))
 
 
 @hookimpl

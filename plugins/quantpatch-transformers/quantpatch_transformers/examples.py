@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantpatch.plugins import Example
-from quantpatch_transformers_entries import CONVOLUTION_MIXERS, EXPERTS, MIXERS
 
-__all__ = ["EXAMPLES"]
+__all__ = ["examples_of"]
 
 _TOKENS, _HIDDEN, _INNER, _COUNT, _CHOICES = 12, 8, 12, 4, 2  # kernels want multiples of 4
 
@@ -106,7 +105,7 @@ def _mixer(dotted: str, config: str, **options: Any) -> Example:
     return Example(f"{_module(model)}.{name}", build, lambda: (torch.randn(2, 5, 16),))
 
 
-def _mixers() -> Iterator[Example]:
+def _mixers(names: Iterable[str]) -> Iterator[Example]:
     of_jamba = {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
     options: dict[str, tuple[str, dict[str, Any]]] = {
         "mamba": ("MambaConfig", {"state_size": 4}),
@@ -114,7 +113,7 @@ def _mixers() -> Iterator[Example]:
         "jamba": ("JambaConfig", of_jamba),
         "mamba2": ("Mamba2Config", {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1}),
     }
-    for dotted in (*MIXERS, *CONVOLUTION_MIXERS):
+    for dotted in names:
         config, given = options[dotted.partition(".")[0]]
         yield _mixer(dotted, config, **given)
 
@@ -123,10 +122,15 @@ def _conv1d() -> Conv1D:
     return Conv1D(4, 6)  # type: ignore[no-untyped-call]
 
 
-EXAMPLES = (
-    Example("transformers.pytorch_utils.Conv1D", _conv1d, lambda: (torch.randn(2, 3, 6),)),
-    _llama4(),
-    _jetmoe(),
-    *map(_experts, EXPERTS),
-    *_mixers(),
-)
+def examples_of(experts: Iterable[str], mixers: Iterable[str]) -> Iterator[Example]:
+    """An example of each layer that has a replacement.
+
+    Args:
+        experts: Classes of experts, as ``"model.Class"``.
+        mixers: Mixers of state-space models, the same.
+    """
+    yield Example("transformers.pytorch_utils.Conv1D", _conv1d, lambda: (torch.randn(2, 3, 6),))
+    yield _llama4()
+    yield _jetmoe()
+    yield from map(_experts, experts)
+    yield from _mixers(mixers)

@@ -17,7 +17,7 @@ from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm
 
 from quantpatch.layers import QuantizedLayer, TensorQuantizer, call_with
 from quantpatch.recipes import Axis, QuantDescriptor, Recipe
-from quantpatch_transformers.made import classes_of
+from quantpatch_transformers.lazy_classes import classes_of
 from quantpatch_transformers.products import QuantizedProducts
 from quantpatch_transformers_entries import EXPERTS
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from quantpatch.layers import QuantizedLayer
 from quantpatch.recipes import QuantDescriptor, Recipe
-from quantpatch_transformers.made import classes_of
+from quantpatch_transformers.lazy_classes import classes_of
 from quantpatch_transformers.products import QuantizedProducts
 from quantpatch_transformers_entries import CONVOLUTION_MIXERS, MIXERS
 

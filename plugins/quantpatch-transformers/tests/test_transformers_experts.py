@@ -22,8 +22,7 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 import quantpatch as qp
 from quantpatch.testing import CHECKS, assert_layer_conforms
 from quantpatch_transformers import experts
-from quantpatch_transformers.examples import EXAMPLES
-from quantpatch_transformers_entries import EXPERTS, quantpatch_entries
+from quantpatch_transformers_entries import EXPERTS, quantpatch_entries, quantpatch_examples
 
 TOKENS, HIDDEN, INNER, COUNT, CHOICES = 12, 8, 12, 4, 2  # kernels want multiples of 4
 
@@ -233,7 +232,7 @@ def test_every_experts_class_of_the_installed_transformers_has_an_entry():
 
 
 def test_every_one_of_them_runs_quantized_and_is_exact_when_disabled():
-    for example in EXAMPLES:
+    for example in quantpatch_examples():
         if "Experts" not in example.target:
             continue
         reference = example.build().eval()
@@ -249,7 +248,7 @@ def test_every_one_of_them_runs_quantized_and_is_exact_when_disabled():
 
 
 def test_every_entry_has_an_example_and_a_small_one_of_each_kind_conforms():
-    targets = {example.target: example for example in EXAMPLES}
+    targets = {example.target: example for example in quantpatch_examples()}
     entries = {entry.dotted: entry for entry in quantpatch_entries()}
     assert entries.keys() - targets.keys() == {"transformers.modeling_utils.get_hf_quantizer"}
     slow = ("compiled", "exported", "onnx")

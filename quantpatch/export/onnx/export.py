@@ -26,8 +26,8 @@ from torch.utils import _pytree as pytree
 from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError, listed, warn_caller
 from quantpatch.export.checkpoint.description import describe
 from quantpatch.export.onnx.check import ExportReport, compare_with_torch
-from quantpatch.export.onnx.graph import tidy
 from quantpatch.export.onnx.latency import float_twin
+from quantpatch.export.onnx.tidy import tidy
 from quantpatch.export.onnx.tracing import lowering_for
 from quantpatch.export.prepare.runtimes import TARGETS, Operand, Target, operands, problems
 from quantpatch.layers.lowering import lowered

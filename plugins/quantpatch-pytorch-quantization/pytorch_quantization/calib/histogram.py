@@ -14,6 +14,7 @@ from pytorch_quantization._descriptor import Axis, NumBits
 from pytorch_quantization.calib.calibrator import _Calibrator
 from pytorch_quantization.calib.thresholds import METHODS, amax_of
 from pytorch_quantization.utils.reduce_amax import kept_to_reduced
+from pytorch_quantization.utils.weights import joined, quantized_weights
 
 __all__ = ["HistogramCalibrator", "calibrate_weights"]
 
@@ -197,9 +198,6 @@ def calibrate_weights(
     Raises:
         TypeError: There is no such method.
     """
-    # Here, since quantizers have calibrators: their module imports this package.
-    from pytorch_quantization.nn.modules._utils import joined, quantized_weights
-
     _check(method, ("max", *METHODS), percentile)
     for quantizer, parts in quantized_weights(model):
         weight = joined(parts)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from pytorch_quantization.nn.modules.tensor_quantizer import TensorQuantizer
@@ -19,9 +18,7 @@ __all__ = [
     "QuantInputMixin",
     "QuantLayer",
     "QuantMixin",
-    "joined",
     "pop_quant_desc_in_kwargs",
-    "quantized_weights",
 ]
 
 
@@ -183,22 +180,3 @@ class QuantLayer(QuantMixin, _Layer):
         weight = self.weight
         quantized = self._weight_quantizer(weight)
         return {} if quantized is weight else {"weight": quantized}
-
-
-# --- all weights of a model ------------------------------------------------------------------------
-
-
-def quantized_weights(model: nn.Module) -> Iterator[tuple[TensorQuantizer, tuple[Tensor, ...]]]:
-    """Each weight quantizer of a model with the tensors that it quantizes, joined, as one."""
-    for module in model.modules():
-        weight, quantizer = getattr(module, "weight", None), getattr(module, "_weight_quantizer", None)
-        weight_groups: Any = getattr(module, "weight_groups", None)
-        if weight_groups is not None:
-            yield from weight_groups()
-        elif isinstance(quantizer, TensorQuantizer) and isinstance(weight, Tensor):
-            yield quantizer, (weight,)
-
-
-def joined(parts: tuple[Tensor, ...]) -> Tensor:
-    """The tensors side by side: with the same rows, and one range for each row."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -1,4 +1,4 @@
-"""One plugin: found by its entry point, imported when it is needed, and asked through its hooks.
+"""One plugin: imported when it is needed, and checked for fitting this quantpatch and its hooks.
 
 Whatever is wrong with a plugin becomes a ``PluginError`` with its name, its distribution and what to do. What
 it is or does that cannot be is remembered; an import that fails is tried again when it is next needed.
@@ -6,30 +6,24 @@ it is or does that cannot be is remembered; an import that fails is tried again 
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib.metadata
 import inspect
-import itertools
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import attrs
 import pluggy
 
-from quantpatch.errors import EntryError, PluginError, listed, shown, warn_caller
+from quantpatch.errors import PluginError, listed, shown, warn_caller
 from quantpatch.interception.hooks import lock
 from quantpatch.interception.torch_state import Trace, protected
 from quantpatch.plugins import hookspecs
-from quantpatch.plugins.entry import Entry, EntryLike
-from quantpatch.plugins.example import Example
 from quantpatch.torch_tools import debug_trace
 from quantpatch.torch_tools.atomic_files import own_version
 from quantpatch.torch_tools.raised import is_from_outside, said
 
-__all__ = ["BLOCK_VARIABLE", "BUILTIN", "Plugin", "discover"]
+__all__ = ["BLOCK_VARIABLE", "BUILTIN", "HOOKS", "Plugin"]
 
 BUILTIN = "quantpatch.builtin"
 BLOCK_VARIABLE = "QUANTPATCH_BLOCK"
@@ -37,7 +31,7 @@ BLOCK_VARIABLE = "QUANTPATCH_BLOCK"
 
 # Characters of a message; what a plugin says of itself may be of any length.
 _LONGEST = 4000
-_HOOKS = tuple(name for name in hookspecs.__all__ if name.startswith("quantpatch_"))
+HOOKS = tuple(name for name in hookspecs.__all__ if name.startswith("quantpatch_"))
 
 # A line of a distribution's requirements that is about quantpatch itself.
 _IS_OURS = re.compile(r"quantpatch(?![\w.-])", re.IGNORECASE).match
@@ -75,7 +69,6 @@ class Plugin:
         self.failure: PluginError | None = None
         self._get = get
         self._dist = dist
-        self._results: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return f"plugin {self.name!r}{self._whose}"
@@ -198,14 +191,14 @@ class Plugin:
             if manager.has_plugin(self.name):
                 manager.unregister(name=self.name)
             self.failure = self.error(
-                f"does not fit the hooks: {str(error).splitlines()[-1]}; there are {', '.join(_HOOKS)}"
+                f"does not fit the hooks: {str(error).splitlines()[-1]}; there are {', '.join(HOOKS)}"
             )
             raise self.failure from error
         self._check_marks(plugin, manager)
         if self.where and not manager.get_hookcallers(plugin):
             warn_caller(
                 f"{self!r} implements no hook, so that it does nothing: mark the functions of {self.where} "
-                f"that are hooks with @quantpatch.hookimpl; there are {', '.join(_HOOKS)}"
+                f"that are hooks with @quantpatch.hookimpl; there are {', '.join(HOOKS)}"
             )
 
     def _check_marks(self, plugin: Any, manager: pluggy.PluginManager) -> None:
@@ -217,14 +210,14 @@ class Plugin:
             function = getattr(function, "__func__", function)
             if not inspect.isfunction(function) or hasattr(function, f"{hookspecs.PROJECT}_impl"):
                 continue
-            if name in _HOOKS:
+            if name in HOOKS:
                 manager.unregister(name=self.name)
                 self.failure = self.error(
                     f"has a function {name} that is not marked as a hook, so that it would never be called. "
                     f"Write @quantpatch.hookimpl above its `def {name}`"
                 )
                 raise self.failure
-            near = difflib.get_close_matches(name, _HOOKS, 1, 0.8)
+            near = difflib.get_close_matches(name, HOOKS, 1, 0.8)
             if near:
                 warn_caller(
                     f"{self!r} has a function {name}, which is not called: there is no such hook, and it is "
@@ -232,158 +225,6 @@ class Plugin:
                     f"`def {near[0]}`"
                 )
 
-    # --- asking --------------------------------------------------------------------------------
-
     def hooks(self, manager: pluggy.PluginManager) -> tuple[str, ...]:
         """Names of the hooks it implements, sorted."""
         return tuple(sorted(caller.name for caller in manager.get_hookcallers(self.plugin) or []))
-
-    @contextlib.contextmanager
-    def _asked(self, hook: str) -> Iterator[None]:
-        """Gives the plugin's name to whatever its hook raises."""
-        try:
-            yield
-        except PluginError:
-            raise
-        except BaseException as error:
-            if is_from_outside(error):
-                raise
-            raise self.error(f"failed in its hook {hook}: {said(error)}", hook) from error
-
-    def _ask(self, manager: pluggy.PluginManager, hook: str, read: Callable[[list[Any]], Any]) -> Any:
-        """What its implementations of a hook returned, as ``read`` understands it; remembered."""
-        if hook not in self._results:
-            caller = self._caller(manager, hook)
-            count = len(caller.get_hookimpls())
-            if not count:
-                self._results[hook] = read([()])
-                return self._results[hook]
-            with self._asked(hook), debug_trace.timed(f"plugin {self.name!r}: {hook}()") as results:
-                returned = caller()
-                # pluggy drops None, but a hook that forgot to return is not one that does not exist.
-                result = read([*returned, *[None] * (count - len(returned))])
-                results.append(listed(result, limit=4) or "nothing")
-            self._results[hook] = result
-        return self._results[hook]
-
-    def _caller(self, manager: pluggy.PluginManager, hook: str) -> pluggy.HookCaller:
-        """Calls the hook of this plugin alone."""
-        with lock:
-            others = [plugin for plugin in manager.get_plugins() if plugin is not self.plugin]
-            return manager.subset_hook_caller(hook, others)
-
-    def advice(self, manager: pluggy.PluginManager, layer: Any) -> str | None:
-        """What it has to say of a layer that no entry covers.
-
-        Raises:
-            PluginError: Its hook failed or returned something else than text.
-        """
-        hook = "quantpatch_advice"
-        with self._asked(hook):
-            said = self._caller(manager, hook)(layer=layer)
-        if said is not None and not isinstance(said, str):
-            raise self.error(f"returned {said!r} from {hook}, expected text or None", hook)
-        return said
-
-    def entries(self, manager: pluggy.PluginManager) -> tuple[Entry, ...]:
-        """What it offers to replace.
-
-        Raises:
-            PluginError: Its hook failed or returned something else than entries.
-        """
-        hook = "quantpatch_entries"
-
-        def read(returned: list[Any]) -> tuple[Entry, ...]:
-            for several in returned:
-                if isinstance(several, (str, bytes, Entry)) or not isinstance(several, Iterable):
-                    raise self.error(
-                        f"returned {several!r} from {hook}, expected a list of (module, name, replacement)",
-                        hook,
-                    )
-            entries = []
-            given: EntryLike
-            for given in itertools.chain.from_iterable(returned):
-                try:
-                    entries.append(Entry.of(given))
-                except EntryError as error:  # noqa: PERF203
-                    raise self.error(
-                        f"returned something else than entries from {hook}: {error}", hook
-                    ) from error
-            targets = Counter(entry.dotted for entry in entries)
-            doubled = sorted(target for target, count in targets.items() if count > 1)
-            if doubled:
-                raise self.error(f"returned more than one entry for {', '.join(doubled)} from {hook}", hook)
-            return tuple(attrs.evolve(entry, plugin=self.name) for entry in entries)
-
-        found: tuple[Entry, ...] = self._ask(manager, hook, read)
-        return found  # the same objects each time: a block that is opened looks each of them up
-
-    def examples(self, manager: pluggy.PluginManager) -> tuple[Example, ...]:
-        """How it says to build what it replaces.
-
-        Raises:
-            PluginError: Its hook failed or returned something else than examples.
-        """
-        hook = "quantpatch_examples"
-
-        def read(returned: list[Any]) -> tuple[Example, ...]:
-            several = (given if isinstance(given, Iterable) else (given,) for given in returned)
-            found = tuple(itertools.chain.from_iterable(several))
-            for example in found:
-                if not isinstance(example, Example):
-                    raise self.error(
-                        f"returned {example!r} from {hook}, expected Example(target, build, inputs)", hook
-                    )
-            return found
-
-        examples: tuple[Example, ...] = self._ask(manager, hook, read)
-        return examples
-
-    def names(self, manager: pluggy.PluginManager, hook: str, kind: type) -> Mapping[str, Any]:
-        """What it offers by name through a hook that returns a mapping.
-
-        Raises:
-            PluginError: Its hook failed or returned something else.
-        """
-
-        def read(returned: list[Any]) -> Mapping[str, Any]:
-            found: dict[str, Any] = {}
-            for given in returned:
-                if given == ():
-                    continue
-                if not isinstance(given, Mapping):
-                    raise self.error(f"returned {given!r} from {hook}, expected a mapping by name", hook)
-                for name, value in given.items():
-                    good = isinstance(value, kind) or (isinstance(value, type) and issubclass(value, kind))
-                    if not isinstance(name, str) or not good:
-                        raise self.error(
-                            f"returned {name!r}: {value!r} from {hook}, expected a name and a "
-                            f"{kind.__name__}",
-                            hook,
-                        )
-                    if name in found:
-                        raise self.error(f"returned {name!r} from {hook} twice", hook)
-                    found[name] = value
-            return found
-
-        names: Mapping[str, Any] = self._ask(manager, hook, read)
-        return names
-
-
-def discover() -> dict[str, Plugin]:
-    """The plugins of the installed distributions, by name. Nothing is imported.
-
-    Of several with one name there is one, which fails and names the others.
-    """
-    found: dict[str, Plugin] = {}
-    points = importlib.metadata.entry_points(group=hookspecs.PROJECT)
-    for point in sorted(points, key=lambda p: (p.name, p.dist.name if p.dist else "", p.value)):
-        plugin = Plugin(point.name, point.load, where=point.value, dist=point.dist)
-        taken = found.setdefault(point.name, plugin)
-        if taken.provenance != plugin.provenance:
-            taken.failure = taken.error(f"has the same name as one from {plugin.provenance}. Uninstall one")
-        elif taken.where != plugin.where:
-            taken.failure = taken.error(
-                f"is declared twice, as {taken.where} and as {plugin.where}. Give one of them another name"
-            )
-    return found

@@ -7,11 +7,10 @@ sorted, and what a hook returned is known by the plugin that returned it.
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import attrs
 import pluggy
@@ -21,14 +20,17 @@ from quantpatch.errors import PluginError, QuantPatchWarning, UnknownNameError, 
 from quantpatch.interception.hooks import lock
 from quantpatch.numerics.formats import NumberFormat, affine_format
 from quantpatch.plugins import hookspecs
+from quantpatch.plugins.answers import advice_of, entries_of, examples_of, names_of
+from quantpatch.plugins.discovery import discover
 from quantpatch.plugins.entry import Entry
+from quantpatch.plugins.environment import ALLOW_VARIABLE, Environment
 from quantpatch.plugins.example import Example
-from quantpatch.plugins.plugin import BLOCK_VARIABLE, BUILTIN, Plugin, discover
+from quantpatch.plugins.plugin import BLOCK_VARIABLE, BUILTIN, Plugin
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 
 __all__ = ["ALLOW_VARIABLE", "PluginInfo", "Registry", "recipe", "registry"]
 
-ALLOW_VARIABLE = "QUANTPATCH_PLUGINS"
+T = TypeVar("T")
 
 State = Literal["active", "blocked", "failed"]
 
@@ -68,7 +70,7 @@ class Registry:
         self._manager.add_hookspecs(hookspecs)
         self._plugins: dict[str, Plugin] = {}
         self._undiscovered = discover
-        self._remembered: dict[Any, tuple[Entry, ...]] = {}  # those of each choice of plugins
+        self._answers: dict[Hashable, Any] = {}  # of plugins, alone and together
         self._told: set[tuple[str, str]] = set()  # unknown names that a warning has named
 
     # --- what is there -------------------------------------------------------------------------
@@ -85,7 +87,7 @@ class Registry:
         added = Plugin(name, lambda: plugin)
         added.load(self._manager)
         self._plugins[name] = added
-        self._remembered.clear()
+        self._answers.clear()
 
     def unregister(self, name: str) -> None:
         """Takes away a plugin that ``register`` added.
@@ -97,7 +99,7 @@ class Registry:
         if name == BUILTIN:
             raise _indispensable("cannot be taken away")
         removed = self._plugins.pop(name, None)
-        self._remembered.clear()
+        self._answers.clear()
         if removed is None:
             raise UnknownNameError.of("plugin", name, self._plugins)
         if removed.plugin is not None:
@@ -119,7 +121,7 @@ class Registry:
         unknown = [name for name in only or () if name not in known]
         if unknown:
             raise UnknownNameError.of("plugin", unknown[0], known)
-        environment = _Environment.read()
+        environment = Environment.read()
         if BUILTIN in environment.blocked:
             raise _indispensable(f"cannot be blocked, as {BLOCK_VARIABLE} asks")
         unknown = sorted((environment.allowed or frozenset()) - set(known))
@@ -143,6 +145,21 @@ class Registry:
 
     # --- what they say -------------------------------------------------------------------------
 
+    def _once(self, key: Hashable, find: Callable[[], T]) -> T:
+        """What ``find`` gives, which is called once for a key until plugins come or go."""
+        try:
+            answer: T = self._answers[key]
+        except KeyError:
+            answer = self._answers.setdefault(key, find())  # another thread may have been first
+        return answer
+
+    def _of_all(self, hook: str, find: Callable[[], T], only: tuple[str, ...] | None = None) -> T:
+        """The same for what those plugins say together that take part, which the environment decides."""
+        if self._undiscovered:
+            self._all()
+        variables = os.environ.get(BLOCK_VARIABLE), os.environ.get(ALLOW_VARIABLE)
+        return self._once((hook, only, variables), find)
+
     def entries(self, plugins: Iterable[str] | None = None) -> tuple[Entry, ...]:
         """Every entry of every active plugin: built-ins first, then plugins by name.
 
@@ -155,14 +172,15 @@ class Registry:
             UnknownNameError: There is no plugin of a name in ``plugins``.
         """
         only = None if plugins is None else tuple(plugins)
-        if self._undiscovered:
-            self._all()
-        key = (only, os.environ.get(BLOCK_VARIABLE), os.environ.get(ALLOW_VARIABLE), tuple(self._plugins))
-        found = self._remembered.get(key)
-        if found is None:
-            found = tuple(entry for p in self._active(only) for entry in p.entries(self._manager))
-            self._remembered[key] = found
-        return found
+        # The same objects each time: a block that is opened looks each of them up.
+        return self._of_all(
+            "quantpatch_entries",
+            lambda: tuple(entry for p in self._active(only) for entry in self._entries_of(p)),
+            only,
+        )
+
+    def _entries_of(self, plugin: Plugin) -> tuple[Entry, ...]:
+        return self._once((plugin.name, "quantpatch_entries"), lambda: entries_of(plugin, self._manager))
 
     def examples(self, plugin: str) -> tuple[Example, ...]:
         """How a plugin says to build what it replaces.
@@ -175,7 +193,7 @@ class Registry:
         if plugin not in known:
             raise UnknownNameError.of("plugin", plugin, known)
         known[plugin].load(self._manager)
-        return known[plugin].examples(self._manager)
+        return self._once((plugin, "quantpatch_examples"), lambda: examples_of(known[plugin], self._manager))
 
     def named(self, hook: str, kind: type) -> dict[str, Any]:
         """What the active plugins offer under a name through a hook that returns a mapping.
@@ -191,15 +209,23 @@ class Registry:
 
     def _named(self, hook: str, kind: type) -> dict[str, tuple[Any, str]]:
         """The same, each with the name of its plugin."""
-        found: dict[str, tuple[Any, str]] = {}
-        for plugin in self._active():
-            for name, value in plugin.names(self._manager, hook, kind).items():
-                if name in found:
-                    raise plugin.error(
-                        f"returned {name!r} from {hook}, which {found[name][1]!r} has already", hook
-                    )
-                found[name] = value, plugin.name
-        return found
+
+        def find() -> dict[str, tuple[Any, str]]:
+            found: dict[str, tuple[Any, str]] = {}
+            for plugin in self._active():
+                names = self._names_of(plugin, hook, kind)
+                for name, value in names.items():
+                    if name in found:
+                        raise plugin.error(
+                            f"returned {name!r} from {hook}, which {found[name][1]!r} has already", hook
+                        )
+                    found[name] = value, plugin.name
+            return found
+
+        return self._of_all(hook, find)
+
+    def _names_of(self, plugin: Plugin, hook: str, kind: type) -> Mapping[str, Any]:
+        return self._once((plugin.name, hook), lambda: names_of(plugin, self._manager, hook, kind))
 
     def advice(self, layer: Any) -> str | None:
         """What an active plugin says to write so that a layer that no entry covers is quantized.
@@ -207,7 +233,9 @@ class Registry:
         Raises:
             PluginError: A plugin failed, or said something else than text.
         """
-        return next(filter(None, (plugin.advice(self._manager, layer) for plugin in self._active())), None)
+        return next(
+            filter(None, (advice_of(plugin, self._manager, layer) for plugin in self._active())), None
+        )
 
     def recipes(self) -> dict[str, tuple[Recipe, str]]:
         """Every recipe by its name, with the plugin that offers it.
@@ -270,7 +298,7 @@ class Registry:
 
     def plugins(self) -> list[PluginInfo]:
         """Every plugin that is installed or registered, with its state. Blocked ones are not imported."""
-        environment = _Environment.read()
+        environment = Environment.read()
         self._warn_of_unknown(BLOCK_VARIABLE, environment.blocked)
         self._warn_of_unknown(ALLOW_VARIABLE, environment.allowed or frozenset())
         return [self._info(p, environment.reason_blocked(p.name)) for p in self._all().values()]
@@ -284,7 +312,7 @@ class Registry:
             try:
                 plugin.load(self._manager)
                 hooks = plugin.hooks(self._manager)
-                entries = plugin.entries(self._manager)
+                entries = self._entries_of(plugin)
                 if not hooks:
                     reason = "it implements no hook: mark functions with @quantpatch.hookimpl"
             except PluginError as error:
@@ -299,41 +327,6 @@ def _indispensable(what: str) -> PluginError:
         f"them in keep_float(); to have no other plugin than it, write plugins=[]",
         plugin=BUILTIN,
     )
-
-
-@attrs.frozen
-class _Environment:
-    """What the environment variables say.
-
-    Attributes:
-        blocked: Names of plugins to leave out.
-        allowed: Names of the only plugins to take, besides the built-in one; None: all.
-    """
-
-    blocked: frozenset[str]
-    allowed: frozenset[str] | None
-
-    @classmethod
-    def read(cls) -> _Environment:
-        blocked, allowed = os.environ.get(BLOCK_VARIABLE, ""), os.environ.get(ALLOW_VARIABLE)
-        return cls(_names_in(blocked), None if allowed is None else _names_in(allowed))
-
-    def reason_blocked(self, name: str, only: Sequence[str] | None = None) -> str:
-        """Why a plugin does not take part; empty if it does."""
-        if name in self.blocked:
-            return f"{BLOCK_VARIABLE} names it"
-        if name == BUILTIN:
-            return ""
-        if self.allowed is not None and name not in self.allowed:
-            return f"{ALLOW_VARIABLE} does not name it"
-        if only is not None and name not in only:
-            return "the scope's plugins=[...] does not name it"
-        return ""
-
-
-@functools.cache
-def _names_in(text: str) -> frozenset[str]:
-    return frozenset(name.strip() for name in text.split(",") if name.strip())
 
 
 #: The registry that blocks use.

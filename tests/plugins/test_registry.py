@@ -14,7 +14,8 @@ import torch
 import quantpatch as qp
 from quantpatch.errors import EntryError, PluginError, QuantPatchWarning, UnknownNameError
 from quantpatch.plugins import hookspecs
-from quantpatch.plugins.plugin import BUILTIN, discover
+from quantpatch.plugins.discovery import discover
+from quantpatch.plugins.plugin import BUILTIN
 from quantpatch.plugins.registry import Registry
 from quantpatch.plugins.registry import registry as shared
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
@@ -509,6 +510,47 @@ class Twice:
     @qp.hookimpl(specname="quantpatch_advice")
     def told(self, layer):
         return "write something else"
+
+
+def test_each_hook_is_asked_once_until_plugins_come_or_go(monkeypatch) -> None:
+    asked: list[str] = []
+
+    class Counting:
+        @qp.hookimpl
+        def quantpatch_entries(self):
+            asked.append("entries")
+            return []
+
+        @qp.hookimpl
+        def quantpatch_recipes(self):
+            asked.append("recipes")
+            return {}
+
+    registry = Registry(discover=False)
+    registry.register(Counting(), "counting")
+    first = registry.entries()
+    for _ in range(2):
+        assert registry.entries() is first
+        assert registry.named("quantpatch_recipes", qp.Recipe) == {}
+        assert registry.plugins()[0].entries == ()
+    monkeypatch.setenv("QUANTPATCH_BLOCK", "counting")
+    registry.entries()
+    monkeypatch.delenv("QUANTPATCH_BLOCK")
+    assert registry.entries() is first
+    assert asked == ["entries", "recipes"]
+    registry.register(Offering({"mine": qp.Recipe(name="mine")}), "mine")
+    assert list(registry.named("quantpatch_recipes", qp.Recipe)) == ["mine"]
+    registry.unregister("mine")
+    assert registry.named("quantpatch_recipes", qp.Recipe) == {}
+
+
+class Offering:
+    def __init__(self, recipes):
+        self.recipes = recipes
+
+    @qp.hookimpl
+    def quantpatch_recipes(self):
+        return self.recipes
 
 
 def test_several_implementations_of_a_hook_all_count() -> None:

@@ -15,7 +15,8 @@ import quantpatch as qp
 from quantpatch import QuantizedLayer, explain, quantize_modules
 from quantpatch.cli.main import app
 from quantpatch.errors import EntryConflictError, PluginError, ScopeError, UnknownNameError
-from quantpatch.plugins.plugin import BUILTIN, discover
+from quantpatch.plugins.discovery import discover
+from quantpatch.plugins.plugin import BUILTIN
 
 HERE = sys.modules[__name__]
 

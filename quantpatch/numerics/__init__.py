@@ -5,7 +5,7 @@
 """
 
 from quantpatch.numerics.fake_quant import dequantize, fake_quantize, quantize, reduce_amax
-from quantpatch.numerics.formats import BUILTIN_FORMATS, Blocked, Float, Integer, NumberFormat
+from quantpatch.numerics.formats import BUILTIN_FORMATS, Blocked, Float, Integer, NumberFormat, OnnxCodes
 
 __all__ = [
     "BUILTIN_FORMATS",
@@ -13,6 +13,7 @@ __all__ = [
     "Float",
     "Integer",
     "NumberFormat",
+    "OnnxCodes",
     "dequantize",
     "fake_quantize",
     "quantize",

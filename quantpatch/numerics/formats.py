@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import attrs
 import torch
@@ -24,9 +24,54 @@ from torch import Tensor
 from quantpatch.errors import DescriptorError
 from quantpatch.numerics.division import quotient
 
-__all__ = ["BUILTIN_FORMATS", "Blocked", "Float", "Integer", "NumberFormat", "affine_format", "element_of"]
+__all__ = [
+    "BUILTIN_FORMATS",
+    "Blocked",
+    "Float",
+    "Integer",
+    "NumberFormat",
+    "OnnxCodes",
+    "affine_format",
+    "element_of",
+]
 
 ScaleKind = Literal["float32", "e8m0", "e4m3"]
+
+
+_ONNX_TYPES = ("INT4", "UINT4", "INT8", "UINT8", "FLOAT8E4M3FN", "FLOAT8E5M2")
+
+
+@attrs.frozen
+class OnnxCodes:
+    """How an ONNX file holds the codes of a format.
+
+    Attributes:
+        type: ONNX's name of their type: INT4, UINT4, INT8, UINT8, FLOAT8E4M3FN or FLOAT8E5M2.
+        rounds: Whether QuantizeLinear to that type rounds as the format does, between the ends of the format:
+            to the nearest, ties to even. Else a file can have weights in it, whose codes are constants, but
+            no activations.
+        opset: The first version of ONNX's operators that takes them.
+
+    Raises:
+        DescriptorError: The type is none of these.
+    """
+
+    type: str = attrs.field()
+    rounds: bool = True
+    opset: int = attrs.field()
+
+    @type.validator
+    def _check(self, attribute: Any, value: Any) -> None:
+        if value not in _ONNX_TYPES:
+            raise DescriptorError(
+                f"the type of codes in an ONNX file is one of {', '.join(_ONNX_TYPES)}, got {value!r}",
+                field="type",
+                value=value,
+            )
+
+    @opset.default
+    def _first(self) -> int:
+        return 19 if self.type.startswith("FLOAT8") else 10
 
 
 class NumberFormat(abc.ABC):
@@ -42,6 +87,7 @@ class NumberFormat(abc.ABC):
         lower_end: Where a range begins that ends at 1: gradients pass from ``amax * lower_end`` to ``amax``.
         block_size: Number of neighbours that share a scale found from themselves, or None where
             the scale of a tensor or channel comes from outside.
+        onnx: How an ONNX file holds the codes, such as ``OnnxCodes("INT8")``; None if it cannot.
     """
 
     @property
@@ -72,6 +118,11 @@ class NumberFormat(abc.ABC):
     @property
     def block_size(self) -> int | None:
         """Elements that share a scale, or None."""
+        return None
+
+    @property
+    def onnx(self) -> OnnxCodes | None:
+        """How an ONNX file holds the codes; None if it cannot, and the format is in no file."""
         return None
 
     @abc.abstractmethod
@@ -175,6 +226,13 @@ class Integer(NumberFormat):
         """-1 for int8, ``min / max`` if unsigned."""
         return self.min / self.max if self.unsigned else -1.0
 
+    @property
+    def onnx(self) -> OnnxCodes | None:
+        """INT8 or UINT8, of up to 4 bits INT4 or UINT4; a child that rounds otherwise has to say itself."""
+        if type(self).round_ is not Integer.round_:
+            return None
+        return OnnxCodes(f"{'U' if self.unsigned else ''}INT{4 if self.bits <= 4 else 8}")
+
     def round_(self, y: Tensor) -> Tensor:
         """See :meth:`NumberFormat.round_`."""
         return y.round_().clamp_(self.min, self.max)
@@ -239,6 +297,13 @@ class Float(NumberFormat):
     def min_exponent(self) -> int:
         """Exponent of the smallest normal number; below it the grid is even."""
         return 2 - (1 << (self.exponent_bits - 1))
+
+    @property
+    def onnx(self) -> OnnxCodes | None:
+        """FLOAT8E4M3FN or FLOAT8E5M2; ONNX's operators take no others."""
+        if self.bits != 8 or type(self).round_ is not Float.round_:
+            return None
+        return OnnxCodes("FLOAT8E4M3FN" if self.mantissa_bits == 3 else "FLOAT8E5M2")
 
     def round_(self, y: Tensor) -> Tensor:
         """See :meth:`NumberFormat.round_`."""
@@ -329,6 +394,14 @@ class Blocked(NumberFormat):
     def lower_end(self) -> float:
         """The element's."""
         return self.element.lower_end
+
+    @property
+    def onnx(self) -> OnnxCodes | None:
+        """The element's, if that is of integers, and the scales are of float32 or powers of two."""
+        held = self.element.onnx
+        if held is None or self.scale == "e4m3" or "INT" not in held.type:
+            return None
+        return attrs.evolve(held, opset=21)
 
     def round_(self, y: Tensor) -> Tensor:
         """See :meth:`NumberFormat.round_`."""

@@ -120,6 +120,10 @@ def quantpatch_formats() -> Mapping[str, NumberFormat]:
         def quantpatch_formats():
             return {"power_of_two": PowerOfTwo(bits=4)}
 
+    An ONNX file can have what a format's ``onnx`` says: ``OnnxCodes("INT8")`` where QuantizeLinear to that
+    type rounds as the format does, ``OnnxCodes("INT4", rounds=False)`` where only the codes are of that type,
+    for weights alone. By default it is None, and ``export_onnx`` refuses the format.
+
     Returns:
         Format by name. A name that another plugin uses already is an error that names both.
     """

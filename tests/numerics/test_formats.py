@@ -11,7 +11,15 @@ import torch
 
 from quantpatch.errors import DescriptorError
 from quantpatch.numerics import formats
-from quantpatch.numerics.formats import BUILTIN_FORMATS, Blocked, Float, Integer, NumberFormat, affine_format
+from quantpatch.numerics.formats import (
+    BUILTIN_FORMATS,
+    Blocked,
+    Float,
+    Integer,
+    NumberFormat,
+    OnnxCodes,
+    affine_format,
+)
 
 ML_DTYPES = {
     (4, 3): ml_dtypes.float8_e4m3fn,
@@ -191,3 +199,45 @@ def test_what_torch_jit_trace_writes_down_gives_the_same_powers_of_two(monkeypat
     expected = formats._power_below(y)
     monkeypatch.setattr(torch._C, "_is_tracing", lambda: True)
     assert torch.equal(formats._power_below(y), expected)
+
+
+@pytest.mark.parametrize(
+    ("number_format", "type", "opset"),
+    [
+        (Integer(8), "INT8", 10),
+        (Integer(5, unsigned=True), "UINT8", 10),
+        (Integer(4, narrow_range=True), "INT4", 10),
+        (Integer(3, unsigned=True), "UINT4", 10),
+        (Float(4, 3), "FLOAT8E4M3FN", 19),
+        (Float(5, 2), "FLOAT8E5M2", 19),
+        (Blocked(Integer(4), 32), "INT4", 21),
+        (Blocked(Integer(8, narrow_range=True), 32, "e8m0"), "INT8", 21),
+    ],
+)
+def test_a_format_says_what_holds_its_codes_in_an_onnx_file(number_format, type, opset):
+    assert number_format.onnx == OnnxCodes(type, opset=opset)
+
+
+@pytest.mark.parametrize(
+    "number_format",
+    [Float(2, 1), Float(3, 2), Blocked(Float(4, 3), 32, "e8m0"), Blocked(Integer(4), 16, "e4m3")],
+)
+def test_what_onnx_has_no_operators_for_is_in_no_file(number_format):
+    assert number_format.onnx is None
+
+
+def test_a_child_that_rounds_otherwise_does_not_inherit_what_its_parent_is_in_a_file():
+    class Down(Integer):
+        def round_(self, y):
+            return y.floor_()
+
+    class Renamed(Integer):
+        pass
+
+    assert Down(8).onnx is None
+    assert Renamed(8).onnx == Integer(8).onnx
+
+
+def test_an_unknown_type_of_codes_is_named():
+    with pytest.raises(DescriptorError, match="one of INT4, UINT4, .* got 'int7'"):
+        OnnxCodes("int7")

@@ -13,7 +13,7 @@ import quantpatch as qp
 from quantpatch.errors import CheckpointError, DescriptorError, ExportError
 from quantpatch.numerics.affine import longer_side
 from quantpatch.numerics.fake_quant import dequantize, fake_quantize, quantize
-from quantpatch.numerics.formats import Blocked, Integer, NumberFormat
+from quantpatch.numerics.formats import Blocked, Integer, NumberFormat, OnnxCodes
 
 
 class Halves(Integer):
@@ -25,6 +25,10 @@ class Halves(Integer):
 
 class Down(Integer):
     """Integers, but never the one above."""
+
+    @property
+    def onnx(self) -> OnnxCodes:
+        return OnnxCodes("UINT8" if self.unsigned else "INT8", rounds=False)
 
     def round_(self, y: torch.Tensor) -> torch.Tensor:
         return y.floor_().clamp_(self.min, self.max)

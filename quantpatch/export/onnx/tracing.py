@@ -103,7 +103,8 @@ def _weight(operand: Operand, target: str) -> Callable[[Tensor], Tensor]:
     if isinstance(element, Float):
         codes = codes.to(_zero_point(element, as_uint8=False).dtype)
     # Kernels that take 4 bits are of blocks; what is none of these is stored in 4 bits by the passes.
-    four_bits = isinstance(element, Integer) and element.bits <= 4 and bool(blocks)
+    held = element.onnx
+    four_bits = bool(blocks) and held is not None and held.type.endswith("INT4")
     name = codes_name(operand.name, 0)
     if target == "tensorrt" and not blocks:
         values = dequantize(codes, scale, dim, 0, "")
@@ -115,7 +116,7 @@ def _weight(operand: Operand, target: str) -> Callable[[Tensor], Tensor]:
             return _as(operand.apart(result, x.shape), x.dtype)
 
         return forward
-    kind = "" if not four_bits else "uint4" if getattr(element, "unsigned", False) else "int4"
+    kind = "" if held is None or not four_bits else held.type.lower()
 
     def forward_codes(x: Tensor) -> Tensor:
         result: Tensor = dequantize(_beside(x, codes), _beside(x, scale), dim, blocks, kind)

@@ -59,22 +59,19 @@ class Operand:
     def element(self) -> NumberFormat:
         """The format of the elements, of a format in blocks as of a plain one.
 
-        Of a plugin's format it is the integer format that a file can have in its place, if there is one: for
-        a weight, one that holds its codes; for an activation, one that rounds as the plugin's does.
+        Of a plugin's format it is the built-in one whose type its codes have in a file, if it names one.
         """
-        element = self.own_element
-        if type(element) in (Integer, Float):
-            return element
-        return (_stored_as(self._own_codes()[0]) if self._is_known_weight else _rounds_as(element)) or element
+        own = self.own_element
+        if type(own) in (Integer, Float) or own.onnx is None:
+            return own
+        if isinstance(own, Integer):
+            return Integer(**{field.name: getattr(own, field.name) for field in attrs.fields(Integer)})
+        return _OF_TYPE[own.onnx.type]
 
     @property
     def own_element(self) -> NumberFormat:
         """The format of the elements as the quantizer has it."""
         return self.format.element if isinstance(self.format, Blocked) else self.format
-
-    @property
-    def _is_known_weight(self) -> bool:
-        return self.weight is not None and not self.weight.is_meta
 
     @property
     def amax(self) -> torch.Tensor | None:
@@ -126,6 +123,16 @@ class Operand:
             codes = codes.to(torch.uint8 if self.element.unsigned else torch.int8)
         return codes, scale
 
+    @property
+    def fits_its_type(self) -> bool:
+        """Whether the weight's codes are numbers of the type that a plugin's format says they are of."""
+        codes, _ = self._own_codes()
+        if not isinstance(self.element, Integer) or not codes.numel():
+            return True
+        return bool((codes == codes.round()).all()) and (
+            self.element.min <= codes.min().item() and codes.max().item() <= self.element.max
+        )
+
     def _own_codes(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.weight is not None
         return quantize(
@@ -133,40 +140,19 @@ class Operand:
         )
 
 
-def _stored_as(codes: torch.Tensor) -> Integer | None:
-    """The integer format that holds these codes; None if they are no integers of 8 bits."""
-    if not codes.numel() or not bool((codes == codes.round()).all()):
-        return None
-    return _holding(codes.min().item(), codes.max().item())
-
-
-def _holding(low: float, high: float) -> Integer | None:
-    """The smallest of the formats that hold the integers from ``low`` to ``high``."""
-    formats = (Integer(4), Integer(8), Integer(8, unsigned=True))
-    return next((f for f in formats if f.min <= low and high <= f.max), None)
-
-
-def _rounds_as(format: NumberFormat) -> Integer | None:
-    """The integer format that rounds as this one within its ends; None if none does.
-
-    Tried on every integer, every value halfway between two, the neighbours of these, and what is far outside.
-    """
-    holding = _holding(format.min, format.max)
-    if holding is None or format.min != round(format.min) or format.max != round(format.max):
-        return None
-    integers = torch.arange(-300.0, 300.0)
-    ties = integers + 0.5
-    up, down = (torch.full_like(ties, sign * torch.inf) for sign in (1, -1))
-    far = torch.tensor([1e30, -1e30, torch.inf, -torch.inf])
-    near = [torch.nextafter(ties, up), torch.nextafter(ties, down)]
-    y = torch.cat([integers, ties, integers + 1 / 3, *near, far])
-    try:
-        rounded = format.round_(y.clone())
-    except Exception:
-        return None
-    if not torch.equal(rounded, y.round().clamp(format.min, format.max)):
-        return None
-    return Integer(8, unsigned=holding.unsigned)
+# The built-in format of each type that a file has codes in.
+_OF_TYPE: dict[str, NumberFormat] = {
+    format.onnx.type: format
+    for format in (
+        Integer(4),
+        Integer(4, unsigned=True),
+        Integer(8),
+        Integer(8, unsigned=True),
+        Float(4, 3),
+        Float(5, 2),
+    )
+    if format.onnx is not None
+}
 
 
 def operands(model: nn.Module) -> list[Operand]:
@@ -212,7 +198,7 @@ def _common(operand: Operand, opset: int) -> str | None:
     tensors = [t for t in (operand.amax, operand.weight) if t is not None]
     if any(t.is_meta for t in tensors):
         return "it is on the meta device and has no values; load the model first"
-    element = operand.element
+    element, held = operand.element, format.onnx
     if is_weight and isinstance(element, Integer) and element.zero_point:
         return (
             f"its format {element.name} has a zero point, which is exported for activations only; use "
@@ -224,28 +210,37 @@ def _common(operand: Operand, opset: int) -> str | None:
                 f"its format {format.name} is in blocks, which are exported for weights only; "
                 f"give it an integer format"
             )
-        if type(element) is not Integer or format.scale == "e4m3":
+        if held is None:
             return (
                 f"its format {format.name} has no operator in ONNX; blocks of integers such as int4_g128 have"
             )
-        if opset < 21:
-            return f"blocks need opset 21, asked for was {opset}; leave opset out"
-    if isinstance(element, Float):
-        if (element.exponent_bits, element.mantissa_bits) not in ((4, 3), (5, 2)):
-            return f"its format {element.name} has no operator in ONNX; FP8 E4M3 and E5M2 have"
-        if opset < 19:
-            return f"FP8 needs opset 19, asked for was {opset}; leave opset out"
     plugin = registry.offers_format(operand.own_element)
-    if type(element) not in (Integer, Float):
-        whose = f"of the plugin {plugin!r}" if plugin else "of your own"
-        why = "its values are no integers of 8 bits" if is_weight else "it rounds otherwise than integers"
-        return f"ONNX has no operator for its format {format.name}, {whose}: {why}. Use int8 or FP8"
+    if type(operand.own_element) not in (Integer, Float):
+        why = _unlike_onnx(operand)
+        if why:
+            whose = f"of the plugin {plugin!r}" if plugin else "of your own"
+            return f"ONNX has no operator for its format {format.name}, {whose}: {why}. Use int8 or FP8"
+    elif held is None:
+        return f"its format {element.name} has no operator in ONNX; FP8 E4M3 and E5M2 have"
+    if held is not None and opset < held.opset:
+        what = "blocks need" if format.block_size else f"its codes are {held.type}, which needs"
+        return f"{what} opset {held.opset}, asked for was {opset}; leave opset out"
     if plugin is None and element is not operand.own_element:
         return (
             f"its format {format.name} is offered by no plugin, so that the file could not say what it was; "
             f"return it from the hook quantpatch_formats"
         )
     return None
+
+
+def _unlike_onnx(operand: Operand) -> str:
+    """Why a plugin's format cannot be written as what it says that ONNX has for it; empty if it can."""
+    held = operand.format.onnx
+    if held is None:
+        return "it names no type of ONNX's for its codes (NumberFormat.onnx)"
+    if operand.weight is None:
+        return "" if held.rounds else "it rounds otherwise than QuantizeLinear, and is for weights alone"
+    return "" if operand.fits_its_type else f"its codes are not all of {held.type}, as it says"
 
 
 # --- TensorRT ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ pytest.importorskip("onnxscript")
 PLUGIN = """
 import attrs
 import quantpatch
-from quantpatch.numerics.formats import Integer, NumberFormat
+from quantpatch.numerics.formats import NumberFormat, OnnxCodes
 
 
 @attrs.frozen
@@ -27,6 +27,7 @@ class Fifty(NumberFormat):
     name = "fifty"
     bits = 7
     max = 50.0
+    onnx = OnnxCodes("INT8")
 
     def round_(self, y):
         return y.round_().clamp_(-50, 50)
@@ -38,6 +39,7 @@ class Ternary(NumberFormat):
     name = "ternary"
     bits = 2
     max = 1.0
+    onnx = OnnxCodes("INT4", rounds=False)
 
     def round_(self, y):
         return y.copy_(y.sign() * (y.abs() > 0.3))
@@ -124,5 +126,5 @@ def test_an_installed_plugins_formats(install: Callable[..., str], tmp_path: Pat
         assert refused["files"] == []
         assert len(refused["quantizers"]) == 4
         assert "format ternary, of the plugin 'number-formats': it rounds otherwise" in refused["error"]
-        assert "format thirds, of the plugin 'number-formats': its values are no integers" in refused["error"]
+        assert "format thirds, of the plugin 'number-formats': it names no type" in refused["error"]
         assert "Use int8 or FP8" in refused["error"]

@@ -25,6 +25,7 @@ from quantpatch.quantize.explain import explain
 from quantpatch.quantize.reasons import NotByDefault
 from quantpatch.quantize.resolve import Decision
 from quantpatch.quantize.scope import quantize_modules
+from quantpatch.quantize.to_calibrate import Existing
 from quantpatch.recipes.descriptor import CHANNEL, REDUCTION, QuantDescriptor
 from quantpatch.report.folding import alike
 from quantpatch.report.render import as_text
@@ -296,6 +297,13 @@ def run_command(
     calibrate: Annotated[
         int, typer.Option(help="Calls of each model that run in float and set its ranges.", min=0)
     ] = 0,
+    method: Annotated[
+        str | None, typer.Option(help="Calibrator of activations, such as entropy, for these calls.")
+    ] = None,
+    weight_method: Annotated[str | None, typer.Option(help="The same for weights.")] = None,
+    existing: Annotated[
+        Existing, typer.Option(help="What becomes of ranges that are known already.")
+    ] = "keep",
     zero_points: Annotated[
         bool, typer.Option("--zero-points", help="Look for zero points of activations in these calls.")
     ] = False,
@@ -304,8 +312,14 @@ def run_command(
     ] = False,
 ) -> None:
     """Run an unmodified script with a block around it: every layer that it builds comes out quantized."""
-    if zero_points and not calibrate:
-        raise typer.BadParameter("calibration finds them: add --calibrate N", param_hint="--zero-points")
+    asked = {
+        "--method": method,
+        "--weight-method": weight_method,
+        "--existing": existing != "keep",
+        "--zero-points": zero_points,
+    }
+    for option in [option for option, value in asked.items() if value and not calibrate]:
+        raise typer.BadParameter("it is for calibration: add --calibrate N", param_hint=option)
     settings = RunSettings(
         recipe=recipe,
         skip=skip or (),
@@ -314,7 +328,10 @@ def run_command(
         plugins=plugin,
         subclasses=subclasses,
         calibrate=calibrate,
+        method=method,
+        weight_method=weight_method,
         zero_points=zero_points,
+        existing=existing,
         audit=audit,
     )
     launch(settings, command, module=module)

@@ -64,6 +64,8 @@ def launch(settings: RunSettings, command: Sequence[str], *, module: bool = Fals
 
 def _try(settings: RunSettings) -> None:
     """Opens and closes the block: whatever is wrong with the settings is told here, before anything runs."""
+    for method in filter(None, (settings.method, settings.weight_method)):
+        registry.calibrator(method)
     try:
         with settings.scope():
             pass

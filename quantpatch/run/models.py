@@ -11,7 +11,8 @@ import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,15 +38,22 @@ class WatchedModels:
 
     Args:
         calibrate: How many calls of each model calibrate it; 0: none.
-        zero_points: Whether calibration looks for zero points as well.
+        calibration: How these do so: keywords of ``Calibration``, such as the method.
         audit: Whether to audit the call after these.
         rules: What is to be configured by name before the first call.
     """
 
-    def __init__(self, calibrate: int, *, zero_points: bool = False, audit: bool, rules: Rules = ()) -> None:
+    def __init__(
+        self,
+        calibrate: int,
+        calibration: Mapping[str, Any] = MappingProxyType({"existing": "keep"}),
+        *,
+        audit: bool,
+        rules: Rules = (),
+    ) -> None:
         self._rules = rules
         self._calibrate = calibrate
-        self._zero_points = zero_points
+        self._calibration = calibration
         self._audit = audit
         self._local = threading.local()
         self._watched: weakref.WeakKeyDictionary[nn.Module, _Model | None] = weakref.WeakKeyDictionary()
@@ -113,7 +121,7 @@ class WatchedModels:
             runner,
             name,
             self._calibrate,
-            zero_points=self._zero_points,
+            self._calibration,
             audit=self._audit and len(self._all) < MOST_AUDITS,
         )
         self._all.append(model)
@@ -146,14 +154,20 @@ class _Model:
     """One model: in its first calls it calibrates, in the next it is audited, then it is left alone."""
 
     def __init__(
-        self, model: nn.Module, name: str, calibrate: int, *, zero_points: bool, audit: bool
+        self,
+        model: nn.Module,
+        name: str,
+        calibrate: int,
+        calibration: Mapping[str, Any],
+        *,
+        audit: bool,
     ) -> None:
         self.name = name
         self.kind = type(model).__name__
         self.audit = ""
         self._notes: list[str] = []
         self._wanted = calibrate
-        self._zero_points = zero_points
+        self._calibration = calibration
         self._audited = audit
         self._calls = 0
         self._lock = threading.Lock()
@@ -165,9 +179,7 @@ class _Model:
         """Goes on where a call begins and where it ends."""
         by_itself = any(q.calibrating for q in named_quantizers(model).values())
         if self._wanted and not by_itself:
-            with Calibration(
-                model, zero_points=self._zero_points, existing="keep", strict=False, passive=True
-            ) as calibration:
+            with Calibration(model, **self._calibration, strict=False, passive=True) as calibration:
                 while calibration.quantizers and self._calls < self._wanted:
                     with _Eager():
                         yield

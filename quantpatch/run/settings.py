@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import attrs
 
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.configure import Rules
 from quantpatch.quantize.scope import Scope, quantize_modules
+from quantpatch.quantize.to_calibrate import Existing
 
 __all__ = ["VARIABLE", "RunSettings"]
 
@@ -37,7 +39,10 @@ class RunSettings:
         plugins: See there.
         subclasses: See there.
         calibrate: How many calls of each model calibrate it; 0: none.
-        zero_points: Whether calibration looks for zero points as well.
+        method: As in ``calibrate``, like the next three.
+        weight_method: See there.
+        zero_points: See there.
+        existing: See there.
         audit: Whether to audit the models that run.
         directory: Where the processes leave what they have to tell.
     """
@@ -49,7 +54,10 @@ class RunSettings:
     plugins: tuple[str, ...] | None = attrs.field(default=None, converter=attrs.converters.optional(_tuple))
     subclasses: bool | None = None
     calibrate: int = 0
+    method: str | None = None
+    weight_method: str | None = None
     zero_points: bool = False
+    existing: Existing = "keep"
     audit: bool = False
     directory: str = ""
 
@@ -66,6 +74,11 @@ class RunSettings:
             subclasses=self.subclasses,
             recipe=None if self.recipe is None else registry.recipe(self.recipe).replace(rules=()),
         )
+
+    def calibration(self) -> dict[str, Any]:
+        """How the calls that calibrate do so: keywords of ``Calibration``."""
+        names = ("method", "weight_method", "zero_points", "existing")
+        return {name: getattr(self, name) for name in names}
 
     def rules(self) -> Rules:
         """The rules of the recipe, for each model once it is built."""

@@ -170,7 +170,9 @@ def test_audit_below_the_minimum_prints_its_report_and_exits_with_1(model_module
         (["audit", "os:getcwd", "--input", "2,5"], "expected a model"),
         (["layers", "--skip", "Linaer"], "Did you mean 'Linear'"),
         (["layers", "--plugin", "nobody"], "unknown plugin 'nobody'"),
-        (["run", "--zero-points", "cli_model.py"], "calibration finds them: add --calibrate N"),
+        (["run", "--zero-points", "cli_model.py"], "it is for calibration: add --calibrate N"),
+        (["run", "--method", "mse", "cli_model.py"], "it is for calibration: add --calibrate N"),
+        (["run", "--calibrate", "1", "--existing", "all", "x.py"], "'all' is not one of"),
         (["audit", "cli_model:build", "--input", "2,4", "--recipe", "int9"], "unknown recipe 'int9'"),
     ],
 )

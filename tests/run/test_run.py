@@ -465,6 +465,7 @@ def test_the_settings_go_along_and_python_keeps_its_options(write, tmp_path, exe
         (["script.py"], {"skip": ["conv1"]}, UnknownNameError, "rules={'conv1': None}\\), which a plugin"),
         (["script.py"], {"skip": ["int4"]}, UnknownNameError, "It is a recipe"),
         (["script.py"], {"recipe": "int9"}, UnknownNameError, "unknown recipe 'int9'"),
+        (["script.py"], {"method": "entropi"}, UnknownNameError, "Did you mean 'entropy'"),
         (["script.py"], {"plugins": ["nobody"]}, UnknownNameError, "unknown plugin 'nobody'"),
     ],
 )

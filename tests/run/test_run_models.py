@@ -54,7 +54,7 @@ def ranges(model):
 
 
 def test_zero_points_are_found_in_the_first_calls():
-    watches = WatchedModels(1, zero_points=True, audit=False)
+    watches = WatchedModels(1, {"zero_points": True, "existing": "keep"}, audit=False)
     model, x = build(), torch.rand(16, 4) - 0.2
     model(x)
     watches.close()
@@ -83,6 +83,21 @@ def test_the_first_calls_calibrate_in_float_with_gradients_and_the_scripts_own_m
     assert not torch.equal(out, plain(torch.full((2, 4), 50.0)))  # quantized now, and clipped
     assert model.first.input_quantizer.amax.item() == 3.0
     assert watched.notes() == ("Net: 4 of 4 quantizers calibrated in 2 calls",)
+
+
+def test_calibration_goes_by_the_options_that_were_given():
+    model, x = build(), torch.randn(5000, 4)
+    qp.calibrate(model, x)
+    watched = WatchedModels(
+        1, {"method": "percentile", "weight_method": "max", "existing": "overwrite"}, audit=False
+    )
+    model(x)
+    watched.close()
+    expected = build()
+    qp.calibrate(expected, x, "percentile", weight_method="max")
+    assert all(map(torch.equal, ranges(model).values(), ranges(expected).values()))
+    assert model.first.input_quantizer.amax < x.abs().max()
+    assert watched.notes() == ("Net: 4 of 4 quantizers calibrated in 1 calls",)
 
 
 def test_models_that_ran_too_little_or_not_as_a_whole_are_told_by_name(watch):

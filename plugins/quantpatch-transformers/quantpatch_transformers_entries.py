@@ -87,7 +87,7 @@ def quantpatch_entries() -> Iterable[Entry]:
 @hookimpl
 def quantpatch_examples() -> Iterable[Example]:
     """How to build each of them, for the conformance kit."""
-    from quantpatch_transformers.examples import examples_of  # imports transformers
+    from quantpatch_transformers.example_layers import examples_of  # imports transformers
 
     return examples_of(EXPERTS, (*MIXERS, *CONVOLUTION_MIXERS))
 

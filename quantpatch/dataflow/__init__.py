@@ -3,11 +3,11 @@
 ============  ====================================================================
 recorder.py   a run of a model as a graph of operators and values
 operators.py  what is known of operators: which keep values, signs, or move integers
-products.py   which operators multiply, what, and how much
+macs.py       which operators multiply, what, and how much
 ============  ====================================================================
 """
 
-from quantpatch.dataflow.products import FAST_PATHS, Product
+from quantpatch.dataflow.macs import FAST_PATHS, Product
 from quantpatch.dataflow.recorder import BATCHNORM, Dataflow, Operator, Recorder, Value, dataflow, recording
 from quantpatch.dataflow.traits import MOVING_NODES, PASSED_NODES, Traits, traits
 

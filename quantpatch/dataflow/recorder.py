@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from quantpatch.dataflow.products import Product, products_of
+from quantpatch.dataflow.macs import Product, products_of
 from quantpatch.layers.base import is_quantizer
 from quantpatch.torch_tools.forward import evaluating
 

@@ -62,8 +62,8 @@ def quantpatch_entries() -> Iterable[Entry]:
 
 @hookimpl
 def quantpatch_examples() -> Iterable[Example]:
-    """The examples of ``quantpatch.layers.examples``: one for each class."""
-    from quantpatch.layers.examples import EXAMPLES  # for tests only
+    """The examples of ``quantpatch.layers.builtin_examples``: one for each class."""
+    from quantpatch.layers.builtin_examples import EXAMPLES  # for tests only
 
     return EXAMPLES
 

@@ -140,11 +140,11 @@ class TensorQuantizer(HeldRange):
 
         Args:
             calibrator: What collects them. Default: the one at hand if there is one, else a new one of
-                the descriptor's ``method``.
+                the descriptor's ``calib_method``.
 
         Raises:
             CalibrationError: The range is dynamic, so that there is nothing to calibrate.
-            UnknownNameError: No calibrator has the name of the descriptor's ``method``.
+            UnknownNameError: No calibrator has the name of the descriptor's ``calib_method``.
         """
         if self.descriptor.dynamic:
             raise CalibrationError(f"{self} takes its range from each tensor; there is nothing to calibrate")
@@ -162,14 +162,14 @@ class TensorQuantizer(HeldRange):
         """A new calibrator for what this quantizer sees.
 
         Args:
-            method: Its name; default: the descriptor's ``method``.
+            method: Its name; default: the descriptor's ``calib_method``.
             **options: Handed to it.
 
         Raises:
             CalibrationError: The calibrator has no such option.
             UnknownNameError: There is no such calibrator.
         """
-        method = method or self.descriptor.method
+        method = method or self.descriptor.calib_method
         kind = registry.calibrator(method)
         parameters = inspect.signature(kind).parameters.values()
         takes = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -212,11 +212,6 @@ class TensorQuantizer(HeldRange):
         return amax
 
     # --- passing tensors -----------------------------------------------------------------------
-
-    @property
-    def lasting(self) -> dict[str, Any]:
-        """What it holds, as it is outside of ``in_float``: what copies and files have of it."""
-        return {**self.__dict__, **_outside.get(self, {})}
 
     @property
     def is_active(self) -> bool:
@@ -332,7 +327,7 @@ class TensorQuantizer(HeldRange):
 
     def __getstate__(self) -> dict[str, Any]:
         copied.add(self)
-        return self.lasting
+        return {**self.__dict__, **_outside.get(self, {})}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -388,16 +383,11 @@ def named_quantizers(model: nn.Module, *, every_name: bool = False) -> dict[str,
 def in_float(model: nn.Module) -> Iterator[None]:
     """A block in which no quantizer of a model quantizes; afterwards each is at the stage it was at.
 
-    So are copies of the model that are made inside, from the beginning, and they have no hook that a
-    quantizer got inside: what watches these does not watch them.
+    So are copies of the model that are made inside, from the beginning.
     """
     names = ("calibrating", "quantizing", "calibrator")
     stages = {q: {name: getattr(q, name) for name in names} for q in named_quantizers(model).values()}
-    outermost = {
-        q: {**stage, "_forward_pre_hooks": q._forward_pre_hooks.copy()}
-        for q, stage in stages.items()
-        if q not in _outside
-    }
+    outermost = {q: stage for q, stage in stages.items() if q not in _outside}
     try:
         _outside.update(outermost)
         for quantizer in stages:

@@ -25,7 +25,7 @@ from quantpatch.torch_tools.class_swap import Overlay
 __all__ = ["call_with", "is_stand_in", "without_stand_in"]
 
 
-class _Absent:  # a class, since that stays itself in a pickle
+class _Missing:  # a class, since that stays itself in a pickle
     """What a class has under a name that it does not have."""
 
 
@@ -116,7 +116,7 @@ def is_stand_in(member: Any) -> bool:
 
 def _make_property(cls: type[Any], name: str) -> None:
     with _lock:
-        own = vars(cls).get(name, _Absent)
+        own = vars(cls).get(name, _Missing)
         if type(own) is not _StandIn:
             type.__setattr__(cls, _NAMES, frozenset({*getattr(cls, _NAMES, ()), name}))
             type.__setattr__(cls, name, _StandIn(name, own, any(name in vars(c) for c in cls.__mro__[1:])))
@@ -134,10 +134,10 @@ class _StandIn(Overlay):
         plain: Gives a layer's attribute as if there were no stand-ins.
     """
 
-    def __init__(self, name: str, own: Any = _Absent, inherited: bool = False) -> None:
-        self._made_of = (name,) if own is _Absent and not inherited else (name, own, inherited)
-        self.covers = () if own is _Absent else (own,)
-        plain = self._of_object(name) if own is _Absent and not inherited else self._of_class(name, own)
+    def __init__(self, name: str, own: Any = _Missing, inherited: bool = False) -> None:
+        self._made_of = (name,) if own is _Missing and not inherited else (name, own, inherited)
+        self.covers = () if own is _Missing else (own,)
+        plain = self._of_object(name) if own is _Missing and not inherited else self._of_class(name, own)
         self.plain = plain
 
         def get(layer: Any) -> Any:
@@ -192,7 +192,7 @@ class _StandIn(Overlay):
             if not hasattr(type(member), "__set__"):
                 if name in layer.__dict__:
                     return layer.__dict__[name]
-                if member is _Absent:
+                if member is _Missing:
                     return layer.__getattr__(name)
             bind = getattr(type(member), "__get__", None)
             return member if bind is None else bind(member, layer, type(layer))
@@ -201,13 +201,13 @@ class _StandIn(Overlay):
 
     def _below(self, layer: Any, name: str, own: Any) -> Any:
         """What the layer's class would have under the name if this were not there."""
-        if own is not _Absent:
+        if own is not _Missing:
             return own
         classes = iter(type(layer).__mro__)
         for cls in classes:
             if vars(cls).get(name) is self:
                 break
-        return next((vars(cls)[name] for cls in classes if name in vars(cls)), _Absent)
+        return next((vars(cls)[name] for cls in classes if name in vars(cls)), _Missing)
 
 
 class _View:

@@ -7,18 +7,16 @@ apart. It is made only where quantizers saw no data, with the arguments of the f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from quantpatch.dataflow import recording
 from quantpatch.errors import listed, warn_caller
-from quantpatch.layers.base import QuantizedLayer, is_quantizer
+from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.quantizer import in_float, named_quantizers
 from quantpatch.torch_tools.forward import evaluating, unwrapped
 
@@ -91,65 +89,54 @@ class FirstCall:
             f"replace the class of that forward: qp.audit has the code"
         )
 
-    def _seen(self, layers: list[Any]) -> _Recorder | None:
+    def _seen(self, layers: list[Any]) -> _Reads | None:
         """What a run shows of the weights of these layers; None if the model does not run again."""
         if self._call is None or not layers:
             return None
         args, kwargs = self._call
-        recorder = _Recorder(layers)
-        handles = [
-            register_module_forward_pre_hook(recorder.entered),
-            register_module_forward_hook(recorder.left, always_call=True),
-        ]
         try:
-            with in_float(self._model), evaluating(self._model), torch.no_grad(), recorder:
+            with (
+                in_float(self._model),
+                evaluating(self._model),
+                torch.no_grad(),
+                recording(self._runner) as recorder,
+            ):
+                weights = {
+                    recorder.of(weight): (weight, layer) for layer in layers for weight in _weights(layer)
+                }
                 for quantizer in named_quantizers(self._model).values():
                     quantizer.calibrating = False  # what it has seen, it has seen; in_float puts that back
                 with torch.random.fork_rng(devices=[]):
                     self._runner(*args, **kwargs)
         except Exception:  # it ran before; if it does not twice, nothing more is known of its layers
             return None
-        finally:
-            for handle in handles:
-                handle.remove()
-        return recorder
+        reads = _Reads()
+        for value, (weight, layer) in weights.items():
+            for operator in value.uses:
+                # A module that holds the parameter too, such as an embedding that is tied, is a layer itself.
+                if not _holds(operator.stack[-1], weight):
+                    reads.readers.setdefault(layer, operator.stack[-1])
+        given = {value for values in recorder.flow.quantized.values() for value in values}
+        reads.quantized.update(layer for value, (_, layer) in weights.items() if value in given)
+        return reads
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the first module that reads a weight of each layer and does not hold it as its own."""
+@attrs.define
+class _Reads:
+    """What a run shows of weights.
 
-    def __init__(self, layers: list[Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.readers: dict[Any, nn.Module] = {}
-        self.quantized: set[Any] = set()  # those whose weights go through a quantizer of the reader's
-        self._stack: list[nn.Module] = []
-        self._layers: Any = WeakTensorKeyDictionary()
-        for layer in layers:
-            for name in layer.weight_axes():
-                weight = getattr(layer, name, None)
-                if isinstance(weight, Tensor):
-                    self._layers[weight] = layer
+    Attributes:
+        readers: By layer, the first module that reads a weight of it and does not hold it as its own.
+        quantized: The layers whose weights go through a quantizer.
+    """
 
-    def entered(self, module: nn.Module, args: Any) -> None:
-        if not is_quantizer(module):
-            self._stack.append(module)
-        elif args and isinstance(args[0], Tensor) and args[0] in self._layers:
-            self.quantized.add(self._layers[args[0]])
+    readers: dict[Any, nn.Module] = attrs.field(factory=dict)
+    quantized: set[Any] = attrs.field(factory=set)
 
-    def left(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not is_quantizer(module):
-            self._stack.pop()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        reader = self._stack[-1] if self._stack else None
-        for x in pytree.tree_leaves((args, kwargs or {})):
-            layer = self._layers.get(x) if isinstance(x, Tensor) else None
-            # A module that holds the parameter too, such as an embedding that is tied, is a layer itself.
-            if layer is not None and reader is not None and not _holds(reader, x):
-                self.readers.setdefault(layer, reader)
-        return func(*args, **(kwargs or {}))
+def _weights(layer: Any) -> Iterator[Tensor]:
+    weights = (getattr(layer, name, None) for name in layer.weight_axes())
+    return (weight for weight in weights if isinstance(weight, Tensor))
 
 
 def _holds(module: nn.Module, tensor: Tensor) -> bool:

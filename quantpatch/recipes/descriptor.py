@@ -56,7 +56,7 @@ class QuantDescriptor:
         amax: A range known beforehand, in the tensor's own units.
         learn_amax: Train the range, once it is known, with the gradient of LSQ.
         scale_amax: Factor on every range that calibration finds.
-        method: Name of the calibrator that ``calibrate`` uses where it is given no other.
+        calib_method: Name of the calibrator that ``calibrate`` uses unless told otherwise.
         format: A number format or the name of one (``"fp8_e4m3"``), instead of ``num_bits``, ``unsigned``,
             ``zero_point`` and ``narrow_range``.
         dynamic: Take the range from each tensor as it comes; never calibrated.
@@ -76,7 +76,7 @@ class QuantDescriptor:
     amax: float | None = None
     learn_amax: bool = False
     scale_amax: float | None = None
-    method: str = "max"
+    calib_method: str = "max"
     format: NumberFormat | str | None = None
     dynamic: bool = False
     #: The format itself; None while it is only a name, which the registry knows.
@@ -96,7 +96,7 @@ class QuantDescriptor:
             self._demand(value is None or _is_positive(value), field, "a positive finite number or None")
         for field in ("unsigned", "narrow_range", "learn_amax", "dynamic"):
             self._demand(isinstance(getattr(self, field), bool), field, "True or False")
-        self._demand(isinstance(self.method, str), "method", "a calibrator's name, such as 'max'")
+        self._demand(isinstance(self.calib_method, str), "calib_method", "a calibrator's name, such as 'max'")
         self._demand(
             self.format is None or isinstance(self.format, (str, NumberFormat)),
             "format",

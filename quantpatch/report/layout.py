@@ -61,7 +61,7 @@ def wrapped(text: str, width: int) -> list[str]:
             lines.append(paragraph.rstrip())
             continue
         line = ""
-        for piece in _pieces(paragraph):
+        for piece in _chunks(paragraph):
             if line and cell_len(line) + cell_len(piece.rstrip()) > width:
                 lines.append(line.rstrip())
                 line = ""
@@ -73,7 +73,7 @@ def wrapped(text: str, width: int) -> list[str]:
     return lines
 
 
-def _pieces(text: str) -> list[str]:
+def _chunks(text: str) -> list[str]:
     """What a text may be broken into: words, and names after their dots (not numbers)."""
     return re.findall(r"(?:\d+\.\d\S*|[^\s.]*\.?)\s*", text)[:-1] or [text]
 
@@ -85,7 +85,7 @@ def _widths(rows: Sequence[Row], is_right: list[bool], width: int | None) -> lis
     if width is None or sum(whole) + _GAP * (len(whole) - 1) <= width:
         return whole
     least = [
-        full if right else max(cell_len(piece.rstrip()) for cell in column for piece in _pieces(cell))
+        full if right else max(cell_len(piece.rstrip()) for cell in column for piece in _chunks(cell))
         for column, full, right in zip(columns, whole, is_right, strict=True)
     ]
     spare = width - _GAP * (len(columns) - 1) - sum(least)

@@ -44,7 +44,7 @@ def compiled(subject: Subject) -> None:
         torch._dynamo.reset()
 
 
-class _Model(nn.Module):
+class _Holder(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
@@ -61,7 +61,7 @@ def exported(subject: Subject) -> None:
 
     def export(layer: nn.Module, strict: bool) -> Any:
         # If strict, torch 2.8 takes a module that has hooks only inside another one.
-        model = _Model(layer) if strict else layer
+        model = _Holder(layer) if strict else layer
         program = torch.export.export(model.eval(), subject.data(), keywords, strict=strict)
         torch.manual_seed(7)
         return program.module()(*subject.data(), **keywords)

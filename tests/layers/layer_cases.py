@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
-from quantpatch.layers.examples import EXAMPLES, rand
+from quantpatch.layers.builtin_examples import EXAMPLES, rand
 from quantpatch.plugins.entry import Entry
 from quantpatch.plugins.example import Example
 from quantpatch.plugins.plugin import BUILTIN

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from quantpatch.layers import QuantizedLayer
-from quantpatch.layers.examples import EXAMPLES
+from quantpatch.layers.builtin_examples import EXAMPLES
 from quantpatch.numerics.grouped_axes import GroupedAxes
 from quantpatch.plugins.plugin import BUILTIN
 from quantpatch.plugins.registry import registry

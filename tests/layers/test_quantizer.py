@@ -196,7 +196,7 @@ def test_calibration_errors():
     with pytest.raises(CalibrationError, match="enable_calib"):
         quantizer().load_calib_amax()
     with pytest.raises(UnknownNameError, match="'max'"):
-        quantizer(method="maxx").enable_calib()
+        quantizer(calib_method="maxx").enable_calib()
     with pytest.raises(UnknownNameError, match="format"):
         quantizer(format="int9")
     q = quantizer()

@@ -23,7 +23,7 @@ import quantpatch as qp
 from quantpatch.errors import ConversionError, LayerError
 from quantpatch.layers import QuantConv2d, QuantizedLayer, QuantLinear
 from quantpatch.layers.base import make_replacement
-from quantpatch.layers.examples import EXAMPLES
+from quantpatch.layers.builtin_examples import EXAMPLES
 from quantpatch.layers.subclass import combine
 
 

@@ -38,7 +38,7 @@ BAD = [
     ({"amax": float("inf")}, "positive finite"),
     ({"amax": "1"}, "positive finite"),
     ({"scale_amax": 0.0}, r"scale_amax=0.0\): expected a positive"),
-    ({"method": None}, r"method=None\): expected a calibrator's name"),
+    ({"calib_method": None}, r"calib_method=None\): expected a calibrator's name"),
     ({"format": 8}, r"format=8\): expected a NumberFormat, the name of one, or None"),
     ({"dynamic": True, "amax": 1.0}, "leave out amax or dynamic"),
     ({"dynamic": True, "learn_amax": True}, "leave out learn_amax or dynamic"),

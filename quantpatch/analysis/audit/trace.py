@@ -104,7 +104,7 @@ class Trace:
     calls: dict[type, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = attrs.field(factory=dict)
 
 
-class _Tracer:
+class _TraceBuilder:
     """Makes a ``Trace`` of what a recorder notes, operator by operator."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -305,7 +305,7 @@ def _axes_of(parameter: Value, view: Value, channel: int | None) -> Axis:
 @contextlib.contextmanager
 def tracing(model: nn.Module) -> Iterator[Trace]:
     """A block in which everything that runs is noted as the model's."""
-    tracer = _Tracer(model)
+    tracer = _TraceBuilder(model)
     with recording(model, tracer.left) as recorder:
         tracer.follow(recorder)
         try:

@@ -21,7 +21,7 @@ from quantpatch.errors import ExportError
 from quantpatch.export.onnx.kernel_check import KernelCheck, check_kernels
 from quantpatch.export.onnx.latency import Latency, measure, on_floats
 from quantpatch.export.onnx.sessions import changed, session, session_options
-from quantpatch.export.prepare.runtimes import Operand, codes_name
+from quantpatch.export.prepare.runtimes import ExportedQuantizer, codes_name
 from quantpatch.layers.lowering import Lowering, lowered
 from quantpatch.numerics.fake_quant import fake_quantize, quantize
 from quantpatch.numerics.formats import Integer
@@ -123,7 +123,7 @@ def compare_with_torch(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     path: Path,
-    found: list[Operand],
+    found: list[ExportedQuantizer],
     *,
     optimized: bool = True,
     float_path: Path | None = None,
@@ -171,7 +171,7 @@ def _as_written(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     path: Path,
-    found: list[Operand],
+    found: list[ExportedQuantizer],
 ) -> tuple[list[tuple[Any, ...]], list[tuple[dict[str, Any], list[Tensor]]], str]:
     """How the file compares with the optimizations off: numbers of each run, the runs, and why no more."""
     by_name = {operand.name: operand for operand in found if operand.weight is None}
@@ -267,7 +267,7 @@ def _feed(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return {name: x.detach().cpu().numpy() for name, x in zip(names, tensors, strict=True)}
 
 
-def _codes_of(operand: Operand, x: Tensor) -> Tensor:
+def _codes_of(operand: ExportedQuantizer, x: Tensor) -> Tensor:
     """The integers that a quantizer makes; that of 0 where its range is 0 and any integer means it."""
     amax = None if operand.amax is None else operand.amax.to(x.device)
     integers, scale = quantize(x, amax, operand.format, axis=operand.quantizer.descriptor.kept_axes)
@@ -275,12 +275,15 @@ def _codes_of(operand: Operand, x: Tensor) -> Tensor:
 
 
 def _torch_results(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], by_name: Mapping[str, Operand]
-) -> tuple[list[Tensor], dict[str, tuple[Operand, Tensor]]]:
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    by_name: Mapping[str, ExportedQuantizer],
+) -> tuple[list[Tensor], dict[str, tuple[ExportedQuantizer, Tensor]]]:
     """The model's outputs, and each call of each quantizer and its codes by their name in the file."""
-    codes: dict[str, tuple[Operand, Tensor]] = {}
+    codes: dict[str, tuple[ExportedQuantizer, Tensor]] = {}
 
-    def recording(operand: Operand) -> Callable[[Tensor], Tensor]:
+    def recording(operand: ExportedQuantizer) -> Callable[[Tensor], Tensor]:
         calls = 0
         axis = operand.quantizer.descriptor.kept_axes
 
@@ -326,7 +329,7 @@ def _largest(x: Tensor) -> float:
 
 
 def _optimized(
-    path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], found: list[Operand]
+    path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], found: list[ExportedQuantizer]
 ) -> tuple[float, KernelCheck, tuple[str, ...]]:
     """What comes of ONNX Runtime's optimizations.
 
@@ -395,19 +398,21 @@ def steps_of_outputs(path: Path) -> list[float]:
     return [step(output.name) for output in graph.output]
 
 
-def _in_model(operand: Operand, values: Tensor, shape: torch.Size) -> Tensor:
+def _in_model(operand: ExportedQuantizer, values: Tensor, shape: torch.Size) -> Tensor:
     """What the file has of a tensor of this shape, laid out as the model has it."""
     laid_out = operand.apart(values, shape)
     return laid_out[tuple(slice(size) for size in shape)]  # the file may have further channels, of zeros
 
 
-def _codes_in_file(operand: Operand, codes: Any) -> Tensor:
+def _codes_in_file(operand: ExportedQuantizer, codes: Any) -> Tensor:
     """The integers of the file as the model has them: signed ones are stored 128 higher."""
     moved = codes.dtype.name == "uint8" and not getattr(operand.element, "unsigned", False)
     return torch.as_tensor(codes).int() - (128 if moved else 0)
 
 
-def _differing(codes: Mapping[str, tuple[Operand, Tensor]], named: Mapping[str, Any]) -> tuple[int, int]:
+def _differing(
+    codes: Mapping[str, tuple[ExportedQuantizer, Tensor]], named: Mapping[str, Any]
+) -> tuple[int, int]:
     """How many integers there are in file and model, and how many differ."""
     count = differing = 0
     for name, (operand, expected) in codes.items():
@@ -419,7 +424,9 @@ def _differing(codes: Mapping[str, tuple[Operand, Tensor]], named: Mapping[str, 
 
 
 def _mismatching(
-    codes: Mapping[str, tuple[Operand, Tensor]], named: Mapping[str, Any], sources: Mapping[str, str]
+    codes: Mapping[str, tuple[ExportedQuantizer, Tensor]],
+    named: Mapping[str, Any],
+    sources: Mapping[str, str],
 ) -> int:
     """How many of the file's integers are not what the model makes of the same floats."""
     found = 0

@@ -27,9 +27,9 @@ from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError, 
 from quantpatch.export.checkpoint.description import describe
 from quantpatch.export.onnx.check import ExportReport, compare_with_torch
 from quantpatch.export.onnx.latency import float_twin
+from quantpatch.export.onnx.lowered_quantizers import lowering_for
 from quantpatch.export.onnx.tidy import tidy
-from quantpatch.export.onnx.tracing import lowering_for
-from quantpatch.export.prepare.runtimes import TARGETS, Operand, Target, operands, problems
+from quantpatch.export.prepare.runtimes import TARGETS, ExportedQuantizer, Target, operands, problems
 from quantpatch.layers.lowering import lowered
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.atomic_files import written_whole
@@ -206,8 +206,8 @@ def _ir_version(opset: int) -> int:
     return version
 
 
-def _checked_operands(model: nn.Module, target: str, opset: int) -> list[Operand]:
-    from quantpatch.export.onnx.recurrent import demand_operators
+def _checked_operands(model: nn.Module, target: str, opset: int) -> list[ExportedQuantizer]:
+    from quantpatch.export.onnx.recurrent_operators import demand_operators
 
     if target not in TARGETS:
         raise UnknownNameError.of("target", target, TARGETS)
@@ -246,7 +246,7 @@ def _traced(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    found: list[Operand],
+    found: list[ExportedQuantizer],
     target: str,
     opset: int,
     dynamic_shapes: Any,
@@ -254,7 +254,7 @@ def _traced(
     output_names: list[str] | None,
 ) -> Any:
     from quantpatch.export.onnx.operators import translations
-    from quantpatch.export.onnx.recurrent import kernels_as_operators
+    from quantpatch.export.onnx.recurrent_operators import kernels_as_operators
 
     if not kwargs and args and isinstance(args[-1], dict):
         args = (*args, {})  # torch takes a dict that comes last for the keywords
@@ -335,7 +335,7 @@ def _innermost(error: BaseException) -> str:
 
 def _of_steps(model: nn.Module, dynamic_shapes: Any) -> str:
     """A line on recurrent layers that take no other number of steps, if shapes are to be dynamic."""
-    from quantpatch.export.onnx.recurrent import written_out
+    from quantpatch.export.onnx.recurrent_operators import written_out
 
     names = written_out(model) if dynamic_shapes is not None else []
     if not names:

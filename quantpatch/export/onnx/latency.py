@@ -18,7 +18,7 @@ from quantpatch.errors import listed
 from quantpatch.export.onnx.graph import constant_of, maker, store_four_bits
 from quantpatch.export.onnx.kernel_check import is_kernel
 from quantpatch.export.onnx.weights import fold_weight
-from quantpatch.export.prepare.runtimes import Operand
+from quantpatch.export.prepare.runtimes import ExportedQuantizer
 from quantpatch.numerics.formats import Integer
 
 __all__ = ["Latency", "float_twin", "measure", "on_floats"]
@@ -79,7 +79,7 @@ class Latency:
 # --- The same file in float ---------------------------------------------------------------------------------
 
 
-def float_twin(model: Any, found: Collection[Operand]) -> Any:
+def float_twin(model: Any, found: Collection[ExportedQuantizer]) -> Any:
     """A copy of what the exporter made, without quantizers: weights are floats once the file is loaded.
 
     Args:
@@ -110,7 +110,7 @@ def float_twin(model: Any, found: Collection[Operand]) -> Any:
     return twin
 
 
-def _clips(operand: Operand) -> bool:
+def _clips(operand: ExportedQuantizer) -> bool:
     return isinstance(operand.element, Integer) and operand.format.max - operand.format.min < 255
 
 
@@ -148,7 +148,7 @@ def measure(path: Path, float_path: Path, feed: Mapping[str, Any]) -> tuple[floa
     return own, as_float
 
 
-def on_floats(file: Any, optimized: Any, found: Collection[Operand]) -> tuple[str, ...]:
+def on_floats(file: Any, optimized: Any, found: Collection[ExportedQuantizer]) -> tuple[str, ...]:
     """The layers whose weights are quantized in a file, and that ONNX Runtime runs on float kernels.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantpatch.export.onnx.recurrent import recurrent_to_onnx
+from quantpatch.export.onnx.recurrent_operators import recurrent_to_onnx
 
 __all__ = ["dequantize", "quantize_dequantize", "translations"]
 

@@ -49,7 +49,7 @@ def weights_for_onnxruntime(graph: Any) -> None:
         if any(constant_of(graph, value) is None for value in node.inputs[:2]):
             continue
         weight = node.outputs[0]
-        if weight.is_graph_output() or _runs_on_codes(node):
+        if weight.is_graph_output() or _takes_codes(node):
             continue
         products = [use.node for use in weight.uses()]
         fold_weight(graph, node)
@@ -58,7 +58,7 @@ def weights_for_onnxruntime(graph: Any) -> None:
                 _guard(graph, product)
 
 
-def _runs_on_codes(dequantized: Any) -> bool:
+def _takes_codes(dequantized: Any) -> bool:
     """Whether all products of a weight have kernels that take its codes as they are."""
     import onnx_ir as ir
 

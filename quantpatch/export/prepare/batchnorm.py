@@ -26,7 +26,7 @@ from quantpatch.export.prepare.folded_batchnorm import (
     computes_as_torch,
     is_per_channel,
 )
-from quantpatch.export.prepare.verified import made_if_same, run_of
+from quantpatch.export.prepare.verified import apply_if_same, run_of
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import (
@@ -126,9 +126,9 @@ def fold_batchnorm(
     folds = {name: Fold(model, before, name) for name, before in folded.items()}
     if run is None:
         for fold in folds.values():
-            fold.make()
+            fold.apply()
         return FoldedBatchNorm(folded, left)
-    wrong = made_if_same(model, run, folds)
+    wrong = apply_if_same(model, run, folds)
     for name, how in wrong.items():
         left[name] = f"{how} with it folded into {folded.pop(name)}, so that was undone"
     if wrong:

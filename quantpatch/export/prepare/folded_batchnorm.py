@@ -82,7 +82,7 @@ class Fold:
         self._in_checkpoints = _FoldsCheckpoints(layer[inside:], norm[inside:], self._norm.eps)
         self._before: Any = None
 
-    def make(self) -> None:
+    def apply(self) -> None:
         """Folds it in; scales the weight's range if that is known."""
         layer, norm = self._layer, self._norm
         weight, bias, factor = _folded(

@@ -18,7 +18,7 @@ from quantpatch.export.prepare.batchnorm import FoldedBatchNorm, fold_batchnorm
 from quantpatch.export.prepare.placement_rules import Rules
 from quantpatch.export.prepare.runtimes import TARGETS, Target
 from quantpatch.export.prepare.unsigned import is_never_negative
-from quantpatch.export.prepare.verified import made_if_same, run_of
+from quantpatch.export.prepare.verified import apply_if_same, run_of
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.placed import quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
@@ -134,7 +134,7 @@ def prepare(
             for quantizer in layer.quantizers().values():
                 quantizer.disable()
         changes = _changes(model, rules, allow_unsigned=target == "onnxruntime")
-        for place, how in made_if_same(model, run, changes).items():
+        for place, how in apply_if_same(model, run, changes).items():
             del changes[place]
             left[place] = f"{how} with its output quantized, so that was undone"
             warn_caller(f"{place} is left: {left[place]}")
@@ -184,19 +184,19 @@ def _turn_transposed(model: nn.Module, left: dict[str, str]) -> Iterator[str]:
         full = f"{name}.{quantizer_name('weight')}".lstrip(".")
         if old.amax is not None:
             left[full] = "its range was known for another axis: calibrate again, with existing='keep'"
-        for place in _places(model)[old]:
+        for place in _names_of_each(model)[old]:
             _put(model, place, new)
         yield full
 
 
-class _Placed:
+class _OutputQuantizer:
     """A quantizer at the output of a module, in the place of those which take that output."""
 
     def __init__(self, model: nn.Module, place: str, new: TensorQuantizer, takers: Mapping[str, Any]) -> None:
         self.shared = takers
         self._model, self._module, self._new = model, model.get_submodule(place), new
 
-    def make(self) -> None:
+    def apply(self) -> None:
         """Places it."""
         quantize_output_of(self._module, self._new)
         for name in self.shared:
@@ -209,20 +209,22 @@ class _Placed:
         take_out(self._module)
 
 
-def _changes(model: nn.Module, rules: Rules, *, allow_unsigned: bool) -> dict[str, _Placed]:
+def _changes(model: nn.Module, rules: Rules, *, allow_unsigned: bool) -> dict[str, _OutputQuantizer]:
     """What the rules planned, by the place of each new quantizer."""
-    places = _places(model)
-    changes: dict[str, _Placed] = {}
+    places = _names_of_each(model)
+    changes: dict[str, _OutputQuantizer] = {}
     for value, (place, descriptor) in rules.plans.items():
         if allow_unsigned and is_never_negative(value):
             descriptor = attrs.evolve(descriptor, unsigned=True)
         new = TensorQuantizer(descriptor)
         gone = [old for old in rules.takers(value) if _may_share(old, new)]
-        changes[place] = _Placed(model, place, new, {name: old for old in gone for name in places[old]})
+        changes[place] = _OutputQuantizer(
+            model, place, new, {name: old for old in gone for name in places[old]}
+        )
     return changes
 
 
-def _places(model: nn.Module) -> dict[TensorQuantizer, list[str]]:
+def _names_of_each(model: nn.Module) -> dict[TensorQuantizer, list[str]]:
     """Every name of each quantizer."""
     places: dict[TensorQuantizer, list[str]] = {}
     for name, quantizer in named_quantizers(model, every_name=True).items():

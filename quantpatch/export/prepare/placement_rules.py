@@ -217,7 +217,7 @@ class Rules:
         behind = value.uses[0].outputs[0]
         return behind if self._spot(behind) is not None or self._is_settled(behind) else value
 
-    def _place(self, value: Value) -> str | None:
+    def _module_at(self, value: Value) -> str | None:
         """The module whose output a value is, where a quantizer there changes that value and no other."""
         for name in value.outputs_of:
             inside = any(use.module == name or use.module.startswith(f"{name}.") for use in value.uses)
@@ -227,7 +227,7 @@ class Rules:
 
     def _spot(self, value: Value) -> Value | None:
         """Where a quantizer can stand for a value: at it, or behind what only moves it."""
-        while self._place(value) is None:
+        while self._module_at(value) is None:
             if value.is_result or len(value.uses) != 1 or not traits(value.uses[0].name).moves:
                 return None
             used = [output for output in value.uses[0].outputs if output.uses or output.is_result]
@@ -238,7 +238,7 @@ class Rules:
 
     def _plan(self, value: Value, descriptor: QuantDescriptor) -> bool:
         spot = self._spot(value)
-        place = None if spot is None else self._place(spot)
+        place = None if spot is None else self._module_at(spot)
         if spot is None or place is None or quantizer_name("output") in self._modules[place]._modules:
             return False
         self.plans[spot] = (place, descriptor)

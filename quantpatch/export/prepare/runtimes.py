@@ -29,13 +29,13 @@ from quantpatch.numerics.formats import Blocked, Float, Integer, NumberFormat
 from quantpatch.plugins.registry import registry
 from quantpatch.torch_tools import nn
 
-__all__ = ["TARGETS", "Operand", "Target", "codes_name", "operands", "problems"]
+__all__ = ["TARGETS", "ExportedQuantizer", "Target", "codes_name", "operands", "problems"]
 
 Target = Literal["onnxruntime", "tensorrt"]
 
 
 @attrs.frozen(eq=False)
-class Operand:
+class ExportedQuantizer:
     """A quantizer that the export has to express.
 
     Attributes:
@@ -155,7 +155,7 @@ _OF_TYPE: dict[str, NumberFormat] = {
 }
 
 
-def operands(model: nn.Module) -> list[Operand]:
+def operands(model: nn.Module) -> list[ExportedQuantizer]:
     """Every quantizer that changes tensors, with the weight that it quantizes."""
     owners: dict[int, tuple[Any, str]] = {}
     for layer in model.modules():
@@ -171,7 +171,7 @@ def operands(model: nn.Module) -> list[Operand]:
         layer, weight = owners.get(id(quantizer), (None, ""))
         with torch.no_grad():
             value = getattr(layer, weight) if weight else None
-        found.append(Operand(name, quantizer, layer, value))
+        found.append(ExportedQuantizer(name, quantizer, layer, value))
     return found
 
 
@@ -183,7 +183,7 @@ def codes_name(quantizer: str, call: int) -> str:
 # --- What no ONNX file can say ----------------------------------------------------------------------------
 
 
-def _common(operand: Operand, opset: int) -> str | None:
+def _common(operand: ExportedQuantizer, opset: int) -> str | None:
     quantizer, format = operand.quantizer, operand.format
     is_weight = operand.weight is not None
     if quantizer.calibrating:
@@ -233,7 +233,7 @@ def _common(operand: Operand, opset: int) -> str | None:
     return None
 
 
-def _unlike_onnx(operand: Operand) -> str:
+def _unlike_onnx(operand: ExportedQuantizer) -> str:
     """Why a plugin's format cannot be written as what it says that ONNX has for it; empty if it can."""
     held = operand.format.onnx
     if held is None:
@@ -246,7 +246,7 @@ def _unlike_onnx(operand: Operand) -> str:
 # --- TensorRT ---------------------------------------------------------------------------------------------
 
 
-def _tensorrt(operand: Operand) -> str | None:
+def _tensorrt(operand: ExportedQuantizer) -> str | None:
     element, is_weight = operand.element, operand.weight is not None
     blocked = isinstance(operand.format, Blocked)
     if isinstance(element, Integer) and element.zero_point:
@@ -291,7 +291,7 @@ def _tensorrt(operand: Operand) -> str | None:
     return None
 
 
-def _tensorrt_blocks(operand: Operand) -> str | None:
+def _tensorrt_blocks(operand: ExportedQuantizer) -> str | None:
     """Why TensorRT does not take the blocks of a weight, or would read them otherwise."""
     assert operand.weight is not None
     assert operand.format.block_size is not None
@@ -315,14 +315,17 @@ def _tensorrt_blocks(operand: Operand) -> str | None:
     return None
 
 
-def _onnxruntime(operand: Operand) -> str | None:
+def _onnxruntime(operand: ExportedQuantizer) -> str | None:
     return None
 
 
-TARGETS: dict[str, Callable[[Operand], str | None]] = {"onnxruntime": _onnxruntime, "tensorrt": _tensorrt}
+TARGETS: dict[str, Callable[[ExportedQuantizer], str | None]] = {
+    "onnxruntime": _onnxruntime,
+    "tensorrt": _tensorrt,
+}
 
 
-def problems(found: list[Operand], target: str, opset: int) -> dict[str, str]:
+def problems(found: list[ExportedQuantizer], target: str, opset: int) -> dict[str, str]:
     """The quantizers that a target does not take, and what to change."""
     refused = {}
     for operand in found:

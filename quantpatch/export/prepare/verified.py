@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from quantpatch.layers.quantizer import in_float
 from quantpatch.torch_tools.forward import evaluating
 
-__all__ = ["Change", "made_if_same", "run_of"]
+__all__ = ["ModelChange", "apply_if_same", "run_of"]
 
 # Rounding is off by a few units of the last place in every layer; a thousand come from something else.
 _UNITS = 1e3
@@ -27,10 +27,10 @@ _MOST = 0.1
 _TIMES = 10.0
 
 
-class Change(Protocol):
+class ModelChange(Protocol):
     """A change to a model that can be made, undone, and made again."""
 
-    def make(self) -> None:
+    def apply(self) -> None:
         """Changes the model."""
 
     def undo(self) -> None:
@@ -42,7 +42,9 @@ def run_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | 
     return lambda: model(*args, **dict(kwargs or {}))
 
 
-def made_if_same(model: nn.Module, run: Callable[[], Any], changes: Mapping[str, Change]) -> dict[str, str]:
+def apply_if_same(
+    model: nn.Module, run: Callable[[], Any], changes: Mapping[str, ModelChange]
+) -> dict[str, str]:
     """Makes changes to a model, but for those after which it computes something else in float.
 
     A model that gives different values each time is compared with nothing.
@@ -57,7 +59,7 @@ def made_if_same(model: nn.Module, run: Callable[[], Any], changes: Mapping[str,
     """
     if not changes:
         return {}
-    return _Comparison(model, run).make(changes)
+    return _Comparison(model, run).apply(changes)
 
 
 class _Comparison:
@@ -69,9 +71,9 @@ class _Comparison:
         self._before = self._results()
         self._noise = 0.0
 
-    def make(self, changes: Mapping[str, Change]) -> dict[str, str]:
+    def apply(self, changes: Mapping[str, ModelChange]) -> dict[str, str]:
         for change in changes.values():
-            change.make()
+            change.apply()
         if not self._difference():
             return {}
         for change in changes.values():
@@ -79,7 +81,7 @@ class _Comparison:
         never_the_same = self._difference()  # without any of them
         self._noise = self._of_rounding()
         for change in changes.values():
-            change.make()
+            change.apply()
         if never_the_same or not self._difference():
             return {}
         for change in changes.values():
@@ -87,7 +89,7 @@ class _Comparison:
         wrong = self._wrong(list(changes), changes)
         for name, change in changes.items():
             if name not in wrong:
-                change.make()
+                change.apply()
         if self._difference():  # each alone was right enough: several together are not
             for name, change in changes.items():
                 if name not in wrong:
@@ -97,10 +99,10 @@ class _Comparison:
                     )
         return wrong
 
-    def _wrong(self, names: Sequence[str], changes: Mapping[str, Change]) -> dict[str, str]:
+    def _wrong(self, names: Sequence[str], changes: Mapping[str, ModelChange]) -> dict[str, str]:
         """Those of the changes that are to blame, found by halves; none of them is made before or after."""
         for name in names:
-            changes[name].make()
+            changes[name].apply()
         how = self._difference()
         for name in names:
             changes[name].undo()

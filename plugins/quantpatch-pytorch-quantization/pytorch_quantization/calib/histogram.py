@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pytorch_quantization._descriptor import Axis, NumBits
 from pytorch_quantization.calib.calibrator import _Calibrator
 from pytorch_quantization.calib.thresholds import METHODS, amax_of
+from pytorch_quantization.utils.quantized_weights import joined, quantized_weights
 from pytorch_quantization.utils.reduce_amax import kept_to_reduced
-from pytorch_quantization.utils.weights import joined, quantized_weights
 
 __all__ = ["HistogramCalibrator", "calibrate_weights"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytorch_quantization.utils.weights import joined, quantized_weights
+from pytorch_quantization.utils.quantized_weights import joined, quantized_weights
 
 __all__ = ["freeze_parameters", "group_parameters", "match_parameters", "quant_weight_inplace"]
 

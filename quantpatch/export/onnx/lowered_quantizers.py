@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantpatch.export.onnx.recurrent import projecting
-from quantpatch.export.prepare.runtimes import Operand, codes_name
+from quantpatch.export.onnx.recurrent_operators import projecting
+from quantpatch.export.prepare.runtimes import ExportedQuantizer, codes_name
 from quantpatch.layers.lowering import Lowering
 from quantpatch.numerics.formats import Float, Integer
 
 __all__ = ["lowering_for"]
 
 
-def lowering_for(model: nn.Module, found: list[Operand], target: str) -> Lowering:
+def lowering_for(model: nn.Module, found: list[ExportedQuantizer], target: str) -> Lowering:
     """What a model's layers compute through while the exporter traces it: operators that it knows.
 
     Args:
@@ -51,7 +51,7 @@ def _zero_point(element: Any, *, as_uint8: bool) -> Tensor:
     return torch.tensor(128, dtype=torch.uint8) if as_uint8 else torch.zeros((), dtype=torch.int8)
 
 
-def _activation(operand: Operand, target: str) -> Callable[[Tensor], Tensor]:
+def _activation(operand: ExportedQuantizer, target: str) -> Callable[[Tensor], Tensor]:
     from quantpatch.export.onnx.operators import quantize_dequantize
 
     element, amax, axis = operand.element, operand.amax, operand.axis
@@ -85,7 +85,7 @@ def _activation(operand: Operand, target: str) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _weight(operand: Operand, target: str) -> Callable[[Tensor], Tensor]:
+def _weight(operand: ExportedQuantizer, target: str) -> Callable[[Tensor], Tensor]:
     from quantpatch.export.onnx.operators import dequantize, quantize_dequantize
 
     format, element, axis = operand.format, operand.element, operand.axis

@@ -5,7 +5,8 @@ What decides is here too: ``targets.py`` what a target is, ``resolve.py`` which 
 """
 
 from quantpatch.quantize.calibrate import calibrate, calibrating
-from quantpatch.quantize.calibration import Calibration, CalibrationReport
+from quantpatch.quantize.calibration import Calibration
+from quantpatch.quantize.calibration_report import CalibrationReport
 from quantpatch.quantize.configure import configure
 from quantpatch.quantize.convert import convert, quantized, revert
 from quantpatch.quantize.explain import explain

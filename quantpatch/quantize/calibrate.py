@@ -8,7 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from quantpatch.quantize.calibration import Calibration, CalibrationReport
+from quantpatch.quantize.calibration import Calibration
+from quantpatch.quantize.calibration_report import CalibrationReport
 from quantpatch.quantize.to_calibrate import Existing
 from quantpatch.torch_tools.forward import demand_model, run_over
 

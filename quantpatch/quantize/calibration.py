@@ -6,7 +6,6 @@ At the end every range is set, or, if anything is wrong, none is and the model i
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -15,7 +14,6 @@ from typing import Any
 import attrs
 import torch
 import torch.distributed as dist
-from rich.table import Table
 from torch import Tensor, nn
 
 from quantpatch.calibrators import Calibrator, warn_of_negatives
@@ -24,63 +22,19 @@ from quantpatch.layers.base import weight_quantizers
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.numerics.affine import longer_side
 from quantpatch.numerics.formats import Integer
+from quantpatch.quantize.calibration_report import CalibrationReport
 from quantpatch.quantize.call_ranges import CallRanges
 from quantpatch.quantize.late_ranges import telling_of_late_ranges
 from quantpatch.quantize.to_calibrate import Existing, checked_existing, patterns, to_calibrate, why_none
 from quantpatch.quantize.weight_reads import FirstCall
 from quantpatch.quantize.zero_points import ends_on_all, fitted, to_fit, watching_ends, without_those_found
-from quantpatch.report.changes import outcome_table
-from quantpatch.report.render import as_text
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.distributed import Ranks
 from quantpatch.torch_tools.forward import evaluating
 
-__all__ = ["Calibration", "CalibrationReport"]
+__all__ = ["Calibration"]
 
 _LOGGER = logging.getLogger("quantpatch")
-
-
-@attrs.frozen
-class CalibrationReport:
-    """What a calibration did, by the names of the quantizers; prints as a table.
-
-    Attributes:
-        model: Class of the model.
-        calibrated: Those that got a range.
-        kept: Those that had one and kept it.
-        without_data: Those that saw no data, and stay as they were.
-        only_zeros: Those that saw nothing but zeros, and stay as they were.
-        switched_off: Those of layers that do not run since a forward reads their weight itself.
-        zero_points: The zero points of those that got one.
-        problem: Why quantizers that should have a range have none, in words; empty where all have one.
-    """
-
-    model: str
-    calibrated: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
-    without_data: tuple[str, ...] = ()
-    only_zeros: tuple[str, ...] = ()
-    switched_off: tuple[str, ...] = ()
-    zero_points: Mapping[str, int] = attrs.field(factory=dict)
-    problem: str = ""
-
-    def to_json(self) -> str:
-        """The same as JSON."""
-        return json.dumps(attrs.asdict(self), indent=2)
-
-    def __rich__(self) -> Table:
-        groups = {
-            "calibrated": self.calibrated,
-            "with a zero point": tuple(f"{name}: {zero}" for name, zero in self.zero_points.items()),
-            "kept their ranges": self.kept,
-            "saw no data": self.without_data,
-            "saw only zeros": self.only_zeros,
-            "switched off": self.switched_off,
-        }
-        return outcome_table(f"{self.model}: {len(self.calibrated)} quantizers calibrated", groups)
-
-    def __str__(self) -> str:
-        return as_text(self, of_names=True)
 
 
 class Calibration:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import attrs
@@ -13,21 +11,14 @@ from torch import nn
 from quantpatch.errors import RuleError, listed, near_misses
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.plugins.registry import registry
 from quantpatch.quantize.late_ranges import telling_of_late_ranges
+from quantpatch.quantize.rules import EDGES, Matcher, Rules, Value, checked_rules, fits, shown_matcher
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 from quantpatch.report.changes import ChangeReport
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.forward import demand_model
 
-__all__ = ["Rules", "apply_rules", "checked_rules", "configure"]
-
-Matcher = str | type | Callable[[str, nn.Module], bool]
-Value = QuantDescriptor | Recipe | str | None
-#: Patterns for the first and the last quantized layer that has weights.
-EDGES = (":first", ":last")
-# A mapping of strings alone is no Mapping[Matcher, ...]: the type of keys is invariant.
-Rules = Mapping[str, Value] | Mapping[Matcher, Value] | Iterable[tuple[Matcher, Value]]
+__all__ = ["apply_rules", "configure"]
 
 
 @attrs.frozen
@@ -126,8 +117,8 @@ def apply_rules(models: Sequence[nn.Module], rules: Rules) -> None:
                 raise _unmatched(matcher, places)
             if value is not None:
                 raise RuleError(
-                    f"the pattern {_shown(matcher)!r} matches only what is float, such as {floats[0]!r}; a "
-                    f"rule makes no quantized layers: build it in a block, or convert it",
+                    f"the pattern {shown_matcher(matcher)!r} matches only what is float, such as "
+                    f"{floats[0]!r}; a rule makes no quantized layers: build it in a block, or convert it",
                     rule=matcher,
                 )
         decided.update(dict.fromkeys(matched, value))
@@ -169,50 +160,6 @@ def _operands(layer: QuantizedLayer, recipe: Recipe) -> dict[str, QuantDescripto
     return {quantizer_name(name): descriptor for name, descriptor in layer.descriptors(recipe)}
 
 
-def checked_rules(rules: Rules) -> list[tuple[Matcher, Value]]:
-    """The rules, with recipes in the place of their names.
-
-    Raises:
-        RuleError: One is malformed, or two contradict each other.
-        UnknownNameError: There is no recipe of a name.
-    """
-    checked: list[tuple[Matcher, Value]] = []
-    for pair in rules.items() if isinstance(rules, Mapping) else rules:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise RuleError(f"{pair!r} is no rule; write ('encoder.*', 'int8') or ('head', None)", rule=pair)
-        matcher, value = pair
-        if not (isinstance(matcher, (str, type)) or callable(matcher)):
-            raise RuleError(
-                f"rule {pair!r}: a pattern is a glob, 're:' and a regular expression, a class or a function "
-                f"of a layer's name and the layer",
-                rule=pair,
-            )
-        if isinstance(value, str):
-            value = registry.recipe(value)
-        if not (value is None or isinstance(value, (QuantDescriptor, Recipe))):
-            raise RuleError(
-                f"rule {pair!r}: a value is None (float), a QuantDescriptor, a Recipe or a recipe's name",
-                rule=pair,
-            )
-        if isinstance(value, Recipe) and value.rules:
-            raise RuleError(
-                f"rule {pair!r}: the recipe {value.name!r} has rules of its own, which cannot be part of "
-                f"a rule; write recipe.replace(rules=())",
-                rule=pair,
-            )
-        if isinstance(matcher, str) and matcher.startswith(":") and matcher not in EDGES:
-            raise RuleError(f"{matcher!r} is no pattern; write ':first' or ':last'", rule=pair)
-        if isinstance(matcher, str):
-            _fits(matcher, "")  # so that a malformed one is told even if there is nothing to match
-        for earlier, other in checked:
-            if earlier == matcher and other != value:
-                raise RuleError(
-                    f"two rules for {matcher!r} contradict each other: {other!r} and {value!r}", rule=pair
-                )
-        checked.append((matcher, value))
-    return checked
-
-
 def _matches(matcher: Matcher, place: _Place) -> bool:
     if isinstance(matcher, type):
         return isinstance(place.holder, matcher) or isinstance(place.quantizer, matcher)
@@ -223,16 +170,7 @@ def _matches(matcher: Matcher, place: _Place) -> bool:
     # The quantizer, its layer, and every module around them; '' is the model itself.
     parts = place.holder_name.split(".") if place.holder_name else []
     names = [place.name, *(".".join(parts[:n]) for n in range(len(parts) + 1))]
-    return any(_fits(matcher, name) for name in names if name)
-
-
-def _fits(pattern: str, name: str) -> bool:
-    if not pattern.startswith("re:"):
-        return fnmatch.fnmatchcase(name, pattern)
-    try:
-        return re.fullmatch(pattern[3:], name) is not None
-    except re.error as error:
-        raise RuleError(f"{pattern!r} is no regular expression: {error}", rule=pattern) from error
+    return any(fits(matcher, name) for name in names if name)
 
 
 def _is_meant(place: _Place, matcher: Matcher, value: Value) -> bool:
@@ -243,25 +181,21 @@ def _is_meant(place: _Place, matcher: Matcher, value: Value) -> bool:
     """
     if place.quantizer is not None or not isinstance(value, QuantDescriptor):
         return True
-    if not isinstance(matcher, str) or not _fits(matcher, place.name):
+    if not isinstance(matcher, str) or not fits(matcher, place.name):
         return False
     others = (attrs.evolve(place, own_name=name) for name in _own_names(place.holder))
-    return not all(_fits(matcher, other.name) for other in others)
+    return not all(fits(matcher, other.name) for other in others)
 
 
 def _named(matcher: Matcher, name: str, module: nn.Module) -> bool:
     """Whether a pattern names a module that has no quantizers, and may be meant to have none."""
     if isinstance(matcher, type):
         return isinstance(module, matcher)
-    return isinstance(matcher, str) and bool(name) and _fits(matcher, name)
-
-
-def _shown(matcher: Matcher) -> str:
-    return matcher if isinstance(matcher, str) else str(getattr(matcher, "__qualname__", repr(matcher)))
+    return isinstance(matcher, str) and bool(name) and fits(matcher, name)
 
 
 def _unmatched(matcher: Matcher, places: list[_Place]) -> RuleError:
-    given = _shown(matcher)
+    given = shown_matcher(matcher)
     names = [place.holder_name for place in places if place.holder_name] + [place.name for place in places]
     hint = near_misses(given, dict.fromkeys(names))
     if not hint:

@@ -15,11 +15,12 @@ from quantpatch.interception.statements import Exit, Statement
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.plugins.entry import EntryLike
 from quantpatch.plugins.registry import registry
-from quantpatch.quantize.configure import apply_rules, checked_rules
+from quantpatch.quantize.configure import apply_rules
 from quantpatch.quantize.options import Options
 from quantpatch.quantize.outcome import Outcome, Replaced, Skipped
 from quantpatch.quantize.quantizing_block import QuantizingBlock
 from quantpatch.quantize.reasons import Pattern
+from quantpatch.quantize.rules import checked_rules
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
 

@@ -23,7 +23,8 @@ from quantpatch.analysis.audit.trace import tracing
 from quantpatch.errors import RuleError
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.quantize.calibration import Calibration
-from quantpatch.quantize.configure import Rules, configure
+from quantpatch.quantize.configure import configure
+from quantpatch.quantize.rules import Rules
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import uncompiled
 

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from quantpatch.plugins.registry import registry
-from quantpatch.quantize.configure import Rules
+from quantpatch.quantize.rules import Rules
 from quantpatch.quantize.scope import Scope, quantize_modules
 from quantpatch.quantize.to_calibrate import Existing
 

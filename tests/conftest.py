@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 # Tensors are too small for them here, and loading takes a while; tests that want kernels say so.
 os.environ.setdefault("QUANTPATCH_KERNELS", "0")
 
-from quantpatch.numerics.kernels import operations
+from quantpatch.numerics.backends import numba
 from quantpatch.plugins.registry import registry
 
 # Tensors are tiny here: threads would only wait for each other, the more so in several processes.
@@ -38,8 +38,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     wanted = getattr(request, "param", None)
     if wanted is not None:
         pytest.importorskip("numba")
-        monkeypatch.setattr(operations, "_WANTED", wanted)
-        monkeypatch.setattr(operations, "_SMALLEST", 1)
+        monkeypatch.setattr(numba, "_WANTED", wanted)
+        monkeypatch.setattr(numba, "_SMALLEST", 1)
     return wanted
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantpatch.numerics.kernels import operations as kernels
+from quantpatch.numerics.backends import numba
 
 __all__ = ["MIN_EXPONENT", "channels_first", "count", "merge", "power_of_two", "width_exponent"]
 
@@ -59,7 +59,7 @@ def count(x: Tensor, exponent: Tensor, counts: Tensor, *, clamp: bool = False) -
     """
     channels, bins = counts.shape
     below = (((127 - exponent) << 23) - 1).to(torch.int32).view(torch.float32)[:, None]
-    if kernels.count(x, below.view(-1), counts):
+    if numba.count(x, below.view(-1), counts):
         return
     chunk = _CHUNK if x.device.type == "cpu" else 1 << 26
     length = min(chunk, x.shape[1])

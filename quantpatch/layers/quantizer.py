@@ -23,10 +23,8 @@ from quantpatch.errors import CalibrationError, DescriptorError, ExportError, Op
 from quantpatch.layers.lowering import lowering
 from quantpatch.layers.range_state import HeldRange
 from quantpatch.numerics.affine import has_zero_point, longer_side, magnitudes, upper_end
-from quantpatch.numerics.backends.eager import round_trip_to_range
-from quantpatch.numerics.backends.inductor import is_compiled
-from quantpatch.numerics.backends.modes import is_traced
 from quantpatch.numerics.fake_quant import check_operand, fake_quantize, what_is_odd_about
+from quantpatch.numerics.modes import is_compiled, is_traced
 from quantpatch.plugins.registry import registry
 from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools.fast_paths import refuse_fast_paths
@@ -286,13 +284,11 @@ class TensorQuantizer(HeldRange):
         amax = None if descriptor.dynamic else self.held
         if not self._known and not descriptor.dynamic:
             amax = self._settled(x, is_weight=batch_axis is None)
-        # First what comes in nearly every call, in few steps; see round_trip_to_range.
-        if amax is not None:
-            rounded = round_trip_to_range(x, amax, self.format, descriptor.kept_axes)
-            if rounded is not None:
-                return rounded
         check_operand(x)
-        if amax is not None and amax.device != x.device:  # a checkpoint loaded it before any tensor came
+        in_memory = amax is not None and amax.is_cpu and x.is_cpu
+        if (
+            amax is not None and not in_memory and amax.device != x.device
+        ):  # a checkpoint loaded it before any tensor came
             # To the meta device it does not go along: it would be lost.
             amax = amax.to(x.device) if x.is_meta else self._follow(x.device)
         if batch_axis is None and amax is not None:

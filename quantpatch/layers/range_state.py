@@ -21,9 +21,9 @@ from quantpatch.layers.range_tensor import (
     outside_inference_mode,
 )
 from quantpatch.numerics.backends.inductor import ZeroPointAsData
-from quantpatch.numerics.backends.modes import is_in_memory, is_jit_traced, is_traced
 from quantpatch.numerics.fake_quant import own_range, reduce_amax
 from quantpatch.numerics.formats import Blocked, Integer, NumberFormat
+from quantpatch.numerics.modes import is_in_memory, is_jit_traced, is_traced
 from quantpatch.plugins.registry import registry
 from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools.module_path import place_in_running_model
@@ -122,7 +122,8 @@ class HeldRange(RangeTensor):
         """The range; None if the weight has got another shape since it was found, and it is forgotten."""
         if is_traced() or amax.shape != self._shape_of_weight:
             return amax
-        if fits(amax.shape, self._range_of(weight) or weight.shape):
+        wanted = self._range_of(weight)
+        if amax.shape == wanted or fits(amax.shape, wanted or weight.shape):
             return amax
         self.amax = None
         self.make_room(amax.device, weight)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from quantpatch.errors import RangeError
-from quantpatch.numerics.backends.modes import is_readable
 from quantpatch.numerics.formats import Integer, NumberFormat
 from quantpatch.numerics.grouped_axes import GroupedAxes
+from quantpatch.numerics.modes import is_readable
 from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools.sharded import beside, is_in_checkpoint, is_sharded, local_part
 

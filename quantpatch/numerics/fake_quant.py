@@ -1,6 +1,7 @@
 """Fake quantization: round a tensor to a number format and back, as pure functions on tensors.
 
-With ``backends/``, the arithmetic, this is the only module that rounds. What it promises:
+This module finds ranges and scales, ``gradients.py`` differentiates, and one of ``backends/`` rounds. What
+they promise:
 
 - ``y = round(x / scale) * scale`` with a true division, ties to even, in float32 whatever the input's dtype:
   integer results equal ONNX's ``QuantizeLinear`` followed by ``DequantizeLinear`` bit for bit.
@@ -14,6 +15,7 @@ With ``backends/``, the arithmetic, this is the only module that rounds. What it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,15 +23,15 @@ from torch import Tensor
 
 from quantpatch.errors import DescriptorError, OperandError, RangeError
 from quantpatch.numerics.affine import magnitudes, upper_end
-from quantpatch.numerics.backends.eager import Axis, round_trip_to_range
-from quantpatch.numerics.backends.modes import is_in_memory, is_jit_traced
-from quantpatch.numerics.backends.round_trip import round_trip
-from quantpatch.numerics.backends.scales import block_views, divisor, rescale_, spread
+from quantpatch.numerics.backends import select
+from quantpatch.numerics.backends.scales import divisor, rescale_, spread
 from quantpatch.numerics.division import quotient
 from quantpatch.numerics.formats import Blocked, Integer, NumberFormat
+from quantpatch.numerics.gradients import round_trip
 from quantpatch.numerics.grouped_axes import GroupedAxes
-from quantpatch.numerics.kernels import operations as kernels
-from quantpatch.torch_tools.sharded import beside, is_sharded
+from quantpatch.numerics.modes import is_jit_traced
+from quantpatch.numerics.qparams import QParams
+from quantpatch.torch_tools.sharded import beside
 
 __all__ = [
     "check_operand",
@@ -40,6 +42,9 @@ __all__ = [
     "reduce_amax",
     "what_is_odd_about",
 ]
+
+#: The axes that are kept, each index along them with a range of its own.
+Axis = int | tuple[int, ...] | None
 
 
 def fake_quantize(
@@ -93,19 +98,12 @@ def fake_quantize(
         RangeError: ``amax`` does not fit ``x``, or ``axis`` does not exist.
     """
     check_operand(x)
-    if amax is not None and (rounded := round_trip_to_range(x, amax, format, axis)) is not None:
-        return rounded
     if isinstance(axis, GroupedAxes):
         split = fake_quantize(axis.split(x), _split_range(amax), format, axis=axis.SPLIT)
         return split.flatten(0, 1)
-    if not isinstance(format, Blocked):
-        range_, scale = _range_and_scale(x, amax, format, axis)
-        return round_trip(x, range_, scale, format, batch_axis=batch_axis)
-    if not x.dim():
+    if not x.dim() and isinstance(format, Blocked):
         return fake_quantize(x.unsqueeze(0), amax, format, axis=axis).squeeze(0)
-    dim = _block_axis(x, axis)
-    range_, scale = _ranges_and_scales_of_blocks(x, amax, format, dim)
-    return round_trip(x, range_, scale, format, dim, batch_axis)
+    return round_trip(x, _qparams(x, amax, format, axis), batch_axis)
 
 
 def quantize(
@@ -135,15 +133,12 @@ def quantize(
         codes, scale = quantize(axis.split(x), _split_range(amax), format, axis=axis.SPLIT)
         return codes.flatten(0, 1), axis.spread(scale.squeeze(1) if scale.dim() else scale, x.shape[0])
     with torch.no_grad():
-        if not isinstance(format, Blocked):
-            _, scale = _range_and_scale(x, amax, format, axis)
-            return _codes(x, scale, format), scale
-        if not x.dim():
+        if not x.dim() and isinstance(format, Blocked):
             codes, scale = quantize(x.unsqueeze(0), amax, format, axis=axis)
             return codes.squeeze(0), scale
-        dim = _block_axis(x, axis)
-        _, scale = _ranges_and_scales_of_blocks(x, amax, format, dim)
-        return _codes(x, spread(scale, x, format, dim), format.element), scale
+        q = _qparams(x, amax, format, axis)
+        scale = q.scales()
+        return _codes(x, spread(scale, x, format, q.dim), q.element), scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, format: NumberFormat, *, axis: Axis = None) -> Tensor:
@@ -196,18 +191,9 @@ def reduce_amax(x: Tensor, axis: Axis = None) -> Tensor:
     shape = [] if axis is None else [n if d in kept else 1 for d, n in enumerate(x.shape)]
     if any(x.shape[d] == 0 for d in reduced):
         return torch.zeros(shape, dtype=torch.float32, device=x.device)
-    if not reduced:
-        return x.abs().float()
-    if torch.compiler.is_compiling() or is_sharded(x):
-        return x.abs().amax(reduced, keepdim=axis is not None).float()
-    if x.numel() and is_in_memory(x) and (found := kernels.amax(x, shape)) is not None:
-        return found
-    # Two reductions rather than one of |x|, which would allocate as much as x again.
-    if axis is None:
-        low, high = torch.aminmax(x)
-    else:
-        low, high = x.amin(reduced, keepdim=axis is not None), x.amax(reduced, keepdim=axis is not None)
-    return torch.maximum(low.abs(), high.abs()).float()
+    if not reduced or not x.numel():
+        return x.abs().float() if not reduced else torch.empty(shape, dtype=torch.float32, device=x.device)
+    return select(x).amax(x, shape)
 
 
 def _split_range(amax: Tensor | None) -> Tensor | None:
@@ -230,29 +216,26 @@ def own_range(x: Tensor, format: NumberFormat, axis: Axis = None) -> Tensor:
         float32, 0-dim or of ``x``'s number of dimensions.
     """
     values = magnitudes(x.detach(), format)
+    if not isinstance(format, Blocked):
+        return upper_end(reduce_amax(values, axis), format)
+    dim = _block_axis(x, axis)
+    shape = _shape_of_blocks(x, format, dim)
+    if not x.numel():
+        return torch.zeros(shape, dtype=torch.float32, device=x.device)
+    return select(values).amax(values, shape, dim, format.block_size)
+
+
+def _qparams(x: Tensor, amax: Tensor | None, format: NumberFormat, axis: Axis) -> QParams:
+    """What a tensor is rounded by: the given range, if there is one, in float32, or a scale of its own."""
     if isinstance(format, Blocked):
-        return _block_amax(values, format.block_size, _block_axis(x, axis))
-    return upper_end(reduce_amax(values, axis), format)
-
-
-def _range_and_scale(
-    x: Tensor, amax: Tensor | None, format: NumberFormat, axis: Axis
-) -> tuple[Tensor | None, Tensor]:
-    """The given range, if there is one, in float32, and the scale."""
+        return _qparams_of_blocks(x, amax, format, _block_axis(x, axis))
     if amax is None:
-        return None, quotient(own_range(x, format, axis), format.max)
-    if amax.dim():
-        kept = range(x.dim()) if axis is None else _axes(x, axis)
-        amax = _checked_amax(amax, x, [n if d in kept else 1 for d, n in enumerate(x.shape)])
-    else:
-        amax = _checked_amax(amax, x, [])
-    return amax, quotient(amax.detach(), format.max)
+        return QParams(format, None, quotient(own_range(x, format, axis), format.max))
+    return QParams(format, _checked_range(amax, x, axis))
 
 
-def _ranges_and_scales_of_blocks(
-    x: Tensor, amax: Tensor | None, format: Blocked, dim: int
-) -> tuple[Tensor | None, Tensor]:
-    """The given ranges and the scales: 0-dim, or like ``x`` with the number of blocks on ``dim``."""
+def _qparams_of_blocks(x: Tensor, amax: Tensor | None, format: Blocked, dim: int) -> QParams:
+    """The same, of ranges and scales that are 0-dim, or like ``x`` with the number of blocks on ``dim``."""
     if amax is not None:
         if amax.requires_grad and format.scale != "float32":
             raise DescriptorError(
@@ -260,54 +243,24 @@ def _ranges_and_scales_of_blocks(
                 field="format",
                 value=format,
             )
-        count = -(-x.shape[dim] // format.block_size)
-        shape = [count if d == dim else n for d, n in enumerate(x.shape)]
         # That of the whole tensor, where the scales of blocks share one of its own.
-        amax = _checked_amax(amax, x, [] if format.scale == "e4m3" else shape)
+        wanted = () if format.scale == "e4m3" else _shape_of_blocks(x, format, dim)
+        amax = _in_float32(_fitting(amax, x, wanted), x)
     if amax is not None and format.scale != "e4m3":
-        return amax, format.block_scale(amax.detach())
+        return QParams(format, amax, format.block_scale(amax.detach()), dim)
     own = own_range(x, format, dim)
-    if own.numel() == 0:
-        return amax, own
-    return amax, format.block_scale(own, None if amax is None else amax.detach())
+    if own.numel():
+        own = format.block_scale(own, None if amax is None else amax.detach())
+    return QParams(format, amax, own, dim)
 
 
-def _block_amax(x: Tensor, size: int, dim: int) -> Tensor:
-    """The ranges of blocks: float32 of the shape of ``x`` with the number of blocks on ``dim``."""
-    if x.numel() and is_in_memory(x):
-        shape = [-(-n // size) if d == dim else n for d, n in enumerate(x.shape)]
-        if (found := kernels.amax(x, shape, dim, size)) is not None:
-            return found
-    ranges = [_amax_along(b, dim + 1) for b in block_views(x, dim, size)]
-    return (ranges[0] if len(ranges) == 1 else torch.cat(ranges, dim)).float()
-
-
-def _amax_along(x: Tensor, dim: int) -> Tensor:
-    """The largest magnitudes along an axis that is not empty."""
-    length = x.shape[dim]
-    if not is_in_memory(x):
-        return x.abs().amax(dim)
-    if x.stride(dim) == 1 and length >= 16:
-        return torch.maximum(x.amax(dim).abs(), x.amin(dim).abs())
-    # Folding halves onto each other is an elementwise operation, which is faster than torch's reductions of
-    # few elements or along other axes than the last.
-    half = length // 2
-    folded = x.narrow(dim, half, length - half).abs()
-    if half:
-        first = folded.narrow(dim, length - 2 * half, half)
-        torch.maximum(first, x.narrow(dim, 0, half).abs(), out=first)
-    length -= half
-    while length > 1:
-        half = length // 2
-        first = folded.narrow(dim, 0, half)
-        torch.maximum(first, folded.narrow(dim, length - half, half), out=first)
-        length -= half
-    return folded.select(dim, 0)
+def _shape_of_blocks(x: Tensor, format: Blocked, dim: int) -> tuple[int, ...]:
+    return tuple(-(-n // format.block_size) if d == dim else n for d, n in enumerate(x.shape))
 
 
 def _codes(x: Tensor, scale: Tensor, format: NumberFormat) -> Tensor:
     codes = format.round_(quotient(x.float(), divisor(scale)))
-    if type(format) is Integer:  # what a class of somebody else's rounds to need be no integers
+    if type(format) is Integer:  # what a subclass rounds to need be no integers
         return codes.add_(format.zero_point).to(torch.uint8 if format.unsigned else torch.int8)
     return codes
 
@@ -361,12 +314,34 @@ def what_is_odd_about(x: Any) -> str | None:
     return None
 
 
-def _checked_amax(amax: Tensor, x: Tensor, wanted: Sequence[int]) -> Tensor:
-    """``amax`` in float32, if it is 0-dim or of the shape wanted, with 1 in any place."""
+def _checked_range(amax: Tensor, x: Tensor, axis: Axis) -> Tensor:
+    """A range in float32, if it fits the kept axes of a tensor."""
+    if amax.dim():
+        # The compiler's shapes are symbols, which nothing can remember.
+        fits = _fits.__wrapped__ if torch.compiler.is_compiling() else _fits
+        if is_jit_traced() or not fits(amax.shape, x.shape, axis):
+            kept = range(x.dim()) if axis is None else _axes(x, axis)
+            amax = _fitting(amax, x, [n if d in kept else 1 for d, n in enumerate(x.shape)])
+    return _in_float32(amax, x)
+
+
+@lru_cache(maxsize=1024)
+def _fits(ranges: tuple[int, ...], shape: tuple[int, ...], axis: Axis) -> bool:
+    """Whether there is one range for each index along the axes that are kept, or for all of an axis."""
+    count = len(shape)
+    axes = range(count) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    if len(ranges) != count or any(not -count <= a < count for a in axes):
+        return False
+    kept = {a % count for a in axes}
+    return all(m == 1 or (m == n and d in kept) for d, (m, n) in enumerate(zip(ranges, shape, strict=True)))
+
+
+def _fitting(amax: Tensor, x: Tensor, wanted: Sequence[int]) -> Tensor:
+    """The range, if it is 0-dim or of the shape wanted, with 1 in any place."""
     sizes = zip(amax.shape, wanted, strict=False)
     # While torch.jit.trace runs, sizes are tensors, whose comparison it would warn of.
     if is_jit_traced():
-        return amax.float()
+        return amax
     if amax.dim() and (amax.dim() != len(wanted) or any(m not in (1, n) for m, n in sizes)):
         expected = f"() or {tuple(wanted)}" if wanted else "(), the range of the whole tensor"
         raise RangeError(
@@ -374,7 +349,16 @@ def _checked_amax(amax: Tensor, x: Tensor, wanted: Sequence[int]) -> Tensor:
             f"expected {expected}",
             value=tuple(amax.shape),
         )
+    return amax
+
+
+def _in_float32(amax: Tensor, x: Tensor) -> Tensor:
+    if amax.dtype is torch.float32 and amax.is_cpu and x.is_cpu and type(x) in (Tensor, torch.nn.Parameter):
+        return amax
     # A number on the CPU goes with a tensor anywhere, as in torch's own operations; but of those, a division
     # by such a number is not exact.
-    amax = amax.float() if amax.dim() else amax.to(x.device, torch.float32)
+    if not amax.dim() and amax.device != x.device and not is_jit_traced():
+        amax = amax.to(x.device)
+    if amax.dtype is not torch.float32:
+        amax = amax.float()
     return beside(amax, x)

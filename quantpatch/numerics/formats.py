@@ -143,7 +143,7 @@ class NumberFormat(abc.ABC):
         return self.name
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Integer(NumberFormat):
     """Integers of 2 to 8 bits; ties round to even, as ONNX's QuantizeLinear does.
 
@@ -242,7 +242,7 @@ class Integer(NumberFormat):
 _FLOATS = ((4, 3), (5, 2), (2, 1), (2, 3), (3, 2))
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Float(NumberFormat):
     """Floating point of 4, 6 or 8 bits, with subnormals; ties to even; overflow saturates.
 
@@ -317,7 +317,7 @@ class Float(NumberFormat):
         return y.add_(magic).sub_(magic).copysign_(magic)
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Blocked(NumberFormat):
     """Blocks of neighbours along an axis, each with a scale of its own.
 

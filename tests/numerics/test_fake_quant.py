@@ -443,7 +443,7 @@ def test_large_tensors_of_any_strides_equal_small_ones(monkeypatch, dtype, axis,
     }[layout]
     amax = reduce_amax(x, axis) * 0.7
     whole = fake_quantize(x, amax, INT8, axis=axis)
-    monkeypatch.setattr("quantpatch.numerics.backends.eager._PIECE", 16)
+    monkeypatch.setattr("quantpatch.numerics.backends.eager._CHUNK", 16)
     monkeypatch.setattr("quantpatch.numerics.backends.eager._WHOLE", 16)
     assert torch.equal(fake_quantize(x, amax, INT8, axis=axis), whole)
 

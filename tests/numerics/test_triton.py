@@ -14,16 +14,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from quantpatch.numerics.backends import cuda
+from quantpatch.numerics.backends import select
+from quantpatch.numerics.backends import triton as backend
 from quantpatch.numerics.fake_quant import fake_quantize
 from quantpatch.numerics.formats import BUILTIN_FORMATS
+from quantpatch.numerics.qparams import QParams
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from quantpatch.numerics.backends.triton_kernel import fake_quantize_fused, round_trip_kernel  # noqa: E402
+from quantpatch.numerics.backends.triton_kernel import round_trip_kernel  # noqa: E402
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -47,10 +49,6 @@ def test_the_kernel_leaves_to_plain_operations_what_it_does_not_do(interpreted):
     assert interpreted["refused"] == [True] * 4
 
 
-def test_the_operator_has_fake_tensors_and_gradients(interpreted):
-    assert set(interpreted["opcheck"].values()) == {"SUCCESS"}
-
-
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["int8", "fp8_e4m3"])
@@ -58,10 +56,10 @@ def test_its_machine_code_rounds_each_operation_as_written(capability, dtype, na
     floats = (4, 3) if name.startswith("fp8") else (0, 0)
     pointers = {f"{p}_pointer": f"*{dtype}" for p in "xy"} | {"inside_pointer": "*i1"}
     pointers |= {"scale_pointer": "*fp32", "amax_pointer": "*fp32"}
-    numbers = dict.fromkeys(("count", "run", "scales"), "i32")
+    numbers = dict.fromkeys(("count", "row", "scales"), "i32")
     constants = {
         "exponent_bits": floats[0], "mantissa_bits": floats[1], "masked": True, "has_amax": True,
-        "one_amax": True, "short_run": 0, "block": 1024,
+        "one_amax": True, "short_row": 0, "block": 1024,
     }  # fmt: skip
     numbers |= dict.fromkeys(("low", "high", "lower_end"), "fp32")
     signature = {**pointers, **numbers, **dict.fromkeys(constants, "constexpr")}
@@ -132,9 +130,9 @@ def test_compiled_for_cuda_it_divides_exactly_and_fuses_with_its_neighbours():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where the kernel cannot work")
-def test_a_kernel_that_does_not_work_is_told_and_plain_operations_stand_in():
+def test_a_kernel_that_does_not_work_is_reported_and_plain_operations_stand_in():
     with pytest.warns(RuntimeWarning, match="CUDA kernel does not work here"):
-        assert cuda._working_kernel.__wrapped__(0) is None
+        assert not backend._works.__wrapped__(0)
 
 
 # --- On a GPU ---------------------------------------------------------------------------------------------
@@ -170,7 +168,7 @@ def test_on_a_gpu_results_and_gradients_equal_the_cpus(name, dtype, compiled):
 @pytest.mark.parametrize("masked", [True, False])
 def test_on_a_gpu_the_kernel_is_used_and_keeps_one_byte_an_element_at_most(masked):
     x = torch.randn(1000, 999, device="cuda", requires_grad=True)
-    assert cuda.fused_kernel(x) is fake_quantize_fused
+    assert select(x, QParams(BUILTIN_FORMATS["int8"], torch.tensor(1.0))) is backend
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
         fake_quantize(x, torch.tensor(1.0, device="cuda") if masked else None, BUILTIN_FORMATS["int8"])

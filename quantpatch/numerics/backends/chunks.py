@@ -1,4 +1,4 @@
-"""Tensors a piece at a time, so that what one operation leaves in a CPU's cache the next finds there."""
+"""Tensors a chunk at a time, so that what one operation leaves in a CPU's cache the next finds there."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from quantpatch.numerics.kernels.scale_layout import memory_order
 
-__all__ = ["pieces"]
+__all__ = ["chunked"]
 
 
-def pieces(size: int, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def chunked(size: int, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cuts tensors along the slowest axes of the first.
 
     Args:
-        size: Most elements in a piece of ``x``.
+        size: Most elements in a chunk of ``x``.
         x: Any shape and strides.
         *others: Broadcastable to ``x``; cut along an axis wherever they have its length.
     """
@@ -36,5 +36,5 @@ def _cut(size: int, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     step = max(1, size * x.shape[dim] // x.numel())
     xs = torch.split(x, step, dim)
     rest = [torch.split(t, step, dim) if t.shape[dim] > 1 else (t,) * len(xs) for t in others]
-    for piece in zip(xs, *rest, strict=True):
-        yield from _cut(size, *piece)
+    for chunk in zip(xs, *rest, strict=True):
+        yield from _cut(size, *chunk)

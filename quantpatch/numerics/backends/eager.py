@@ -1,196 +1,148 @@
-"""The round trip of plain tensors in main memory, in eager mode.
+"""Plain tensors in main memory, in eager mode.
 
 There every operation costs a pass over memory, and a small tensor the price of calling it. So the result is
-worked on in place, large tensors a piece at a time; a range of one number is a number of Python's; and what
+worked on in place, large tensors a chunk at a time; a range of one number is a number of Python's; and what
 lies outside the range is looked for before, because mostly nothing does: then nothing is clamped, kept for
 backward or masked there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
 
-from quantpatch.numerics.backends.chunks import pieces
-from quantpatch.numerics.backends.clip_mask import Outside, find, zero_outside
-from quantpatch.numerics.backends.modes import is_in_memory
+from quantpatch.numerics.backends.chunks import chunked
+from quantpatch.numerics.backends.clip_mask import ClipMask, find_clipped
+from quantpatch.numerics.backends.lsq import divided_by, lsq_gradients_of_whole, lsq_slopes
 from quantpatch.numerics.backends.scales import block_views, divisor, rescale_, spread
 from quantpatch.numerics.division import float32
-from quantpatch.numerics.formats import Blocked, Integer, NumberFormat, element_of
-from quantpatch.numerics.kernels import operations as kernels
-from quantpatch.numerics.kernels.scale_layout import memory_order
+from quantpatch.numerics.formats import Blocked, Integer, NumberFormat
+from quantpatch.numerics.qparams import QParams
 
-__all__ = ["Axis", "forward_in_memory", "round_trip_in_memory", "round_trip_to_range"]
+__all__ = ["amax", "lsq_gradients", "round_and_mask", "round_trip", "serves", "zero_clipped"]
 
 Range = Tensor | float
-#: The axes that are kept, each index along them with a range of its own.
-Axis = int | tuple[int, ...] | None
 
 # Elements worked on at a time: 4 MiB of float32, which stay in the cache from one operation to the next.
-# Smaller pieces cost more in calls than they win, up to _WHOLE even these do.
-_PIECE = 2**20
+# Smaller chunks cost more in calls than they win, up to _WHOLE even these do. Of gradients more is computed
+# at once, and of masks less is read: these stay in a core's own cache.
+_CHUNK = 2**20
 _WHOLE = 2**22
-
-# Adding and subtracting it rounds a float32 below 2**22 to an integer, ties to even, and -0 to 0.
-_MAGIC = 1.5 * 2**23
-_MAGIC_TENSOR = torch.tensor(_MAGIC, dtype=torch.float32, device="cpu")  # sooner added than a number
-_LONGEST_ROW = 2**16
+_LSQ_CHUNK = 2**18
+_MASK_CHUNK = 2**17
+# Integers of the size of an element.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _SMALLEST_NORMAL = 2.0**-126
 
 
-def round_trip_in_memory(
-    x: Tensor, amax: Range | None, scale: Range, format: NumberFormat, dim: int | None
-) -> Tensor:
-    """As :func:`quantpatch.numerics.backends.round_trip.round_trip`, of a range that is not learned."""
-    if x.requires_grad and torch.is_grad_enabled():
-        return _apply(x, amax, scale, format, dim)
-    return forward_in_memory(x, amax, scale, format, dim)
+def serves(x: Tensor, q: QParams | None = None) -> bool:
+    """See :class:`quantpatch.numerics.backends.Backend`, like the rest."""
+    return x.is_cpu
 
 
-def round_trip_to_range(x: Tensor, amax: Tensor, format: NumberFormat, axis: Axis) -> Tensor | None:
-    """The same by ranges that were found before, whose scales follow from them; None if that is not all.
-
-    What quantizers mostly do, so in few steps: after a matrix product nothing of the interpreter is left in
-    a core's caches, and each function and object that is touched takes some ten times as long.
-
-    Args:
-        x: Anything.
-        amax: Any range.
-        format: Any format.
-        axis: The axes that are kept.
-    """
-    if (
-        not isinstance(x, Tensor)
-        or type(amax) is not Tensor
-        or not amax.is_cpu
-        or amax.dtype is not torch.float32
-        or amax.requires_grad
-        or isinstance(format, Blocked)
-        or not x.is_floating_point()
-        or not is_in_memory(x)
-        or forward_ad._current_level >= 0
-        or (amax.dim() and not _fits(amax.shape, x.shape, axis))
-    ):
-        return None
-    if x.requires_grad and torch.is_grad_enabled():
-        return _apply(x, amax, None, format, None)
-    rounded = kernels.round_to_range(x, amax, format)
-    if rounded is not None:
-        return rounded.values
-    return forward_in_memory(x, *_range_and_scale(amax, None, format), format, None)
+def round_trip(x: Tensor, q: QParams, *, trains: bool = False) -> Tensor:
+    """``x`` to the grid and back."""
+    amax, scale = _range_and_scale(q)
+    return _rounded(x, scale, q, all_inside=amax is None and q.format.min < 0)
 
 
-@lru_cache(maxsize=1024)
-def _fits(ranges: tuple[int, ...], shape: tuple[int, ...], axis: Axis) -> bool:
-    """Whether there is one range for each index along the axes that are kept, or for all of an axis."""
-    count = len(shape)
-    axes = range(count) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    if len(ranges) != count or any(not -count <= a < count for a in axes):
-        return False
-    kept = {a % count for a in axes}
-    return all(m == 1 or (m == n and d in kept) for d, (m, n) in enumerate(zip(ranges, shape, strict=True)))
+def round_and_mask(x: Tensor, q: QParams) -> tuple[Tensor, ClipMask]:
+    """The same, and what was clipped."""
+    amax, scale = _range_and_scale(q)
+    wide = spread(amax, x, q.format, q.dim) if isinstance(amax, Tensor) else amax
+    mask = find_clipped(x, wide, lower_end=q.format.lower_end)
+    return _rounded(x, scale, q, all_inside=mask.kind == "nothing"), mask
 
 
-class _StraightThrough(Function):
-    """:func:`forward_in_memory` with the straight-through gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, amax: Range | None, scale: Range | None, format: NumberFormat, dim: int | None
-    ) -> Tensor:
-        ctx.order = order = None if x.is_contiguous() else memory_order(x)
-        if scale is None:
-            assert isinstance(amax, Tensor)
-            rounded = kernels.round_to_range(x, amax, format, trains=True)
-        else:
-            rounded = kernels.round_trip(x, amax, scale, format, dim, trains=True)
-        if rounded is not None:
-            outside = Outside(marks=kernels.mark(x, amax, format, dim)) if rounded.is_hit else Outside()
-            result = rounded.values
-        else:
-            amax, scale = _range_and_scale(amax, scale, format)
-            outside = _outside(x, amax, format, dim, order)
-            result = forward_in_memory(x, amax, scale, format, dim, all_inside=outside.is_nothing)
-        ctx.all_inside = outside.is_nothing
-        if not ctx.all_inside:
-            ctx.save_for_backward(*outside)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.all_inside:
-            order, outside = ctx.order, Outside(*ctx.saved_tensors)
-            if order is None:
-                grad = zero_outside(grad, outside)
-            else:
-                ordered = zero_outside(grad.permute(order), outside)
-                grad = ordered.permute([order.index(d) for d in range(len(order))])
-        return grad, None, None, None, None
+def zero_clipped(grad: Tensor, mask: ClipMask, q: QParams) -> Tensor:
+    """``grad`` with 0 for what was clipped."""
+    if mask.tensor is None:
+        return grad
+    # torch's operations with masks are not vectorised, those with bits are, which infinities are to them too.
+    grad, bits = mask.ordered(grad), _BITS[grad.element_size()]
+    out = torch.empty(grad.shape, dtype=bits)
+    for target, part, upstream in chunked(_MASK_CHUNK, out, mask.tensor, grad.view(bits)):
+        target.copy_(part).bitwise_and_(upstream)
+    return mask.restored(out.view(grad.dtype))
 
 
-# What Function.apply does beside is for torch.func, which no plain tensor comes from.
-_apply: Callable[..., Tensor] = super(Function, _StraightThrough).apply
+def lsq_gradients(grad: Tensor, x: Tensor, q: QParams, batch_axis: int | None) -> tuple[Tensor, Tensor]:
+    """LSQ's gradients, where nothing but that to ``x`` need be as large as that."""
+    scale = q.scales()
+    assert q.amax is not None
+    if q.dim is not None and scale.numel() > 1:
+        return lsq_gradients_of_whole(grad, x, q, batch_axis)
+    out = torch.empty_like(x)
+    sums = torch.zeros(scale.shape, dtype=torch.float64, device="cpu")
+    for source, upstream, target, factor, total in chunked(_LSQ_CHUNK, x, grad, out, scale, sums):
+        outside, slope = lsq_slopes(source, factor, q.format, None)
+        total.add_((slope * upstream).sum_to_size(total.shape))
+        target.copy_(upstream).masked_fill_(outside, 0.0)
+    divided = divided_by(x, q.amax, q.format, batch_axis)
+    return out, sums.div_(divided).float().reshape(q.amax.shape)
 
 
-def _range_and_scale(
-    amax: Range | None, scale: Range | None, format: NumberFormat
-) -> tuple[Range | None, Range]:
-    """A range and its scale, as numbers if it is one; a scale that is not given follows from the range."""
-    if scale is not None:
-        return amax, scale
-    assert isinstance(amax, Tensor)
-    if amax.dim():
-        return amax, amax / format.max
-    end = amax.item()
-    scale = float32(end / format.max)
+def amax(x: Tensor, shape: Sequence[int], dim: int | None = None, block_size: int = 0) -> Tensor:
+    """The largest magnitudes."""
+    if dim is not None:
+        ranges = [_amax_along(blocks, dim + 1) for blocks in block_views(x, dim, block_size)]
+        return (ranges[0] if len(ranges) == 1 else torch.cat(ranges, dim)).float()
+    # Two reductions rather than one of |x|, which would allocate as much as x again.
+    if not shape:
+        low, high = torch.aminmax(x)
+    else:
+        reduced = [d for d, n in enumerate(shape) if n == 1]
+        low, high = x.amin(reduced, keepdim=True), x.amax(reduced, keepdim=True)
+    return torch.maximum(low.abs(), high.abs()).float()
+
+
+def _amax_along(x: Tensor, dim: int) -> Tensor:
+    """The largest magnitudes along an axis that is not empty."""
+    length = x.shape[dim]
+    if x.stride(dim) == 1 and length >= 16:
+        return torch.maximum(x.amax(dim).abs(), x.amin(dim).abs())
+    # Folding halves onto each other is an elementwise operation, which is faster than torch's reductions of
+    # few elements or along other axes than the last.
+    half = length // 2
+    folded = x.narrow(dim, half, length - half).abs()
+    if half:
+        first = folded.narrow(dim, length - 2 * half, half)
+        torch.maximum(first, x.narrow(dim, 0, half).abs(), out=first)
+    length -= half
+    while length > 1:
+        half = length // 2
+        first = folded.narrow(dim, 0, half)
+        torch.maximum(first, folded.narrow(dim, length - half, half), out=first)
+        length -= half
+    return folded.select(dim, 0)
+
+
+# --- To the grid and back ---------------------------------------------------------------------------------
+
+
+def _range_and_scale(q: QParams) -> tuple[Range | None, Range]:
+    """A range and its scale, as numbers if it is one."""
+    if q.scale is not None:
+        return q.amax, q.scale
+    assert q.amax is not None
+    if q.amax.dim():
+        return q.amax, q.scales()
+    end = q.amax.item()
+    scale = float32(end / q.format.max)
     if 0.0 < scale < _SMALLEST_NORMAL:  # which tensors may have flushed to 0
-        scale = (amax / format.max).item()
+        scale = q.scales().item()
     return end, scale
 
 
-def _outside(
-    x: Tensor, amax: Range | None, format: NumberFormat, dim: int | None, order: list[int] | None
-) -> Outside:
-    """What of ``x`` is outside the range, in the order of memory."""
-    if isinstance(amax, Tensor):
-        amax = spread(amax, x, format, dim)
-        amax = amax.permute(order) if amax.dim() and order is not None else amax
-    if order is not None:
-        x = x.permute(order).contiguous()
-    return find(x, amax, lower_end=format.lower_end)
-
-
-def forward_in_memory(
-    x: Tensor,
-    amax: Range | None,
-    scale: Range,
-    format: NumberFormat,
-    dim: int | None,
-    *,
-    all_inside: bool | None = None,
-    trains: bool = False,
-) -> Tensor:
-    """``x`` to the grid and back.
-
-    ``all_inside`` says whether nothing lies outside, if that is known; ``trains`` that there is a gradient.
-    """
+def _rounded(x: Tensor, scale: Range, q: QParams, *, all_inside: bool) -> Tensor:
+    """``x`` to the grid and back; ``all_inside`` says that nothing lies outside, as far as that is known."""
     if not x.numel():
         return torch.empty_like(x)
-    rounded = None
-    if all_inside is None:
-        rounded = kernels.round_trip(x, amax, scale, format, dim, trains=trains)
-    if rounded is not None:
-        return rounded.values
     out = torch.empty_like(x)
-    element = element_of(format)
-    if all_inside is None:
-        all_inside = amax is None and element.min < 0
+    format, element, dim = q.format, q.element, q.dim
     factors: Range = scale
     if isinstance(scale, Tensor):
         factors = scale.item() if scale.numel() == 1 else scale
@@ -221,22 +173,15 @@ def _write(
 ) -> None:
     """``round(x / divisors) * factors``, clamped between, into ``out``."""
     same = x.dtype == torch.float32
-    # Zeros of scale 0 would be negative there.
-    if same and type(format) is Integer and isinstance(factors, Tensor) and divisors is factors:
-        rows = _rows(x, out, factors)
-        if rows is not None:
-            _write_rows(*rows, format, clamps)
-            return
     round_: Callable[[Tensor], Tensor] = format.round_ if clamps else Tensor.round_
     if same and x.numel() <= _WHOLE:
-        tensor = divisors if isinstance(divisors, Tensor) else _tensor(divisors)
-        rescale_(round_(torch.div(x, tensor, out=out)), factors, format)
+        rescale_(round_(torch.div(x, divisors, out=out)), factors, format)
         return
-    scratch = None if same else torch.empty(min(x.numel(), _PIECE), dtype=torch.float32)
+    scratch = None if same else torch.empty(min(x.numel(), _CHUNK), dtype=torch.float32)
     several = (factors, divisors) if isinstance(factors, Tensor) and isinstance(divisors, Tensor) else ()
     factor: Range = factors
     by: Range = divisors
-    for source, target, *own in pieces(_PIECE, x, out, *several):
+    for source, target, *own in chunked(_CHUNK, x, out, *several):
         if own:
             factor, by = own[0], own[1]
         if scratch is None:
@@ -246,42 +191,3 @@ def _write(
         rescale_(round_(y), factor, format)
         if scratch is not None:
             target.copy_(y)
-
-
-def _rows(x: Tensor, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """All as rows of one scale each, ``(rows, length)`` and ``(rows, 1)``; None if they do not lie so."""
-    if scale.dim() != x.dim() or x.stride() != out.stride():
-        return None
-    if not x.is_contiguous():
-        order = memory_order(x)
-        x, out, scale = (t.permute(order) for t in (x, out, scale))
-        if not x.is_contiguous():
-            return None
-    count = scale.numel()
-    length = x.numel() // count
-    axes = next((d for d in range(scale.dim(), 0, -1) if scale.shape[d - 1] > 1), 0)
-    if scale.shape[:axes] != x.shape[:axes] or length > _LONGEST_ROW:
-        return None
-    return x.view(count, length), out.view(count, length), scale.reshape(count, 1)
-
-
-def _write_rows(x: Tensor, out: Tensor, scale: Tensor, format: Integer, clamps: bool) -> None:
-    """:func:`_write` in three operations instead of four, as zeros come out positive by themselves."""
-    size = _WHOLE if x.numel() <= _WHOLE else _PIECE
-    for source, target, factor in pieces(size, x, out, scale):
-        # magic + source / factor, both rounded; what is too large for it stays large, and is clamped.
-        y = torch.addcdiv(_magic_row(source.shape[1]), source, factor, out=target)
-        if clamps:
-            y.clamp_(_MAGIC + format.min, _MAGIC + format.max)
-        y.sub_(_MAGIC_TENSOR).mul_(factor)
-
-
-@lru_cache(maxsize=1024)
-def _tensor(number: float) -> Tensor:
-    """A number as a tensor, by which torch divides sooner."""
-    return torch.tensor(number, dtype=torch.float32, device="cpu")
-
-
-@lru_cache(maxsize=64)
-def _magic_row(length: int) -> Tensor:
-    return torch.full((1, length), _MAGIC, dtype=torch.float32, device="cpu")

@@ -1,51 +1,137 @@
-"""What helps ``torch.compile`` to make few graphs and good C++ code; no value depends on it.
+"""Plain operations on whole tensors, for whatever has no backend of its own and for all that is recorded.
 
-Plain operations fuse by themselves. Three things have to be asked for. A number of a layer's is a constant of
-its graph: zero points are tensors here, or each block of a model would be compiled anew. Bools are not
-vectorised: what lies outside a range is kept for the backward pass as int8. And convolutions are computed
-channels last, so weights and their gradients are reordered: that can be done in the same pass over memory as
-the arithmetic.
+Nothing is read back to the host, so ``torch.compile``, ``torch.export``, ``torch.jit.trace`` and
+``torch.func`` can record them, and they run on any device. By themselves they fuse with their neighbours;
+three things have to be asked for to have few graphs and good C++ code, and no value depends on them. A number
+of a layer's is a constant of its graph: zero points are tensors here, or each block of a model would be
+compiled anew. Bools are not vectorised: what lies outside a range is kept for the backward pass as int8. And
+convolutions are computed channels last, so weights and their gradients are reordered: that can be done in the
+same pass over memory as the arithmetic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantpatch.numerics.backends.clip_mask import is_outside
+from quantpatch.numerics.backends import eager
+from quantpatch.numerics.backends.clip_mask import ClipMask, is_clipped
+from quantpatch.numerics.backends.lsq import lsq_gradients_of_whole
+from quantpatch.numerics.backends.scales import block_views, divisor, rescale_, spread
 from quantpatch.numerics.division import quotient
-from quantpatch.numerics.formats import Integer, NumberFormat
+from quantpatch.numerics.formats import Integer
+from quantpatch.numerics.modes import is_compiled
+from quantpatch.numerics.qparams import QParams
+from quantpatch.torch_tools.sharded import is_sharded
 
 __all__ = [
     "ZeroPointAsData",
-    "apart",
-    "as_it_lies",
-    "beyond",
-    "in_own_order",
-    "is_compiled",
-    "is_compiled_for_cpu",
-    "is_of_convolution",
-    "outside_mask",
-    "zero_masked",
+    "amax",
+    "is_clipped_by",
+    "lsq_gradients",
+    "round_and_mask",
+    "round_trip",
+    "serves",
+    "zero_clipped",
 ]
 
 
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # came with torch 2.7
+def serves(x: Tensor, q: QParams | None = None) -> bool:
+    """See :class:`quantpatch.numerics.backends.Backend`, like the rest."""
+    return True
 
 
-def is_compiled() -> bool:
-    """Whether it is ``torch.compile`` that records the operations, and not ``torch.export``."""
-    return torch.compiler.is_compiling() and not _is_exporting()
+def round_trip(x: Tensor, q: QParams, *, trains: bool = False) -> Tensor:
+    """``x`` to the grid and back."""
+    x, scale, dim, element = x.detach(), q.scales(), q.dim, q.element
+    if _is_of_convolution(x, scale):
+        scale = _apart(scale)
+        if trains:
+            x = _as_it_lies(x)
+    sources, scales = [x], [scale]
+    if dim is not None and q.format.block_size is not None and scale.dim():
+        sources = block_views(x, dim, q.format.block_size)
+        scale = scale.unsqueeze(dim + 1)
+        counts = [s.shape[dim] for s in sources]
+        scales = [*torch.split(scale, counts, dim)] if scale.shape[dim] > 1 else [scale] * len(sources)
+    parts = [
+        rescale_(element.round_(quotient(source.float(), divisor(s))), s, element)
+        for source, s in zip(sources, scales, strict=True)
+    ]
+    if len(sources[0].shape) > x.dim() and dim is not None:
+        parts = [p.flatten(dim, dim + 1) for p in parts]
+    y = (parts[0] if len(parts) == 1 or dim is None else torch.cat(parts, dim)).to(x.dtype)
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return y.contiguous(memory_format=torch.channels_last)  # which joined blocks lose
+    return y
 
 
-def is_compiled_for_cpu(x: Tensor) -> bool:
-    """Whether ``torch.compile`` makes C++ code of what is done with ``x``."""
-    return is_compiled() and x.device.type == "cpu"
+def round_and_mask(x: Tensor, q: QParams) -> tuple[Tensor, ClipMask]:
+    """The same, and what was clipped."""
+    scale = q.scales()
+    y = round_trip(x, q._replace(scale=scale), trains=True)
+    order = [0, 1, 2, 3] if _is_of_convolution(x, scale) else None
+    if not q.clips:
+        return y, ClipMask(order=order)
+    if is_compiled() and x.device.type == "cpu" and not scale.dim():
+        # Not bools: one takes twenty times as long to write as an int8 that is made of a float.
+        inside = torch.full_like(x, -1.0, dtype=torch.float32).masked_fill(is_clipped_by(x, q), 0.0)
+        return y, ClipMask("bytes", inside.to(torch.int8))
+    # Who records the operations decides what is kept.
+    return y, ClipMask("values", x, order)
 
 
-# --- Zero points ------------------------------------------------------------------------------------------
+def zero_clipped(grad: Tensor, mask: ClipMask, q: QParams) -> Tensor:
+    """``grad`` with 0 for what was clipped, from any backend's mask."""
+    kept = mask.tensor
+    if kept is None:
+        return grad if mask.order is None else _in_own_order(grad)
+    if mask.kind == "values":
+        grad = grad.masked_fill(is_clipped_by(kept, q), 0.0)
+        return grad if mask.order is None else _in_own_order(grad)
+    if mask.kind == "bytes" and is_compiled():
+        return _masked_by_bits(grad, kept)
+    grad = mask.ordered(grad)
+    if mask.kind == "bits":
+        bits = torch.arange(32, dtype=torch.int32, device="cpu")
+        kept = (kept[:, None] >> bits & 1).view(-1)[: grad.numel()].view(grad.shape)
+    return mask.restored(grad.masked_fill(kept == 0, 0.0))
+
+
+def lsq_gradients(grad: Tensor, x: Tensor, q: QParams, batch_axis: int | None) -> tuple[Tensor, Tensor]:
+    """LSQ's gradients."""
+    grad_x, grad_amax = lsq_gradients_of_whole(grad, x, q, batch_axis)
+    return _in_own_order(grad_x) if _is_of_convolution(x, q.scales()) else grad_x, grad_amax
+
+
+def amax(x: Tensor, shape: Sequence[int], dim: int | None = None, block_size: int = 0) -> Tensor:
+    """The largest magnitudes."""
+    if dim is not None:
+        ranges = [blocks.abs().amax(dim + 1) for blocks in block_views(x, dim, block_size)]
+        return (ranges[0] if len(ranges) == 1 else torch.cat(ranges, dim)).float()
+    if not (torch.compiler.is_compiling() or is_sharded(x)):
+        return eager.amax(x, shape)  # where nothing fuses, |x| would allocate as much as x again
+    reduced = [d for d in range(x.dim()) if not shape or shape[d] == 1]
+    return x.abs().amax(reduced, keepdim=len(shape) > 0).float()
+
+
+def is_clipped_by(x: Tensor, q: QParams) -> Tensor:
+    """Which elements lie outside their range: bool of ``x``'s shape."""
+    amax = None if q.amax is None else spread(q.amax, x, q.format, q.dim)
+    if amax is None or not isinstance(q.format, ZeroPointAsData):
+        return is_clipped(x, amax, lower_end=q.format.lower_end)
+    values, bottom = x.float(), torch.mul(amax, q.format.lower_end)
+    return (values > amax) | (values < bottom)
+
+
+def _masked_by_bits(grad: Tensor, mask: Tensor) -> Tensor:
+    """The bits of ``grad`` and those of -1 or 0: with a bool the compiler would keep that for the mask."""
+    if grad.dtype == torch.float64:
+        return (grad.view(torch.int64) & mask.long()).view(torch.float64)
+    return (grad.float().view(torch.int32) & mask.int()).view(torch.float32).to(grad.dtype)
 
 
 class ZeroPointAsData(Integer):
@@ -79,61 +165,24 @@ class ZeroPointAsData(Integer):
         return quotient(self.min, self.max)
 
 
-# --- What lies outside a range ----------------------------------------------------------------------------
-
-
-def beyond(x: Tensor, amax: Tensor | None, format: NumberFormat) -> Tensor:
-    """Which elements lie outside a range of a format: bool of ``x``'s shape."""
-    if amax is None or not isinstance(format, ZeroPointAsData):
-        return is_outside(x, amax, lower_end=format.lower_end)
-    values, bottom = x.float(), torch.mul(amax, format.lower_end)
-    return (values > amax) | (values < bottom)
-
-
-def outside_mask(x: Tensor, amax: Tensor | None, format: NumberFormat) -> Tensor | None:
-    """What lies outside a range of a format: int8 of ``x``'s shape, 1 there; None if nothing can.
-
-    A bool takes twenty times as long to write as an int8 that is made of a float.
-    """
-    if amax is None and format.lower_end < 0:
-        return None
-    outside = beyond(x, amax, format)
-    zeros = torch.zeros_like(x, dtype=torch.float32)
-    return zeros.masked_fill(outside, 1.0).to(torch.int8)
-
-
-def zero_masked(grad: Tensor, mask: Tensor) -> Tensor:
-    """``grad`` with 0 where the mask is 1.
-
-    Its bits and those of -1 or 0: with a bool in between, the compiler would keep that instead of the mask.
-    """
-    if grad.dtype == torch.float64:
-        return (grad.view(torch.int64) & (mask.long() - 1)).view(torch.float64)
-    bits = grad.float().view(torch.int32) & (mask.int() - 1)
-    return bits.view(torch.float32).to(grad.dtype)
-
-
 # --- The order of a convolution's weight in memory --------------------------------------------------------
 
 
-def is_of_convolution(x: Tensor, scale: Tensor) -> bool:
+def _is_of_convolution(x: Tensor, scale: Tensor) -> bool:
     """Whether ``x`` looks like a two-dimensional convolution's weight, with a scale for each channel."""
-    return is_compiled_for_cpu(x) and scale.dim() == 4 and x.is_contiguous()
+    return is_compiled() and x.device.type == "cpu" and scale.dim() == 4 and x.is_contiguous()
 
 
-def apart(amax: Tensor | None, scale: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Both, with their elements apart in memory.
+def _apart(scale: Tensor) -> Tensor:
+    """The same scales, with their elements apart in memory.
 
     The compiler reorders tile by tile where there are two axes along which elements are neighbours. That of
-    the ranges would be a third, and elements then be stored singly, which takes three times as long.
+    the scales would be a third, and elements then be stored singly, which takes three times as long.
     """
-    if amax is None or amax.requires_grad:
-        return amax, torch.stack([scale, scale], -1).select(-1, 0)
-    amax, scale = torch.stack([amax, scale], -1).unbind(-1)
-    return amax, scale
+    return torch.stack([scale, scale], -1).select(-1, 0)
 
 
-def as_it_lies(weight: Tensor) -> Tensor:
+def _as_it_lies(weight: Tensor) -> Tensor:
     """The weight, as the forward pass is to see it.
 
     It is kept for the backward pass, and the compiler would keep a copy channels last, as of all that leads
@@ -142,7 +191,7 @@ def as_it_lies(weight: Tensor) -> Tensor:
     return weight.as_strided(weight.shape, weight.stride())
 
 
-def in_own_order(grad: Tensor) -> Tensor:
+def _in_own_order(grad: Tensor) -> Tensor:
     """The gradient of a contiguous weight, contiguous.
 
     The compiler has it channels last, and autograd would copy it singly to the parameter's order. A copy to

@@ -7,56 +7,28 @@ import math
 import torch
 from torch import Tensor
 
-from quantpatch.numerics.backends.chunks import pieces
-from quantpatch.numerics.backends.modes import is_in_memory, is_plain_gradient
 from quantpatch.numerics.backends.scales import block_views, divisor, spread
 from quantpatch.numerics.division import quotient
 from quantpatch.numerics.formats import NumberFormat, element_of
-from quantpatch.numerics.kernels import operations as kernels
+from quantpatch.numerics.qparams import QParams
 
-__all__ = ["divided_by", "lsq_gradients", "lsq_slopes"]
-
-_PIECE = 2**18  # elements, so that what is computed of them stays in a core's cache
+__all__ = ["divided_by", "lsq_gradients_of_whole", "lsq_slopes"]
 
 
-def lsq_gradients(
-    grad: Tensor,
-    x: Tensor,
-    amax: Tensor,
-    scale: Tensor,
-    format: NumberFormat,
-    dim: int | None,
-    batch_axis: int | None = None,
+def lsq_gradients_of_whole(
+    grad: Tensor, x: Tensor, q: QParams, batch_axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients to ``x`` and to the range, from that to the result."""
-    divided = divided_by(x, amax, format, batch_axis)
-    if is_in_memory(x) and is_plain_gradient(grad):
-        found = kernels.lsq(grad, x, scale, format, dim)
-        if found is not None:
-            return found[0], found[1].div_(divided).float()
-        if dim is None or scale.numel() == 1:
-            return _in_pieces(grad, x, amax, scale, format, divided)
-    outside, slope = lsq_slopes(x, scale, format, dim)
+    """The gradients to ``x`` and to the range, in operations on whole tensors, which anything can record."""
+    amax, dim = q.amax, q.dim
+    assert amax is not None
+    outside, slope = lsq_slopes(x, q.scales(), q.format, dim)
     slope = slope * grad
-    if dim is not None and format.block_size is not None and amax.dim() and amax.shape[dim] > 1:
-        sums = [b.sum(dim + 1) for b in block_views(slope, dim, format.block_size)]
+    if dim is not None and q.format.block_size is not None and amax.dim() and amax.shape[dim] > 1:
+        sums = [b.sum(dim + 1) for b in block_views(slope, dim, q.format.block_size)]
         slope = torch.cat(sums, dim)
-    grad_amax = slope.sum_to_size(amax.shape) / divided
+    grad_amax = slope.sum_to_size(amax.shape) / divided_by(x, amax, q.format, batch_axis)
     del slope  # before the next is allocated
     return grad.masked_fill(outside, 0.0), grad_amax
-
-
-def _in_pieces(
-    grad: Tensor, x: Tensor, amax: Tensor, scale: Tensor, format: NumberFormat, divided: float
-) -> tuple[Tensor, Tensor]:
-    """The same where nothing but the gradient to ``x`` need be as large as that."""
-    out = torch.empty_like(x)
-    sums = torch.zeros(scale.shape, dtype=torch.float64, device="cpu")
-    for source, upstream, target, factor, total in pieces(_PIECE, x, grad, out, scale, sums):
-        outside, slope = lsq_slopes(source, factor, format, None)
-        total.add_((slope * upstream).sum_to_size(total.shape))
-        target.copy_(upstream).masked_fill_(outside, 0.0)
-    return out, sums.div_(divided).float().reshape(amax.shape)
 
 
 def lsq_slopes(x: Tensor, scale: Tensor, format: NumberFormat, dim: int | None) -> tuple[Tensor, Tensor]:

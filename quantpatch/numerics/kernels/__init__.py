@@ -2,7 +2,7 @@
 
 They are written in Python and compiled by numba, which the extra ``cpu`` brings; without it everything goes
 through torch's operations, with the same bits: only gradients of learned ranges are summed more exactly here.
-:mod:`quantpatch.numerics.kernels.operations` is what others call.
+:mod:`quantpatch.numerics.backends.numba` is what calls them.
 """
 
 __all__: list[str] = []

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Layout", "Runs", "flat", "layout_of", "memory_order"]
+__all__ = ["OrderedScales", "ScaleLayout", "flat", "memory_order", "ordered_scales"]
 
 
-class Runs(NamedTuple):
+class ScaleLayout(NamedTuple):
     """Which of the scales is that of which element of a tensor's memory.
 
     Memory is rows of ``length * width`` elements, cut into blocks of ``block * width``; a block has ``width``
@@ -42,33 +42,35 @@ class Runs(NamedTuple):
         return row // self.length * -(-self.length // self.block) + row % self.length // self.block
 
 
-class Layout(NamedTuple):
-    """How scales lie over a tensor, as runs and as a tensor of their own.
+class OrderedScales(NamedTuple):
+    """How scales lie over a tensor, and how they become a tensor in that order.
 
     Attributes:
-        runs: Which of them is that of which element.
+        layout: Which of them is that of which element.
         order: The tensor's axes in the order of memory; None: they are in it.
         kept: The shape of the scales, its axes in that order: 1 where an axis shares them.
-        laid: The shape that they must be expanded to, to follow each other as the runs do.
+        laid: The shape that they must be expanded to, to follow each other so.
         repeat: How often each of them must be repeated after that.
     """
 
-    runs: Runs
+    layout: ScaleLayout
     order: list[int] | None
     kept: tuple[int, ...]
     laid: tuple[int, ...]
     repeat: int
 
     def spread(self, scales: Tensor) -> Tensor:
-        """Scales, 0-dim or of the tensor's dimensions, as runs have them: contiguous, ``(runs.scales,)``."""
-        if scales.numel() == 1:
-            return scales.detach().reshape(1)
-        t = scales.detach() if self.order is None else scales.detach().permute(self.order)
+        """Scales, 0-dim or of the tensor's dimensions, in the layout's order and number, contiguous."""
+        scales = scales.detach()
+        in_order = self.order is None and scales.is_contiguous() and scales.numel() == self.layout.scales
+        if scales.numel() == 1 or in_order:
+            return scales
+        t = scales if self.order is None else scales.permute(self.order)
         t = t.expand(self.laid).reshape(-1)
         return (t.repeat_interleave(self.repeat) if self.repeat > 1 else t).contiguous()
 
     def gather(self, found: Tensor, fold: Callable[..., Tensor]) -> Tensor:
-        """The other way round: what runs gave, ``(runs.scales,)``, to the shape of the scales.
+        """The other way round: one for each scale of the layout, to the shape of the scales.
 
         ``fold`` makes one of several, such as ``torch.sum``. A single one stays ``(1,)``.
         """
@@ -83,7 +85,7 @@ class Layout(NamedTuple):
         return found if order is None else found.permute([order.index(d) for d in range(len(order))])
 
 
-def layout_of(x: Tensor, kept: Sequence[int], dim: int | None, block_size: int) -> Layout:
+def ordered_scales(x: Tensor, kept: Sequence[int], dim: int | None, block_size: int) -> OrderedScales:
     """How scales lie over a tensor.
 
     Args:
@@ -97,13 +99,13 @@ def layout_of(x: Tensor, kept: Sequence[int], dim: int | None, block_size: int) 
         order = memory_order(x)
         shape, kept = tuple(shape[d] for d in order), tuple(kept[d] for d in order)
         dim = None if dim is None else order.index(dim)
-    runs, laid, repeat = _runs_of(shape, kept, dim, block_size)
-    return Layout(runs, order, kept, laid, repeat)
+    layout, laid, repeat = _ordered(shape, kept, dim, block_size)
+    return OrderedScales(layout, order, kept, laid, repeat)
 
 
-def flat(size: int) -> Runs:
+def flat(size: int) -> ScaleLayout:
     """One scale for ``size`` elements."""
-    return Runs(1, size, size, 1)
+    return ScaleLayout(1, size, size, 1)
 
 
 def memory_order(x: Tensor) -> list[int]:
@@ -112,14 +114,14 @@ def memory_order(x: Tensor) -> list[int]:
 
 
 @lru_cache(maxsize=1024)
-def _runs_of(
+def _ordered(
     shape: tuple[int, ...], kept: tuple[int, ...], dim: int | None, block_size: int
-) -> tuple[Runs, tuple[int, ...], int]:
-    """``runs``, ``laid`` and ``repeat`` of a layout, of shapes in the order of memory."""
+) -> tuple[ScaleLayout, tuple[int, ...], int]:
+    """``layout``, ``laid`` and ``repeat`` of a layout, of shapes in the order of memory."""
     if dim is not None and kept[dim] > 1:
         first = next(d for d in range(dim + 1) if kept[d] > 1)
         wide = (*(1,) * first, *shape[first:dim], kept[dim], *shape[dim + 1 :])
-        return Runs(math.prod(wide), shape[dim], block_size, math.prod(shape[dim + 1 :])), wide, 1
+        return ScaleLayout(math.prod(wide), shape[dim], block_size, math.prod(shape[dim + 1 :])), wide, 1
     axes = [d for d, n in enumerate(kept) if n > 1]
     if not axes:
         return flat(math.prod(shape)), kept, 1
@@ -127,9 +129,9 @@ def _runs_of(
     wide = (*(1,) * first, *shape[first:end], *(1,) * (len(shape) - end))
     outer, count, inner = math.prod(shape[:first]), math.prod(wide), math.prod(shape[end:])
     if inner > 1 and (inner >= _LONG or outer < _LONG):
-        return Runs(count, inner, inner, 1), wide, 1
+        return ScaleLayout(count, inner, inner, 1), wide, 1
     # Too short for a loop of its own.
-    return Runs(count * inner, outer, outer, count * inner), wide, inner
+    return ScaleLayout(count * inner, outer, outer, count * inner), wide, inner
 
 
 _LONG = 16

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["for_parts", "in_steps", "is_shared_out"]
+__all__ = ["for_parts", "in_steps"]
 
 T = TypeVar("T")
 
@@ -19,14 +19,9 @@ _ALIGNED = 2**12
 _pool: ThreadPoolExecutor | None = None
 
 
-def is_shared_out(size: int) -> bool:
-    """Whether so many elements are worth more than one thread."""
-    return size >= 2 * _SMALLEST
-
-
 def for_parts(size: int, work: Callable[[int, int], T]) -> list[T]:
     """Calls ``work(start, length)`` for a part of ``range(size)`` in each thread; returns what it does."""
-    threads = 1 if not is_shared_out(size) else min(torch.get_num_threads(), size // _SMALLEST)
+    threads = 1 if size < 2 * _SMALLEST else min(torch.get_num_threads(), size // _SMALLEST)
     if threads <= 1:
         return [work(0, size)]
     return in_steps(size, -(-size // threads), work)

@@ -5,9 +5,9 @@ import math
 import torch
 from hypothesis import strategies as st
 
+from quantpatch.numerics.backends import numba
 from quantpatch.numerics.fake_quant import reduce_amax
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Blocked, Integer
-from quantpatch.numerics.kernels import operations
 
 PLAIN = "int8", "uint8", "int4", "int8_narrow", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"
 BLOCKS = "mxfp8_e4m3", "mxfp6_e3m2", "mxfp4", "mxint8", "nvfp4", "int4_g32", "int4_g128"
@@ -23,11 +23,11 @@ BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 def both_ways(function):
     """What the kernels give, and what torch's operations give."""
     with_kernels = function()
-    operations._WANTED = False
+    numba._WANTED = False
     try:
         return with_kernels, function()
     finally:
-        operations._WANTED = True
+        numba._WANTED = True
 
 
 def strides(x):

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from kernel_cases import FORMATS, assert_same_bits, both_ways, cases
 from torch import nn
 
+from quantpatch.numerics.backends import numba
 from quantpatch.numerics.backends.lsq import divided_by, lsq_slopes
 from quantpatch.numerics.backends.scales import spread
 from quantpatch.numerics.fake_quant import fake_quantize, reduce_amax
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Blocked, Integer
-from quantpatch.numerics.kernels import buffers, operations, threads
+from quantpatch.numerics.kernels import buffers, threads
 
 pytest.importorskip("numba")
 
@@ -55,11 +56,11 @@ def test_gradients_have_the_bits_of_torchs_operations_and_the_digits_of_float64(
         y = fake_quantize(x, amax, number_format, axis=axis)
         return y.detach(), *torch.autograd.grad(y, (x, amax), grad)
 
-    operations._PART, before = part, operations._PART
+    numba._PART, before = part, numba._PART
     try:
         (y, to_x, to_range), (same_y, same_to_x, _) = both_ways(passes)
     finally:
-        operations._PART = before
+        numba._PART = before
     assert_same_bits(y, same_y)
     assert_same_bits(to_x, same_to_x)
     assert_exact(to_range, x, grad, amax, number_format, axis)
@@ -114,7 +115,7 @@ def test_threads_give_the_bits_of_one(monkeypatch, layout):
     axis = {"tensor": None, "channel": 0, "second axis": 1, "last axis": -1, "blocks": -1}[layout]
     number_format = BUILTIN_FORMATS["int4_g32" if layout == "blocks" else "int8"]
     amax = x.abs().view(48, 16, 5, 32).amax(3) if layout == "blocks" else reduce_amax(x, axis)
-    monkeypatch.setattr(operations, "_PART", 4096)
+    monkeypatch.setattr(numba, "_PART", 4096)
     used = []
 
     def passes():

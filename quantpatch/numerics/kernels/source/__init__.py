@@ -2,7 +2,7 @@
 
 Each works on neighbours in a tensor's memory, so that threads can share one. Arithmetic is IEEE's, nothing is
 reordered or fused, and so results have the bits that torch's own operations give. Elements that share a scale
-lie as :class:`quantpatch.numerics.kernels.scale_layout.Runs` says, whose attributes are arguments here.
+lie as :class:`quantpatch.numerics.kernels.scale_layout.ScaleLayout` says: its attributes are arguments here.
 
 ===============  ====================================================================================
 compilation.py   from functions to machine code that ctypes calls

@@ -16,7 +16,7 @@ from quantpatch.numerics.kernels.source.compilation import (
     register,
 )
 from quantpatch.numerics.kernels.source.elements import TILE, bottom, load
-from quantpatch.numerics.kernels.source.scale_layout import first_run, next_row, next_run
+from quantpatch.numerics.kernels.source.scale_layout import end_of_scale, next_row, scale_of
 
 __all__: list[str] = []
 
@@ -45,8 +45,8 @@ def _mark(x, words, start, amax, lower_end, length, block, width):
         i = tile
         while i < upto:
             if width == 1:
-                end = next_run(start + i, start + upto, length, block) - start
-                high = amax[first_run(start + i, length, block) % amax.size]
+                end = end_of_scale(start + i, start + upto, length, block) - start
+                high = amax[scale_of(start + i, length, block) % amax.size]
                 _note(x[i:end], notes[i - tile : end - tile], bottom(high, lower_end), high)
             else:
                 end, to = next_row(start + i, start + upto, length, block, width, amax.size)

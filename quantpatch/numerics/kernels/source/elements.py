@@ -12,7 +12,17 @@ from numba.extending import overload
 
 from quantpatch.numerics.kernels.source.compilation import jit
 
-__all__ = ["TILE", "ZERO", "bottom", "from_bits", "load", "magnitude", "quotient", "round_trip", "store"]
+__all__ = [
+    "TILE",
+    "ZERO",
+    "bottom",
+    "from_bits",
+    "load",
+    "magnitude",
+    "quotient",
+    "store",
+    "to_grid_and_back",
+]
 __all__ += ["to_grid"]
 
 ZERO = np.float32(0.0)
@@ -135,6 +145,6 @@ def _rescale_any(v, scale, grid):
 
 
 @jit
-def round_trip(v, scale, grid):
+def to_grid_and_back(v, scale, grid):
     """A value to the grid and back."""
     return _rescale(to_grid(quotient(v, scale), grid), scale, grid)

@@ -22,11 +22,11 @@ from quantpatch.numerics.kernels.source.compilation import (
 from quantpatch.numerics.kernels.source.elements import ZERO, load, quotient, to_grid
 from quantpatch.numerics.kernels.source.scale_layout import (
     after,
-    first_run,
+    end_of_scale,
     halves,
     next_half,
     next_row,
-    next_run,
+    scale_of,
 )
 
 __all__: list[str] = []
@@ -65,15 +65,15 @@ def _lanes(x, grad, out, scale, grid, sums):
 
 @inlined
 def _pair(x, grad, out, scale0, scale1, grid, sums):
-    """Two runs of 16, see :func:`quantpatch.numerics.kernels.source.rounding._pair`; returns both sums."""
+    """Two sixteens, see :func:`quantpatch.numerics.kernels.source.rounding._pair`; returns both sums."""
     for i in range(32):
         sums[i] = _element(x, grad, out, i, scale0 if i < 16 else scale1, grid)
     return _sum_of_16(sums[:16]), _sum_of_16(sums[16:])
 
 
 @jit
-def _run(x, grad, out, scale, grid, sums):
-    """A run of one scale; returns the gradient to it."""
+def _one_scale(x, grad, out, scale, grid, sums):
+    """Neighbours of one scale; returns the gradient to it."""
     whole = x.size // 32 * 32
     for i in range(32):
         sums[i] = 0.0
@@ -97,7 +97,7 @@ def _row(x, grad, out, scales, grid, sums):
 def _rows(x, grad, out, start, scales, sums, first, length, block, grid):
     i, stop, count = start, start + x.size, scales.size
     lanes = np.empty(32, np.float64)
-    which = first_run(start, length, block) % count
+    which = scale_of(start, length, block) % count
     sixteens, half = halves(start, length, block)
     while sixteens and i + 32 <= stop:
         before = which
@@ -111,9 +111,9 @@ def _rows(x, grad, out, start, scales, sums, first, length, block, grid):
         which, half = next_half(which, half, sixteens, count)
         i += 32
     while i < stop:
-        end = next_run(i, stop, length, block)
+        end = end_of_scale(i, stop, length, block)
         here, upto = i - start, end - start
-        sums[which - first] += _run(
+        sums[which - first] += _one_scale(
             x[here:upto], grad[here:upto], out[here:upto], scales[which], grid, lanes
         )  # fmt: skip
         which = after(which, count)

@@ -18,13 +18,13 @@ from quantpatch.numerics.kernels.source.compilation import (
 from quantpatch.numerics.kernels.source.elements import TILE, load, magnitude
 from quantpatch.numerics.kernels.source.scale_layout import (
     after,
-    first_run,
+    end_of_scale,
     halves,
     is_short,
     next_block,
     next_half,
     next_row,
-    next_run,
+    scale_of,
 )
 
 __all__: list[str] = []
@@ -52,7 +52,7 @@ def _peak_of_16(x):
 @jit
 def _peaks_of_rows(x, peaks, start, length, block):
     count = peaks.size
-    which = first_run(start, length, block) % count
+    which = scale_of(start, length, block) % count
     sixteens, half = halves(start, length, block)
     i, size = 0, x.size
     while sixteens and i + 16 <= size:
@@ -61,7 +61,7 @@ def _peaks_of_rows(x, peaks, start, length, block):
         which, half = next_half(which, half, sixteens, count)
         i += 16
     while i < size:
-        end = next_run(start + i, start + size, length, block) - start
+        end = end_of_scale(start + i, start + size, length, block) - start
         peak = _peak(x[i:end])
         peaks[which] = peak if peak > peaks[which] else peaks[which]
         which = after(which, count)

@@ -14,54 +14,54 @@ from quantpatch.numerics.kernels.source.compilation import (
     jit,
     register,
 )
-from quantpatch.numerics.kernels.source.elements import TILE, bottom, load, round_trip, store
+from quantpatch.numerics.kernels.source.elements import TILE, bottom, load, store, to_grid_and_back
 from quantpatch.numerics.kernels.source.scale_layout import (
     after,
-    first_run,
+    end_of_scale,
     halves,
     is_short,
     next_block,
     next_half,
     next_row,
-    next_run,
+    scale_of,
 )
 
 __all__: list[str] = []
 
 
 @jit
-def _run(x, out, scale, low, high, grid):
-    """A run of one scale; returns whether anything lies outside of ``low .. high``."""
+def _one_scale(x, out, scale, low, high, grid):
+    """Neighbours of one scale; returns whether anything lies outside of ``low .. high``."""
     outside = False
     for i in range(x.size):
         v = load(x, i)
         outside |= (v > high) | (v < low)
-        store(out, i, round_trip(v, scale, grid))
+        store(out, i, to_grid_and_back(v, scale, grid))
     return outside
 
 
 @inlined
 def _pair(x, out, scale0, scale1, high0, high1, lower_end, grid):
-    """Two runs of 16, as a loop of a length that the compiler knows: some times as fast for short blocks."""
+    """Two sixteens, as a loop of a length that the compiler knows: some times as fast for short blocks."""
     outside = False
     low0, low1 = bottom(high0, lower_end), bottom(high1, lower_end)
     for i in range(32):
         v = load(x, i)
         scale, low, high = (scale0, low0, high0) if i < 16 else (scale1, low1, high1)
         outside |= (v > high) | (v < low)
-        store(out, i, round_trip(v, scale, grid))
+        store(out, i, to_grid_and_back(v, scale, grid))
     return outside
 
 
 @jit
 def _row(x, out, scales, amax, lower_end, grid):
-    """A run whose elements have a scale each."""
+    """Neighbours that have a scale each."""
     outside = False
     for i in range(x.size):
         v = load(x, i)
         high = amax[i]
         outside |= (v > high) | (v < bottom(high, lower_end))
-        store(out, i, round_trip(v, scales[i], grid))
+        store(out, i, to_grid_and_back(v, scales[i], grid))
     return outside
 
 
@@ -69,7 +69,7 @@ def _row(x, out, scales, amax, lower_end, grid):
 def _rows(x, out, scales, amax, step, lower_end, start, length, block, grid):
     outside = False
     count = scales.size
-    which = first_run(start, length, block) % count
+    which = scale_of(start, length, block) % count
     sixteens, half = halves(start, length, block)
     i, size = 0, x.size
     while sixteens and i + 32 <= size:
@@ -82,9 +82,9 @@ def _rows(x, out, scales, amax, step, lower_end, start, length, block, grid):
         which, half = next_half(which, half, sixteens, count)
         i += 32
     while i < size:
-        end = next_run(start + i, start + size, length, block) - start
+        end = end_of_scale(start + i, start + size, length, block) - start
         high = amax[which * step]
-        outside |= _run(x[i:end], out[i:end], scales[which], bottom(high, lower_end), high, grid)
+        outside |= _one_scale(x[i:end], out[i:end], scales[which], bottom(high, lower_end), high, grid)
         which = after(which, count)
         i = end
     return outside
@@ -97,7 +97,7 @@ def _columns(x, out, scales, amax, lower_end, start, length, block, width, grid)
     short = is_short(start, x.size, block, width)
     many = np.empty((2, TILE if short else 0), np.float32)
     while short and i < stop:
-        # Scales of a block, repeated for each of its rows: so that it is one run.
+        # Scales of a block, repeated for each of its rows, so that it is one row.
         rows, to = next_block(i, stop, length, block, width, count)
         n = rows * width
         for j in range(width):
@@ -130,19 +130,11 @@ def _several(x, out, scales, amax, step, lower_end, start, length, block, width,
     return _columns(x, out, scales, amax, lower_end, start, length, block, width, grid)
 
 
-@register(LONG, ELEMENTS, ELEMENTS, LONG, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, LONG, LONG)
-def round_flat(x_, out_, size, scale, low, high, lowest, highest, mantissa_bits, smallest):
-    x, out = carray(x_, size), carray(out_, size)
-    if mantissa_bits < 0:
-        return _run(x, out, scale, low, high, (lowest, highest))
-    return _run(x, out, scale, low, high, (lowest, highest, np.int32(mantissa_bits), np.int32(smallest)))
-
-
 @register(
     LONG, ELEMENTS, ELEMENTS, LONG, LONG, FLOATS, FLOATS, LONG, LONG, LONG, LONG, LONG, LONG, FLOAT, FLOAT,
     FLOAT, LONG, LONG,
 )  # fmt: skip
-def round_runs(
+def round_trip(
     x_, out_, start, size, scales_, amax_, step, follows, count, length, block, width, lower_end, lowest,
     highest, mantissa_bits, smallest,
 ):  # fmt: skip

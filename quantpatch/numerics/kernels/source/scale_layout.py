@@ -1,4 +1,4 @@
-"""Which elements share a scale: ``Runs`` of ``kernels/scale_layout.py``, walked through from any element on.
+"""Which elements share a scale: a ``ScaleLayout``, walked through from any element on.
 
 Elements and rows are counted from the beginning of the tensor's memory, wherever a part of it begins.
 """
@@ -8,19 +8,19 @@ from __future__ import annotations
 from quantpatch.numerics.kernels.source.compilation import jit
 from quantpatch.numerics.kernels.source.elements import TILE
 
-__all__ = ["after", "first_run", "halves", "is_short", "next_block", "next_half", "next_row", "next_run"]
+__all__ = ["after", "end_of_scale", "halves", "is_short", "next_block", "next_half", "next_row", "scale_of"]
 
 
 @jit
-def next_run(i, stop, length, block):
-    """Where the run ends in which element ``i`` lies, or ``stop`` before."""
+def end_of_scale(i, stop, length, block):
+    """Where the neighbours end that share the scale of element ``i``, or ``stop`` before."""
     row = i // length * length
     return min(row + min(length, ((i - row) // block + 1) * block), stop)
 
 
 @jit
-def first_run(i, length, block):
-    """How many runs begin before that of element ``i``."""
+def scale_of(i, length, block):
+    """Which scale is that of element ``i``, if none were used again."""
     row = i // length
     return row * -(-length // block) + (i - row * length) // block
 
@@ -52,17 +52,17 @@ def next_half(which, half, sixteens, count):
 def next_row(i, stop, length, block, width, count):
     """Where the row ends in which element ``i`` lies, or ``stop`` before; and the scale of ``i``."""
     row = i // width
-    return min((row + 1) * width, stop), first_run(row, length, block) * width % count + i - row * width
+    return min((row + 1) * width, stop), scale_of(row, length, block) * width % count + i - row * width
 
 
 @jit
 def next_block(i, stop, length, block, width, count):
     """How many rows of a block follow from element ``i``, where one begins, and their first scale."""
     row = i // width
-    return next_run(row, stop // width, length, block) - row, first_run(row, length, block) * width % count
+    return end_of_scale(row, stop // width, length, block) - row, scale_of(row, length, block) * width % count
 
 
 @jit
 def is_short(start, size, block, width):
-    """Whether a block is short enough to be worked on as one run."""
+    """Whether a block is short enough to be worked on as one row."""
     return width < 128 and block > 1 and block * width <= TILE and start % width == 0 and size % width == 0

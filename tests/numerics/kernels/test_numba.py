@@ -17,9 +17,10 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.calibrators import EntropyCalibrator
+from quantpatch.numerics.backends import numba
 from quantpatch.numerics.fake_quant import fake_quantize, reduce_amax
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Blocked, Integer
-from quantpatch.numerics.kernels import buffers, operations, threads
+from quantpatch.numerics.kernels import buffers, threads
 
 pytest.importorskip("numba")
 
@@ -100,7 +101,7 @@ def test_threads_give_the_bits_of_one(monkeypatch, layout):
 
 def _quantize_in_child(queue):
     torch.set_num_threads(1)
-    y = operations.for_parts(10, lambda start, n: n)
+    y = numba.for_parts(10, lambda start, n: n)
     threads._SMALLEST = 4096
     x = torch.ones(64, 1024)
     torch.get_num_threads = lambda: 2
@@ -217,22 +218,22 @@ def test_a_subclass_of_a_format_rounds_as_it_says():
 
 
 def test_small_tensors_do_not_load_the_kernels(monkeypatch):
-    monkeypatch.setattr(operations, "_SMALLEST", 2**12)
-    monkeypatch.setattr(operations, "_load", lambda dtype: pytest.fail("loaded"))
+    monkeypatch.setattr(numba, "_SMALLEST", 2**12)
+    monkeypatch.setattr(numba, "_load", lambda dtype: pytest.fail("loaded"))
     fake_quantize(torch.randn(4095), None, Integer(8))
     with pytest.raises(pytest.fail.Exception, match="loaded"):
         fake_quantize(torch.randn(4096), None, Integer(8))
 
 
 def test_without_numba_operations_stand_in_silently(monkeypatch):
-    operations._load.cache_clear()
+    numba._load.cache_clear()
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.setattr(operations.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(numba.importlib.util, "find_spec", lambda name: None)
     try:
         assert float(fake_quantize(torch.ones(8), torch.tensor(1.0), Integer(8)).sum()) == 8.0
-        assert operations._load(torch.float32) is None
+        assert numba._load(torch.float32) is None
     finally:
-        operations._load.cache_clear()
+        numba._load.cache_clear()
 
 
 def test_kernels_that_do_not_work_are_told_of_once(monkeypatch):
@@ -241,7 +242,7 @@ def test_kernels_that_do_not_work_are_told_of_once(monkeypatch):
     def broken(name, dtype):
         raise RuntimeError("no LLVM here")
 
-    operations._load.cache_clear()
+    numba._load.cache_clear()
     monkeypatch.setattr(source, "kernel", broken)
     try:
         with pytest.warns(RuntimeWarning, match="CPU kernels do not work here.*no LLVM here"):
@@ -249,7 +250,7 @@ def test_kernels_that_do_not_work_are_told_of_once(monkeypatch):
         assert float(y.sum()) == 8.0
         fake_quantize(torch.ones(8), torch.tensor(1.0), Integer(8))  # warnings are errors here
     finally:
-        operations._load.cache_clear()
+        numba._load.cache_clear()
 
 
 def test_kernels_are_kept_by_a_version_that_changes_with_any_of_their_files(tmp_path, monkeypatch):

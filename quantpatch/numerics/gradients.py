@@ -1,0 +1,199 @@
+"""To the grid and back with gradients: the straight-through one, and LSQ's for a learned range.
+
+A backend computes; what it must know of a tensor is in :class:`quantpatch.numerics.qparams.QParams`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from quantpatch.numerics.backends import inductor, select
+from quantpatch.numerics.backends.clip_mask import ClipMask
+from quantpatch.numerics.backends.lsq import divided_by, lsq_slopes
+from quantpatch.numerics.backends.scales import spread
+from quantpatch.numerics.formats import NumberFormat
+from quantpatch.numerics.modes import is_plain_gradient
+from quantpatch.numerics.qparams import QParams
+
+__all__ = ["round_trip"]
+
+
+def round_trip(x: Tensor, q: QParams, batch_axis: int | None = None) -> Tensor:
+    """``x`` to the grid and back, with its gradient.
+
+    Args:
+        x: Floating point.
+        q: What it is rounded by. A range that requires a gradient is learned.
+        batch_axis: The axis of examples, see :func:`quantpatch.numerics.backends.lsq.divided_by`.
+    """
+    amax = q.amax
+    learned = amax is not None and amax.requires_grad
+    needs_gradient = (x.requires_grad or learned) and torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        if needs_gradient:
+            return _RoundTrip.apply(x, amax, q.scale, q.format, q.dim, batch_axis)  # type: ignore[no-any-return,no-untyped-call]
+        return inductor.round_trip(x, q)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if not torch.is_grad_enabled():
+            return inductor.round_trip(x, q)
+        learned = learned or (amax is not None and _is_learned(amax))
+        return _TransformableRoundTrip.apply(x, amax, q.scales(), q.format, q.dim, batch_axis, learned)  # type: ignore[no-any-return,no-untyped-call]
+    # A model traced by torch.jit.trace is for inference: its graph cannot hold a function of Python's.
+    if needs_gradient and not torch._C._is_tracing():
+        return _apply(x, amax, q.scale, q.format, q.dim, batch_axis)
+    return select(x, q).round_trip(x, q)
+
+
+def _is_learned(amax: Tensor) -> bool:
+    """Whether a range needs a gradient, be it of the transform at hand or outside of it.
+
+    One that a function only refers to needs none where ``torch.func`` transforms that function.
+    """
+    while not amax.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(amax):
+        amax = torch._C._functorch.get_unwrapped(amax)
+    return amax.requires_grad
+
+
+class _RoundTrip(Function):
+    """To the grid and back by the backend that serves a tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        amax: Tensor | None,
+        scale: Tensor | None,
+        format: NumberFormat,
+        dim: int | None,
+        batch_axis: int | None,
+    ) -> Tensor:
+        q = QParams(format, amax, scale, dim)
+        backend = select(x, q)
+        ctx.call = backend, format, dim, batch_axis
+        if ctx.needs_input_grad[1]:
+            scale = q.scales()
+            ctx.mask = None
+            ctx.save_for_backward(x, amax, scale)
+            return backend.round_trip(x, q._replace(scale=scale), trains=True)
+        result, mask = backend.round_and_mask(x, q)
+        if mask.tensor is not None:
+            ctx.save_for_backward(mask.tensor, amax if mask.kind == "values" else None)
+        ctx.mask = mask._replace(tensor=None)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, mask = ctx.saved_tensors, ctx.mask
+        if mask == ClipMask():
+            return grad, None, None, None, None, None
+        backend, format, dim, batch_axis = ctx.call
+        if backend is not inductor and not is_plain_gradient(grad):
+            backend = inductor
+        # Detached: the gradient of this gradient goes to the upstream one only.
+        kept, amax, scale = (None if t is None else t.detach() for t in (*saved, None, None, None)[:3])
+        q = QParams(format, amax, scale, dim)
+        if mask is None:
+            grad_x, grad_amax = backend.lsq_gradients(grad, kept, q, batch_axis)
+            return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None, None, None, None
+        return backend.zero_clipped(grad, mask._replace(tensor=kept), q), None, None, None, None, None
+
+
+# What Function.apply does beside is for torch.func, which has the other one.
+_apply: Callable[..., Tensor] = super(Function, _RoundTrip).apply
+
+
+class _TransformableRoundTrip(Function):
+    """The same for ``torch.func`` and forward-mode differentiation, which need ``setup_context``.
+
+    Not for all: with it Dynamo fails on dynamic shapes, and a call takes 0.1 ms more.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        amax: Tensor | None,
+        scale: Tensor,
+        format: NumberFormat,
+        dim: int | None,
+        batch_axis: int | None,
+        learned: bool,
+    ) -> Tensor:
+        return inductor.round_trip(x, QParams(format, amax, scale, dim))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, amax, scale, ctx.format, ctx.dim, ctx.batch_axis, learned = inputs
+        ctx.learned = learned or (amax is not None and ctx.needs_input_grad[1])
+        ctx.save_for_backward(x, amax, scale)
+        ctx.save_for_forward(x, amax, scale)
+        ctx.set_materialize_grads(False)  # whether the range has a tangent decides which rule holds
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        x, amax, scale = (None if t is None else t.detach() for t in ctx.saved_tensors)
+        assert x is not None
+        q = QParams(ctx.format, amax, scale, ctx.dim)
+        if ctx.learned:
+            return *inductor.lsq_gradients(grad, x, q, ctx.batch_axis), *[None] * 5
+        mask = ClipMask("values", x) if q.clips else ClipMask()
+        return inductor.zero_clipped(grad, mask, q), *[None] * 6
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor | None, amax_tangent: Tensor | None, *others: None) -> Tensor:
+        x, amax, scale = (None if t is None else t.detach() for t in ctx.saved_tensors)
+        assert x is not None
+        q = QParams(ctx.format, amax, scale, ctx.dim)
+        if x_tangent is None:
+            x_tangent = torch.zeros_like(x)
+        if amax is None or scale is None or not (ctx.learned or amax_tangent is not None):
+            if not q.clips:
+                return x_tangent.clone()  # an input may not be handed out as a result
+            return inductor.zero_clipped(x_tangent, ClipMask("values", x), q)
+        outside, slope = lsq_slopes(x, scale, ctx.format, ctx.dim)
+        tangent = x_tangent.masked_fill(outside, 0.0)
+        if amax_tangent is not None:
+            divided = divided_by(x, amax, ctx.format, ctx.batch_axis)
+            along_range = slope * (spread(amax_tangent, x, ctx.format, ctx.dim) / divided)
+            tangent = tangent + along_range.to(tangent.dtype)
+        return tangent
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        amax: Tensor | None,
+        scale: Tensor,
+        format: NumberFormat,
+        dim: int | None,
+        batch_axis: int | None,
+        learned: bool,
+    ) -> tuple[Any, int]:
+        n = info.batch_size
+        x = x.expand(n, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        if amax is not None:
+            shared = amax.requires_grad and in_dims[1] is None
+            amax = _batch_first(amax, in_dims[1], x)
+            if shared:
+                # Each member of the batch gives the one range a gradient, scaled by its own size.
+                amax = amax.expand(n, *(amax.shape[1:] if amax.dim() else [1] * (x.dim() - 1)))
+        scale = _batch_first(scale, in_dims[2], x)
+        dim, batch_axis = (None if axis is None else axis + 1 for axis in (dim, batch_axis))
+        result = _TransformableRoundTrip.apply(x, amax, scale, format, dim, batch_axis, learned)  # type: ignore[no-untyped-call]
+        return result, 0
+
+
+def _batch_first(t: Tensor, batch: int | None, x: Tensor) -> Tensor:
+    """``t`` with its batch axis in front, of the dimensions of ``x``, whose batch is there already."""
+    if batch is None:
+        # Blocks index axes: the dimensions must agree. A 0-dim tensor fits everything.
+        return t.unsqueeze(0) if t.dim() else t
+    t = t.movedim(batch, 0)
+    return t.reshape(-1, *[1] * (x.dim() - 1)) if t.dim() == 1 else t

@@ -1,7 +1,7 @@
 """Number formats and the arithmetic of fake quantization, on tensors alone.
 
-``formats.py`` has the formats. ``fake_quant.py`` is the one door to the arithmetic: it finds ranges and scales,
-``gradients.py`` differentiates, one of ``backends/`` computes; ``kernels/`` has the machine code for CPUs.
+``formats.py`` has the formats. ``fake_quant.py`` is the one door to the arithmetic: it finds ranges and
+scales, ``gradients.py`` differentiates, one of ``backends/`` computes; ``kernels/`` has the code for CPUs.
 """
 
 from quantpatch.numerics.fake_quant import dequantize, fake_quantize, quantize, reduce_amax

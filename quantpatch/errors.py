@@ -8,7 +8,7 @@ given, what was expected, whose it is, and what to write instead.
 from __future__ import annotations
 
 import difflib
-import sys
+import inspect
 import warnings
 from collections.abc import Iterable
 from types import FrameType
@@ -376,7 +376,7 @@ def listed(items: Iterable[object], limit: int = 10, separator: str = ", ") -> s
 def warn_caller(message: str) -> None:
     """Warns of something at the line that called quantpatch, however deep inside this is found out."""
     level = 1
-    frame: FrameType | None = sys._getframe()
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, QuantPatchWarning, stacklevel=level)

@@ -13,12 +13,10 @@ applies.
 from __future__ import annotations
 
 import abc
-import copy
 import functools
-import inspect
 import weakref
 from collections.abc import Callable
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from quantpatch.interception import block as blocks
@@ -30,7 +28,8 @@ from quantpatch.interception.block import (
     is_within,
     within,
 )
-from quantpatch.interception.mimicry import inheriting, is_made_here
+from quantpatch.interception.fitness import check_class
+from quantpatch.interception.hooked_init import HookedInit, as_function
 from quantpatch.interception.slots import MISSING, HookedAttribute, lock
 
 __all__ = ["Block", "Slot", "current", "current_in_context", "is_being_replaced", "lock"]
@@ -104,20 +103,6 @@ class Slot(HookedAttribute):
         """Raises TypeError, saying why, if the replacement cannot take the target's place."""
 
 
-def _as_function(init: Any, target: Any) -> Callable[..., Any]:
-    """What a class's own ``__init__`` (or its lack of one) does to an object, called with the object."""
-    if type(init) is FunctionType:
-        return init
-
-    def run(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if init is MISSING:
-            return super(target, self).__init__(*args, **kwargs)
-        bind = getattr(type(init), "__get__", None)  # a mock, say, has none and does not get the object
-        return (init if bind is None else bind(init, self, type(self)))(*args, **kwargs)
-
-    return run
-
-
 _MARK = "__quantpatch__"
 
 
@@ -145,63 +130,6 @@ class _Mark:
         return mark if mark is not None and mark.hook is found and mark.slot is slot else None
 
 
-class _Init:
-    """``__init__`` of a class while it is hooked: objects come by here, the class itself shows its own.
-
-    What asks the class (``inspect``, ``help``, a builder that reads ``Target.__init__.__code__``, a library
-    that saves it) gets the function that it would get without the hook.
-    """
-
-    __slots__ = ("__weakref__", "_act", "_below", "_inherited", "_target", "slot")
-
-    def __init__(self, slot: Slot, below: Any) -> None:
-        self.slot = slot
-        self._target = slot.target
-        self._below = below
-        self._inherited: Any = None  # made where it is asked for
-        self._act: Callable[..., Any] = self.run_below
-
-    def acts_by(self, function: Callable[..., Any]) -> None:
-        """Sets what objects come by."""
-        self._act = function
-
-    def run_below(self, thing: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Does what the class would do without the hook."""
-        return _as_function(self.displaced, self._target)(thing, *args, **kwargs)
-
-    @property
-    def displaced(self) -> Any:
-        """What the class's dictionary held; or what a tool that edits functions has made of it since."""
-        inherited = self._inherited
-        if self._below is MISSING and inherited is not None and not is_made_here(inherited):
-            return inherited
-        return self._below
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self._shown(owner) if instance is None else MethodType(self._act, instance)
-
-    def _shown(self, owner: Any) -> Any:
-        below = self._below
-        if below is not MISSING:
-            return below.__get__(None, owner) if hasattr(type(below), "__get__") else below
-        if self._inherited is None:
-            # Not the base's own function: who edits what it finds in this class must not edit the base.
-            self._inherited = inheriting(self._target, "__init__")
-        return self._inherited
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        return self._act(*args, **kwargs)  # who has found it in the class's dictionary and wraps it
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_act":
-            raise AttributeError(name)
-        return getattr(self._act, name)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Who pickles the class by value takes what it is without the hook.
-        return copy.copy, (self._shown(self._target),)
-
-
 class _ClassSlot(Slot):
     """``__init__`` of a class: construction turns the new object into the replacement's before it runs."""
 
@@ -214,26 +142,7 @@ class _ClassSlot(Slot):
         super().__init__(owner, attribute, target)
 
     def check(self, replacement: Any) -> None:
-        target = self.target
-        if not isinstance(replacement, type):
-            raise TypeError(f"{replacement!r} is no class")
-        if replacement is target:
-            raise TypeError("it is the target itself")
-        if issubclass(target, replacement):
-            raise TypeError(f"{replacement.__qualname__} is a base class of the target")
-        shared = (set(replacement.__mro__) & set(target.__mro__)) - {object}
-        if not issubclass(replacement, target) and not shared:
-            raise TypeError(
-                f"{replacement.__qualname__} is no subclass of {target.__qualname__}, and they share no base"
-            )
-        _check_creation(target, replacement)
-        probe = object.__new__(target)
-        try:
-            object.__setattr__(probe, "__class__", replacement)
-        except TypeError as error:
-            raise TypeError(
-                f"an object of {target.__qualname__} cannot become a {replacement.__qualname__} ({error})"
-            ) from None
+        check_class(self.target, replacement)
 
     def _write(self, value: Any) -> None:
         if value is not MISSING:
@@ -242,7 +151,7 @@ class _ClassSlot(Slot):
             type.__delattr__(self.owner, self.attribute)
 
     def _is_hook_of_mine(self, found: Any) -> bool:
-        return type(found) is _Init and found.slot is self
+        return type(found) is HookedInit and found.slot is self
 
     def _displaced_by(self, hook: Any) -> Any:
         return hook.displaced
@@ -250,7 +159,7 @@ class _ClassSlot(Slot):
     def _make_hook(self, displaced: Any) -> Hook:
         slot, target = self, self.target
         become = object.__setattr__
-        init = _Init(self, displaced)
+        init = HookedInit(self, target, displaced)
         base_init = displaced if type(displaced) is FunctionType else init.run_below
 
         @functools.wraps(displaced if type(displaced) is FunctionType else target.__init__)
@@ -291,23 +200,6 @@ class _ClassSlot(Slot):
         return init
 
 
-def _check_creation(target: type, replacement: type) -> None:
-    """Raises TypeError for what would not run: the object exists already when its replacement is known."""
-    new = inspect.getattr_static(replacement, "__new__")
-    if new is not inspect.getattr_static(target, "__new__") and new is not object.__dict__["__new__"]:
-        owner = next(cls for cls in replacement.__mro__ if "__new__" in vars(cls))
-        raise TypeError(
-            f"the __new__ of {owner.__qualname__} would not run, as the object is made by "
-            f"{target.__qualname__} before it becomes a {replacement.__qualname__}; do its work in __init__"
-        )
-    meta, call = type(replacement), inspect.getattr_static(type(replacement), "__call__")
-    if call is not inspect.getattr_static(type(target), "__call__") and call is not type.__dict__["__call__"]:
-        raise TypeError(
-            f"the __call__ of its metaclass {meta.__qualname__} would not run, as {target.__qualname__} is "
-            f"what is called; do its work in __init__"
-        )
-
-
 class _RootSlot(_ClassSlot):
     """``__init__`` of a class whose subclasses are watched."""
 
@@ -327,7 +219,7 @@ class _RootSlot(_ClassSlot):
         return True  # what wraps it calls it, since no object is a module without
 
     def _make_hook(self, displaced: Any) -> Hook:
-        slot, base_init = self, _as_function(displaced, self.target)
+        slot, base_init = self, as_function(displaced, self.target)
 
         @functools.wraps(self.target.__init__)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> Any:

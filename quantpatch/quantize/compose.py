@@ -100,31 +100,31 @@ def _inherited(around: Table, plugins: Sequence[str] | None) -> Table:
             continue
         if isinstance(decision.reason, SkippedBy) and decision.reason.lazily:
             decision = attrs.evolve(decision, reason=None)
-        if isinstance(key, Slot):
+        # Imported since, perhaps, and then known under another name already.
+        now = key_of(entry) if isinstance(key, str) else key
+        if now is key or isinstance(now, str):
             table[key] = decision
-        else:  # imported since, perhaps, and then known under another name already
-            now = key_of(entry)
+        else:
             table.setdefault(now, Decision.on(now, entry, decision.reason))
     return table
 
 
 def _leave_lazy_forms_out(table: Table) -> None:
     """What becomes a layer of a class that is skipped, once it sees its first input, is skipped as well."""
-    by_class = {key.target: decision for key, decision in table.items() if isinstance(key, Slot)}
+    skips = {d.target: d.reason for d in table.values() if isinstance(d.reason, SkippedBy)}
+    skips.pop(None, None)  # of what is not imported
+    if not skips:
+        return
     for key, decision in table.items():
-        found = by_class.get(getattr(key.target, "cls_to_become", None)) if isinstance(key, Slot) else None
-        if (
-            found is not None
-            and isinstance(found.reason, SkippedBy)
-            and decision.reason is None
-            and table.entry(key).plugin is not None
-        ):
-            table[key] = attrs.evolve(decision, reason=attrs.evolve(found.reason, lazily=True))
+        skip = skips.get(getattr(decision.target, "cls_to_become", None))
+        if skip is not None and decision.reason is None and table.entry(key).plugin is not None:
+            table[key] = attrs.evolve(decision, reason=attrs.evolve(skip, lazily=True))
 
 
 def _add_stranger(table: Table, entry: Entry) -> None:
     """A class that has taken a target's name stays float, and is reported."""
-    found, slot = stranger_under(entry), slot_of(entry)
+    found = stranger_under(entry)
+    slot = None if found is None else slot_of(entry)
     if found is None or slot is None or issubclass(found, slot.target):
         return  # a subclass is reported as such
     try:
@@ -152,29 +152,30 @@ def _matching(table: Table, patterns: Sequence[Pattern], argument: str) -> dict[
                 f"{argument} takes class names, dotted names, globs or classes, not {pattern!r}; "
                 f"write, for instance: {argument}=['Linear', 'torch.nn.Conv2d', 'AvgPool*', nn.LSTM]"
             )
-        keys = [key for key, decision in table.items() if _is_meant(pattern, table.entry(key), decision)]
+        keys = [key for key, decision in table.items() if _is_meant(pattern, decision)]
         if not keys and not (argument == "skip" and _means_a_subclass(table, pattern)):
             raise _unmatched(pattern, table, argument)
         found.update(dict.fromkeys(keys, pattern))
     return found
 
 
-def _is_meant(pattern: Pattern, entry: Entry, decision: Decision) -> bool:
+def _is_meant(pattern: Pattern, decision: Decision) -> bool:
     if isinstance(decision.reason, NameTaken):
         return False
     target = decision.target
     if isinstance(pattern, type):
         return target is pattern
-    return names(pattern, entry.name, entry.dotted) or (
-        target is not None and "." in pattern and means(pattern, target)
-    )
+    _, _, name = decision.name.rpartition(".")
+    if names(pattern, name, decision.name):
+        return True
+    return target is not None and "." in pattern and means(pattern, target)
 
 
 def _means_a_subclass(table: Table, pattern: Pattern) -> bool:
     """Whether a pattern means a subclass of a target, or may, in a module that is not imported."""
     if isinstance(pattern, type):
         return resolve(table, pattern).entry is not None
-    waiting = [key.target for key in table if isinstance(key, Slot) and isinstance(key.target, type)]
+    waiting = [key.target for key in table if not isinstance(key, str) and isinstance(key.target, type)]
     seen = set(waiting)
     while waiting:
         new: set[Any] = set(type.__subclasses__(waiting.pop())) - seen

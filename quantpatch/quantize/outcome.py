@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import attrs
 
 from quantpatch.interception import hooks
@@ -62,14 +60,13 @@ class Outcome:
     """Counts what is built, from any thread."""
 
     def __init__(self) -> None:
-        self._counts: Counter[Decision] = Counter()
+        self._counts: dict[Decision, int] = {}
 
     def count(self, decision: Decision) -> None:
         """Counts one object that came out as was decided."""
         with hooks.lock:
-            self._counts[decision] += 1
-            first = self._counts[decision] == 1
-        if first and debug_trace.is_on():
+            count = self._counts[decision] = self._counts.get(decision, 0) + 1
+        if count == 1 and debug_trace.is_on():
             debug_trace.say(f"  {decision}")
 
     @property

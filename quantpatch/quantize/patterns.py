@@ -19,9 +19,9 @@ def means(pattern: Pattern, cls: Any) -> bool:
     return names(pattern, cls.__name__, dotted(cls)) or ("." in pattern and _found_under(pattern) is cls)
 
 
-def names(pattern: str, *found: str) -> bool:
-    """Whether a pattern is one of these names, or a glob that fits one."""
-    return any(fnmatch.fnmatchcase(name, pattern) for name in found)
+def names(pattern: str, name: str, dotted_name: str) -> bool:
+    """Whether a pattern is one of two names, or a glob that fits one."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(dotted_name, pattern)
 
 
 def _found_under(dotted_name: str) -> Any:

@@ -11,13 +11,15 @@ from typing import Any
 import attrs
 from torch import nn
 
-from quantpatch.errors import EntryError, QuantPatchWarning
+from quantpatch.errors import EntryError, QuantPatchWarning, RuleError, warn_caller
 from quantpatch.interception import hooks
 from quantpatch.interception.built_modules import Built
 from quantpatch.interception.construction import when_constructed
 from quantpatch.interception.hooks import Block, Slot
 from quantpatch.interception.import_watch import ImportWatch
+from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.subclass import own_ways, take_over
+from quantpatch.quantize.configure import apply_rules
 from quantpatch.quantize.outcome import Outcome
 from quantpatch.quantize.reasons import BuiltDirectly
 from quantpatch.quantize.resolve import Decision, Key, Table, resolve
@@ -164,7 +166,7 @@ class QuantizingBlock(Block):
         """Takes up the entries that waited for a module, and targets that it defines again."""
         table = self.table
         for key, decision in table.items():
-            if isinstance(key, Slot):
+            if not isinstance(key, str):
                 self._reloaded(key, decision, module)
             elif table.entry(key).module_name == module.__name__:
                 self._take_up(key, decision)
@@ -200,6 +202,32 @@ class QuantizingBlock(Block):
                 QuantPatchWarning,
                 stacklevel=2,
             )
+
+    # --- at its end ----------------------------------------------------------------------------
+
+    def apply_rules(self) -> None:
+        """Applies the recipe's rules to the models that were built.
+
+        Raises:
+            RuleError: A pattern matches nothing in any of them; the models are quantized as without rules.
+        """
+        assert self.built is not None
+        recipe, roots = self.recipe, self.built.roots()
+        if not any(isinstance(module, QuantizedLayer) for root in roots for module in root.modules()):
+            if self.built.count:
+                warn_caller(
+                    f"the rules of recipe {recipe.name!r} were applied to nothing: no quantized layer that "
+                    f"was built in the block is left at its end. For copies of layers write "
+                    f"configure(model, rules)"
+                )
+            return
+        try:
+            apply_rules(roots, recipe.rules)
+        except RuleError as error:
+            built = " and ".join(dict.fromkeys(type(root).__name__ for root in roots))
+            raise RuleError(
+                f"the rules of recipe {recipe.name!r} were not applied to {built}: {error}", rule=error.rule
+            ) from error
 
 
 def _module_slot() -> Slot:

@@ -60,7 +60,7 @@ class Decision:
     @classmethod
     def on(cls, key: Key, entry: Entry, reason: Reason | None = None) -> Decision:
         """What becomes of an entry's target."""
-        return cls(entry.dotted, entry, reason, key.target if isinstance(key, Slot) else None)
+        return cls(entry.dotted, entry, reason, key.target if not isinstance(key, str) else None)
 
     @property
     def is_skipped(self) -> bool:
@@ -113,7 +113,7 @@ class Table(dict[Key, Decision]):
     @functools.cached_property
     def slots(self) -> tuple[Slot, ...]:
         """Where hooks stand: those of the targets that are imported."""
-        return tuple(key for key in self if isinstance(key, Slot))
+        return tuple(key for key in self if not isinstance(key, str))
 
     @functools.cached_property
     def waits_for(self) -> frozenset[str]:

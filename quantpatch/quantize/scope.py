@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from quantpatch.errors import RuleError, ScopeError, warn_caller
+from quantpatch.errors import ScopeError, warn_caller
 from quantpatch.interception import hooks
 from quantpatch.interception.built_modules import Built
 from quantpatch.interception.statements import Exit, Statement
-from quantpatch.layers.base import QuantizedLayer
 from quantpatch.plugins.entry import EntryLike
 from quantpatch.plugins.registry import registry
-from quantpatch.quantize.configure import apply_rules
 from quantpatch.quantize.options import Options
 from quantpatch.quantize.outcome import Outcome, Replaced, Skipped
 from quantpatch.quantize.quantizing_block import QuantizingBlock
@@ -126,7 +124,7 @@ class Scope:
                 f"good: what was built afterwards may be float; audit the model"
             )
         if block.applies_rules:
-            _apply_rules(block)
+            block.apply_rules()
 
     def start(self) -> Scope:
         """Opens the block for the whole process, in every context that has no block of its own.
@@ -223,30 +221,6 @@ class Scope:
     def skipped(self) -> tuple[Skipped, ...]:
         """What was built in this scope so far and left float, why, and how often."""
         return self._outcome.skipped
-
-
-def _apply_rules(block: QuantizingBlock) -> None:
-    """Applies a recipe's rules to the models that were built.
-
-    Raises:
-        RuleError: A pattern matches nothing in any of them; the models are quantized as without rules.
-    """
-    assert block.built is not None
-    recipe, roots = block.recipe, block.built.roots()
-    if not any(isinstance(module, QuantizedLayer) for root in roots for module in root.modules()):
-        if block.built.count:
-            warn_caller(
-                f"the rules of recipe {recipe.name!r} were applied to nothing: no quantized layer that was "
-                f"built in the block is left at its end. For copies of layers write configure(model, rules)"
-            )
-        return
-    try:
-        apply_rules(roots, recipe.rules)
-    except RuleError as error:
-        built = " and ".join(dict.fromkeys(type(root).__name__ for root in roots))
-        raise RuleError(
-            f"the rules of recipe {recipe.name!r} were not applied to {built}: {error}", rule=error.rule
-        ) from error
 
 
 def quantize_modules(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from types import FrameType
 from typing import Any
 
@@ -19,7 +19,7 @@ def place_in_running_model(module: nn.Module) -> str | None:
     Returns:
         The name; None if no other module is running, or none that holds it.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = inspect.currentframe()
     found = None
     while frame is not None:
         caller: Any = frame.f_locals.get("self")

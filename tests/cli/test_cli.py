@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 
 import quantpatch
 from quantpatch import hookimpl
-from quantpatch.cli.main import app, main
+from quantpatch.cli.main import _Layers, app, main
 from quantpatch.plugins.plugin import BUILTIN
 from quantpatch.plugins.registry import registry
+from quantpatch.quantize.compose import compose
+from quantpatch.report.render import as_text
 
 
 def run(*arguments):
@@ -85,6 +87,18 @@ def test_layers_tells_what_is_replaced_by_what_and_what_is_not():
     }
     assert "include=['Embedding']" in rows["torch.nn.Embedding"]["state"]
     assert "torch.nn.Linear" in run("layers")
+
+
+def test_layers_lists_targets_that_two_plugins_replace(plugin):
+    for name in ("one", "two"):
+        plugin(name, entries=[("far.away", "Layer", f"{name}.quant:QuantLayer")])
+    rows = {row["target"]: row for row in json.loads(run("layers", "--json"))}
+    assert rows["far.away.Layer"]["state"].startswith("'one' and 'two' both replace it")
+
+
+def test_targets_in_one_row_have_one_include_to_paste():
+    rows = _Layers(list(compose(registry.entries([]), plugins=[]).values())).folded()
+    assert "include=['MaxPool1d', 'MaxPool2d'" in " ".join(as_text(rows).split())
 
 
 def test_recipes_lists_each_with_its_formats_and_plugin(plugin):

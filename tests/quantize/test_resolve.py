@@ -1,75 +1,156 @@
-"""Which entry wins; the rules themselves are in test_scope.py."""
+"""What becomes of a class, and why: one answer for blocks, ``convert``, ``explain`` and ``audit``."""
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from quantpatch.errors import EntryConflictError, ScopeError
-from quantpatch.interception.hooks import Slot
-from quantpatch.plugins.entry import Entry
-from quantpatch.plugins.plugin import BUILTIN
+import quantpatch as qp
+from quantpatch.errors import EntryError
+from quantpatch.layers.linear import QuantLinear
+from quantpatch.layers.subclass import OwnMembers, WrittenOtherwise
 from quantpatch.plugins.registry import registry
-from quantpatch.quantize.compose import compose, load_all, outermost
-from quantpatch.quantize.reasons import Conflict, NotByDefault, SkippedBy
+from quantpatch.quantize.compose import compose
+from quantpatch.quantize.reasons import (
+    FloatBase,
+    IsPart,
+    IsQuantized,
+    NoEntry,
+    NotByDefault,
+    Reason,
+    SkippedBy,
+    SubclassOf,
+)
+from quantpatch.quantize.resolve import Table, resolve
+
+HERE = sys.modules[__name__]
 
 
-class One(nn.Linear):
-    """A replacement."""
+class Plain(nn.Linear):
+    """A subclass that computes as its base does."""
 
 
-def offer(name: str = "Linear", plugin: str | None = BUILTIN, module: str = "torch.nn", **more) -> Entry:
-    return Entry(module, name, One, plugin=plugin, **more)
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
 
 
-def test_two_names_of_one_class_are_one_target() -> None:
-    table = compose([offer(), offer(plugin="p", module="torch.nn.modules.linear")])
-    assert list(table) == [Slot.of(nn, "Linear")]
-    assert table[Slot.of(nn, "Linear")].entry.plugin == "p"
+class QuantMine(qp.QuantizedLayer, nn.Linear):
+    """A replacement of another's."""
 
 
-def test_targets_that_are_not_imported_are_known_by_name() -> None:
-    table = compose([offer("X", module="far.away")], skip=["far.*"])
-    assert table["far.away.X"].reason == SkippedBy("far.*")
-    rivals = (offer("X", "p", "far.away"), offer("X", "q", "far.away"))
-    table = compose(rivals)
-    assert table["far.away.X"].reason == Conflict(rivals)
-    with pytest.raises(EntryConflictError):
-        load_all(table)
+class Part(nn.Linear):
+    """A layer whose weight another one reads."""
 
 
-def test_a_plugins_entry_may_wait_to_be_asked_for() -> None:
-    slow = offer("ReLU", "p", default=False)
-    (decision,) = compose([slow]).values()
-    assert decision.reason == NotByDefault(("ReLU",))
-    (decision,) = compose([slow], include=["ReLU"]).values()
-    assert decision.reason is None
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Part(4, 4)
+
+    def forward(self, input):
+        return nn.functional.linear(input, self.inner.weight)
 
 
-def test_the_table_of_a_bare_block_is_remembered() -> None:
-    first = outermost(registry.entries(), None, (), (), False)
-    assert outermost(registry.entries(), None, (), (), False) is first
-    assert outermost(registry.entries(), None, ("Linear",), (), False) is not first
+class QuantWhole(qp.QuantizedLayer, Whole):
+    inputs = ()
+    weights = {"inner_weight": 0}
+    parts = {"inner": Part}
+
+    @property
+    def inner_weight(self):
+        return self.inner.weight
+
+    def forward(self, input):
+        weights = self.quantize_weights()
+        return nn.functional.linear(input, weights.get("inner_weight", self.inner_weight))
 
 
-def test_it_is_made_anew_when_a_name_means_another_class(monkeypatch) -> None:
-    first = outermost(registry.entries(), None, (), (), False)
-
-    class Linear(nn.Linear):
-        pass
-
-    monkeypatch.setattr(nn, "Linear", Linear)
-    with pytest.raises(Exception, match="the replacement cannot take the target's place|cannot become"):
-        outermost((offer(), Entry("torch.nn", "Linear", Linear, plugin="p")), None, (), (), False)
-    monkeypatch.undo()
-    assert outermost(registry.entries(), None, (), (), False) is first
+def table(**options) -> Table:
+    return compose(registry.entries([]), plugins=[], **options)
 
 
-def test_patterns_that_cannot_be_hashed_are_named() -> None:
-    with pytest.raises(ScopeError, match="skip takes"):
-        outermost(registry.entries(), None, (["Linear"],), (), False)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("cls", "options", "reason"),
+    [
+        (nn.Linear, {"skip": ["Lin*"]}, SkippedBy("Lin*")),
+        (nn.Embedding, {}, NotByDefault(("Embedding",))),
+        (nn.LazyLinear, {"skip": [nn.Linear]}, SkippedBy(nn.Linear, lazily=True)),
+        (Plain, {}, SubclassOf("torch.nn.Linear", None)),
+        (Plain, {"subclasses": True, "skip": [Plain]}, SkippedBy(Plain)),
+        (Plain, {"skip": ["Linear"]}, FloatBase("torch.nn.Linear", SkippedBy("Linear"))),
+        (Doubled, {"subclasses": True}, SubclassOf("torch.nn.Linear", OwnMembers(("forward",)))),
+        (Plain, {"custom": [(nn, "Linear", nn.Conv1d)]}, SubclassOf("torch.nn.Linear", WrittenOtherwise())),
+        (NonDynamicallyQuantizableLinear, {"subclasses": True}, IsPart("torch.nn.MultiheadAttention")),
+        (QuantLinear, {}, IsQuantized("torch.nn.Linear")),
+        (QuantMine, {}, IsQuantized("torch.nn.modules.linear.Linear")),
+        (nn.ReLU, {}, NoEntry(is_layer=True)),
+        (dict, {}, NoEntry(is_layer=False)),
+        (torch.relu, {}, NoEntry(is_layer=False)),
+    ],
+)
+def test_why_a_class_stays_float(cls, options, reason) -> None:
+    decision = resolve(table(**options), cls)
+    assert (decision.reason, decision.replacement) == (reason, None)
 
 
-def test_an_optional_target_may_be_missing_from_its_module() -> None:
-    assert not any(isinstance(key, Slot) for key in compose([offer("Liner", "p", optional=True)]))
-    assert list(compose([offer("Linear", "p", optional=True)])) == [Slot.of(nn, "Linear")]
+def test_what_is_replaced_comes_with_its_replacement() -> None:
+    assert resolve(table(), nn.Linear).replacement is QuantLinear
+    combined = resolve(table(subclasses=True), Plain)
+    assert combined.replacement.__mro__[1:3] == (QuantLinear, qp.QuantizedLayer)
+    assert issubclass(combined.replacement, Plain)
+    assert combined.reason is None
+
+
+def test_a_target_that_is_not_imported_is_known_by_its_name() -> None:
+    waiting = compose([qp.Entry("far.away", "Layer", "far.quant:QuantLayer")])
+    decision = resolve(waiting, "far.away.Layer")
+    assert (decision.name, decision.target, decision.reason) == ("far.away.Layer", None, None)
+    assert resolve(waiting, "far.away.Other").entry is None
+
+
+def test_a_replacement_that_cannot_be_used_is_an_error_only_where_it_is_used() -> None:
+    broken = qp.Entry("torch.nn", "Linear", "no_such_module:Thing")
+    with pytest.raises(EntryError, match="no_such_module"):
+        resolve(compose([broken]), nn.Linear)
+    with pytest.raises(EntryError, match="no_such_module"):
+        resolve(compose([broken], subclasses=True), Plain)
+    assert resolve(compose([broken]), Plain).reason == SubclassOf("torch.nn.Linear", None)
+
+
+@pytest.mark.parametrize("options", [{}, {"skip": ["Linear"]}, {"subclasses": True}])
+@pytest.mark.parametrize("cls", [Plain, Doubled])
+def test_blocks_convert_and_explain_give_the_same_reason(cls, options) -> None:
+    expected = resolve(table(**options), cls).reason
+    with qp.quantize_modules(plugins=[], **options) as scope:
+        cls(2, 2)
+    done = qp.convert(nn.Sequential(cls(2, 2), nn.Conv1d(1, 1, 1)), plugins=[], **options)
+    wanted: list[Reason] = [] if expected is None else [expected]
+    assert [line.why for line in scope.skipped] == wanted
+    assert [line.why for line in done.skipped] == wanted
+    assert qp.explain(cls, plugins=[], **options).because == str(expected) or not wanted
+    if options == {}:
+        (row,) = qp.audit(cls(2, 2), torch.randn(1, 2)).rows
+        assert row.reason == f"{cls.__name__} is {expected}"
+
+
+def test_a_part_that_a_layer_declares_stays_float_and_is_an_operand_of_the_layer(tmp_path) -> None:
+    custom = [(HERE, "Whole", QuantWhole)]
+    with qp.quantize_modules(custom=custom, subclasses=True) as scope:
+        model = nn.Sequential(Whole(), Part(4, 4))
+    assert [type(module) for module in (model[0].inner, model[1])] == [Part, Part]
+    assert scope.skipped == ()
+    assert "without quantizers" in str(qp.summary(model))
+    assert qp.summary(model).float_layers == (("1", "Part"),)
+    qp.calibrate(model, [torch.randn(2, 4)])
+    with torch.no_grad():
+        expected = model(torch.randn(1, 4).fill_(0.5))
+    qp.save(model, tmp_path / "file.safetensors")
+    with qp.quantize_modules(custom=custom):
+        loaded = nn.Sequential(Whole(), Part(4, 4))
+    qp.load(loaded, tmp_path / "file.safetensors")
+    assert torch.equal(loaded(torch.randn(1, 4).fill_(0.5)), expected)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from quantpatch.errors import ExportError
-from quantpatch.layers.recurrent import QuantizedRecurrent, QuantLSTM
+from quantpatch.layers.recurrent import QuantizedRecurrent
 from quantpatch.torch_tools import nn
 
 __all__ = [
@@ -159,7 +159,7 @@ def recurrent_to_onnx(op: Any) -> Callable[..., Any]:
 
 def demand_operators(model: nn.Module, target: str) -> None:
     """Refuses layers that torch would write as an operator that computes something else."""
-    plain = {n: m for n, m in projecting(model).items() if not isinstance(m, QuantLSTM)}
+    plain = {n: m for n, m in projecting(model).items() if not isinstance(m, QuantizedRecurrent)}
     if plain:
         named = ", ".join(f"{name or 'the model'} (proj_size={m.proj_size})" for name, m in plain.items())
         raise ExportError(

@@ -170,9 +170,9 @@ def _turn_transposed(model: nn.Module, left: dict[str, str]) -> Iterator[str]:
         model: The model.
         left: Takes a note on those whose range was known, which is that of another axis.
     """
-    for name, layer in model.named_modules():
-        kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-        if not isinstance(layer, QuantizedLayer) or not isinstance(layer, kinds):
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+    for name, layer in layers.items():
+        if not getattr(layer, "transposed", False):
             continue
         old = layer.quantizer("weight")
         # A format in blocks has its own rules, which the export knows.

@@ -275,7 +275,7 @@ def _tensorrt(operand: ExportedQuantizer) -> str | None:
         )
     if blocked:
         return _tensorrt_blocks(operand)
-    transposed = isinstance(operand.layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    transposed = getattr(operand.layer, "transposed", False)  # which convolutions say of themselves
     if is_weight and transposed and operand.axes:
         return (
             "its scales are those of the output channels within groups, on two axes, and for a transposed "

@@ -1,0 +1,101 @@
+"""What an export tells: what it wrote, and how that compares with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import attrs
+
+from quantpatch.export.onnx.latency import Latency
+
+__all__ = ["Comparison", "ExportReport"]
+
+
+@attrs.frozen
+class Comparison:
+    """A file's results against the model's, over the given inputs and random ones.
+
+    Attributes:
+        largest_difference: Of all outputs.
+        relative_difference: The same, over the largest magnitude of the output.
+        integers: How many integers of quantized activations were compared.
+        differing: How many of them differ. A product that is summed in another order may end on the other
+            side of the edge between two integers, and what follows from it.
+        mismatching: How many differ from what the model's quantizers make of the very floats that the file
+            quantizes. None should.
+        within_step: The share of output values that are within a quantization step, that of the output's own
+            quantizer or 1/127 of the largest value, of the model's when ONNX Runtime runs the file with its
+            optimizations on, on integer kernels; None if the file is for another target.
+        kernels: How many integer kernels ONNX Runtime's optimized graph has that could be compared alone.
+        kernels_within_step: The share of the values of these that are within a step of what the file says of
+            the very inputs that the kernel got; None if there are none. An integer on the edge that changes
+            all behind it, which ``within_step`` counts, has no part in it.
+        not_run: Why nothing was compared; empty if it was.
+        not_random: Why the given inputs alone were compared; empty if random ones were as well.
+        latency: How long the file takes beside the same in float; None if that was not measured.
+    """
+
+    largest_difference: float = 0.0
+    relative_difference: float = 0.0
+    integers: int = 0
+    differing: int = 0
+    mismatching: int = 0
+    within_step: float | None = None
+    kernels: int = 0
+    kernels_within_step: float | None = None
+    not_run: str = ""
+    not_random: str = ""
+    latency: Latency | None = None
+
+    @property
+    def differing_share(self) -> float:
+        """The share of the integers that differ."""
+        return self.differing / self.integers if self.integers else 0.0
+
+    def __str__(self) -> str:
+        if self.not_run:
+            return f"not compared: {self.not_run}"
+        return (
+            f"largest difference {self.largest_difference:.3g} "
+            f"({self.relative_difference:.2g} of the output), "
+            f"{self.differing} of {self.integers} integers differ, "
+            f"{self.mismatching} where the same floats were quantized"
+            + ("" if self.within_step is None else f"; optimized, {self.within_step:.2%} within a step")
+            + ("" if not self.kernels else f", of each kernel alone {self.kernels_within_step:.2%}")
+            + (f"; on the given inputs alone: {self.not_random}" if self.not_random else "")
+        )
+
+
+@attrs.frozen
+class ExportReport:
+    """What ``export_onnx`` wrote.
+
+    Attributes:
+        path: The file.
+        target: What it is for.
+        opset: Version of its operators.
+        nodes: How many nodes there are of each operator.
+        bytes: Its size, with that of its data file.
+        quantizers: Names of the quantizers in it.
+        comparison: How its results compare to the model's, and how long it takes; None if that was not asked
+            for.
+    """
+
+    path: Path
+    target: str
+    opset: int
+    nodes: Mapping[str, int]
+    bytes: int
+    quantizers: tuple[str, ...]
+    comparison: Comparison | None
+
+    def __str__(self) -> str:
+        nodes = ", ".join(
+            f"{count} {name}" for name, count in sorted(self.nodes.items(), key=lambda n: -n[1])
+        )
+        text = f"{self.path} for {self.target}: {self.bytes:,} bytes, opset {self.opset}\n  {nodes}"
+        if self.comparison is None:
+            return text
+        latency = "" if self.comparison.latency is None else f"\n  {self.comparison.latency}"
+        return f"{text}\n  {self.comparison}{latency}"

@@ -177,7 +177,7 @@ def tensor_parallel(found, mesh):
         name = recipe if isinstance(recipe, str) else recipe.name
         model = converted(parallelize_module(build(), mesh, plan), recipe)
         if name != "nvfp4":
-            qp.calibrate(model, list(DATA), "mse")
+            qp.calibrate(model, list(DATA), method="mse")
         output = model(DATA[0])
         output.square().sum().backward()
         gradients = {k: p.grad for k, p in model.named_parameters()}
@@ -359,7 +359,7 @@ def test_a_distributed_checkpoint_brings_its_ranges_where_they_are_expected(rank
 def test_layers_quantized_after_parallelize_module_compute_what_one_process_does(ranks, recipe):
     model = converted(build(), recipe)
     if recipe != "nvfp4":
-        qp.calibrate(model, list(DATA), "mse")
+        qp.calibrate(model, list(DATA), method="mse")
     output = model(DATA[0])
     output.square().sum().backward()
     for found in ranks:

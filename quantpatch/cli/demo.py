@@ -194,7 +194,7 @@ def run(*, epochs: int = 20, tuning_epochs: int = 4) -> DemoReport:
             replaced = _share_replaced(model, scope)
             images = [x for x, _ in batches(data, seed=0)]
             for name, step in (
-                ("calibrated", (calibrate, quantized, images, "max")),
+                ("calibrated", (calibrate, quantized, images)),
                 ("fine-tuned", (train, quantized, data, tuning_epochs, 1e-3)),
             ):
                 seconds = _timed(*step)

@@ -257,11 +257,10 @@ class Registry:
         try:
             return recipes[given]
         except (KeyError, TypeError):
-            hint = (
-                ""
-                if isinstance(given, str)
-                else "Or make one: Recipe(name='mine', input=QuantDescriptor(...))"
-            )
+            hint = "Or make one: Recipe(name='mine', input=QuantDescriptor(...))"
+            if isinstance(given, str):  # that of a class has a capital, that of a recipe has none
+                is_class = given.rpartition(".")[2][:1].isupper()
+                hint = f"A layer to leave float is given as skip=[{given!r}]" if is_class else ""
             raise UnknownNameError.of("recipe", given, recipes, hint) from None
 
     def format(self, descriptor: QuantDescriptor) -> NumberFormat:

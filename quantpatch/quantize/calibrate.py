@@ -20,8 +20,8 @@ Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
 
 def calibrating(
     model: nn.Module,
-    method: str | None = None,
     *,
+    method: str | None = None,
     weight_method: str | None = None,
     zero_points: bool = False,
     existing: Existing = "error",
@@ -74,7 +74,7 @@ def calibrating(
     """
     return Calibration(
         model,
-        method,
+        method=method,
         weight_method=weight_method,
         zero_points=zero_points,
         existing=existing,
@@ -87,8 +87,8 @@ def calibrating(
 def calibrate(
     model: nn.Module,
     data: Batches | Callable[[nn.Module], Any],
-    method: str | None = None,
     *,
+    method: str | None = None,
     weight_method: str | None = None,
     zero_points: bool = False,
     existing: Existing = "error",
@@ -129,7 +129,7 @@ def calibrate(
     demand_model(model, "calibrate")
     with Calibration(
         model,
-        method,
+        method=method,
         weight_method=weight_method,
         zero_points=zero_points,
         existing=existing,

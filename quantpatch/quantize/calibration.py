@@ -63,8 +63,8 @@ class Calibration:
     def __init__(
         self,
         model: nn.Module,
-        method: str | None = None,
         *,
+        method: str | None = None,
         weight_method: str | None = None,
         zero_points: bool = False,
         existing: Existing = "error",

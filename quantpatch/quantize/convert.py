@@ -51,12 +51,12 @@ class Conversion:
 
 def convert(
     model: nn.Module,
+    recipe: str | Recipe | None = None,
+    *,
     skip: Iterable[Pattern] | Pattern = (),
     custom: Iterable[EntryLike] | EntryLike = (),
-    recipe: str | Recipe | None = None,
-    plugins: Iterable[str] | None = None,
-    *,
     include: Iterable[Pattern] | Pattern = (),
+    plugins: Iterable[str] | None = None,
     subclasses: bool | None = None,
 ) -> Conversion:
     """Quantizes the layers of an existing model in place, by the same table as a block.
@@ -66,11 +66,11 @@ def convert(
 
     Args:
         model: The model. It may be a layer itself: the object stays, its class changes.
-        skip: As in ``quantize_modules``, like the rest.
+        recipe: As in ``quantize_modules``, like the rest; default int8. Rules in it are applied at once.
+        skip: See there.
         custom: See there; replacements have to be ``QuantizedLayer`` subclasses of their target.
-        recipe: See there; default int8. Rules in it are applied at once.
-        plugins: See there.
         include: See there.
+        plugins: See there.
         subclasses: See there; default False.
 
     Returns:
@@ -81,7 +81,7 @@ def convert(
             entry's replacement cannot take over a layer that exists.
         RuleError: A rule of the recipe matches nothing, or is malformed.
     """
-    options = Options.of(skip, custom, recipe, plugins, include, subclasses)
+    options = Options.of(recipe, skip, custom, include, plugins, subclasses)
     _refuse_wrapped(model, "convert")
     already = [name for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
     if already:
@@ -195,12 +195,12 @@ def revert(model: nn.Module) -> ChangeReport:
 @contextlib.contextmanager
 def quantized(
     model: nn.Module,
+    recipe: str | Recipe | None = None,
+    *,
     skip: Iterable[Pattern] | Pattern = (),
     custom: Iterable[EntryLike] | EntryLike = (),
-    recipe: str | Recipe | None = None,
-    plugins: Iterable[str] | None = None,
-    *,
     include: Iterable[Pattern] | Pattern = (),
+    plugins: Iterable[str] | None = None,
     subclasses: bool | None = None,
 ) -> Iterator[Conversion]:
     """A block in which an existing model is quantized; ``convert`` before and ``revert`` after it.
@@ -210,7 +210,9 @@ def quantized(
     Raises:
         ConversionError: See ``convert``.
     """
-    conversion = convert(model, skip, custom, recipe, plugins, include=include, subclasses=subclasses)
+    conversion = convert(
+        model, recipe, skip=skip, custom=custom, include=include, plugins=plugins, subclasses=subclasses
+    )
     try:
         yield conversion
     finally:

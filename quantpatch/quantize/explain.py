@@ -101,12 +101,12 @@ class Explanation:
 
 def explain(
     target: Any,
+    recipe: str | Recipe | None = None,
+    *,
     skip: Iterable[Pattern] | Pattern = (),
     custom: Iterable[EntryLike] | EntryLike = (),
-    recipe: str | Recipe | None = None,
-    plugins: Iterable[str] | None = None,
-    *,
     include: Iterable[Pattern] | Pattern = (),
+    plugins: Iterable[str] | None = None,
     subclasses: bool | None = None,
 ) -> Explanation:
     """Says what a block does with a class or function, and why.
@@ -115,11 +115,11 @@ def explain(
         target: The class or function, its dotted name (``"torch.nn.Linear"``), or the bare name of
             something that there is an entry for (``"Linear"``). A module that no entry names is imported to
             look at what the name means.
-        skip: As in ``quantize_modules``, like the rest.
+        recipe: As in ``quantize_modules``, like the rest.
+        skip: See there.
         custom: See there.
-        recipe: See there.
-        plugins: See there.
         include: See there.
+        plugins: See there.
         subclasses: See there.
 
     Returns:
@@ -130,7 +130,7 @@ def explain(
             ``plugins``.
         ScopeError: A bare name means several targets.
     """
-    return _Case(Options.of(skip, custom, recipe, plugins, include, subclasses)).explain(target)
+    return _Case(Options.of(recipe, skip, custom, include, plugins, subclasses)).explain(target)
 
 
 class _Case:

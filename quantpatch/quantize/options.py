@@ -27,31 +27,31 @@ class Options:
     """What to quantize and how; ``quantize_modules`` says what each of these is.
 
     Attributes:
+        recipe: A recipe or its name; None: that of the block around.
         skip: Targets to leave float.
         custom: Entries that override all others.
-        recipe: A recipe or its name; None: that of the block around.
-        plugins: Names of the plugins that take part; None: all of them.
         include: Targets to replace although they are left float by default.
+        plugins: Names of the plugins that take part; None: all of them.
         subclasses: Whether subclasses of targets are quantized as well; None: as in the block around.
         keep_float: Whether nothing is replaced at all.
     """
 
+    recipe: str | Recipe | None = None
     skip: tuple[Pattern, ...] = ()
     custom: tuple[EntryLike, ...] = ()
-    recipe: str | Recipe | None = None
-    plugins: tuple[str, ...] | None = None
     include: tuple[Pattern, ...] = ()
+    plugins: tuple[str, ...] | None = None
     subclasses: bool | None = None
     keep_float: bool = False
 
     @classmethod
     def of(
         cls,
+        recipe: str | Recipe | None,
         skip: Iterable[Pattern] | Pattern,
         custom: Iterable[EntryLike] | EntryLike,
-        recipe: str | Recipe | None,
-        plugins: Iterable[str] | None,
         include: Iterable[Pattern] | Pattern,
+        plugins: Iterable[str] | None,
         subclasses: bool | None,
     ) -> Options:
         """What a user gave, where a single item may stand for a list of one.
@@ -59,12 +59,13 @@ class Options:
         Raises:
             ScopeError: One of them is of another type.
         """
+        _demand_recipe(recipe)
         return cls(
+            recipe=recipe,
             skip=_several(skip, "skip", (str, type)),
             custom=_several([custom] if _is_bare_entry(custom) else custom, "custom", (Entry,)),
-            recipe=recipe,
-            plugins=None if plugins is None else _several(plugins, "plugins", (str,)),
             include=_several(include, "include", (str, type)),
+            plugins=None if plugins is None else _several(plugins, "plugins", (str,)),
             subclasses=subclasses,
         )
 
@@ -124,13 +125,25 @@ def _several(given: Any, argument: str, single: tuple[type, ...]) -> tuple[Any, 
         return (given,)
     if isinstance(given, Iterable) and not isinstance(given, (bytes, dict, nn.Module)):
         return tuple(given)
+    raise ScopeError(f"{argument} takes a list, not {reprlib.repr(given)}")
+
+
+def _demand_recipe(given: Any) -> None:
+    """Checks what came first, where users of other libraries expect a model, a function or a list."""
+    if given is None or isinstance(given, (str, Recipe)):
+        return
     if isinstance(given, nn.Module):
         raise ScopeError(
-            f"{argument} takes a list, not a model ({type(given).__name__}). quantize_modules() is for "
-            f"code that builds a model; one that is there already is quantized by qp.convert(model)"
+            f"quantize_modules takes a recipe, not a model ({type(given).__name__}). It is for code that "
+            f"builds a model; one that is there already is quantized by qp.convert(model)"
         )
-    hint = "; write @quantize_modules() with parentheses" if inspect.isfunction(given) else ""
-    raise ScopeError(f"{argument} takes a list, not {reprlib.repr(given)}{hint}")
+    if inspect.isfunction(given):
+        hint = "write @quantize_modules() with parentheses"
+    elif isinstance(given, (type, Iterable)):
+        hint = "layers to leave float are given as skip=[...], entries as custom=[...]"
+    else:
+        hint = "such as recipe='int8', or Recipe(name='mine', input=QuantDescriptor(...))"
+    raise ScopeError(f"recipe takes a recipe or its name, not {reprlib.repr(given)}: {hint}")
 
 
 def _is_bare_entry(given: Any) -> bool:

@@ -224,19 +224,19 @@ class Scope:
 
 
 def quantize_modules(
+    recipe: str | Recipe | None = None,
+    *,
     skip: Iterable[Pattern] | Pattern = (),
     custom: Iterable[EntryLike] | EntryLike = (),
-    recipe: str | Recipe | None = None,
-    plugins: Iterable[str] | None = None,
-    *,
     include: Iterable[Pattern] | Pattern = (),
+    plugins: Iterable[str] | None = None,
     subclasses: bool | None = None,
 ) -> Scope:
     """Every layer constructed inside the block comes out as its quantized version.
 
     ::
 
-        with quantize_modules(skip=["ConvTranspose2d"], recipe="int8") as scope:
+        with quantize_modules("int8", skip=["ConvTranspose2d"]) as scope:
             model = build_model()
 
     The class itself is watched, not its name: it does not matter how the code imported its layers.
@@ -244,16 +244,16 @@ def quantize_modules(
     was. Inside another block, this one starts from what the other replaces.
 
     Args:
+        recipe: How to quantize: a recipe or its name. Default: that of the enclosing block, else int8. Rules
+            in it are applied when the block ends, to the models that were built inside.
         skip: Targets to leave float: class names (``"Linear"``), dotted names (``"torch.nn.Linear"``),
             globs (``"AvgPool*"``) or classes; of targets, or of subclasses of one.
         custom: Entries ``(module, name, replacement)`` of your own; they override plugins and
             built-ins, and ``skip`` does not remove them. A function is replaced under its name in its module,
             not where it was imported earlier under a name of its own.
-        recipe: How to quantize: a recipe or its name. Default: that of the enclosing block, else int8. Rules
-            in it are applied when the block ends, to the models that were built inside.
-        plugins: Names of the installed plugins that take part; default: all of them.
         include: Targets that are left float by default and that you want replaced, such as
             ``"Embedding"``.
+        plugins: Names of the installed plugins that take part; default: all of them.
         subclasses: Whether a subclass of a target is quantized as well, as long as it leaves ``forward`` and
             what that uses as they are. What cannot be is in ``skipped``, with the reason. Default: as in the
             enclosing block, else False.
@@ -270,7 +270,7 @@ def quantize_modules(
             block ends: PyTorch is what it was, and the models are quantized as without rules).
         UnknownNameError: Nothing goes by a name in ``skip``, ``include``, ``recipe`` or ``plugins``.
     """
-    return Scope(Options.of(skip, custom, recipe, plugins, include, subclasses))
+    return Scope(Options.of(recipe, skip, custom, include, plugins, subclasses))
 
 
 def keep_float() -> Scope:

@@ -73,7 +73,7 @@ def test_calibration_fills_the_tensors_that_were_there(recipe):
     for quantizer in named_quantizers(model).values():
         quantizer.amax = None
     assert set(ranges(model).values()) == {None}
-    qp.calibrate(model, [X], "percentile", percentile=90.0)
+    qp.calibrate(model, [X], method="percentile", percentile=90.0)
     assert all(tensor is before[name] for name, tensor in ranges(model).items())
 
 

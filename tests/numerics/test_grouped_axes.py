@@ -51,7 +51,7 @@ def by_channel(made: nn.Module, method: str = "max") -> torch.Tensor:
     for channel in range(made.out_channels):
         part = of_channel(made, made.weight.detach(), channel)
         quantizer = qp.TensorQuantizer(qp.QuantDescriptor(narrow_range=True))
-        qp.calibrate(quantizer, [part], method, progress=False)
+        qp.calibrate(quantizer, [part], method=method, progress=False)
         of_channel(made, expected, channel).copy_(quantizer(part))
     return expected
 

@@ -123,14 +123,14 @@ def test_ranges_are_calibrated_and_quantizing_afterwards(batches):
 @pytest.mark.parametrize("method", ["max", "moving_average", "entropy", "mse", "percentile", "sqnr"])
 def test_every_built_in_method_gives_a_range_within_the_data(method, batches):
     model = build()
-    qp.calibrate(model, batches, method)
+    qp.calibrate(model, batches, method=method)
     amax = model[0].input_quantizer.amax
     assert 0 < amax <= torch.cat(batches).abs().max() * (1 + 1 / 1024)
 
 
 def test_options_reach_the_calibrators_of_activations_only(batches):
     model = build()
-    qp.calibrate(model, batches, "percentile", percentile=50.0)
+    qp.calibrate(model, batches, method="percentile", percentile=50.0)
     values = torch.cat(batches).abs()
     assert model[0].input_quantizer.amax == pytest.approx(values.median().item(), rel=0.01)
     assert torch.equal(
@@ -167,7 +167,7 @@ def test_a_callable_gets_the_model_and_runs_it_without_gradients(batches):
 
 def test_the_block_leaves_the_loop_to_the_user(batches):
     model = build()
-    with qp.calibrating(model, "max"):
+    with qp.calibrating(model, method="max"):
         for batch in batches:
             model(batch)
     assert model[0].input_quantizer.amax == torch.cat(batches).abs().max()
@@ -452,14 +452,14 @@ def test_calibrating_inside_calibrating_is_an_error(batches):
 def test_an_unknown_method_is_an_error_with_near_misses(batches):
     model = build()
     with pytest.raises(UnknownNameError, match="Did you mean 'entropy'"):
-        qp.calibrate(model, batches, "entropi")
+        qp.calibrate(model, batches, method="entropi")
     assert states(model) == states(build())
 
 
 def test_an_option_that_the_method_does_not_have_is_an_error_that_lists_those_it_has(batches):
     model = build()
     with pytest.raises(CalibrationError, match="'percentile' has no option 'percent'.*num_bins, percentile"):
-        qp.calibrate(model, batches, "percentile", percent=99.0)
+        qp.calibrate(model, batches, method="percentile", percent=99.0)
     assert states(model) == states(build())
 
 
@@ -544,7 +544,7 @@ def calibrated_by(rank, world, method="max", fault=""):
     if rank == 1 and fault == "start":
         method = "entropi"
     try:
-        qp.calibrate(model, batches, method)
+        qp.calibrate(model, batches, method=method)
     except Exception as error:
         assert {q.amax for q in named_quantizers(model).values()} == {None}
         assert model.training
@@ -626,7 +626,7 @@ def test_the_calibrator_of_an_installed_distribution_is_found_by_its_name(instal
         with qp.quantize_modules():
             layer = torch.nn.Linear(4, 3)
         x = torch.arange(1.0, 401).reshape(100, 4)
-        qp.calibrate(layer, x, "share", share=0.25)
+        qp.calibrate(layer, x, method="share", share=0.25)
         print(layer.input_quantizer.amax.item())
     """
     done = subprocess.run(

@@ -206,7 +206,7 @@ def test_skip_that_matches_nothing_is_an_error(skip) -> None:
     ],
 )
 def test_skip_that_matches_nothing_tells_what_to_write(skip, advice) -> None:
-    with pytest.raises(UnknownNameError) as caught, quantize_modules(skip):
+    with pytest.raises(UnknownNameError) as caught, quantize_modules(skip=skip):
         pass
     assert advice in str(caught.value)
 
@@ -1035,7 +1035,7 @@ def test_the_repr_shows_what_was_given() -> None:
     assert repr(quantize_modules()) == "quantize_modules()"
     assert (
         repr(quantize_modules(skip=["Linear"], recipe="int4"))
-        == "quantize_modules(skip=('Linear',), recipe='int4')"
+        == "quantize_modules(recipe='int4', skip=('Linear',))"
     )
 
 

@@ -162,12 +162,12 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
 def test_one_pass_over_the_data_gives_what_two_give(method: str, options: Any, learn: bool) -> None:
     descriptor, data = qp.QuantDescriptor(learn_amax=learn), [SKEWED, 0.5 * SKEWED]
     two, one, block = (uncalibrated(descriptor) for _ in range(3))
-    qp.calibrate(two, data, method, progress=False, **options)
+    qp.calibrate(two, data, method=method, progress=False, **options)
     found = qp.fit_zero_points(two, data)
     assert len(set(found.values())) == 2
-    qp.calibrate(one, iter(data), method, zero_points=True, progress=False, **options)
+    qp.calibrate(one, iter(data), method=method, zero_points=True, progress=False, **options)
     assert_same(one, two)
-    with qp.calibrating(block, method, zero_points=True, **options):
+    with qp.calibrating(block, method=method, zero_points=True, **options):
         for x in data:
             block(x)
     assert_same(block, two)
@@ -179,16 +179,16 @@ def test_one_pass_over_the_data_gives_what_two_give(method: str, options: Any, l
 def test_a_threshold_is_that_for_the_integers_that_the_longer_side_gets(sign: int, method: str) -> None:
     x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     relu = uncalibrated()
-    qp.calibrate(relu, x.relu(), method, zero_points=True, progress=False)
+    qp.calibrate(relu, x.relu(), method=method, zero_points=True, progress=False)
     known = uncalibrated(qp.QuantDescriptor(unsigned=True))
-    qp.calibrate(known, x.relu(), method, progress=False)
+    qp.calibrate(known, x.relu(), method=method, progress=False)
     assert relu[0].input_quantizer.format.name == "uint8"
     assert relu[0].input_quantizer.amax == known[0].input_quantizer.amax
 
     x = sign * nn.functional.gelu(3 * x)
     one, two = uncalibrated(), uncalibrated()
-    qp.calibrate(one, x, method, zero_points=True, progress=False)
-    qp.calibrate(two, x, method, progress=False)
+    qp.calibrate(one, x, method=method, zero_points=True, progress=False)
+    qp.calibrate(two, x, method=method, progress=False)
     qp.fit_zero_points(two, x)
     format, before = one[0].input_quantizer.format, two[0].input_quantizer.format
     calibrator = qp.registry.calibrator(method)(longer_side(before))
@@ -237,7 +237,7 @@ def test_nothing_is_set_and_nothing_watches_any_more_when_it_fails(
         name: dict(q._forward_pre_hooks) for name, q in qp.layers.quantizer.named_quantizers(model).items()
     }
     with pytest.raises(KeyboardInterrupt if fails == "data" else CalibrationError) as caught:
-        qp.calibrate(model, data(), "bad", zero_points=True, progress=False)
+        qp.calibrate(model, data(), method="bad", zero_points=True, progress=False)
     if fails == "range":
         assert "0.input_quantizer: NoRangeForUnsigned gives a range that is none" in str(caught.value)
     for name, quantizer in qp.layers.quantizer.named_quantizers(model).items():
@@ -351,7 +351,9 @@ def run_rank(rank: int, folder: str) -> None:
     except CalibrationError as error:
         found["error"] = str(error)
     model = uncalibrated()
-    qp.calibrate(model, [SKEWED.clamp_min(0) if rank else SKEWED], "mse", zero_points=True, progress=False)
+    qp.calibrate(
+        model, [SKEWED.clamp_min(0) if rank else SKEWED], method="mse", zero_points=True, progress=False
+    )
     found["calibrated"] = model.state_dict()
     try:
         qp.calibrate(uncalibrated(), [SKEWED], zero_points=bool(rank), progress=False)
@@ -370,7 +372,7 @@ def test_every_rank_has_the_zero_point_of_the_data_of_all(by_ranks: Callable[...
     for found in (first, second):
         assert "looks for the zero points of other quantizers" in found.pop("only one looks for them")
     alone = uncalibrated()
-    qp.calibrate(alone, [SKEWED, SKEWED.clamp_min(0)], "mse", zero_points=True, progress=False)
+    qp.calibrate(alone, [SKEWED, SKEWED.clamp_min(0)], method="mse", zero_points=True, progress=False)
     for state in (first.pop("calibrated"), second.pop("calibrated")):
         assert state.keys() == alone.state_dict().keys()
         assert all(torch.equal(value, state[key]) for key, value in alone.state_dict().items())

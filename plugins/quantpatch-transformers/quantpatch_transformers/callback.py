@@ -99,7 +99,7 @@ class QuantPatchCallback(TrainerCallback):
             qp.calibrate(
                 model,
                 self._batches(loader, args),
-                self.method,
+                method=self.method,
                 existing=self.existing,
                 strict=self.strict,
                 progress=state.is_world_process_zero and not args.disable_tqdm,

@@ -234,7 +234,9 @@ class QuantPatchQuantizer(HfQuantizer):
                 f"{type(model).__name__} was built inside a block, which has quantized it already. Leave out "
                 f"quantization_config=QuantPatchConfig(...), or load it outside the block"
             )
-        qp.convert(model, config.skip, (), config.recipe, config.plugins, include=config.include)
+        qp.convert(
+            model, skip=config.skip, recipe=config.recipe, plugins=config.plugins, include=config.include
+        )
         if config.attention:
             quantize_attention(model, config.recipe)
         if config.rules:

@@ -90,7 +90,7 @@ def test_the_ranges_are_those_of_calibrating_on_the_same_batches(tmp_path):
     drawn = torch.tensor(data.asked[:8])
     assert len(set(drawn.tolist())) == 8
     by_hand = quantized()
-    qp.calibrate(by_hand, list(data.rows[drawn].split(4)), "mse", progress=False)
+    qp.calibrate(by_hand, list(data.rows[drawn].split(4)), method="mse", progress=False)
     mine, theirs = ranges(model), ranges(by_hand)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)

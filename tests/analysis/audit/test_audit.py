@@ -712,7 +712,7 @@ def test_weights_that_changed_since_their_ranges_were_found_are_named(recipe, me
     with qp.quantize_modules(recipe=recipe):
         model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 8))
     x = torch.randn(4, 16)
-    qp.calibrate(model, [x], method, weight_method=method)
+    qp.calibrate(model, [x], method=method, weight_method=method)
     assert qp.audit(model, x).outgrown == ()
     model[0].weight.data += 0.2 * torch.randn(32, 4) @ torch.randn(4, 16)  # as PEFT merges an adapter
     report = qp.audit(model, x)
@@ -720,7 +720,7 @@ def test_weights_that_changed_since_their_ranges_were_found_are_named(recipe, me
     assert report.outgrown[0][1] > 4
     assert "0.weight_quantizer (" in " ".join(str(report).split())  # wherever the line breaks
     assert "qp.calibrate(model, data, existing='overwrite')" in " ".join(str(report).split())
-    qp.calibrate(model, [x], method, weight_method=method, existing="overwrite")
+    qp.calibrate(model, [x], method=method, weight_method=method, existing="overwrite")
     assert qp.audit(model, x).outgrown == ()
 
 

@@ -1,7 +1,7 @@
 """Whole models under ``torch.compile``: quantized and compiled, to float and compiled; and graph breaks.
 
 Compiling takes most of the time, so the encoder has two layers and the ResNet a block a stage. In eval mode a
-compiled model quantizes its weights in each call; ``fold_weights`` spares it that, which is told beside it.
+compiled model quantizes its weights in each call; ``folded_weights`` spares it that, which is told beside it.
 ``torch.compile`` leaves an LSTM uncompiled, float or quantized: its rows compare what runs then.
 """
 
@@ -73,7 +73,7 @@ def times() -> list[dict[str, Any]]:
             measured = medians(runs, repeats=15)
             ratios = {}
             if kind == "eval" and whole:
-                with qp.fold_weights(quantized):
+                with qp.folded_weights(quantized):
                     folded = medians(runs, repeats=15)
                 ratios["ours with folded weights"] = folded["ours"] / folded["float"]
             found.append(

@@ -241,7 +241,7 @@ def test_folded_weights_are_quantized_in_no_call_and_undone_again():
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         before = compiled(x)
-        with qp.fold_weights(model):
+        with qp.folded_weights(model):
             assert torch.equal(compiled(x), before)
         assert torch.equal(compiled(x), before)
         change_weight(model)

@@ -15,7 +15,7 @@ from quantpatch.export.prepare import (
     FoldedWeights,
     Preparation,
     fold_batchnorm,
-    fold_weights,
+    folded_weights,
     prepare,
 )
 
@@ -32,7 +32,7 @@ __all__ = [
     "export_onnx",
     "float_state_dict",
     "fold_batchnorm",
-    "fold_weights",
+    "folded_weights",
     "load",
     "prepare",
     "save",

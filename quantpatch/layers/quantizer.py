@@ -4,7 +4,7 @@ Its tensors, the range and the zero point, are held by :mod:`quantpatch.layers.r
 
 Every call quantizes the tensor that it is given, a weight too. Nothing is remembered from one call to the
 next, so a change made in whatever way (``weight.data``, a numpy view, another thread) is seen by the next.
-:func:`quantpatch.fold_weights` is for those who can promise that weights stay as they are.
+:func:`quantpatch.folded_weights` is for those who can promise that weights stay as they are.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def test_folded_copied_and_pickled_it_computes_the_same() -> None:
     expected = made(x)
     for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert torch.equal(twin(x), expected)
-    with qp.fold_weights(made) as folded:
+    with qp.folded_weights(made) as folded:
         assert folded.folded == ("weight",)
         assert torch.equal(made(x), expected)
     assert "weight_quantizer" not in str(qp.audit(made, x))  # as one whose range the weight outgrew

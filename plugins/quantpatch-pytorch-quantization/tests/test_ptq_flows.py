@@ -304,7 +304,7 @@ def test_a_summary_lists_the_toolkits_quantizers(calibrated):
         ("fit_zero_points", lambda m, path: qp.fit_zero_points(m, [torch.randn(2, 1, 4, 4)])),
         ("configure", lambda m, path: qp.configure(m, {"*": "int4"})),
         ("sensitivity", lambda m, path: qp.sensitivity(m, lambda model: 0.0)),
-        ("fold_weights", lambda m, path: qp.fold_weights(m)),
+        ("folded_weights", lambda m, path: qp.folded_weights(m)),
         ("float_state_dict", lambda m, path: qp.float_state_dict(m)),
     ],
 )

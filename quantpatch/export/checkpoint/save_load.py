@@ -78,7 +78,7 @@ def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The ``state_dict`` without the quantizers' ranges: loads strictly into the float model.
 
     The float model of one whose batch norm was folded is the float model with its batch norm folded, and
-    within ``fold_weights`` the weights are the quantized ones.
+    within ``folded_weights`` the weights are the quantized ones.
 
     Args:
         model: A quantized model, in whatever state.

@@ -111,7 +111,7 @@ def disabled() -> Net:
 
 def with_folded_weights() -> Net:
     model = calibrated()
-    assert qp.fold_weights(model).folded
+    assert qp.folded_weights(model).folded
     return model
 
 

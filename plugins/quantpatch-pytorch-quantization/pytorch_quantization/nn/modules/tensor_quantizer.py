@@ -56,7 +56,7 @@ class TensorQuantizer(nn.Module):
         "export_onnx": "with quant_modules.enable_onnx_export(): torch.onnx.export(...)",
         "fit_zero_points": "nothing: ranges of the toolkit are symmetric",
         "float_state_dict": "{k: v for k, v in model.state_dict().items() if '_quantizer' not in k}",
-        "fold_weights": "pytorch_quantization.optim.helper.quant_weight_inplace(model)",
+        "folded_weights": "pytorch_quantization.optim.helper.quant_weight_inplace(model)",
         "load": "model.load_state_dict(torch.load(path))",
         "prepare": "with quant_modules.enable_onnx_export(): torch.onnx.export(...)",
         "save": "torch.save(model.state_dict(), path)",

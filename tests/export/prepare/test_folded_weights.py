@@ -1,4 +1,4 @@
-"""fold_weights: the same outputs from weights that are quantized already, and the way back."""
+"""folded_weights: the same outputs from weights that are quantized already, and the way back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.errors import ExportError
-from quantpatch.export.prepare.fold_weights import fold_weights
+from quantpatch.export.prepare.folded_weights import folded_weights
 from quantpatch.layers.quantizer import named_quantizers
 
 
@@ -38,7 +38,7 @@ def test_same_outputs_and_back_bit_for_bit() -> None:
     expected = model(x)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     parameters = list(model.parameters())
-    with fold_weights(model) as folded:
+    with folded_weights(model) as folded:
         assert folded.folded == ("a.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0")
         assert model.a.weight_quantizer.disabled
         assert model.b.weight_quantizer.disabled
@@ -52,7 +52,7 @@ def test_same_outputs_and_back_bit_for_bit() -> None:
 
 def test_undo_is_done_once() -> None:
     model = calibrated()
-    folded = fold_weights(model)
+    folded = folded_weights(model)
     folded.undo()
     model.a.weight_quantizer.disable()
     folded.undo()
@@ -76,7 +76,7 @@ def resize(model: nn.Module) -> None:
 def test_changed_weights_are_named_and_keep_their_new_values_and_the_others_come_back(change) -> None:
     model = calibrated()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    folded = fold_weights(model)
+    folded = folded_weights(model)
     change(model)
     new = model.a.weight.detach().clone()
     with pytest.raises(ExportError, match=r"changed since they were folded: a\.weight\. They keep"):
@@ -91,7 +91,7 @@ def test_what_ended_the_block_is_not_hidden_by_weights_that_changed() -> None:
     model = calibrated()
 
     def evaluate() -> None:
-        with fold_weights(model):
+        with folded_weights(model):
             step(model)
             raise KeyError("of the body")
 
@@ -103,7 +103,7 @@ def test_what_ended_the_block_is_not_hidden_by_weights_that_changed() -> None:
 def test_a_model_that_was_cast_inside_gets_its_old_weights_in_the_new_dtype() -> None:
     model = calibrated()
     before = model.a.weight.detach().clone()
-    with fold_weights(model):
+    with folded_weights(model):
         model.double()
     assert torch.equal(model.a.weight, before.double())
 
@@ -117,7 +117,7 @@ def test_an_error_half_way_leaves_nothing_folded(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(model.rnn.weight_hh_l0_quantizer, "disable", out_of_memory)
     with pytest.raises(MemoryError):
-        fold_weights(model)
+        folded_weights(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(q.disabled for q in named_quantizers(model).values())
 
@@ -126,7 +126,7 @@ def test_a_table_that_its_layer_renormalizes_in_place_is_left() -> None:
     with qp.quantize_modules(include=["Embedding"]):
         table = nn.Embedding(5, 4, max_norm=0.5).eval()
     qp.calibrate(table, [torch.arange(5)], progress=False)
-    with fold_weights(table) as folded:
+    with folded_weights(table) as folded:
         assert folded.folded == ()
         assert "max_norm" in folded.skipped["weight"]
         table(torch.arange(5))
@@ -135,7 +135,7 @@ def test_a_table_that_its_layer_renormalizes_in_place_is_left() -> None:
 def test_a_weight_that_a_float_layer_uses_is_left() -> None:
     model = calibrated()
     model.b.weight_quantizer.disable()
-    with fold_weights(model) as folded:
+    with folded_weights(model) as folded:
         assert "tied" in folded.skipped["a.weight"]
         assert "a.weight" not in folded.folded
 
@@ -145,7 +145,7 @@ def test_a_weight_that_is_quantized_in_two_ways_is_left() -> None:
     model.b.weight_quantizer.amax = model.b.weight_quantizer.amax * 2
     x = torch.randn(5, 2, 6)
     expected = model(x)
-    with fold_weights(model) as folded:
+    with folded_weights(model) as folded:
         assert set(folded.skipped) == {"a.weight", "b.weight"}
         assert torch.equal(model(x), expected)
 
@@ -158,10 +158,10 @@ def test_a_parametrized_weight_is_left() -> None:
     model = Normed()
     qp.convert(model)
     qp.calibrate(model.eval(), [torch.randn(3, 6)], progress=False)
-    with fold_weights(model) as folded:
+    with folded_weights(model) as folded:
         assert "parametrization" in folded.skipped["0.weight"]
 
 
 def test_training_mode_is_refused() -> None:
     with pytest.raises(ExportError, match=r"model\.eval\(\)"):
-        fold_weights(calibrated().train())
+        folded_weights(calibrated().train())

@@ -1,4 +1,4 @@
-"""``fold_weights``: weights that hold their quantized values, so that evaluation quantizes no weight."""
+"""``folded_weights``: weights that hold their quantized values, so that evaluation quantizes no weight."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.torch_tools.forward import demand_model
 
-__all__ = ["FoldedWeights", "fold_weights"]
+__all__ = ["FoldedWeights", "folded_weights"]
 
 
 @attrs.define
 class FoldedWeights:
-    """What ``fold_weights`` did; ``undo()``, or the end of a ``with`` block, takes it back.
+    """What ``folded_weights`` did; ``undo()``, or the end of a ``with`` block, takes it back.
 
     Attributes:
         folded: Names of the weights that hold their quantized values now.
@@ -50,7 +50,7 @@ class FoldedWeights:
             raise ExportError(
                 f"these weights changed since they were folded: {', '.join(changed)}. They keep their new "
                 f"values, which were used unquantized until now; the others have their old ones back. End "
-                f"fold_weights before training, pruning or loading weights",
+                f"folded_weights before training, pruning or loading weights",
                 quantizers=tuple(changed),
             )
 
@@ -68,7 +68,7 @@ class FoldedWeights:
             warn_caller(str(changed))  # what ended the block matters more
 
 
-def fold_weights(model: nn.Module) -> FoldedWeights:
+def folded_weights(model: nn.Module) -> FoldedWeights:
     """Puts quantized values into the weights and disables their quantizers, for evaluation.
 
     The model computes the same, bit for bit, without quantizing its weights in every forward pass. You
@@ -77,7 +77,7 @@ def fold_weights(model: nn.Module) -> FoldedWeights:
     kept for ``undo``, and as much again to see such changes. Code of the model's own that reads a weight
     beside its layer, as ``F.linear(x, self.embedding.weight)`` does, finds the quantized values::
 
-        with qp.fold_weights(model):
+        with qp.folded_weights(model):
             evaluate(model)
 
     Args:
@@ -89,9 +89,9 @@ def fold_weights(model: nn.Module) -> FoldedWeights:
     Raises:
         ExportError: The model is in training mode, where folding would change what is trained.
     """
-    demand_model(model, "fold_weights")
+    demand_model(model, "folded_weights")
     if model.training:
-        raise ExportError("fold_weights is for evaluation, and the model is training: write model.eval()")
+        raise ExportError("folded_weights is for evaluation, and the model is training: write model.eval()")
     users: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():

@@ -40,6 +40,8 @@ _calls = _Calls()
 _lock = threading.Lock()
 # Where a class says which of its attributes have ever had a stand-in.
 _NAMES: Final = "_with_stand_ins"
+# Whether torch.compile takes layer.__dict__["name"] for layer.name, which is the property again, without end.
+_COMPILES_TO_ITSELF: Final = torch.__version__ < "2.12"
 
 
 def call_with(
@@ -180,7 +182,12 @@ class _StandIn(Overlay):
 
         def plain(layer: Any) -> Any:
             own = layer.__dict__
-            return own[name] if name in own else layer.__getattr__(name)
+            if name not in own:
+                return layer.__getattr__(name)
+            if _COMPILES_TO_ITSELF and torch.compiler.is_dynamo_compiling():
+                kind = type(layer).__name__
+                torch._dynamo.graph_break(msg=f"{name!r} of {kind} is in the same graph from torch 2.12 on")
+            return own[name]
 
         return plain
 

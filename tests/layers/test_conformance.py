@@ -81,6 +81,8 @@ TRACED = [
 @pytest.mark.parametrize(("check", "case"), [(check, case) for check, cases in TRACED for case in cases])
 def test_tracing(check, case):
     assert {check for check, _ in TRACED} == set(SLOW)
+    if (check, case) == ("compiled", "Embedding-plain") and torch.__version__ < "2.12":
+        pytest.skip("in more than one graph, if embeddings with max_norm have run before")
     make(check, next(example for example in CASES if short(example) == case))
 
 

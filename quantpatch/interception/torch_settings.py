@@ -37,6 +37,13 @@ class Setting:
         self.put(self.old)
 
 
+def _default_device() -> torch.device:
+    try:
+        return torch.get_default_device()
+    except AttributeError:  # torch 2.8, once it has been set to None
+        return torch.device("cpu")
+
+
 def _put_device(device: torch.device) -> None:
     # None takes away the mode that makes every new tensor go to a device.
     torch.set_default_device(None if device == torch.device("cpu") else device)
@@ -48,7 +55,7 @@ def _put_deterministic(state: tuple[bool, bool]) -> None:
 
 _SETTINGS: tuple[tuple[str, Callable[[], Any], Callable[[Any], object]], ...] = (
     ("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
-    ("the default device", torch.get_default_device, _put_device),
+    ("the default device", _default_device, _put_device),
     ("whether gradients are recorded", torch.is_grad_enabled, torch._C._set_grad_enabled),
     (
         "the precision of float32 products",

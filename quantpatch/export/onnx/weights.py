@@ -38,7 +38,7 @@ def weights_for_onnxruntime(graph: Any) -> None:
     """Weights that no kernel takes as integers become floats once loaded: codes, cast, and times the scale.
 
     ONNX Runtime computes that when it loads the file, and packs the floats for its kernels. The product is
-    the same, and the file as small.
+    the same, and the file as small. Weights that are float in the model stay what they are.
 
     Args:
         graph: An ``onnx_ir.Graph``; changed in place.
@@ -51,11 +51,12 @@ def weights_for_onnxruntime(graph: Any) -> None:
         weight = node.outputs[0]
         if weight.is_graph_output() or _takes_codes(node):
             continue
-        products = [use.node for use in weight.uses()]
         fold_weight(graph, node)
-        for product in products:
-            if product.op_type in _CONVOLUTIONS and quantizers_behind(product.outputs[0])[0]:
-                _guard(graph, product)
+    for node in list(graph):
+        if node.op_type not in _CONVOLUTIONS or maker(node.inputs[1], "DequantizeLinear") is not None:
+            continue
+        if node.inputs[0].producer() is not None and quantizers_behind(node.outputs[0])[0]:
+            _guard(graph, node)
 
 
 def _takes_codes(dequantized: Any) -> bool:
@@ -189,10 +190,11 @@ def _integers(graph: Any, values: list[int]) -> Any:
 
 
 def _guard(graph: Any, convolution: Any) -> None:
-    """Gives a convolution with folded weights a bias that is computed: of signs, times the magnitudes.
+    """Gives a convolution of float weights a bias that is computed: of signs, times the magnitudes.
 
-    Between quantized values ONNX Runtime quantizes weights that are float once loaded, with one scale for all
-    channels, unless the bias is no constant. A sign times a magnitude is the same float, and takes no time.
+    Between quantized values ONNX Runtime quantizes weights that are float, or are once loaded, with one scale
+    for all channels, unless the bias is no constant. A sign times a magnitude is the same float, and takes no
+    time.
     """
     import numpy as np
     import onnx_ir as ir

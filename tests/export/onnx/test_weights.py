@@ -137,6 +137,25 @@ def test_transposed_convolutions_keep_the_scales_of_their_channels(
     torch.testing.assert_close(weight, model[2].weight_quantizer(model[2].weight), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_that_is_left_float_runs_on_floats_between_quantized_ones(
+    bias: bool, tmp_path: Path
+) -> None:
+    """ONNX Runtime would quantize its weight, with one scale for all channels."""
+    model = built(
+        nn.Conv2d(4, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, bias=bias), nn.ReLU(), nn.Conv2d(16, 4, 1)
+    )
+    with torch.no_grad():
+        model[2].weight *= torch.logspace(-2, 0, 16).reshape(-1, 1, 1, 1)
+    qp.configure(model, {"2": None})
+    exported = Exported(model, images(2, 4, 8, 8), tmp_path)
+    exported.assert_same()
+    assert exported.kernels["QLinearConv"] == 2
+    (node,) = (n for n in exported.optimized.graph.node if n.op_type in ("Conv", "FusedConv"))
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in exported.optimized.graph.initializer}
+    torch.testing.assert_close(torch.from_numpy(constants[node.input[1]].copy()), model[2].weight.detach())
+
+
 @pytest.mark.parametrize("opset", [19, 20])
 def test_opsets_before_21_are_for_runtimes_that_want_integer_biases_and_cast_no_four_bits(
     opset: int, tmp_path: Path

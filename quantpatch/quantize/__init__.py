@@ -1,7 +1,7 @@
 """The verbs: blocks, ``convert`` and ``revert``, ``configure``, ``calibrate``, ``explain``.
 
-What decides is here too: ``targets.py`` what a target is, ``resolve.py`` which class replaces which and why,
-``outcome.py`` what came of it.
+What decides is here too: ``targets.py`` what a target is, ``compose.py`` which entry wins for it,
+``resolve.py`` what becomes of a class and ``reasons.py`` why, ``outcome.py`` what came of it.
 """
 
 from quantpatch.quantize.calibrate import calibrate, calibrating

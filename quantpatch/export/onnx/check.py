@@ -6,7 +6,6 @@ compared, and the integers that every quantizer gives.
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from quantpatch.dataflow import MOVING_NODES
 from quantpatch.errors import ExportError
 from quantpatch.export.onnx.comparison import Comparison
-from quantpatch.export.onnx.kernel_check import KernelCheck, check_kernels
-from quantpatch.export.onnx.latency import Latency, measure, on_floats
-from quantpatch.export.onnx.sessions import changed, session, session_options
+from quantpatch.export.onnx.latency import Latency, measure
+from quantpatch.export.onnx.optimized_check import check_optimized
+from quantpatch.export.onnx.sessions import changed, session_options
 from quantpatch.export.prepare.runtimes import ExportedQuantizer, codes_name
 from quantpatch.layers.lowering import Lowering, lowered
 from quantpatch.numerics.fake_quant import fake_quantize, quantize
 from quantpatch.numerics.formats import Integer
 
-__all__ = ["compare_with_torch", "steps_of_outputs"]
+__all__ = ["compare_with_torch"]
 
 
 def compare_with_torch(
@@ -59,7 +57,7 @@ def compare_with_torch(
         return Comparison(not_run="ONNX Runtime's CPU provider has no kernels of bfloat16")
     totals, runs, not_random = _as_written(model, args, kwargs, path, found)
     largest, relative, integers, differing, mismatching = zip(*totals, strict=True)
-    within, kernels, left = _optimized(path, runs, found) if optimized else (None, None, ())
+    within, kernels, left = check_optimized(path, runs, found) if optimized else (None, None, ())
     latency = None
     if float_path is not None:
         latency = Latency(*measure(path, float_path, runs[0][0]), left)
@@ -231,82 +229,6 @@ def _differences(outputs: list[Tensor], results: list[Any]) -> tuple[float, floa
             largest = max(largest, difference.max().item())
             relative = max(relative, difference.max().item() / max(ours.abs().max().item(), 1e-30))
     return largest, relative
-
-
-def _largest(x: Tensor) -> float:
-    """The largest finite magnitude."""
-    finite = x[x.isfinite()]
-    return finite.abs().max().item() if finite.numel() else 0.0
-
-
-def _optimized(
-    path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], found: list[ExportedQuantizer]
-) -> tuple[float, KernelCheck, tuple[str, ...]]:
-    """What comes of ONNX Runtime's optimizations.
-
-    The share of outputs within a step of the model's, the kernels, and the layers that run on floats.
-    """
-    import onnx
-
-    graph = path.with_name(f"{path.name}.optimized")
-    try:
-        within = _within_step(path, runs, graph)
-        kernels = check_kernels(path, graph, [feed for feed, _ in runs])
-        file, optimized = (onnx.load(str(each), load_external_data=False) for each in (path, graph))
-        return within, kernels, on_floats(file, optimized, found)
-    finally:
-        for written in graph.parent.glob(f"{glob.escape(graph.name)}*"):
-            written.unlink()
-
-
-def _within_step(path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], graph: Path) -> float:
-    """The share of outputs within a step; ``graph`` is where ONNX Runtime leaves what it made of the file."""
-    options = session_options(optimized=True, written_to=graph)
-    count = within = 0
-    expected = [[output.detach().cpu().double() for output in outputs] for _, outputs in runs]
-    largest = [max(map(_largest, values)) / 127 for values in zip(*expected, strict=True)]
-    steps = [1.001 * max(each) for each in zip(largest, steps_of_outputs(path), strict=True)]
-    try:
-        opened = session(path, options)
-        for (feed, _), outputs in zip(runs, expected, strict=True):
-            for ours, theirs, step in zip(outputs, opened.run(None, feed), steps, strict=True):
-                theirs = torch.as_tensor(theirs).double()
-                same = (ours == theirs) | (ours.isnan() & theirs.isnan())
-                within += int((same | ((ours - theirs).abs() <= step)).sum())
-                count += ours.numel()
-    except Exception as error:
-        raise ExportError(_not_optimized(error)) from error
-    return within / count if count else 1.0
-
-
-def _not_optimized(error: Exception) -> str:
-    import onnxruntime
-
-    said = f"ONNX Runtime {onnxruntime.__version__} cannot run the exported file with optimizations: {error}"
-    if "float8" not in str(error):
-        return said
-    return (
-        f"{said}\nThe optimizations of ONNX Runtime before 1.32 move FP8 into operators that do not take it. "
-        f"Upgrade it, use an int8 recipe, or pass check=False and run the file with its optimizations off"
-    )
-
-
-def steps_of_outputs(path: Path) -> list[float]:
-    """The step of each output that comes out of a quantizer of its own; 0 of the others."""
-    import onnx
-
-    graph = onnx.load(str(path), load_external_data=False).graph
-    makers = {name: node for node in graph.node for name in node.output}
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-
-    def step(name: str) -> float:
-        node = makers.get(name)
-        while node is not None and node.op_type in MOVING_NODES:
-            node = makers.get(node.input[0])
-        scale = None if node is None or node.op_type != "DequantizeLinear" else tensors.get(node.input[1])
-        return 0.0 if scale is None else float(onnx.numpy_helper.to_array(scale).max())
-
-    return [step(output.name) for output in graph.output]
 
 
 def _in_model(operand: ExportedQuantizer, values: Tensor, shape: torch.Size) -> Tensor:

@@ -15,8 +15,8 @@ from torch import nn
 import quantpatch as qp
 from quantpatch.errors import ExportError
 from quantpatch.export import ExportReport, export_onnx, prepare
-from quantpatch.export.onnx.check import steps_of_outputs
 from quantpatch.export.onnx.kernel_check import kernels_of
+from quantpatch.export.onnx.optimized_check import steps_of_outputs
 from quantpatch.export.onnx.sessions import session_options
 
 __all__ = [

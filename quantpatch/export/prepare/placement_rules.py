@@ -29,8 +29,8 @@ __all__ = ["Rules"]
 _FEW_CHANNELS = 4
 # A float kernel is as fast as an integer one up to about so many products for each output.
 _FEW_PRODUCTS = 32
-# A volume is copied for the integer kernel in pieces of about so many channels.
-_FEW_IN_VOLUMES = 16
+# What is copied for the integer kernel is worth it from about so many channels on that come in and out.
+_FEW_IN_VOLUMES, _FEW_IN_GROUPS = 16, 8
 # Activations that have no integer kernel.
 _FLOAT_ACTIVATIONS = frozenset(
     f"aten::{name}{end}" for name in ("gelu", "hardswish", "silu") for end in ("", "_")
@@ -57,6 +57,7 @@ class Rules:
         self._outputs = outputs
         self._modules = dict(model.named_modules())
         self._float: dict[Operator, QuantizedLayer] = {}
+        self._off: set[TensorQuantizer] = set()
         self._uses = Counter(o.quantizer for o in flow.operators if o.quantizer is not None)
 
     @property
@@ -68,7 +69,7 @@ class Rules:
         """The quantizers that a value goes into, moved at most, and nothing else does."""
         for operator in value.uses:
             if operator.quantizer is not None:
-                if self._uses[operator.quantizer] == 1:
+                if self._uses[operator.quantizer] == 1 and operator.quantizer not in self._off:
                     yield operator.quantizer
             elif traits(operator.name).moves:
                 for output in operator.outputs:
@@ -82,14 +83,16 @@ class Rules:
             layer = self._modules.get(operator.module)
             if not isinstance(layer, QuantizedLayer):
                 continue
-            if isinstance(layer, nn.Conv2d):
+            if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                continue
+            why = _why_slow_with_few_channels(layer)
+            if why is None and isinstance(layer, nn.Conv2d):
                 why = _why_slow_on_images(layer, operator)
-            else:
-                why = _why_slow_on_volumes(layer) if isinstance(layer, nn.Conv3d) else None
             own = layer.quantizers().values()
             if why is None or self._of_convolution(operator) is None or any(self._uses[q] > 1 for q in own):
                 continue
             self._float[operator] = layer
+            self._off.update(own)
             self.left[operator.module] = (
                 f"its quantizers are switched off, since ONNX Runtime is faster on floats {why}; enable() "
                 f"them if it shall be quantized nevertheless"
@@ -206,7 +209,7 @@ class Rules:
 
     def _takes_quantized(self, operator: Operator) -> bool:
         if operator.quantizer is not None:
-            return True
+            return operator.quantizer not in self._off
         used = [value for value in operator.outputs if value.uses or value.is_result]
         return _is_passed(operator) and bool(used) and all(map(self._is_settled, used))
 
@@ -266,20 +269,25 @@ def _why_slow_on_images(layer: nn.Conv2d, operator: Operator) -> str | None:
     )
 
 
-def _why_slow_on_volumes(layer: nn.Conv3d) -> str | None:
-    """When integers are slower in a convolution of volumes: a group has few channels.
+def _why_slow_with_few_channels(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
+    """When integers are slower in a convolution of volumes, or of groups: a group has few channels.
 
-    The integer kernel copies what each output needs, which takes as long for 1 channel as for 16 (16 outputs,
-    3 x 3 x 3, 16 x 16 x 16: 0.8 ms on one thread of an x86 with VNNI; on floats 0.2 ms from 3 channels, 0.9
-    from 12 and 1.1 from 16). With one channel to a group it has another way, for many groups at once.
+    The integer kernel copies what each output of a group needs, which takes as long for 1 channel as for 16
+    (16 outputs, 3 x 3 x 3, 16 x 16 x 16: 0.8 ms on one thread of an x86 with VNNI; on floats 0.2 ms from 3
+    channels, 0.9 from 12 and 1.1 from 16). Between convolutions on integers, groups of 4 channels take twice
+    as long as on floats, those of 1 channel that become 2 seven times, and those of 8 as long. Depthwise ones
+    have a kernel of their own, of volumes for many groups at once.
     """
     inside, outside = layer.in_channels // layer.groups, layer.out_channels // layer.groups
-    if inside == outside == 1 and layer.groups >= _FEW_IN_VOLUMES:
+    is_volume = isinstance(layer, nn.Conv3d)
+    if inside == outside == 1 and layer.groups >= (_FEW_IN_VOLUMES if is_volume else 2):
         return None
-    if inside >= _FEW_IN_VOLUMES // 2 and inside * outside >= _FEW_IN_VOLUMES**2:
-        return None
+    if is_volume:
+        is_slow = inside < _FEW_IN_VOLUMES // 2 or inside * outside < _FEW_IN_VOLUMES**2
+    else:
+        is_slow = layer.groups > 1 and inside * outside < _FEW_IN_GROUPS**2
     grouped = "" if layer.groups == 1 else " in each group"
-    return f"where volumes of {inside} channels become {outside}{grouped}"
+    return f"where {inside} channels become {outside}{grouped}" if is_slow else None
 
 
 def _quantizer_of(value: Value) -> TensorQuantizer | None:

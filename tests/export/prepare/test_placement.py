@@ -359,7 +359,6 @@ def test_images_stay_float_where_a_small_convolution_has_an_activation_without_a
     [
         (lambda: stem(nn.ReLU()), "ONNX Runtime's integer convolution gives what comes out of a ReLU"),
         (lambda: stem(nn.Hardswish(), size=7), "147 products are faster on integers"),
-        (lambda: stem(nn.Hardswish(), groups=3), "no images"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), stem(nn.Hardswish(), channels=4)), "four channels"),
         (
             lambda: nn.Sequential(nn.Conv2d(3, 12, 1), nn.Flatten(), nn.Hardswish()),
@@ -376,10 +375,10 @@ def test_other_convolutions_of_images_are_quantized(first, why: str) -> None:
 @pytest.mark.parametrize(
     ("inside", "outside", "groups", "text"),
     [
-        (3, 96, 1, "volumes of 3 channels become 96;"),
-        (8, 24, 1, "volumes of 8 channels become 24;"),
-        (32, 32, 4, "volumes of 8 channels become 8 in each group;"),
-        (3, 3, 3, "volumes of 1 channels become 1 in each group;"),
+        (3, 96, 1, "where 3 channels become 96;"),
+        (8, 24, 1, "where 8 channels become 24;"),
+        (32, 32, 4, "where 8 channels become 8 in each group;"),
+        (3, 3, 3, "where 1 channels become 1 in each group;"),
     ],
 )
 def test_a_convolution_of_volumes_with_few_channels_stays_float(inside, outside, groups, text) -> None:
@@ -402,6 +401,29 @@ def test_other_convolutions_of_volumes_are_quantized(inside, outside, groups) ->
     assert report.left == {}
     assert report.placed == ("1.output_quantizer",)
     assert not model[0].input_quantizer.disabled
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+@pytest.mark.parametrize(
+    ("inside", "outside", "groups", "slow"),
+    [(16, 16, 4, True), (16, 32, 4, True), (8, 16, 8, True), (16, 16, 2, False), (8, 8, 8, False)],
+)
+def test_groups_of_few_channels_stay_float(kind, inside, outside, groups, slow) -> None:
+    """Others, and depthwise convolutions, have integer kernels that are faster."""
+
+    def make() -> nn.Module:
+        grouped = kind(inside, outside, 3, padding=1, groups=groups)
+        first, last = kind(16, inside, 1), kind(outside, 16, 1)
+        return nn.Sequential(first, nn.ReLU(), grouped, nn.ReLU(), last, nn.ReLU())
+
+    model = built(make)
+    report = prepare(model, torch.randn(1, 16, *[6] * (1 if kind is nn.Conv1d else 2)))
+    assert list(report.left) == (["2"] if slow else [])
+    # Where the first one's result goes into floats it has a quantizer of its own.
+    assert report.placed == (*(["1.output_quantizer"] if slow else []), "5.output_quantizer")
+    assert model[2].input_quantizer.disabled == slow
+    assert not model[0].input_quantizer.disabled
+    assert not model[4].input_quantizer.disabled
 
 
 def test_tensorrt_has_all_convolutions_of_volumes_on_integers() -> None:

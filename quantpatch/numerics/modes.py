@@ -1,4 +1,4 @@
-"""Who looks on while a tensor is computed with, and so which way it is quantized."""
+"""What records or transforms the operations at the moment, and so which backend quantizes a tensor."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def is_jit_traced() -> bool:
 
 
 def is_in_memory(x: Tensor) -> bool:
-    """Whether ``x`` is a plain tensor in main memory, and nobody records what is done with it."""
+    """Whether ``x`` is a plain tensor in main memory, and nothing records the operations."""
     return x.is_cpu and is_readable(x)
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether ``x`` is a plain tensor, whose values can be asked for, and nobody records what is done."""
+    """Whether ``x`` is a plain tensor, whose values can be read, and nothing records the operations."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._is_tracing()

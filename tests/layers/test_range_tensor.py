@@ -429,7 +429,7 @@ def test_an_average_made_before_data_showed_the_shape_of_ranges_is_named(learned
     average = AveragedModel(model)
     average.update_parameters(model)
     assert torch.equal(average.module[2].input_quantizer.amax, model[2].input_quantizer.amax)
-    qp.calibrate(model, [X], overwrite=True)  # they have tensors now
+    qp.calibrate(model, [X], existing="overwrite")  # they have tensors now
     qp.calibrate(other, [X])  # of which there is no average
 
 

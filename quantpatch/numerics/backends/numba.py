@@ -1,7 +1,7 @@
 """Plain tensors in main memory, in one pass, by kernels that numba compiles (``kernels/``).
 
 They serve tensors of float32 and bfloat16 without gaps and not too small, and the integers and floats of
-``formats.py`` themselves: of a subclass nobody knows how it rounds. The environment variable
+``formats.py`` themselves: a subclass may round in its own way. The environment variable
 ``QUANTPATCH_KERNELS=0`` turns them off.
 """
 

@@ -1,6 +1,6 @@
 """The gradients of learned ranges, see :mod:`quantpatch.numerics.backends.lsq`.
 
-Sums are of float64, and the products in them exact. Each is made in one order, whoever makes it.
+Sums are of float64, and the products in them exact. Each is made in one order, whatever the number of threads.
 """
 
 from __future__ import annotations

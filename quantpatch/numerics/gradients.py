@@ -83,19 +83,22 @@ class _RoundTrip(Function):
         result, mask = backend.round_and_mask(x, q)
         if mask.tensor is not None:
             ctx.save_for_backward(mask.tensor, amax if mask.kind == "values" else None)
-        ctx.mask = mask._replace(tensor=None)
+            mask = mask._replace(tensor=None)
+        ctx.mask = mask
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, mask = ctx.saved_tensors, ctx.mask
-        if mask == ClipMask():
+        mask = ctx.mask
+        if mask is not None and mask.kind == "nothing" and mask.order is None:
             return grad, None, None, None, None, None
         backend, format, dim, batch_axis = ctx.call
         if backend is not inductor and not is_plain_gradient(grad):
             backend = inductor
         # Detached: the gradient of this gradient goes to the upstream one only.
-        kept, amax, scale = (None if t is None else t.detach() for t in (*saved, None, None, None)[:3])
+        kept, amax, scale = (
+            None if t is None else t.detach() for t in (*ctx.saved_tensors, None, None, None)[:3]
+        )
         q = QParams(format, amax, scale, dim)
         if mask is None:
             grad_x, grad_amax = backend.lsq_gradients(grad, kept, q, batch_axis)

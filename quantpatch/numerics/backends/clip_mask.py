@@ -20,7 +20,7 @@ from quantpatch.numerics.affine import bottom
 from quantpatch.numerics.backends.chunks import chunked
 from quantpatch.numerics.kernels.scale_layout import memory_order
 
-__all__ = ["ClipMask", "find_clipped", "is_clipped"]
+__all__ = ["NOTHING", "ClipMask", "find_clipped", "is_clipped"]
 
 # Elements in a row whose extremes are sought; of shorter ones that takes longer than to look at each.
 _SHORTEST_ROW = 16
@@ -56,7 +56,8 @@ class ClipMask(NamedTuple):
         return grad if order is None else grad.permute([order.index(d) for d in range(len(order))])
 
 
-_NOTHING = ClipMask()
+#: Of a tensor of which nothing lies outside.
+NOTHING = ClipMask()
 
 
 def find_clipped(x: Tensor, amax: Tensor | float | None, *, lower_end: float) -> ClipMask:
@@ -69,7 +70,7 @@ def find_clipped(x: Tensor, amax: Tensor | float | None, *, lower_end: float) ->
         lower_end: Of the format: -1, 0, or what a zero point makes of it.
     """
     if x.numel() == 0 or (amax is None and lower_end < 0):
-        return _NOTHING
+        return NOTHING
     order = None
     if not x.is_contiguous():
         order = memory_order(x)
@@ -79,11 +80,11 @@ def find_clipped(x: Tensor, amax: Tensor | float | None, *, lower_end: float) ->
         amax = amax.item()
     if x.numel() <= _SMALL and isinstance(amax, Tensor):
         clipped = is_clipped(x, amax, lower_end=lower_end)
-        return ClipMask("bytes", clipped.to(torch.int8).sub_(1), order) if clipped.any() else _NOTHING
+        return ClipMask("bytes", clipped.to(torch.int8).sub_(1), order) if clipped.any() else NOTHING
     if _is_all_inside(x, amax, lower_end):
-        return _NOTHING
+        return NOTHING
     mask = _mask(x, amax, lower_end)
-    return ClipMask("bytes", mask, order) if mask.amax().item() == 0 else _NOTHING
+    return ClipMask("bytes", mask, order) if mask.amax().item() == 0 else NOTHING
 
 
 def is_clipped(x: Tensor, amax: Tensor | float | None, *, lower_end: float) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantpatch.numerics.backends import eager
-from quantpatch.numerics.backends.clip_mask import ClipMask
+from quantpatch.numerics.backends.clip_mask import NOTHING, ClipMask
 from quantpatch.numerics.backends.lsq import divided_by
 from quantpatch.numerics.division import float32
 from quantpatch.numerics.formats import Float, Integer, NumberFormat, element_of
@@ -101,7 +101,7 @@ def round_trip(x: Tensor, q: QParams, *, trains: bool = False) -> Tensor:
 def round_and_mask(x: Tensor, q: QParams) -> tuple[Tensor, ClipMask]:
     """The same, and what was clipped."""
     result, is_clipped = _rounded(x, q, trains=True)
-    return result, _mask(x, q) if is_clipped else ClipMask()
+    return result, _mask(x, q) if is_clipped else NOTHING
 
 
 def _rounded(x: Tensor, q: QParams, trains: bool) -> tuple[Tensor, bool]:

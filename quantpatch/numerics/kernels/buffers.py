@@ -2,7 +2,7 @@
 
 An allocator gives large memory back to the system when a step is over, and the next step pays for each page
 anew: more than quantizing takes. So the memory of a parameter's quantized value stays with the parameter,
-until that is freed or quantized without a gradient. It is used again only if nothing else refers to it by then.
+until that is freed or quantized without a gradient. It is used again only if nothing else refers to it.
 """
 
 from __future__ import annotations

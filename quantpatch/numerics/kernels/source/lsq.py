@@ -1,6 +1,6 @@
 """The gradients of learned ranges, see :mod:`quantpatch.numerics.backends.lsq`.
 
-Sums are of float64, and the products in them exact. Each is made in one order, whatever the number of threads.
+Sums are of float64, and the products in them exact. The number of threads does not change their order.
 """
 
 from __future__ import annotations

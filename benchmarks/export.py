@@ -207,7 +207,7 @@ def _quantized(model: nn.Module, batches: Batches, case: Case) -> nn.Module:
     """As docs/deploy.md does it."""
     quantized = copy.deepcopy(model)
     qp.convert(quantized, recipe=case.recipe)
-    qp.prepare(quantized, batches[0], target="onnxruntime")
+    qp.prepare(quantized, batches[0], runtime="onnxruntime")
     # A zero point is of integers.
     is_int8 = case.recipe == "int8"
     qp.calibrate(quantized, batches, method=case.method, zero_points=is_int8, progress=False, strict=False)

@@ -83,7 +83,7 @@ class Row:
     exact: float | None = None
     rounded: float | None = None
     error: float | None = None
-    left: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     failure: str = ""
     seconds: float = 0.0
@@ -199,8 +199,10 @@ def _measure(timm: Any, row: Row) -> None:
     options, model, x, expected = _small(timm, row)
     quantized = _built(timm, row, options, model)
     row.share = qp.audit(quantized, x).share
-    report = qp.prepare(quantized, x, target="onnxruntime")
-    row.left = tuple(f"{name}: {why}" for name, why in {**report.batchnorm.left, **report.left}.items())
+    report = qp.prepare(quantized, x, runtime="onnxruntime")
+    row.skipped = tuple(
+        f"{name}: {why}" for name, why in {**report.batchnorm.skipped, **report.skipped}.items()
+    )
     with torch.no_grad():
         with in_float(quantized):
             row.exact = _off(_tensor(quantized(x)), expected)
@@ -223,7 +225,7 @@ def _built(timm: Any, row: Row, options: dict[str, int], twin: nn.Module) -> nn.
 def _exact(timm: Any, row: Row, options: dict[str, int], model: nn.Module, x: Tensor) -> float:
     """How far off a prepared model is in float64."""
     quantized = _built(timm, row, options, model)
-    qp.prepare(quantized, x, target="onnxruntime")
+    qp.prepare(quantized, x, runtime="onnxruntime")
     with in_float(quantized):
         return _off(_tensor(quantized(x)), _tensor(model(x)))
 
@@ -245,7 +247,7 @@ def table_of(rows: list[Row]) -> Table:
             "-" if row.share is None else f"{row.share:.1%}",
             "-" if row.exact is None else f"{row.exact:.1e}{' (*)' * (row.rounded is not None)}",
             "-" if row.error is None else f"{row.error:.3f}",
-            str(len(row.left)),
+            str(len(row.skipped)),
             f"{row.seconds:.0f}",
             notes,
             style="red" if row.failed else None,

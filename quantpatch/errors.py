@@ -270,11 +270,11 @@ class ExportError(QuantPatchError, RuntimeError):
 
     Attributes:
         quantizers: Names of the quantizers (or layers) concerned.
-        target: The target of the export, or None.
+        runtime: The runtime that the export was for, or None.
     """
 
     quantizers: tuple[str, ...] = ()
-    target: str | None = None
+    runtime: str | None = None
 
 
 class InputError(QuantPatchError, RuntimeError):

@@ -160,9 +160,9 @@ def test_onnx_files_have_the_same_weights(size: tuple[int, int, int], tmp_path: 
 def test_tensorrt_takes_the_depthwise_one_and_refuses_the_other_by_name(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     x = torch.randn(1, 6, 4, 4)
-    qp.export_onnx(calibrated(layer(2, 6, 6, 6)), (x,), tmp_path / "m.onnx", target="tensorrt")
+    qp.export_onnx(calibrated(layer(2, 6, 6, 6)), (x,), tmp_path / "m.onnx", runtime="tensorrt")
     with pytest.raises(ExportError, match=r"weight_quantizer: its scales are those of .* within groups"):
-        qp.export_onnx(calibrated(layer(2, 6, 12, 3)), (x,), tmp_path / "m.onnx", target="tensorrt")
+        qp.export_onnx(calibrated(layer(2, 6, 12, 3)), (x,), tmp_path / "m.onnx", runtime="tensorrt")
 
 
 def test_axes_of_other_groups_are_others() -> None:

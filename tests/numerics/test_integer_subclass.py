@@ -130,9 +130,9 @@ def test_one_that_no_plugin_offers_is_in_no_file(
 
 
 @pytest.mark.usefixtures("_offered")
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_file_has_the_values_that_it_rounds_to_or_is_refused(target: Any, tmp_path: Path) -> None:
+def test_a_file_has_the_values_that_it_rounds_to_or_is_refused(runtime: Any, tmp_path: Path) -> None:
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package)
     path = tmp_path / "m.onnx"
@@ -143,11 +143,11 @@ def test_a_file_has_the_values_that_it_rounds_to_or_is_refused(target: Any, tmp_
         (None, Blocked(Halves(4), 4), "weight"),
     ):
         with pytest.raises(ExportError) as caught:
-            qp.export_onnx(quantized(input, weight), X, path, target=target)
+            qp.export_onnx(quantized(input, weight), X, path, runtime=runtime)
         assert caught.value.quantizers == tuple(f"{layer}.{named}_quantizer" for layer in (0, 2))
         assert list(tmp_path.iterdir()) == []
     # Weights are constants: however they were rounded, these are integers. And Plain rounds as ONNX does.
-    report = qp.export_onnx(quantized("plain", "down"), X, path, target=target)
+    report = qp.export_onnx(quantized("plain", "down"), X, path, runtime=runtime)
     assert report.comparison is not None
     assert (report.comparison.differing, report.comparison.mismatching) == (0, 0)
     assert report.comparison.integers == 2 * 9 * (8 + 6)
@@ -158,7 +158,7 @@ def test_a_file_has_the_values_that_it_rounds_to_or_is_refused(target: Any, tmp_
 def test_no_zero_point_is_fitted_to_it() -> None:
     model = quantized("down", "down")
     assert qp.fit_zero_points(model, [X]) == {}  # the second input is never negative
-    assert qp.prepare(model, X, target="onnxruntime").unsigned == ()
+    assert qp.prepare(model, X, runtime="onnxruntime").unsigned == ()
     assert type(model[2].input_quantizer.format) is Down
     with pytest.raises(DescriptorError, match="is none but a Down"):
         model[2].input_quantizer.use_zero_point(0)

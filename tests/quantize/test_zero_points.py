@@ -556,7 +556,7 @@ def test_a_model_of_zero_points_computes_the_same_integers_in_onnxruntime(bits: 
         with pytest.raises(
             ExportError, match=r"uint8_z\d+ has a zero point, and TensorRT's.*fit_zero_points"
         ) as e:
-            qp.export_onnx(model, x, refused, target="tensorrt")
+            qp.export_onnx(model, x, refused, runtime="tensorrt")
         assert set(found) <= set(e.value.quantizers)
         assert not refused.exists()
 

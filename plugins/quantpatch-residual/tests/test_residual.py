@@ -103,7 +103,7 @@ def test_for_tensorrt_the_skip_connection_alone_is_quantized(tmp_path):
         model = resnet()
     qp.configure(model, {"*.branch_quantizer": None})
     qp.calibrate(model, [images()])
-    qp.export_onnx(model, images(), tmp_path / "model.onnx", target="tensorrt", check=False)
+    qp.export_onnx(model, images(), tmp_path / "model.onnx", runtime="tensorrt", check=False)
     graph = onnx.load(tmp_path / "model.onnx").graph
     made_by = {name: node.op_type for node in graph.node for name in node.output}
     sums = [[made_by.get(name) for name in node.input] for node in graph.node if node.op_type == "Add"]

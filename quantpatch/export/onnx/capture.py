@@ -22,7 +22,7 @@ def captured(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     found: list[ExportedQuantizer],
-    target: str,
+    runtime: str,
     opset: int,
     dynamic_shapes: Any,
     input_names: list[str] | None,
@@ -35,7 +35,7 @@ def captured(
         args: Its arguments.
         kwargs: Its keyword arguments.
         found: Its quantizers, which compute through operators that the exporter knows.
-        target: As in ``export_onnx``, as are all that follow.
+        runtime: As in ``export_onnx``, as are all that follow.
         opset: The same.
         dynamic_shapes: The same.
         input_names: The same.
@@ -50,7 +50,7 @@ def captured(
     if not kwargs and args and isinstance(args[-1], dict):
         args = (*args, {})  # torch takes a dict that comes last for the keywords
     with (
-        lowered(lowering_for(model, found, target)),
+        lowered(lowering_for(model, found, runtime)),
         kernels_as_operators(model),
         warnings.catch_warnings(),
         torch.no_grad(),
@@ -77,7 +77,7 @@ def captured(
                 f"{type(model).__name__} cannot be traced for ONNX: {_innermost(error)}\n"
                 f"{_of_steps(model, dynamic_shapes)}Try "
                 f"torch.onnx.export(model, ..., dynamo=True) on the float model first, which says more",
-                target=target,
+                runtime=runtime,
             ) from error
 
 

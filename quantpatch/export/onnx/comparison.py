@@ -26,7 +26,7 @@ class Comparison:
             quantizes. None should.
         within_step: The share of output values that are within a quantization step, that of the output's own
             quantizer or 1/127 of the largest value, of the model's when ONNX Runtime runs the file with its
-            optimizations on, on integer kernels; None if the file is for another target.
+            optimizations on, on integer kernels; None if the file is for another runtime.
         kernels: How many integer kernels ONNX Runtime's optimized graph has that could be compared alone.
         kernels_within_step: The share of the values of these that are within a step of what the file says of
             the very inputs that the kernel got; None if there are none. An integer on the edge that changes
@@ -73,7 +73,7 @@ class ExportReport:
 
     Attributes:
         path: The file.
-        target: What it is for.
+        runtime: What it is for.
         opset: Version of its operators.
         nodes: How many nodes there are of each operator.
         bytes: Its size, with that of its data file.
@@ -83,7 +83,7 @@ class ExportReport:
     """
 
     path: Path
-    target: str
+    runtime: str
     opset: int
     nodes: Mapping[str, int]
     bytes: int
@@ -94,7 +94,7 @@ class ExportReport:
         nodes = ", ".join(
             f"{count} {name}" for name, count in sorted(self.nodes.items(), key=lambda n: -n[1])
         )
-        text = f"{self.path} for {self.target}: {self.bytes:,} bytes, opset {self.opset}\n  {nodes}"
+        text = f"{self.path} for {self.runtime}: {self.bytes:,} bytes, opset {self.opset}\n  {nodes}"
         if self.comparison is None:
             return text
         latency = "" if self.comparison.latency is None else f"\n  {self.comparison.latency}"

@@ -29,7 +29,7 @@ from quantpatch.export.onnx.check import compare_with_torch
 from quantpatch.export.onnx.comparison import ExportReport
 from quantpatch.export.onnx.latency import float_twin
 from quantpatch.export.onnx.tidy import tidy
-from quantpatch.export.prepare.runtimes import TARGETS, ExportedQuantizer, Target, operands, problems
+from quantpatch.export.prepare.runtimes import RUNTIMES, ExportedQuantizer, Runtime, operands, problems
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.atomic_files import written_whole
 from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, telling, uncompiled
@@ -49,7 +49,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     kwargs: Mapping[str, Any] | None = None,
-    target: Target = "onnxruntime",
+    runtime: Runtime = "onnxruntime",
     dynamic_shapes: Any = None,
     input_names: list[str] | None = None,
     output_names: list[str] | None = None,
@@ -68,7 +68,7 @@ def export_onnx(
         args: Arguments to run it on: a tensor, or a tuple.
         path: Where to write.
         kwargs: Keyword arguments to run it on.
-        target: What will run the file. ``"onnxruntime"``: weights are stored as integers, signed activations
+        runtime: What will run the file. ``"onnxruntime"``: weights are stored as integers, signed activations
             as uint8 with zero point 128, which are the same values. ``"tensorrt"``: signed INT8 with zero
             point 0, weights as floats with a pair behind them.
         dynamic_shapes: As ``torch.export.export`` takes it, such as ``({0: "batch"},)``.
@@ -89,7 +89,7 @@ def export_onnx(
         What was written, and how it compares.
 
     Raises:
-        ExportError: The target cannot take some of the quantizers, the model cannot be traced, or the file
+        ExportError: The runtime cannot take some of the quantizers, the model cannot be traced, or the file
             does not run. Nothing was written.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
 
@@ -105,22 +105,22 @@ def export_onnx(
     args, kwargs = _each_on_its_own(*arguments(args, kwargs))
     with _EXPORTING, _quiet(), evaluating(model), telling(progress) as tell:
         # While another thread traces, its tensors stand in for the parameters of a model that both export.
-        found = _checked_operands(model, target, opset)
+        found = _checked_operands(model, runtime, opset)
         tell(f"tracing {type(model).__name__}")
         program = captured(
-            model, args, kwargs, found, target, opset, dynamic_shapes, input_names, output_names
+            model, args, kwargs, found, runtime, opset, dynamic_shapes, input_names, output_names
         )
         names = [operand.name for operand in found]
         program.model.ir_version = _ir_version(opset)
         with written_whole(path, companion=f"{path.name}.data") as folder:
             beside = None
-            is_measured = latency and check and found and target == "onnxruntime" and not has_bfloat16
+            is_measured = latency and check and found and runtime == "onnxruntime" and not has_bfloat16
             if is_measured and _weight_bytes(program.model) <= _LARGE // 4:
                 beside = folder / f"{path.name}.float"
                 _write(float_twin(program.model, found), beside)
             tell("rewriting the graph")
-            tidy(program.model, target)
-            program.model.metadata_props.update(_metadata(model, target))
+            tidy(program.model, runtime)
+            program.model.metadata_props.update(_metadata(model, runtime))
             nodes = Counter(node.op_type for node in program.model.graph)
             size = _write(program.model, folder / path.name)
             del program
@@ -130,7 +130,7 @@ def export_onnx(
             _check_file(folder / path.name, has_bfloat16 and opset < _OPSET_OF_BFLOAT16)
             compared = None
             if check:
-                is_optimized = target == "onnxruntime"
+                is_optimized = runtime == "onnxruntime"
                 compared = compare_with_torch(
                     model, args, kwargs, folder / path.name, found, optimized=is_optimized, float_path=beside
                 )
@@ -140,7 +140,7 @@ def export_onnx(
     measured = None if compared is None else compared.latency
     if measured is not None and measured.is_slower:
         warn_caller(measured.advice(path.name))
-    return ExportReport(path, target, opset, dict(nodes), size, tuple(names), compared)
+    return ExportReport(path, runtime, opset, dict(nodes), size, tuple(names), compared)
 
 
 def _each_on_its_own(
@@ -205,35 +205,35 @@ def _ir_version(opset: int) -> int:
     return version
 
 
-def _checked_operands(model: nn.Module, target: str, opset: int) -> list[ExportedQuantizer]:
+def _checked_operands(model: nn.Module, runtime: str, opset: int) -> list[ExportedQuantizer]:
     from quantpatch.export.onnx.recurrent_operators import demand_operators
 
-    if target not in TARGETS:
-        raise UnknownNameError.of("target", target, TARGETS)
+    if runtime not in RUNTIMES:
+        raise UnknownNameError.of("runtime", runtime, RUNTIMES)
     newest = _newest_opset()
     if isinstance(opset, bool) or not isinstance(opset, int) or not 19 <= opset <= newest:
         raise ExportError(
             f"opset is a number from 19 to {newest} here, got {opset!r}; leave it out for {_OPSET}",
-            target=target,
+            runtime=runtime,
         )
     if isinstance(model, (nn.DataParallel, torch.jit.ScriptModule)):
         raise ExportError(
-            f"a {type(model).__name__} cannot be traced; export the module inside it", target=target
+            f"a {type(model).__name__} cannot be traced; export the module inside it", runtime=runtime
         )
-    demand_operators(model, target)
+    demand_operators(model, runtime)
     found = operands(model)
     if not found:
         warn_caller(
             f"{type(model).__name__} holds no quantizer that is on, so the file will be float. Build the "
             f"model inside `with quantize_modules():`, or write qp.convert(model), and calibrate it"
         )
-    refused = problems(found, target, opset)
+    refused = problems(found, runtime, opset)
     if refused:
         lines = listed((f"{name}: {why}" for name, why in refused.items()), 12, "\n  ")
         raise ExportError(
-            f"{len(refused)} of {len(found)} quantizers cannot be exported for {target}:\n  {lines}",
+            f"{len(refused)} of {len(found)} quantizers cannot be exported for {runtime}:\n  {lines}",
             quantizers=tuple(refused),
-            target=target,
+            runtime=runtime,
         )
     return found
 
@@ -241,7 +241,7 @@ def _checked_operands(model: nn.Module, target: str, opset: int) -> list[Exporte
 # --- The file ---------------------------------------------------------------------------------------------
 
 
-def _metadata(model: nn.Module, target: str) -> dict[str, str]:
+def _metadata(model: nn.Module, runtime: str) -> dict[str, str]:
     description = describe(model)
     recipe = {
         name: described["descriptor"]
@@ -250,7 +250,7 @@ def _metadata(model: nn.Module, target: str) -> dict[str, str]:
     }
     return {
         "quantpatch.version": description["quantpatch"],
-        "quantpatch.target": target,
+        "quantpatch.runtime": runtime,
         "quantpatch.recipe": json.dumps(recipe),
         "quantpatch.plugins": json.dumps(description["plugins"]),
     }

@@ -39,13 +39,13 @@ class KernelCheck:
 
     Attributes:
         compared: Names of the outputs of those that were compared.
-        left: The same of those that no value of the file was found for.
+        skipped: The same of those that no value of the file was found for.
         values: How many values they gave.
         within: How many of these are within a step: of integers 1, of floats 1/127 of the largest.
     """
 
     compared: tuple[str, ...]
-    left: tuple[str, ...]
+    skipped: tuple[str, ...]
     values: int
     within: int
 

@@ -16,16 +16,16 @@ from quantpatch.numerics.formats import Float, Integer
 __all__ = ["lowering_for"]
 
 
-def lowering_for(model: nn.Module, found: list[ExportedQuantizer], target: str) -> Lowering:
+def lowering_for(model: nn.Module, found: list[ExportedQuantizer], runtime: str) -> Lowering:
     """What a model's layers compute through while the exporter traces it: operators that it knows.
 
     Args:
         model: The model.
         found: Its quantizers.
-        target: As in ``export_onnx``.
+        runtime: As in ``export_onnx``.
     """
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {
-        operand.quantizer: (_activation if operand.weight is None else _weight)(operand, target)
+        operand.quantizer: (_activation if operand.weight is None else _weight)(operand, runtime)
         for operand in found
     }
     return Lowering(forwards, list(projecting(model).values()))
@@ -51,13 +51,13 @@ def _zero_point(element: Any, *, as_uint8: bool) -> Tensor:
     return torch.tensor(128, dtype=torch.uint8) if as_uint8 else torch.zeros((), dtype=torch.int8)
 
 
-def _activation(operand: ExportedQuantizer, target: str) -> Callable[[Tensor], Tensor]:
+def _activation(operand: ExportedQuantizer, runtime: str) -> Callable[[Tensor], Tensor]:
     from quantpatch.export.onnx.operators import quantize_dequantize
 
     element, amax, axis = operand.element, operand.amax, operand.axis
     assert amax is not None
     scale = operand.joined(amax) / operand.format.max
-    zero = _zero_point(element, as_uint8=target == "onnxruntime")
+    zero = _zero_point(element, as_uint8=runtime == "onnxruntime")
     bounds = None
     clipped = isinstance(element, Integer) and operand.format.max - operand.format.min < 255
     if clipped or bool((scale == 0).any()):
@@ -85,7 +85,7 @@ def _activation(operand: ExportedQuantizer, target: str) -> Callable[[Tensor], T
     return forward
 
 
-def _weight(operand: ExportedQuantizer, target: str) -> Callable[[Tensor], Tensor]:
+def _weight(operand: ExportedQuantizer, runtime: str) -> Callable[[Tensor], Tensor]:
     from quantpatch.export.onnx.operators import dequantize, quantize_dequantize
 
     format, element, axis = operand.format, operand.element, operand.axis
@@ -106,7 +106,7 @@ def _weight(operand: ExportedQuantizer, target: str) -> Callable[[Tensor], Tenso
     held = element.onnx
     four_bits = bool(blocks) and held is not None and held.type.endswith("INT4")
     name = codes_name(operand.name, 0)
-    if target == "tensorrt" and not blocks:
+    if runtime == "tensorrt" and not blocks:
         values = dequantize(codes, scale, dim, 0, "")
         zero = _zero_point(element, as_uint8=False).expand(scale.shape).clone()
 

@@ -157,7 +157,7 @@ def recurrent_to_onnx(op: Any) -> Callable[..., Any]:
 # --- LSTMs with a projection, which ONNX's operator has not -----------------------------------------------
 
 
-def demand_operators(model: nn.Module, target: str) -> None:
+def demand_operators(model: nn.Module, runtime: str) -> None:
     """Refuses layers that torch would write as an operator that computes something else."""
     plain = {n: m for n, m in projecting(model).items() if not isinstance(m, QuantizedRecurrent)}
     if plain:
@@ -166,7 +166,7 @@ def demand_operators(model: nn.Module, target: str) -> None:
             f"ONNX's LSTM has no projection: {named}. A quantized one is written out step by step: write "
             f"qp.convert(model), and to keep it exact disable its quantizers",
             quantizers=tuple(plain),
-            target=target,
+            runtime=runtime,
         )
 
 

@@ -1,4 +1,4 @@
-"""Passes over the exported graph that every target shares.
+"""Passes over the exported graph that every runtime shares.
 
 Each looks only at what the exporter itself makes of quantized layers, and leaves alone what it does not know.
 """
@@ -13,12 +13,12 @@ from quantpatch.export.onnx.graph import attributes_of, constant, is_float8, mak
 __all__ = ["tidy"]
 
 
-def tidy(model: Any, target: str) -> None:
-    """Stores 4-bit codes as such, writes the graph as the target is fast, and shares what is there twice.
+def tidy(model: Any, runtime: str) -> None:
+    """Stores 4-bit codes as such, writes the graph as the runtime is fast at, shares duplicates.
 
     Args:
         model: An ``onnx_ir.Model``; changed in place.
-        target: As in ``export_onnx``.
+        runtime: As in ``export_onnx``.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
@@ -33,7 +33,7 @@ def tidy(model: Any, target: str) -> None:
     store_four_bits(model.graph)
     shared(model)
     _quantize_once(model.graph)
-    if target == "onnxruntime":
+    if runtime == "onnxruntime":
         _clip_apart_from_float8(model.graph)
         for_onnxruntime(model.graph, model.opset_imports[""])
     shared(model)

@@ -46,15 +46,15 @@ class FoldedBatchNorm:
 
     Attributes:
         folded: The layer that each folded batch norm went into, by name.
-        left: Why the others were left, by name.
+        skipped: Why the others were not, by name.
     """
 
     folded: dict[str, str]
-    left: dict[str, str]
+    skipped: dict[str, str]
 
     def __str__(self) -> str:
         lines = [f"{norm} -> {layer}" for norm, layer in self.folded.items()]
-        lines += [f"{norm} is left: {why}" for norm, why in self.left.items()]
+        lines += [f"{norm} is left: {why}" for norm, why in self.skipped.items()]
         return "\n".join(lines) or "no batch norm"
 
 
@@ -111,30 +111,32 @@ def fold_batchnorm(
         run = run_of(model, given, kwargs)
         _find_in_run(model, dataflow(model, run), pairs, seen)
     folded: dict[str, str] = {}
-    left: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for name, norm in norms.items():
         before = pairs.get(name)
         if before is None:
-            left[name] = seen.get(name, "its place is not known: torch.fx cannot trace it, or it did not run")
+            skipped[name] = seen.get(
+                name, "its place is not known: torch.fx cannot trace it, or it did not run"
+            )
             continue
         layer = model.get_submodule(before)
         why = _obstacle(layer, norm, uses, owners)
         if why:
-            left[name] = why
+            skipped[name] = why
         else:
             folded[name] = before
     folds = {name: Fold(model, before, name) for name, before in folded.items()}
     if run is None:
         for fold in folds.values():
             fold.apply()
-        return FoldedBatchNorm(folded, left)
+        return FoldedBatchNorm(folded, skipped)
     wrong = apply_if_same(model, run, folds)
     for name, how in wrong.items():
-        left[name] = f"{how} with it folded into {folded.pop(name)}, so that was undone"
+        skipped[name] = f"{how} with it folded into {folded.pop(name)}, so that was undone"
     if wrong:
-        shown = listed((f"{name}: {left[name]}" for name in wrong), separator="; ")
+        shown = listed((f"{name}: {skipped[name]}" for name in wrong), separator="; ")
         warn_caller(f"{len(wrong)} batch norms were not folded: {shown}")
-    return FoldedBatchNorm(folded, left)
+    return FoldedBatchNorm(folded, skipped)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""``prepare``: batch norm folded, and quantizers where a target's integer kernels want them.
+"""``prepare``: batch norm folded, and quantizers where a runtime's integer kernels want them.
 
 What is to be quantized ``placement_rules`` says. In float the model has to compute afterwards what it did
 before, which is checked.
@@ -16,7 +16,7 @@ from quantpatch.dataflow import Dataflow, Value, dataflow
 from quantpatch.errors import UnknownNameError, warn_caller
 from quantpatch.export.prepare.batchnorm import FoldedBatchNorm, fold_batchnorm
 from quantpatch.export.prepare.placement_rules import Rules
-from quantpatch.export.prepare.runtimes import TARGETS, Target
+from quantpatch.export.prepare.runtimes import RUNTIMES, Runtime
 from quantpatch.export.prepare.unsigned import is_never_negative
 from quantpatch.export.prepare.verified import apply_if_same, run_of
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
@@ -39,31 +39,31 @@ class Preparation:
     """What ``prepare`` did.
 
     Attributes:
-        target: What for.
+        runtime: What for.
         batchnorm: Which batch norms were folded, and which were not and why.
         placed: Names of the new quantizers.
         shared: Quantizers that gave way to a new one, which they share now: its name by theirs.
         unsigned: Quantizers that are unsigned now, since what they take is never negative.
-        left: What stays float between integer kernels, by the module that runs it, and why.
-        turned: Quantizers of weights whose scales are on another axis now, which the target takes.
+        skipped: What stays float between integer kernels, by the module that runs it, and why.
+        turned: Quantizers of weights whose scales are on another axis now, which the runtime takes.
     """
 
-    target: str
+    runtime: str
     batchnorm: FoldedBatchNorm
     placed: tuple[str, ...]
     shared: Mapping[str, str]
     unsigned: tuple[str, ...]
-    left: Mapping[str, str]
+    skipped: Mapping[str, str]
     turned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
-            f"for {self.target}: {len(self.batchnorm.folded)} batch norms folded, {len(self.placed)} "
+            f"for {self.runtime}: {len(self.batchnorm.folded)} batch norms folded, {len(self.placed)} "
             f"quantizers placed, {len(self.shared)} shared, {len(self.unsigned)} unsigned"
         ]
         lines += [f"{name} has its scales on axis 0 now" for name in self.turned]
-        lines += [f"{name} is not folded: {why}" for name, why in self.batchnorm.left.items()]
-        lines += [f"{name or 'the model'} is left: {why}" for name, why in self.left.items()]
+        lines += [f"{name} is not folded: {why}" for name, why in self.batchnorm.skipped.items()]
+        lines += [f"{name or 'the model'} is left: {why}" for name, why in self.skipped.items()]
         return "\n  ".join(lines)
 
 
@@ -72,10 +72,10 @@ def prepare(
     args: tuple[Any, ...] | Tensor = (),
     *,
     kwargs: Mapping[str, Any] | None = None,
-    target: Target = "onnxruntime",
+    runtime: Runtime = "onnxruntime",
     outputs: bool = True,
 ) -> Preparation:
-    """Places the quantizers that a target's integer kernels want, and folds batch norm where it wants that.
+    """Places the quantizers that a runtime's integer kernels want, and folds batch norm where it wants that.
 
     Call it before calibration or quantization-aware training, which give the new quantizers their ranges.
     The model then computes with them in PyTorch as well, so the exported file still gives the same integers.
@@ -86,7 +86,7 @@ def prepare(
         model: A quantized model in eval mode; changed in place.
         args: Arguments to run it on once, to see what it computes: a tensor, or a tuple.
         kwargs: Keyword arguments to run it on.
-        target: What will run the exported file. ``"onnxruntime"``: batch norm is folded; convolutions,
+        runtime: What will run the exported file. ``"onnxruntime"``: batch norm is folded; convolutions,
             residual additions and concatenations get quantized results, what is never negative becomes
             unsigned, and a small convolution of images is left float, its quantizers switched off, if its
             activation has no integer kernel. ``"tensorrt"``: of an addition to a convolution the other
@@ -101,43 +101,43 @@ def prepare(
     Raises:
         ExportError: A batch norm is in training mode.
         InputError: The first argument is no model, or the inputs are on another device.
-        UnknownNameError: There is no such target.
+        UnknownNameError: There is no such runtime.
 
     Warns:
         QuantPatchWarning: Something changed what the model computes in float, and was undone.
     """
     demand_model(model, "prepare")
-    if target not in TARGETS:
-        raise UnknownNameError.of("target", target, TARGETS)
+    if runtime not in RUNTIMES:
+        raise UnknownNameError.of("runtime", runtime, RUNTIMES)
     model = uncompiled(model)
     args, kwargs = arguments(args, kwargs)
     with explaining_devices(model, (args, kwargs)):
         # TensorRT folds batch norm by itself, and its documentation asks that nobody does it before.
-        fold = target == "onnxruntime"
+        fold = runtime == "onnxruntime"
         folded = fold_batchnorm(model, args, kwargs=kwargs) if fold else FoldedBatchNorm({}, {})
         run = run_of(model, args, kwargs)
         with CallRanges(model) as calls:
             flow = dataflow(model, run)
         rules = Rules(model, flow, outputs=outputs)
-        left = rules.left
+        skipped = rules.skipped
         unsigned: tuple[str, ...] = ()
         turned: tuple[str, ...] = ()
-        if target == "onnxruntime":
+        if runtime == "onnxruntime":
             rules.leave_slow_float()
             rules.quantize_convolutions()
             rules.quantize_joins()
             unsigned = tuple(_never_negative(model, flow))
         else:
             rules.quantize_skips()
-            turned = tuple(_turn_transposed(model, left))
+            turned = tuple(_turn_transposed(model, skipped))
         for layer in rules.float_layers:
             for quantizer in layer.quantizers().values():
                 quantizer.disable()
-        changes = _changes(model, rules, allow_unsigned=target == "onnxruntime")
+        changes = _changes(model, rules, allow_unsigned=runtime == "onnxruntime")
         for place, how in apply_if_same(model, run, changes).items():
             del changes[place]
-            left[place] = f"{how} with its output quantized, so that was undone"
-            warn_caller(f"{place} is left: {left[place]}")
+            skipped[place] = f"{how} with its output quantized, so that was undone"
+            warn_caller(f"{place} is left: {skipped[place]}")
     calls.warn()
     placed = tuple(f"{place}.{quantizer_name('output')}" for place in changes)
     shared = {
@@ -148,7 +148,7 @@ def prepare(
     for name in unsigned:
         every[name].use_zero_point(0)
     unsigned += tuple(name for name in placed if getattr(every[name].format, "unsigned", False))
-    return Preparation(target, folded, placed, shared, unsigned, left, turned)
+    return Preparation(runtime, folded, placed, shared, unsigned, skipped, turned)
 
 
 def _never_negative(model: nn.Module, flow: Dataflow) -> Iterator[str]:
@@ -163,12 +163,12 @@ def _never_negative(model: nn.Module, flow: Dataflow) -> Iterator[str]:
             yield name
 
 
-def _turn_transposed(model: nn.Module, left: dict[str, str]) -> Iterator[str]:
+def _turn_transposed(model: nn.Module, skipped: dict[str, str]) -> Iterator[str]:
     """Weights of transposed convolutions get scales on axis 0, where torch has their inputs.
 
     Args:
         model: The model.
-        left: Takes a note on those whose range was known, which is that of another axis.
+        skipped: Takes a note on those whose range was known, which is that of another axis.
     """
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
     for name, layer in layers.items():
@@ -183,7 +183,7 @@ def _turn_transposed(model: nn.Module, left: dict[str, str]) -> Iterator[str]:
         new.train(layer.training)
         full = f"{name}.{quantizer_name('weight')}".lstrip(".")
         if old.amax is not None:
-            left[full] = "its range was known for another axis: calibrate again, with existing='keep'"
+            skipped[full] = "its range was known for another axis: calibrate again, with existing='keep'"
         for place in _names_of_each(model)[old]:
             _put(model, place, new)
         yield full

@@ -1,4 +1,4 @@
-"""The rules by which ``prepare`` places quantizers: which values a target's integer kernels want quantized.
+"""The rules by which ``prepare`` places quantizers: which values a runtime's integer kernels want quantized.
 
 Where quantizers stand decides what runs on integers. ONNX Runtime's integer convolution gives integers, and
 so do its additions and concatenations: they run where all operands are quantized, and the result again. A
@@ -46,13 +46,13 @@ class Rules:
         outputs: Whether what the model returns is quantized where an integer kernel gives it.
 
     Attributes:
-        left: What stays float, by the module that runs it, and why.
+        skipped: What stays float, by the module that runs it, and why.
         plans: The values to be quantized, each with the module whose output it is, and how.
     """
 
     def __init__(self, model: nn.Module, flow: Dataflow, *, outputs: bool) -> None:
         self.flow = flow
-        self.left: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
         self.plans: dict[Value, tuple[str, QuantDescriptor]] = {}
         self._outputs = outputs
         self._modules = dict(model.named_modules())
@@ -93,7 +93,7 @@ class Rules:
                 continue
             self._float[operator] = layer
             self._off.update(own)
-            self.left[operator.module] = (
+            self.skipped[operator.module] = (
                 f"its quantizers are switched off, since ONNX Runtime is faster on floats {why}; enable() "
                 f"them if it shall be quantized nevertheless"
             )
@@ -106,7 +106,7 @@ class Rules:
             if descriptor is None or operator.args[6]:
                 continue
             if not self._outputs and _is_returned(result):
-                self.left[operator.module] = (
+                self.skipped[operator.module] = (
                     "the model returns its result, which outputs=False leaves float, and ONNX Runtime then "
                     "runs the convolution on floats"
                 )
@@ -117,7 +117,7 @@ class Rules:
             if self._is_settled(behind):
                 continue
             if not self._plan(behind, descriptor) and not self._plan(result, descriptor):
-                self.left[operator.module] = (
+                self.skipped[operator.module] = (
                     "its output can have no quantizer, since the layer runs more than once or quantizes its "
                     "output already"
                 )
@@ -147,7 +147,7 @@ class Rules:
 
     def _plan_all(self, operator: Operator, wanted: list[Value], descriptor: QuantDescriptor) -> None:
         if any(self._spot(value) is None for value in wanted):
-            self.left[operator.module] = (
+            self.skipped[operator.module] = (
                 "what it adds or concatenates is computed there by functions, and only the output of a "
                 "module can be quantized: use modules, such as nn.ReLU or quantpatch.layers.operands.Add"
             )

@@ -1,4 +1,4 @@
-"""What each target of an ONNX export takes, and what of a model it does not.
+"""What each runtime of an ONNX export takes, and what of a model it does not.
 
 Sources for TensorRT:
 
@@ -29,9 +29,9 @@ from quantpatch.numerics.formats import Blocked, Float, Integer, NumberFormat
 from quantpatch.plugins.registry import registry
 from quantpatch.torch_tools import nn
 
-__all__ = ["TARGETS", "ExportedQuantizer", "Target", "codes_name", "operands", "problems"]
+__all__ = ["RUNTIMES", "ExportedQuantizer", "Runtime", "codes_name", "operands", "problems"]
 
-Target = Literal["onnxruntime", "tensorrt"]
+Runtime = Literal["onnxruntime", "tensorrt"]
 
 
 @attrs.frozen(eq=False)
@@ -319,17 +319,17 @@ def _onnxruntime(operand: ExportedQuantizer) -> str | None:
     return None
 
 
-TARGETS: dict[str, Callable[[ExportedQuantizer], str | None]] = {
+RUNTIMES: dict[str, Callable[[ExportedQuantizer], str | None]] = {
     "onnxruntime": _onnxruntime,
     "tensorrt": _tensorrt,
 }
 
 
-def problems(found: list[ExportedQuantizer], target: str, opset: int) -> dict[str, str]:
-    """The quantizers that a target does not take, and what to change."""
+def problems(found: list[ExportedQuantizer], runtime: str, opset: int) -> dict[str, str]:
+    """The quantizers that a runtime does not take, and what to change."""
     refused = {}
     for operand in found:
-        why = _common(operand, opset) or TARGETS[target](operand)
+        why = _common(operand, opset) or RUNTIMES[runtime](operand)
         if why:
             refused[operand.name] = why
     return refused

@@ -77,7 +77,7 @@ def prepared(recipe: Any) -> Net:
 
 def prepared_for_tensorrt(recipe: Any) -> Net:
     model = built(recipe)
-    qp.prepare(model, TOKENS, target="tensorrt")
+    qp.prepare(model, TOKENS, runtime="tensorrt")
     return model
 
 

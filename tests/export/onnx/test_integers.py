@@ -49,7 +49,7 @@ def test_between_integer_kernels_integers_are_moved(case: str, tmp_path: Path) -
         model = nn.Sequential(Moving(MOVES[case])).eval()
     x = torch.randn(2, 3, 8, 8)
     report = qp.prepare(model, x)
-    assert report.left == {}
+    assert report.skipped == {}
     qp.calibrate(model, [x], progress=False)
     exported = qp.export_onnx(model, x, tmp_path / "m.onnx")
     assert exported.comparison is not None

@@ -73,15 +73,15 @@ def adversarial(amax: float, top: float, count: int) -> torch.Tensor:
     return torch.cat([*values, torch.randn(missing) * amax])
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-def test_every_pair_is_exact_bit_for_bit(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
+def test_every_pair_is_exact_bit_for_bit(runtime: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Quantizers()
-    if target == "tensorrt":  # what that target takes
+    if runtime == "tensorrt":  # what that runtime takes
         model.all = nn.ModuleList([model.all[0], model.all[1], model.all[5], model.all[7]])
     tops = (127.0, 255.0, 7.0, 448.0)
     x = torch.stack([torch.cat([adversarial(2.7182817, top, 4000) for top in tops])] * 3)
-    report = export_onnx(model, x, tmp_path / "q.onnx", target=target)
+    report = export_onnx(model, x, tmp_path / "q.onnx", runtime=runtime)
     assert report.comparison is not None
     assert report.comparison.differing == report.comparison.mismatching == 0
     assert report.comparison.integers > 3 * x.numel()
@@ -213,7 +213,7 @@ def test_metadata(tmp_path: Path, plugin: Any) -> None:
     proto = onnx.load(str(tmp_path / "m.onnx"))
     found = {prop.key: prop.value for prop in proto.metadata_props}
     assert found["quantpatch.version"]
-    assert found["quantpatch.target"] == "onnxruntime"
+    assert found["quantpatch.runtime"] == "onnxruntime"
     assert json.loads(found["quantpatch.recipe"])["0.weight_quantizer"] == {"axis": 0, "narrow_range": True}
     assert name in [entry["name"] for entry in json.loads(found["quantpatch.plugins"])]
     assert [proto.graph.input[0].name, proto.graph.output[0].name] == ["x", "y"]
@@ -221,20 +221,20 @@ def test_metadata(tmp_path: Path, plugin: Any) -> None:
     assert b"site-packages" not in (tmp_path / "m.onnx").read_bytes()
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
 def test_large_models_have_their_data_beside_them(
-    target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runtime: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quantpatch.export.onnx.export._LARGE", 1000)
     model = calibrated(lambda: nn.Sequential(nn.Linear(64, 64)), torch.randn(3, 64))
     x = torch.randn(3, 64)
-    report = export_onnx(model, x, tmp_path / "m.onnx", target=target)
+    report = export_onnx(model, x, tmp_path / "m.onnx", runtime=runtime)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert report.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert torch.allclose(run(tmp_path / "m.onnx", x)[0], model(x), atol=1e-5)
     assert report.comparison is not None
-    assert report.comparison.kernels == (1 if target == "onnxruntime" else 0)
-    assert report.comparison.kernels_within_step == (1.0 if target == "onnxruntime" else None)
+    assert report.comparison.kernels == (1 if runtime == "onnxruntime" else 0)
+    assert report.comparison.kernels_within_step == (1.0 if runtime == "onnxruntime" else None)
 
 
 def test_training_mode_and_disabled_quantizers_are_respected(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_what_onnx_cannot_say(options: dict[str, Any], message: str, tmp_path: P
     error = refused(linear(**options), tmp_path / "m.onnx", opset=opset)
     options["opset"] = opset
     assert message in str(error)
-    assert error.target == "onnxruntime"
+    assert error.runtime == "onnxruntime"
 
 
 def test_a_model_that_cannot_be_traced(tmp_path: Path) -> None:
@@ -337,15 +337,15 @@ def test_two_threads_export_at_once(tmp_path: Path) -> None:
     jobs = [(models[0], "onnxruntime"), (models[0], "tensorrt"), (models[1], "onnxruntime")]
 
     def job(index: int) -> int:
-        model, target = jobs[index]
-        report = export_onnx(model, x, tmp_path / f"{index}.onnx", target=target)
+        model, runtime = jobs[index]
+        report = export_onnx(model, x, tmp_path / f"{index}.onnx", runtime=runtime)
         assert report.comparison is not None
         return report.comparison.mismatching + report.comparison.differing
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(job, range(3))) == [0, 0, 0]
     zeros = {t.data_type for t in initializers(tmp_path / "1.onnx").values() if not t.dims}
-    assert onnx.TensorProto.INT8 in zeros  # each its own target's
+    assert onnx.TensorProto.INT8 in zeros  # each its own runtime's
 
 
 class Tied(nn.Module):
@@ -405,7 +405,7 @@ def test_outputs_that_kernels_compute_otherwise_are_told_of(
 def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = linear()
     with pytest.raises(UnknownNameError, match="tensorrt"):
-        export_onnx(model, X, tmp_path / "m.onnx", target="tensortr")  # type: ignore[arg-type]
+        export_onnx(model, X, tmp_path / "m.onnx", runtime="tensortr")  # type: ignore[arg-type]
     for opset in (17, 99, "21", True):
         assert "opset is a number from 19 to" in str(refused(model, tmp_path / "m.onnx", opset=opset))
     with pytest.raises(PathError, match="is a folder"):
@@ -428,7 +428,7 @@ def test_blocks_are_no_longer_than_a_row(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 8)).eval()
     qp.convert(model, recipe="int4-weight-only")
-    export_onnx(model, x, tmp_path / "m.onnx", target="tensorrt")
+    export_onnx(model, x, tmp_path / "m.onnx", runtime="tensorrt")
     (node,) = (n for n in onnx.load(str(tmp_path / "m.onnx")).graph.node if n.op_type == "DequantizeLinear")
     assert {a.name: a.i for a in node.attribute} == {"axis": 1, "block_size": 24}
     (result,) = run(tmp_path / "m.onnx", x)

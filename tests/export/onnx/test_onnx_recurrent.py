@@ -62,9 +62,9 @@ class Many(nn.Module):
         return self.gru(x, h), last, states
 
 
-@pytest.mark.parametrize(("target", "batch_first"), [("onnxruntime", True), ("tensorrt", False)])
+@pytest.mark.parametrize(("runtime", "batch_first"), [("onnxruntime", True), ("tensorrt", False)])
 def test_time_and_batch_may_be_dynamic_and_onnxruntime_finds_the_shapes_that_the_file_says(
-    target: Any, batch_first: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    runtime: Any, batch_first: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def inputs(steps: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         sizes = (batch, steps, 4) if batch_first else (steps, batch, 4)
@@ -73,7 +73,7 @@ def test_time_and_batch_may_be_dynamic_and_onnxruntime_finds_the_shapes_that_the
     names = ("batch", "time") if batch_first else ("time", "batch")
     model = calibrated(lambda: Many(batch_first=batch_first), *inputs(2, 3))
     shapes = (dict(enumerate(names)), {1: "batch"})
-    report = export_onnx(model, inputs(2, 3), tmp_path / "m.onnx", target=target, dynamic_shapes=shapes)
+    report = export_onnx(model, inputs(2, 3), tmp_path / "m.onnx", runtime=runtime, dynamic_shapes=shapes)
     assert {name: report.nodes[name] for name in ("RNN", "LSTM", "GRU")} == {"RNN": 2, "LSTM": 2, "GRU": 1}
     assert report.comparison is not None
     assert report.comparison.differing == 0

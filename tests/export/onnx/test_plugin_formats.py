@@ -72,7 +72,7 @@ import quantpatch as qp
 
 D = qp.QuantDescriptor
 results = {}
-for target in ("onnxruntime", "tensorrt"):
+for runtime in ("onnxruntime", "tensorrt"):
     for input, weight in (("fifty", "ternary"), ("ternary", "thirds")):
         recipe = qp.Recipe(name="r", input=D(format=input), weight=D(format=weight, axis="channel"))
         with qp.quantize_modules(recipe=recipe):
@@ -80,10 +80,10 @@ for target in ("onnxruntime", "tensorrt"):
             model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).eval()
         x = torch.randn(9, 8)
         qp.calibrate(model, [x], progress=False)
-        folder = Path(sys.argv[1]) / f"{target}.{input}"
+        folder = Path(sys.argv[1]) / f"{runtime}.{input}"
         folder.mkdir()
         try:
-            compared = qp.export_onnx(model, x, folder / "m.onnx", target=target).comparison
+            compared = qp.export_onnx(model, x, folder / "m.onnx", runtime=runtime).comparison
         except qp.QuantPatchError as error:
             found = {"error": str(error), "quantizers": error.quantizers}
         else:
@@ -113,8 +113,8 @@ def test_an_installed_plugins_formats(install: Callable[..., str], tmp_path: Pat
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
 
-    for target, stored in (("onnxruntime", 3), ("tensorrt", 1)):  # INT8 (packing so few is no gain), FLOAT
-        written = found[f"{target}.fifty"]
+    for runtime, stored in (("onnxruntime", 3), ("tensorrt", 1)):  # INT8 (packing so few is no gain), FLOAT
+        written = found[f"{runtime}.fifty"]
         assert written["compared"] == [2 * 9 * (8 + 6), 0, 0]
         assert written["relative"] < 1e-5
         assert set(written["types"]) == {stored}
@@ -122,7 +122,7 @@ def test_an_installed_plugins_formats(install: Callable[..., str], tmp_path: Pat
         assert recipe["0.input_quantizer"]["format"] == "fifty"
         assert "own-formats" in written["metadata"]["quantpatch.plugins"]
 
-        refused = found[f"{target}.ternary"]
+        refused = found[f"{runtime}.ternary"]
         assert refused["files"] == []
         assert len(refused["quantizers"]) == 4
         assert "format ternary, of the plugin 'number-formats': it rounds otherwise" in refused["error"]

@@ -101,7 +101,7 @@ def test_weights_of_experts_are_stored_as_codes_and_floats_once_loaded(
 
 def test_for_tensorrt_the_weights_are_floats_with_a_pair(tmp_path: Path) -> None:
     model = experts("int8", turned=True)
-    report = export_onnx(model, X, tmp_path / "m.onnx", target="tensorrt")
+    report = export_onnx(model, X, tmp_path / "m.onnx", runtime="tensorrt")
     assert report.nodes["QuantizeLinear"] == report.nodes["DequantizeLinear"] == 2
     assert violations(tmp_path / "m.onnx") == []
     assert report.comparison is not None

@@ -98,12 +98,12 @@ def test_every_file_keeps_to_the_rules(name: str, tmp_path: Path) -> None:
     for module in model.modules():
         if isinstance(module, nn.ConvTranspose2d):
             module.weight_quantizer = qp.TensorQuantizer(qp.QuantDescriptor(axis=0, narrow_range=True))
-    prepare(model, x, target="tensorrt")
+    prepare(model, x, runtime="tensorrt")
     if recipe != "int4-weight-only":
         qp.calibrate(model, [x], progress=False)
     if name == "half":
         model, x = model.half(), x.half()
-    report = export_onnx(model, x, tmp_path / "m.onnx", target="tensorrt")
+    report = export_onnx(model, x, tmp_path / "m.onnx", runtime="tensorrt")
     assert violations(tmp_path / "m.onnx") == []
     assert report.comparison is not None
     assert report.comparison.mismatching == 0
@@ -163,7 +163,7 @@ def test_a_file_that_breaks_a_rule_is_found_out(
 def for_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportReport, nn.Module]:
     path = tmp_path_factory.mktemp("tensorrt") / "m.onnx"
     model = calibrated(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3)), X)
-    return path, export_onnx(model, X, path, target="tensorrt"), model
+    return path, export_onnx(model, X, path, runtime="tensorrt"), model
 
 
 def test_tensorrt_zero_points_are_int8_zeros(for_tensorrt: Any) -> None:
@@ -201,14 +201,14 @@ def test_tensorrt_weights_are_floats_with_a_pair(for_tensorrt: Any) -> None:
 @pytest.mark.filterwarnings("ignore:these quantizers of unsigned numbers saw negative")
 def test_tensorrt_takes_no_unsigned_integers(tmp_path: Path) -> None:
     """WQT: signed INT8."""
-    error = refused(linear(input=qp.QuantDescriptor(unsigned=True)), tmp_path / "m.onnx", target="tensorrt")
+    error = refused(linear(input=qp.QuantDescriptor(unsigned=True)), tmp_path / "m.onnx", runtime="tensorrt")
     assert error.quantizers == ("0.input_quantizer", "1.input_quantizer")
     assert "unsigned=False" in str(error)
 
 
 def test_tensorrt_takes_one_scale_for_an_activation(tmp_path: Path) -> None:
     """WQT: scales of activations are per tensor."""
-    error = refused(linear(input=qp.QuantDescriptor(axis=-1)), tmp_path / "m.onnx", target="tensorrt")
+    error = refused(linear(input=qp.QuantDescriptor(axis=-1)), tmp_path / "m.onnx", runtime="tensorrt")
     assert "one scale" in str(error)
 
 
@@ -218,17 +218,19 @@ def test_tensorrt_takes_fp8_e4m3_per_tensor(tmp_path: Path) -> None:
     per_channel = linear(
         input=qp.QuantDescriptor(num_bits=(4, 3)), weight=qp.QuantDescriptor(num_bits=(4, 3), axis="channel")
     )
-    assert "without axis" in str(refused(per_channel, path, target="tensorrt"))
+    assert "without axis" in str(refused(per_channel, path, runtime="tensorrt"))
     wide = qp.QuantDescriptor(num_bits=(5, 2))
-    assert "E4M3 only" in str(refused(linear(input=wide, weight=wide), path, target="tensorrt"))
+    assert "E4M3 only" in str(refused(linear(input=wide, weight=wide), path, runtime="tensorrt"))
     good = qp.QuantDescriptor(num_bits=(4, 3))
-    assert export_onnx(linear(input=good, weight=good), torch.randn(3, 4), path, target="tensorrt").comparison
+    assert export_onnx(
+        linear(input=good, weight=good), torch.randn(3, 4), path, runtime="tensorrt"
+    ).comparison
 
 
 def test_tensorrt_takes_blocks_of_int4_weights_only(tmp_path: Path) -> None:
     """WQT: INT4 is for weights only, and blocks are of INT4."""
     eight = qp.QuantDescriptor(format="int8_g128", axis="reduction", dynamic=True)
-    error = refused(linear(weight=eight), tmp_path / "m.onnx", target="tensorrt")
+    error = refused(linear(weight=eight), tmp_path / "m.onnx", runtime="tensorrt")
     assert "blocks are of INT4" in str(error)
 
 
@@ -248,7 +250,7 @@ def test_tensorrt_reads_blocks_from_shapes(
     weight = qp.QuantDescriptor(format=format, axis="reduction", dynamic=True)
     qp.convert(model, recipe=qp.Recipe(name="blocks", input=None, weight=weight))
     with pytest.raises(ExportError, match=message) as caught:
-        export_onnx(model, torch.randn(shape), tmp_path / "m.onnx", target="tensorrt")
+        export_onnx(model, torch.randn(shape), tmp_path / "m.onnx", runtime="tensorrt")
     assert caught.value.quantizers == ("0.weight_quantizer",)
     assert list(tmp_path.iterdir()) == []
 
@@ -257,12 +259,12 @@ def test_tensorrt_takes_transposed_convolutions_on_axis_0(tmp_path: Path) -> Non
     """PQ: the per-channel descriptors of ConvTranspose weights have axis 0."""
     model = calibrated(lambda: nn.Sequential(nn.ConvTranspose1d(4, 6, 3)), torch.randn(2, 4, 5))
     with pytest.raises(ExportError, match="axis 0") as caught:
-        export_onnx(model, torch.randn(2, 4, 5), tmp_path / "m.onnx", target="tensorrt")
+        export_onnx(model, torch.randn(2, 4, 5), tmp_path / "m.onnx", runtime="tensorrt")
     assert caught.value.quantizers == ("0.weight_quantizer",)
     assert list(tmp_path.iterdir()) == []
     # What the message says to do:
     model[0].weight_quantizer = qp.TensorQuantizer(qp.QuantDescriptor(axis=0, narrow_range=True))
     qp.calibrate(model, [torch.randn(2, 4, 5)], existing="overwrite", progress=False)
-    report = export_onnx(model, torch.randn(2, 4, 5), tmp_path / "m.onnx", target="tensorrt")
+    report = export_onnx(model, torch.randn(2, 4, 5), tmp_path / "m.onnx", runtime="tensorrt")
     assert report.comparison is not None
     assert report.comparison.differing == 0

@@ -57,7 +57,7 @@ def test_same_outputs(case: str, quantized: bool, seen_in: str) -> None:
     expected = model(x)
     report = fold_batchnorm(model, x if seen_in == "run" else None)
     assert report.folded == {"1": "0"}
-    assert report.left == {}
+    assert report.skipped == {}
     assert str(report) == "1 -> 0"
     assert type(model[1]) is nn.Identity
     assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
@@ -165,7 +165,7 @@ def test_what_is_folded_is_read_from_the_graph_also_in_parts() -> None:
     expected = model(x)
     report = fold_batchnorm(model)
     assert report.folded == {"block.norm1": "block.conv1", "block.norm2": "block.conv2"}
-    assert "torch.fx cannot trace" in report.left["own"]
+    assert "torch.fx cannot trace" in report.skipped["own"]
     assert "own is left" in str(report)
     assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
 
@@ -184,7 +184,7 @@ def left_because(model: nn.Module) -> str:
     for args in (None, torch.randn(2, 4, 5, 5)):  # by a trace and by a run
         report = fold_batchnorm(model, args)
         assert report.folded == {}
-        whys += report.left.values()
+        whys += report.skipped.values()
     assert whys[0] == whys[1]
     return whys[0]
 
@@ -302,7 +302,7 @@ def test_what_else_a_subclass_does_goes_on_when_it_is_folded(kind: type[nn.Modul
         twin.load_state_dict(dict(state))  # strict, and without torch's versions beside it
         assert torch.allclose(twin(Y), expected, rtol=1e-4, atol=1e-5)
         assert torch.allclose(twin.train()(Y), expected, rtol=1e-4, atol=1e-5)
-    assert fold_batchnorm(model, Y).left == {}
+    assert fold_batchnorm(model, Y).skipped == {}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch._dynamo's own
@@ -322,7 +322,7 @@ def test_a_fold_that_changes_the_model_is_undone_and_named_and_the_others_stay()
     with pytest.warns(qp.QuantPatchWarning, match="3: the model failed with AttributeError"):
         report = fold_batchnorm(model, Y)
     assert report.folded == {"1": "0", "5": "4"}
-    assert list(report.left) == ["3"]
+    assert list(report.skipped) == ["3"]
     assert torch.allclose(model(Y), expected, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(model.state_dict()[key], state[key]) for key in state if key[0] in "23")
     model.load_state_dict(state)
@@ -355,7 +355,7 @@ def test_convolutions_with_a_forward_of_their_own_are_folded_into_where_that_is_
         expected = model(Y)
         report = fold_batchnorm(model, Y)
         assert ("3" in report.folded) is right
-        assert right or "another tensor than its weight" in report.left["3"]
+        assert right or "another tensor than its weight" in report.skipped["3"]
         assert torch.allclose(model(Y), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -363,7 +363,7 @@ def test_without_a_run_subclasses_with_a_forward_of_their_own_are_left() -> None
     for model in (between(Activated(4)), between(nn.BatchNorm2d(4), Standardized)):
         report = fold_batchnorm(model)
         assert report.folded == {"1": "0", "5": "4"}
-        assert "give the arguments" in report.left["3"]
+        assert "give the arguments" in report.skipped["3"]
 
 
 def test_a_model_that_is_never_the_same_is_folded() -> None:

@@ -1,4 +1,4 @@
-"""prepare: batch norm folded, and quantizers where a target's integer kernels want them."""
+"""prepare: batch norm folded, and quantizers where a runtime's integer kernels want them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_residual_additions_have_quantized_operands_and_results() -> None:
         "3.body.3.output_quantizer",
         "2.output_quantizer",  # what the next block adds
     )
-    assert report.left == {}
+    assert report.skipped == {}
     assert set(report.batchnorm.folded) == {"2.body.1", "2.body.4", "3.body.1", "3.body.4"}
     assert model[2]._forward_hooks
 
@@ -210,8 +210,8 @@ def test_an_operand_that_no_module_gives_is_named_with_what_to_do() -> None:
             return self.second(self.first(x) + torch.tanh(x))
 
     _, report = prepared(lambda: nn.Sequential(Inside()))
-    assert list(report.left) == ["0"]
-    assert "nn.ReLU" in report.left["0"]
+    assert list(report.skipped) == ["0"]
+    assert "nn.ReLU" in report.skipped["0"]
     assert "0 is left" in str(report)
 
 
@@ -226,7 +226,7 @@ def test_a_layer_that_runs_twice_gets_no_range_for_two_tensors() -> None:
 
     _, report = prepared(Twice)
     assert report.placed == ()
-    assert "more than once" in report.left["layer"]
+    assert "more than once" in report.skipped["layer"]
 
 
 def test_data_dependent_code_is_followed() -> None:
@@ -261,7 +261,7 @@ def test_what_the_model_returns_is_quantized_where_a_convolution_gives_it() -> N
         "block.body.3.output_quantizer",
         "flat.0.output_quantizer",
     }
-    assert report.left == {}
+    assert report.skipped == {}
     assert prepared(lambda: nn.Sequential(nn.Linear(8, 4)))[1].placed == ()  # its kernel gives floats
 
 
@@ -271,8 +271,8 @@ def test_outputs_stay_float_if_asked_and_are_named() -> None:
 
     _, report = prepared(build, outputs=False)
     assert report.placed == ("0.output_quantizer",)
-    assert list(report.left) == ["2"]
-    assert "outputs=False" in report.left["2"]
+    assert list(report.skipped) == ["2"]
+    assert "outputs=False" in report.skipped["2"]
 
 
 def test_a_quantizer_stands_behind_what_moves_values_where_none_can_stand_before() -> None:
@@ -287,7 +287,7 @@ def test_a_quantizer_stands_behind_what_moves_values_where_none_can_stand_before
             return self.last(torch.tanh(self.up(y)))
 
     _, report = prepared(Coarse)
-    assert report.left == {}
+    assert report.skipped == {}
     assert "up.output_quantizer" in report.placed
 
 
@@ -306,7 +306,7 @@ def test_what_a_quantizer_at_an_output_changes_is_undone_and_named() -> None:
     with pytest.warns(qp.QuantPatchWarning, match=r"act is left: .* off by \d"):
         report = prepare(model, X)
     assert "act.output_quantizer" not in report.placed
-    assert "undone" in report.left["act"]
+    assert "undone" in report.skipped["act"]
     assert not model.act._forward_hooks
     assert not [name for name, _ in model.named_modules() if name.startswith("act.")]
 
@@ -341,8 +341,8 @@ def test_images_stay_float_where_a_small_convolution_has_an_activation_without_a
     activation: nn.Module,
 ) -> None:
     model, report = prepared(lambda: stem(activation))
-    assert list(report.left) == ["0"]
-    assert "switched off" in report.left["0"]
+    assert list(report.skipped) == ["0"]
+    assert "switched off" in report.skipped["0"]
     assert report.placed == ("4.output_quantizer",)
     off = [name for name, m in model.named_modules() if isinstance(m, qp.TensorQuantizer) and m.disabled]
     assert off == ["0.input_quantizer", "0.weight_quantizer"]
@@ -350,7 +350,7 @@ def test_images_stay_float_where_a_small_convolution_has_an_activation_without_a
     (unquantized,) = [line for line in qp.audit(model, X).rows if line.reason]
     assert "switched off" in unquantized.reason
     again = prepare(model, X)
-    assert (again.placed, again.left) == ((), {})
+    assert (again.placed, again.skipped) == ((), {})
     assert [name for name, m in model.named_modules() if getattr(m, "disabled", False)] == off
 
 
@@ -368,7 +368,7 @@ def test_images_stay_float_where_a_small_convolution_has_an_activation_without_a
 )
 def test_other_convolutions_of_images_are_quantized(first, why: str) -> None:
     model, report = prepared(first)
-    assert report.left == {}, why
+    assert report.skipped == {}, why
     assert not [m for m in model.modules() if isinstance(m, qp.TensorQuantizer) and m.disabled], why
 
 
@@ -385,8 +385,8 @@ def test_a_convolution_of_volumes_with_few_channels_stays_float(inside, outside,
     model = built(lambda: nn.Sequential(nn.Conv3d(inside, outside, 3, padding=1, groups=groups), nn.ReLU()))
     x = torch.randn(1, inside, 4, 4, 4)
     report = prepare(model, x)
-    assert list(report.left) == ["0"]
-    assert text in report.left["0"]
+    assert list(report.skipped) == ["0"]
+    assert text in report.skipped["0"]
     assert report.placed == ()
     assert model[0].input_quantizer.disabled
     assert model[0].weight_quantizer.disabled
@@ -398,7 +398,7 @@ def test_a_convolution_of_volumes_with_few_channels_stays_float(inside, outside,
 def test_other_convolutions_of_volumes_are_quantized(inside, outside, groups) -> None:
     model = built(lambda: nn.Sequential(nn.Conv3d(inside, outside, 3, padding=1, groups=groups), nn.ReLU()))
     report = prepare(model, torch.randn(1, inside, 4, 4, 4))
-    assert report.left == {}
+    assert report.skipped == {}
     assert report.placed == ("1.output_quantizer",)
     assert not model[0].input_quantizer.disabled
 
@@ -428,27 +428,27 @@ def test_groups_of_few_channels_stay_float(kind, inside, outside, groups, slow) 
 
 def test_tensorrt_has_all_convolutions_of_volumes_on_integers() -> None:
     model = built(lambda: nn.Sequential(nn.Conv3d(3, 8, 3), nn.ReLU()))
-    assert prepare(model, torch.randn(1, 3, 4, 4, 4), target="tensorrt").left == {}
+    assert prepare(model, torch.randn(1, 3, 4, 4, 4), runtime="tensorrt").skipped == {}
     assert not model[0].input_quantizer.disabled
 
 
 def test_a_convolution_stays_quantized_where_another_layer_shares_its_quantizer() -> None:
     model = built(lambda: stem(nn.Hardswish()))
     model[3].input_quantizer = model[0].input_quantizer
-    assert prepare(model, X).left == {}
+    assert prepare(model, X).skipped == {}
     assert not model[0].input_quantizer.disabled
 
 
 def test_tensorrt_wants_the_skip_quantized_and_nothing_unsigned() -> None:
     """ "Working with Quantized Types", Q/DQ placement: quantize the residual input of an addition."""
-    _, report = prepared(residual, target="tensorrt")
+    _, report = prepared(residual, runtime="tensorrt")
     assert report.placed == ("1.output_quantizer", "2.output_quantizer")
     assert report.unsigned == ()
 
 
 def test_wrong_arguments() -> None:
     with pytest.raises(UnknownNameError, match="onnxruntime"):
-        prepare(built(residual), X, target="onnx")  # type: ignore[arg-type]
+        prepare(built(residual), X, runtime="onnx")  # type: ignore[arg-type]
     model = built(residual).train()
     with pytest.raises(qp.QuantPatchError, match=r"model\.eval"):
         prepare(model, X)

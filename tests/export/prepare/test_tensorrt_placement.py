@@ -70,10 +70,10 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Graph:
             nn.init.uniform_(module.running_var, 0.5, 2.0)  # so that it does not vanish
             nn.init.normal_(module.running_mean)
     x = torch.randn(2, 3, 8, 8)
-    prepare(model, x, target="tensorrt")
+    prepare(model, x, runtime="tensorrt")
     qp.calibrate(model, [x], progress=False)
     path = tmp_path_factory.mktemp("tensorrt") / "m.onnx"
-    report = export_onnx(model, x, path, target="tensorrt")
+    report = export_onnx(model, x, path, runtime="tensorrt")
     assert report.comparison is not None
     assert report.comparison.mismatching == 0
     return Graph(path)
@@ -134,13 +134,13 @@ def test_weights_of_transposed_convolutions_get_their_scales_on_axis_0(
     x = torch.randn(2, 3, 5, 5)
     if calibrated:
         qp.calibrate(model, [x], progress=False)
-    report = prepare(model, x, target="tensorrt")
+    report = prepare(model, x, runtime="tensorrt")
     assert report.turned == ("0.weight_quantizer",)
-    assert ("calibrate again" in report.left.get("0.weight_quantizer", "")) is calibrated
-    assert prepare(model, x, target="tensorrt").turned == ()
+    assert ("calibrate again" in report.skipped.get("0.weight_quantizer", "")) is calibrated
+    assert prepare(model, x, runtime="tensorrt").turned == ()
     qp.calibrate(model, [x], progress=False, existing="keep")
     assert model[0].weight_quantizer.amax.shape == (3, 1, 1, 1)
     model.train()(x).sum().backward()
-    exported = export_onnx(model.eval(), x, tmp_path / "m.onnx", target="tensorrt")
+    exported = export_onnx(model.eval(), x, tmp_path / "m.onnx", runtime="tensorrt")
     assert exported.comparison is not None
     assert exported.comparison.mismatching == 0

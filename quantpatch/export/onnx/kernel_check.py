@@ -65,6 +65,7 @@ def check_kernels(path: Path, optimized: Path, feeds: Iterable[Mapping[str, Any]
     """
     import numpy as np
     import onnx
+    from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph
 
     graph, file = (onnx.load(str(each), load_external_data=False) for each in (optimized, path))
     kernels = kernels_of(graph.graph)
@@ -78,7 +79,11 @@ def check_kernels(path: Path, optimized: Path, feeds: Iterable[Mapping[str, Any]
     graph.graph.output.extend(onnx.ValueInfoProto(name=output) for output in pairs if output not in own)
     _cut(file, set(pairs.values()))
     off = session_options(optimized=False)
-    runs, pieces = changed(graph, optimized, off), changed(file, path, off)
+    try:
+        runs = changed(graph, optimized, off)
+    except InvalidGraph:  # older releases write loops and branches that they do not read again
+        return KernelCheck((), tuple(kernels), 0, 0)
+    pieces = changed(file, path, off)
     channels_last = {output for output in pairs if output in twins.named}
     del graph, file, twins  # with all the weights that are in them
     values = within = 0

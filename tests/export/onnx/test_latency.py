@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.torch_version import TorchVersion
 
 import quantpatch as qp
 from quantpatch.errors import QuantPatchWarning
@@ -21,6 +22,7 @@ from quantpatch.torch_tools import forward
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+import onnxruntime
 from exported_files import run
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -72,6 +74,8 @@ def test_it_is_measured_beside_the_same_model_in_float(
 ) -> None:
     seen = measuring(monkeypatch, 1.0, 2.0)
     model = quantized(recipe)
+    if recipe == "fp8" and TorchVersion(onnxruntime.__version__) < "1.32":
+        pytest.skip("ONNX Runtime before 1.32 runs no average of FP8")
     report = export_onnx(model, X, tmp_path / "m.onnx")
     ((own, as_float),) = seen
     torch.testing.assert_close(own, model(X).detach(), rtol=0, atol=float(own.abs().max()) / 50)

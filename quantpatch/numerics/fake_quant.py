@@ -138,7 +138,7 @@ def quantize(
             return codes.squeeze(0), scale
         q = _qparams(x, amax, format, axis)
         scale = q.scales()
-        return _codes(x, spread(scale, x, format, q.dim), q.element), scale
+        return _codes(x, spread(scale, x, format, q.dim), q.element()), scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, format: NumberFormat, *, axis: Axis = None) -> Tensor:

@@ -79,11 +79,11 @@ class _RoundTrip(Function):
             scale = q.scales()
             ctx.mask = None
             ctx.save_for_backward(x, amax, scale)
-            return backend.round_trip(x, q._replace(scale=scale), trains=True)
+            return backend.round_trip(x, QParams(format, amax, scale, dim), trains=True)
         result, mask = backend.round_and_mask(x, q)
         if mask.tensor is not None:
             ctx.save_for_backward(mask.tensor, amax if mask.kind == "values" else None)
-            mask = mask._replace(tensor=None)
+            mask = ClipMask(mask.kind, None, mask.order)
         ctx.mask = mask
         return result
 
@@ -103,7 +103,14 @@ class _RoundTrip(Function):
         if mask is None:
             grad_x, grad_amax = backend.lsq_gradients(grad, kept, q, batch_axis)
             return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None, None, None, None
-        return backend.zero_clipped(grad, mask._replace(tensor=kept), q), None, None, None, None, None
+        return (
+            backend.zero_clipped(grad, ClipMask(mask.kind, kept, mask.order), q),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 # What Function.apply does beside is for torch.func, which has the other one.
@@ -145,7 +152,7 @@ class _TransformableRoundTrip(Function):
         q = QParams(ctx.format, amax, scale, ctx.dim)
         if ctx.learned:
             return *inductor.lsq_gradients(grad, x, q, ctx.batch_axis), *[None] * 5
-        mask = ClipMask("values", x) if q.clips else ClipMask()
+        mask = ClipMask("values", x) if q.clips() else ClipMask()
         return inductor.zero_clipped(grad, mask, q), *[None] * 6
 
     @staticmethod
@@ -156,7 +163,7 @@ class _TransformableRoundTrip(Function):
         if x_tangent is None:
             x_tangent = torch.zeros_like(x)
         if amax is None or scale is None or not (ctx.learned or amax_tangent is not None):
-            if not q.clips:
+            if not q.clips():
                 return x_tangent.clone()  # an input may not be handed out as a result
             return inductor.zero_clipped(x_tangent, ClipMask("values", x), q)
         outside, slope = lsq_slopes(x, scale, ctx.format, ctx.dim)

@@ -29,12 +29,11 @@ class QParams(NamedTuple):
     scale: Tensor | None = None
     dim: int | None = None
 
-    @property
+    # Methods: torch.compile of torch 2.8 follows no property of a named tuple (nor its _replace).
     def element(self) -> NumberFormat:
         """The format of single elements."""
         return element_of(self.format)
 
-    @property
     def clips(self) -> bool:
         """Whether anything can be clipped."""
         return self.amax is not None or self.format.min >= 0

@@ -142,7 +142,7 @@ def _rounded(x: Tensor, scale: Range, q: QParams, *, all_inside: bool) -> Tensor
     if not x.numel():
         return torch.empty_like(x)
     out = torch.empty_like(x)
-    format, element, dim = q.format, q.element, q.dim
+    format, element, dim = q.format, q.element(), q.dim
     factors: Range = scale
     if isinstance(scale, Tensor):
         factors = scale.item() if scale.numel() == 1 else scale

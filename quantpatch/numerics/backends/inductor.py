@@ -46,7 +46,7 @@ def serves(x: Tensor, q: QParams | None = None) -> bool:
 
 def round_trip(x: Tensor, q: QParams, *, trains: bool = False) -> Tensor:
     """``x`` to the grid and back."""
-    x, scale, dim, element = x.detach(), q.scales(), q.dim, q.element
+    x, scale, dim, element = x.detach(), q.scales(), q.dim, q.element()
     if _is_of_convolution(x, scale):
         scale = _apart(scale)
         if trains:
@@ -72,9 +72,9 @@ def round_trip(x: Tensor, q: QParams, *, trains: bool = False) -> Tensor:
 def round_and_mask(x: Tensor, q: QParams) -> tuple[Tensor, ClipMask]:
     """The same, and what was clipped."""
     scale = q.scales()
-    y = round_trip(x, q._replace(scale=scale), trains=True)
+    y = round_trip(x, QParams(q.format, q.amax, scale, q.dim), trains=True)
     order = [0, 1, 2, 3] if _is_of_convolution(x, scale) else None
-    if not q.clips:
+    if not q.clips():
         return y, ClipMask(order=order)
     if is_compiled() and x.device.type == "cpu" and not scale.dim():
         # Not bools: one takes twenty times as long to write as an int8 that is made of a float.

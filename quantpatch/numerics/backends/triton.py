@@ -30,7 +30,7 @@ def serves(x: Tensor, q: QParams | None = None) -> bool:
     return (
         q is not None
         and x.dtype in _DTYPES
-        and type(q.element) in (Integer, Float)
+        and type(q.element()) in (Integer, Float)
         and _elements_per_scale(x if _is_dense(x) else torch.empty_like(x, device="meta"), q) is not None
         and _works(x.get_device())
     )
@@ -43,7 +43,7 @@ def round_trip(x: Tensor, q: QParams, *, trains: bool = False) -> Tensor:
 
 def round_and_mask(x: Tensor, q: QParams) -> tuple[Tensor, ClipMask]:
     """The same, and what was clipped: a byte an element, written in the same pass."""
-    result, inside = _rounded(x, q, masked=q.clips)
+    result, inside = _rounded(x, q, masked=q.clips())
     return result, ClipMask() if inside is None else ClipMask("bytes", inside)
 
 
@@ -58,7 +58,7 @@ def _rounded(x: Tensor, q: QParams, *, masked: bool) -> tuple[Tensor, Tensor | N
     dense = x if _is_dense(x) else torch.empty_like(x).copy_(x)
     count = _elements_per_scale(dense, q)
     assert count is not None
-    return launch(dense, q.amax, q.scales(), count, q.element, masked=masked)
+    return launch(dense, q.amax, q.scales(), count, q.element(), masked=masked)
 
 
 def _elements_per_scale(x: Tensor, q: QParams) -> int | None:

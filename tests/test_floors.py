@@ -226,3 +226,16 @@ def test_importing_the_package_imports_no_target_package() -> None:
 
 def test_every_room_has_a_floor() -> None:
     assert {room(module) for module in MODULES} == set(FLOOR)
+
+
+def test_the_architecture_names_every_room_from_the_ground_up_and_only_files_that_are_there() -> None:
+    page = (ROOT.parent / "ARCHITECTURE.md").read_text()
+    table = page.partition("## Rooms")[2].partition("## ")[0]
+    cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    rooms = [re.sub(r"/$|\.py$", "", name) for cell in cells for name in re.findall(r"`([a-z_./]+)`", cell)]
+    assert set(rooms) == {room.partition(".")[0] for room in FLOOR} - {"__init__", "__main__"}
+    floors = [FLOOR[room] for room in rooms]
+    assert floors == sorted(floors)
+    there = [f"/{path.relative_to(ROOT).as_posix()}" for path in MODULES.values()]
+    files = {file for file in re.findall(r"`([a-z_/]+\.py)`", page) if not file.startswith("tests/")}
+    assert [file for file in files if not any(path.endswith(f"/{file}") for path in there)] == []

@@ -3,7 +3,7 @@
 ============  ====================================================================
 flow.py       the graph: operators, and the values that go from one to the next
 recorder.py   a run of a model that gives it
-operators.py  what is known of operators: which keep values, signs, or move integers
+traits.py     what is known of operators: which keep values, signs, or move integers
 macs.py       which operators multiply, what, and how much
 ============  ====================================================================
 """

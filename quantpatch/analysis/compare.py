@@ -22,8 +22,6 @@ from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.fast_paths import without_fast_paths
 from quantpatch.torch_tools.forward import as_batches, demand_model, evaluating, run_batch
 
-__all__ = ["ComparisonReport", "ComparisonRow", "compare"]
-
 
 @attrs.frozen
 class ComparisonRow:

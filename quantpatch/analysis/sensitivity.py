@@ -22,8 +22,6 @@ from quantpatch.report.render import as_text
 from quantpatch.torch_tools.atomic_files import written_whole
 from quantpatch.torch_tools.forward import demand_model, evaluating, progress_over
 
-__all__ = ["SensitivityReport", "SensitivityRow", "sensitivity"]
-
 Mode = Literal["quantize_one", "float_one"]
 
 

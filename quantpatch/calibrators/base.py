@@ -23,8 +23,6 @@ from quantpatch.numerics.grouped_axes import GroupedAxes
 from quantpatch.torch_tools.distributed import Ranks
 from quantpatch.torch_tools.sharded import whole
 
-__all__ = ["AllReduce", "Calibrator", "warn_of_negatives"]
-
 AllReduce = Callable[[Tensor, dist.ReduceOp.RedOpType], Tensor]
 """Reduces a tensor over the ranks and returns the result; the argument is left alone."""
 

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from quantpatch.numerics.backends import numba
 
-__all__ = ["MIN_EXPONENT", "channels_first", "count", "merge", "power_of_two", "width_exponent"]
-
 _CHUNK = 1 << 19  # elements binned at a time on a CPU: the scratch buffers stay in its cache
 #: Of the bin width: the smallest normal float32.
 MIN_EXPONENT = -126

@@ -37,14 +37,6 @@ from quantpatch.calibrators.thresholds import (
 from quantpatch.errors import OptionError
 from quantpatch.numerics.formats import NumberFormat
 
-__all__ = [
-    "EntropyCalibrator",
-    "HistogramCalibrator",
-    "MSECalibrator",
-    "PercentileCalibrator",
-    "SQNRCalibrator",
-]
-
 _BINS, _FEWEST_BINS = 2048, 256
 _ALL_BINS = 1 << 22  # of all channels
 

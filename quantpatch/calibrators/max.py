@@ -10,8 +10,6 @@ from quantpatch.calibrators.base import AllReduce, Calibrator
 from quantpatch.errors import OptionError
 from quantpatch.numerics.formats import NumberFormat
 
-__all__ = ["MaxCalibrator", "MovingAverageCalibrator"]
-
 
 class MaxCalibrator(Calibrator):
     """The largest magnitude seen: nothing is clipped."""

@@ -16,8 +16,6 @@ from torch import Tensor
 from quantpatch.errors import OptionError
 from quantpatch.numerics.formats import NumberFormat
 
-__all__ = ["entropy_threshold", "mse_threshold", "percentile_threshold", "sqnr_threshold"]
-
 _CHUNK = 1 << 18  # elements of intermediate results at a time: bounds the memory, near a CPU's cache
 # Candidates whose figures differ by less than rounding does are equally good.
 _KL_TIE = 1e-12

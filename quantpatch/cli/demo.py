@@ -26,8 +26,6 @@ from quantpatch.quantize.calibrate import calibrate
 from quantpatch.quantize.scope import Scope, quantize_modules
 from quantpatch.report.render import as_text
 
-__all__ = ["DemoReport", "DemoRow", "build_model", "run"]
-
 Data = tuple[Tensor, Tensor]
 
 

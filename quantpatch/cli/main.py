@@ -32,8 +32,6 @@ from quantpatch.report.render import as_text
 from quantpatch.run import RunSettings, launch
 from quantpatch.torch_tools.atomic_files import own_version
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     help="Quantize PyTorch models without touching their code.",
     no_args_is_help=True,

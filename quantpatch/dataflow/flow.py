@@ -11,8 +11,6 @@ from torch import nn
 
 from quantpatch.dataflow.macs import Product
 
-__all__ = ["BATCHNORM", "Dataflow", "Operator", "Value"]
-
 #: Operators that normalize a batch.
 BATCHNORM = frozenset(
     f"aten::{name}"

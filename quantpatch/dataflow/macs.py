@@ -12,8 +12,6 @@ from typing import Any, Generic, TypeVar
 import attrs
 from torch import Tensor
 
-__all__ = ["FAST_PATHS", "Product", "products_of"]
-
 T = TypeVar("T")
 
 

@@ -25,8 +25,6 @@ from quantpatch.dataflow.macs import Product, products_of
 from quantpatch.layers.base import is_quantizer
 from quantpatch.torch_tools.forward import evaluating
 
-__all__ = ["Recorder", "dataflow", "recording"]
-
 #: What gets a module that has run, its arguments and its keywords.
 Leaving = Callable[[nn.Module, Any, dict[str, Any]], None]
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import attrs
 
-__all__ = ["MOVING_NODES", "PASSED_NODES", "Traits", "traits"]
-
 
 @attrs.frozen
 class Traits:

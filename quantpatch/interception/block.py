@@ -17,19 +17,8 @@ from quantpatch.interception.slots import HookedAttribute, lock
 if TYPE_CHECKING:
     from quantpatch.interception.hooks import Slot
 
-__all__ = [
-    "Block",
-    "current",
-    "current_in_context",
-    "is_being_replaced",
-    "is_within",
-    "open_here",
-    "opened_here",
-    "within",
-]
 
-
-class Watch(Protocol):
+class _Watch(Protocol):
     """What a block starts and stops with its hooks; stopping twice is harmless."""
 
     def start(self) -> None: ...
@@ -51,7 +40,7 @@ class Block:
 
     __slots__ = ("__weakref__", "closed", "parent", "scope", "slots", "thread", "watch")
 
-    def __init__(self, scope: object = None, watch: Watch | None = None) -> None:
+    def __init__(self, scope: object = None, watch: _Watch | None = None) -> None:
         self.slots: list[Slot] = []
         self.scope = scope
         self.watch = watch

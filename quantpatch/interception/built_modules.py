@@ -11,8 +11,6 @@ from torch import nn
 
 from quantpatch.interception import hooks
 
-__all__ = ["Built"]
-
 
 class Built:
     """The modules built so far, in their order, from any thread. They are not kept alive.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-__all__ = ["check_class"]
-
 
 def check_class(target: type, replacement: Any) -> None:
     """Raises TypeError, saying why, if a class cannot take another one's place."""

@@ -10,8 +10,6 @@ from typing import Any
 from quantpatch.interception.mimicry import inheriting, is_made_here
 from quantpatch.interception.slots import MISSING, HookedAttribute
 
-__all__ = ["HookedInit", "as_function"]
-
 
 def as_function(init: Any, target: Any) -> Callable[..., Any]:
     """What a class's own ``__init__`` (or its lack of one) does to an object, called with the object."""

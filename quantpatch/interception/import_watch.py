@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
-__all__ = ["ImportWatch"]
-
 Notify = Callable[[ModuleType], None]
 
 

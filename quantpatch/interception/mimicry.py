@@ -7,8 +7,6 @@ import inspect
 from types import FunctionType
 from typing import Any
 
-__all__ = ["inheriting", "is_made_here"]
-
 _FILE = "<quantpatch: inherited>"
 
 

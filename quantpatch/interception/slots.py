@@ -14,8 +14,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
-__all__ = ["MISSING", "HookedAttribute", "lock"]
-
 Hook = Callable[..., Any]
 
 

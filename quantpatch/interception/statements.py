@@ -14,8 +14,6 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["Exit", "Statement"]
-
 
 class Statement:
     """One ``with`` statement.

@@ -10,8 +10,6 @@ import attrs
 import torch
 from torch import nn
 
-__all__ = ["Setting", "Settings"]
-
 
 @attrs.frozen(eq=False)
 class Setting:

@@ -19,8 +19,6 @@ from torch import nn
 from quantpatch.interception.block import Block, opened_here
 from quantpatch.interception.torch_settings import Setting, Settings
 
-__all__ = ["ABSENT", "Change", "Snapshot", "Trace", "protected"]
-
 
 class _Absent:
     def __repr__(self) -> str:

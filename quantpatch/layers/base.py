@@ -28,19 +28,6 @@ from quantpatch.torch_tools.class_swap import make_class, own_class, written_nam
 from quantpatch.torch_tools.fast_paths import allow_fast_paths, refuse_fast_paths
 from quantpatch.torch_tools.fx import leaf_in_fx
 
-__all__ = [
-    "ChannelsFirst1d",
-    "ChannelsFirst2d",
-    "ChannelsFirst3d",
-    "QuantizedLayer",
-    "is_quantizer",
-    "make_replacement",
-    "quantizer_name",
-    "quantizers_of",
-    "weight_owner",
-    "weight_quantizers",
-]
-
 
 def quantizer_name(operand: str) -> str:
     """Name of the submodule that quantizes an operand."""

@@ -12,8 +12,6 @@ from torch.nn.utils.rnn import pack_sequence
 from quantpatch.layers import operands
 from quantpatch.plugins.example import Example
 
-__all__ = ["EXAMPLES", "rand"]
-
 
 def rand(*shape: int, **options: Any) -> Callable[[], tuple[Tensor]]:
     """Inputs: one tensor of normal random numbers."""

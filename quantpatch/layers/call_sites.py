@@ -26,8 +26,6 @@ from torch.overrides import get_testing_overrides
 
 from quantpatch.errors import LayerError
 
-__all__ = ["Operations", "Rewritten", "rewrite"]
-
 #: Names of the operands to quantize, by operation; None leaves an operand float.
 Operations = Mapping[Callable[..., Any], tuple[str | None, ...]]
 

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Lowering", "lowered", "lowering"]
-
 
 class Lowering:
     """What some layers compute through.

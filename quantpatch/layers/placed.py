@@ -13,8 +13,6 @@ from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools import nn
 
-__all__ = ["can_hold", "placed_in", "quantize_output_of", "take_out"]
-
 _OUTPUT = quantizer_name("output")
 # What a container holds is what it runs, or lists.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

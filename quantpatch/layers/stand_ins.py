@@ -22,8 +22,6 @@ from torch.utils import checkpoint
 
 from quantpatch.torch_tools.class_swap import Overlay
 
-__all__ = ["call_with", "is_stand_in", "without_stand_in"]
-
 
 class _Missing:  # a class, since that stays itself in a pickle
     """What a class has under a name that it does not have."""

@@ -25,20 +25,6 @@ from quantpatch.layers.stand_ins import is_stand_in
 from quantpatch.recipes.descriptor import Recipe
 from quantpatch.torch_tools.class_swap import change_class, dotted
 
-__all__ = [
-    "CannotCombine",
-    "Obstacle",
-    "OwnInit",
-    "OwnMembers",
-    "WrittenOtherwise",
-    "attributes_used",
-    "cannot_combine",
-    "combine",
-    "own_ways",
-    "replacement_of",
-    "take_over",
-]
-
 
 @attrs.frozen
 class Obstacle:

@@ -22,8 +22,6 @@ from quantpatch.plugins.plugin import Plugin
 from quantpatch.torch_tools import debug_trace
 from quantpatch.torch_tools.raised import is_from_outside, said
 
-__all__ = ["advice_of", "entries_of", "examples_of", "names_of"]
-
 
 def entries_of(plugin: Plugin, manager: pluggy.PluginManager) -> tuple[Entry, ...]:
     """What it offers to replace.

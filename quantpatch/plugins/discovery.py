@@ -7,8 +7,6 @@ import importlib.metadata
 from quantpatch.plugins import hookspecs
 from quantpatch.plugins.plugin import Plugin
 
-__all__ = ["discover"]
-
 
 def discover() -> dict[str, Plugin]:
     """The plugins of the installed distributions, by name. Nothing is imported.

@@ -16,8 +16,6 @@ import attrs
 
 from quantpatch.errors import EntryError
 
-__all__ = ["Entry", "EntryLike"]
-
 
 def _module_reference(module: Any) -> Any:
     """A module that can be found by its name is kept by name: entries then compare and print alike."""

@@ -10,8 +10,6 @@ import attrs
 
 from quantpatch.plugins.plugin import BLOCK_VARIABLE, BUILTIN
 
-__all__ = ["ALLOW_VARIABLE", "Environment"]
-
 ALLOW_VARIABLE = "QUANTPATCH_PLUGINS"
 
 

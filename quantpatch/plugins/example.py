@@ -9,8 +9,6 @@ import attrs
 
 from quantpatch.errors import ConformanceError
 
-__all__ = ["Example"]
-
 
 @attrs.frozen
 class Example:

@@ -23,8 +23,6 @@ from quantpatch.torch_tools import debug_trace
 from quantpatch.torch_tools.atomic_files import own_version
 from quantpatch.torch_tools.raised import is_from_outside, said
 
-__all__ = ["BLOCK_VARIABLE", "BUILTIN", "HOOKS", "Plugin"]
-
 BUILTIN = "quantpatch.builtin"
 BLOCK_VARIABLE = "QUANTPATCH_BLOCK"
 

@@ -28,8 +28,6 @@ from quantpatch.plugins.example import Example
 from quantpatch.plugins.plugin import BLOCK_VARIABLE, BUILTIN, Plugin
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 
-__all__ = ["ALLOW_VARIABLE", "PluginInfo", "Registry", "recipe", "registry"]
-
 T = TypeVar("T")
 
 State = Literal["active", "blocked", "failed"]

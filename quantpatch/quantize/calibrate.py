@@ -13,8 +13,6 @@ from quantpatch.quantize.calibration_report import CalibrationReport
 from quantpatch.quantize.to_calibrate import Existing
 from quantpatch.torch_tools.forward import demand_model, run_over
 
-__all__ = ["calibrate", "calibrating"]
-
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
 
 

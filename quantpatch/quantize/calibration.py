@@ -32,8 +32,6 @@ from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.distributed import Ranks
 from quantpatch.torch_tools.forward import evaluating
 
-__all__ = ["Calibration"]
-
 _LOGGER = logging.getLogger("quantpatch")
 
 

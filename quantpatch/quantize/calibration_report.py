@@ -11,8 +11,6 @@ from rich.table import Table
 from quantpatch.report.changes import outcome_table
 from quantpatch.report.render import as_text
 
-__all__ = ["CalibrationReport"]
-
 
 @attrs.frozen
 class CalibrationReport:

@@ -22,8 +22,6 @@ from quantpatch.numerics.fake_quant import what_is_odd_about
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import unwrapped
 
-__all__ = ["CallRanges"]
-
 # Forward passes that are looked at: what calls differ by is soon seen, and each look is a pass over memory.
 _PASSES = 4
 # Three bits: of eight that leaves five.

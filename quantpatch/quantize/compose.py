@@ -25,8 +25,6 @@ from quantpatch.quantize.targets import entry_error, missing_module, slot_of, st
 from quantpatch.recipes.descriptor import Recipe
 from quantpatch.torch_tools.class_swap import dotted
 
-__all__ = ["compose", "custom_entry", "key_of", "load_all", "outermost"]
-
 
 def key_of(entry: Entry) -> Key:
     """What a table knows an entry's target by."""

@@ -18,8 +18,6 @@ from quantpatch.report.changes import ChangeReport
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.forward import demand_model
 
-__all__ = ["apply_rules", "configure"]
-
 
 @attrs.frozen
 class _Place:

@@ -33,8 +33,6 @@ from quantpatch.torch_tools.class_swap import change_class, dotted, own_class, w
 from quantpatch.torch_tools.fast_paths import allow_fast_paths
 from quantpatch.torch_tools.forward import demand_model
 
-__all__ = ["Conversion", "convert", "quantized", "revert"]
-
 
 @attrs.frozen
 class Conversion:

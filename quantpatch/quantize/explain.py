@@ -26,8 +26,6 @@ from quantpatch.recipes.descriptor import Recipe
 from quantpatch.report.render import as_text
 from quantpatch.torch_tools.class_swap import dotted
 
-__all__ = ["Claim", "Explanation", "explain"]
-
 State = Literal["replaced", "float", "conflict", "waiting", "error"]
 
 

@@ -20,8 +20,6 @@ from torch.optim.swa_utils import AveragedModel
 from quantpatch.errors import listed, warn_caller
 from quantpatch.layers.quantizer import copied, named_quantizers
 
-__all__ = ["telling_of_late_ranges"]
-
 
 @contextlib.contextmanager
 def telling_of_late_ranges(models: Iterable[nn.Module]) -> Iterator[None]:

@@ -12,8 +12,6 @@ from quantpatch.plugins.entry import Entry
 from quantpatch.quantize.targets import slot_of
 from quantpatch.torch_tools.class_swap import dotted
 
-__all__ = ["find_target"]
-
 
 def find_target(target: Any, known: Sequence[Entry]) -> tuple[str, Any]:
     """The dotted name of what is meant, and the object; None where it is a target that is not imported.

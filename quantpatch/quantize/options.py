@@ -19,8 +19,6 @@ from quantpatch.quantize.reasons import Pattern
 from quantpatch.quantize.resolve import Table
 from quantpatch.recipes.descriptor import Recipe
 
-__all__ = ["Options"]
-
 
 @attrs.frozen
 class Options:

@@ -11,8 +11,6 @@ from quantpatch.quantize.resolve import Decision
 from quantpatch.torch_tools import debug_trace
 from quantpatch.torch_tools.class_swap import dotted
 
-__all__ = ["Outcome", "Replaced", "Skipped"]
-
 
 @attrs.frozen
 class Replaced:

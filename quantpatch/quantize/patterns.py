@@ -9,8 +9,6 @@ from typing import Any
 from quantpatch.quantize.reasons import Pattern
 from quantpatch.torch_tools.class_swap import dotted
 
-__all__ = ["means", "names"]
-
 
 def means(pattern: Pattern, cls: Any) -> bool:
     """Whether a pattern means a class, by the name that it was given by its own module or by another."""

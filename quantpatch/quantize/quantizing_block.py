@@ -28,8 +28,6 @@ from quantpatch.recipes.descriptor import Recipe
 from quantpatch.torch_tools import debug_trace
 from quantpatch.torch_tools.class_swap import dotted, own_class
 
-__all__ = ["QuantizingBlock"]
-
 
 class QuantizingBlock(Block):
     """One opening of a ``Scope``, with its table, its recipe, and the watch for late imports.

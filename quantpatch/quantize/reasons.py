@@ -8,22 +8,6 @@ from quantpatch.errors import EntryConflictError
 from quantpatch.layers.subclass import Obstacle
 from quantpatch.plugins.entry import Entry
 
-__all__ = [
-    "BuiltDirectly",
-    "Conflict",
-    "FloatBase",
-    "IsPart",
-    "IsQuantized",
-    "KeptFloat",
-    "NameTaken",
-    "NoEntry",
-    "NotByDefault",
-    "Pattern",
-    "Reason",
-    "SkippedBy",
-    "SubclassOf",
-]
-
 #: What ``skip`` and ``include`` take: a class, its name, its dotted name, or a glob.
 Pattern = str | type
 

@@ -33,8 +33,6 @@ from quantpatch.quantize.reasons import (
 from quantpatch.quantize.targets import imported_replacement, load_checked
 from quantpatch.torch_tools.class_swap import dotted, written_name
 
-__all__ = ["Decision", "Key", "Table", "resolve", "resolver"]
-
 #: What a table knows a target by: where its hook stands, or its dotted name while it is not imported.
 Key = Slot | str
 

@@ -12,8 +12,6 @@ from quantpatch.errors import RuleError
 from quantpatch.plugins.registry import registry
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 
-__all__ = ["EDGES", "Matcher", "Rules", "Value", "checked_rules", "fits", "shown_matcher"]
-
 Matcher = str | type | Callable[[str, nn.Module], bool]
 Value = QuantDescriptor | Recipe | str | None
 #: Patterns for the first and the last quantized layer that has weights.

@@ -22,8 +22,6 @@ from quantpatch.quantize.rules import checked_rules
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
 
-__all__ = ["Scope", "keep_float", "quantize_modules"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -19,16 +19,6 @@ from quantpatch.plugins.plugin import BUILTIN
 from quantpatch.plugins.registry import registry
 from quantpatch.torch_tools.class_swap import dotted, written_name
 
-__all__ = [
-    "class_meant",
-    "entry_error",
-    "imported_replacement",
-    "load_checked",
-    "missing_module",
-    "slot_of",
-    "stranger_under",
-]
-
 
 def class_meant(entry: Entry, found: type) -> type:
     """The class that an entry is for.

@@ -10,8 +10,6 @@ from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.sharded import sharding_of
 
-__all__ = ["Existing", "checked_existing", "patterns", "to_calibrate", "why_none"]
-
 Existing = Literal["error", "keep", "overwrite"]
 
 

@@ -20,8 +20,6 @@ from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.quantizer import in_float, named_quantizers
 from quantpatch.torch_tools.forward import evaluating, unwrapped
 
-__all__ = ["FirstCall"]
-
 
 class FirstCall:
     """A block that keeps the arguments with which a model is called first, to call it once more.

@@ -28,8 +28,6 @@ from typing import Any
 from quantpatch.interception import hooks
 from quantpatch.recipes.descriptor import CHANNEL, REDUCTION, QuantDescriptor, Recipe
 
-__all__ = ["BUILTIN_RECIPES", "DEFAULT_RECIPE", "active_recipe"]
-
 _WEIGHT8 = QuantDescriptor(axis=CHANNEL, narrow_range=True)
 _WEIGHT4 = QuantDescriptor(num_bits=4, axis=CHANNEL, narrow_range=True)
 

@@ -13,8 +13,6 @@ from quantpatch.errors import DescriptorError, UnknownNameError, shown
 from quantpatch.numerics.formats import Float, Integer, NumberFormat
 from quantpatch.numerics.grouped_axes import GroupedAxes
 
-__all__ = ["CHANNEL", "REDUCTION", "Axis", "QuantDescriptor", "Recipe"]
-
 #: Stands in a descriptor for the axis of a layer's output channels, which each layer knows.
 CHANNEL: Literal["channel"] = "channel"
 #: The same for the axis that the layer's products sum over, which blocks run along.

@@ -11,8 +11,6 @@ from rich.table import Table
 from quantpatch.errors import listed
 from quantpatch.report.render import as_text
 
-__all__ = ["ChangeReport", "outcome_table"]
-
 
 @attrs.frozen
 class ChangeReport:

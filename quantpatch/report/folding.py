@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
 
-__all__ = ["alike", "folded_name", "folded_names", "starred"]
-
 _Row = TypeVar("_Row")
 
 

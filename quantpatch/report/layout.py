@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from rich.cells import cell_len
 from rich.table import Table
 
-__all__ = ["table_lines", "width_of", "wrapped"]
-
 _GAP = 2  # between columns
 # Lines of a row; a table whose rows are higher is harder to read than a list, the more so a narrow one.
 _MOST_LINES, _MOST_LINES_WHERE_WIDE, _WIDE = 3, 12, 100

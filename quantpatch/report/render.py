@@ -12,8 +12,6 @@ from rich.text import Text
 
 from quantpatch.report.layout import table_lines, width_of, wrapped
 
-__all__ = ["as_percent", "as_text"]
-
 _LONG = 200  # rows
 _MANY = 60  # rows, or words of a sentence, from which on those that are alike become one
 _ROOMY = 100  # columns, from which on long tables may be wider than the terminal

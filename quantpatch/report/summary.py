@@ -19,8 +19,6 @@ from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.forward import demand_model
 from quantpatch.torch_tools.sharded import local_part
 
-__all__ = ["QuantizerRow", "Summary", "summary"]
-
 
 @attrs.frozen
 class QuantizerRow:

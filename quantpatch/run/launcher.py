@@ -18,8 +18,6 @@ from quantpatch.recipes.descriptor import Recipe
 from quantpatch.run.settings import VARIABLE, RunSettings
 from quantpatch.torch_tools.atomic_files import temporary_folder
 
-__all__ = ["launch"]
-
 #: Set for the first process alone: the one that prints the report.
 MAIN_VARIABLE = "QUANTPATCH_RUN_MAIN"
 

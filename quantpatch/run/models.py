@@ -28,8 +28,6 @@ from quantpatch.quantize.rules import Rules
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import uncompiled
 
-__all__ = ["WatchedModels"]
-
 #: More models than anybody reads about: a script that calls its layers one by one has many.
 MOST_AUDITS = 20
 

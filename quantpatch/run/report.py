@@ -17,8 +17,6 @@ import attrs
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Part", "left_in", "report"]
-
 
 @attrs.frozen
 class Part:

@@ -14,8 +14,6 @@ from quantpatch.run.report import Part, left_in, report
 from quantpatch.run.settings import VARIABLE, RunSettings
 from quantpatch.torch_tools.atomic_files import written_whole
 
-__all__ = ["Session", "leave", "start", "tell"]
-
 
 class Session:
     """Opens the block, and leaves what it has to tell when the process ends.

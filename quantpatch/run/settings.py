@@ -13,8 +13,6 @@ from quantpatch.quantize.rules import Rules
 from quantpatch.quantize.scope import Scope, quantize_modules
 from quantpatch.quantize.to_calibrate import Existing
 
-__all__ = ["VARIABLE", "RunSettings"]
-
 #: Holds the settings, for every process that the script starts.
 VARIABLE = "QUANTPATCH_RUN"
 

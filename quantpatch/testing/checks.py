@@ -13,8 +13,6 @@ from torch import nn
 
 from quantpatch.testing.subject import Broken, NotApplicable, Subject, differ, floats
 
-__all__ = ["CHECKS", "Check", "check", "demand_close", "demand_equal", "or_float_neither"]
-
 Function = Callable[[Subject], None]
 
 

@@ -22,8 +22,6 @@ from quantpatch.testing import computing, storing, tracing  # noqa: F401  (in th
 from quantpatch.testing.checks import CHECKS
 from quantpatch.testing.subject import Broken, NotApplicable, Subject
 
-__all__ = ["Trial", "assert_layer_conforms", "run_check", "trials"]
-
 
 def assert_layer_conforms(
     entry: EntryLike,

@@ -20,8 +20,6 @@ from quantpatch.quantize.calibrate import calibrating
 from quantpatch.quantize.scope import keep_float, quantize_modules
 from quantpatch.recipes.descriptor import Recipe
 
-__all__ = ["Broken", "NotApplicable", "Subject", "differ", "floats", "tensors"]
-
 
 class Broken(Exception):
     """A rule does not hold; says what was seen, in the words of the report."""

@@ -18,8 +18,6 @@ from quantpatch.errors import PathError
 
 fcntl: Any = None if sys.platform == "win32" else importlib.import_module("fcntl")
 
-__all__ = ["folder_written_whole", "own_version", "temporary_folder", "written_whole"]
-
 #: What temporary folders beside a file are called, and something after it.
 PREFIX = ".quantpatch-"
 

@@ -9,8 +9,6 @@ from typing import Any, Final
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["Overlay", "change_class", "dotted", "make_class", "own_class", "written_name"]
-
 
 def dotted(thing: Any) -> str:
     """Where a class or function is found: ``module.Qualified.Name``."""

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from quantpatch.errors import shown
 from quantpatch.torch_tools.raised import said
 
-__all__ = ["VARIABLE", "is_on", "say", "timed"]
-
 VARIABLE = "QUANTPATCH_TRACE"
 
 

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from quantpatch.errors import CalibrationError
 
-__all__ = ["Ranks"]
-
 
 class Ranks:
     """A stretch of work that the ranks of a group do together; used in a ``with`` block.

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["allow_fast_paths", "refuse_fast_paths", "without_fast_paths"]
-
 
 def _look_here(module: nn.Module, args: tuple[Any, ...]) -> None:
     """A forward pre-hook that does nothing."""

@@ -14,20 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 from quantpatch.errors import CalibrationError, InputError
 
-__all__ = [
-    "arguments",
-    "as_batches",
-    "demand_model",
-    "evaluating",
-    "explaining_devices",
-    "progress_over",
-    "run_batch",
-    "run_over",
-    "telling",
-    "uncompiled",
-    "unwrapped",
-]
-
 T = TypeVar("T")
 
 

@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx
 
-__all__ = ["leaf_in_fx"]
-
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 

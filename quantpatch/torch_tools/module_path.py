@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["place_in_running_model"]
-
 
 def place_in_running_model(module: nn.Module) -> str | None:
     """The qualified name of a module within the outermost one whose forward is running and that holds it.

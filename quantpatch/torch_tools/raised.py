@@ -10,8 +10,6 @@ from typing import Any
 
 from quantpatch.errors import shown
 
-__all__ = ["is_from_outside", "said"]
-
 
 def said(error: BaseException, most: int = 1000) -> str:
     """The type and message of an error, whatever those are."""

@@ -13,16 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = [
-    "beside",
-    "is_in_checkpoint",
-    "is_replicated",
-    "is_sharded",
-    "local_part",
-    "sharding_of",
-    "whole",
-]
-
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which this rank holds a part (or all, as the others do)."""

@@ -39,8 +39,6 @@ from quantpatch.torch_tools.forward import (
 )
 from quantpatch.torch_tools.sharded import is_sharded
 
-__all__ = ["CoverageReport", "CoverageRow", "audit", "report_of"]
-
 # How many times the squared error of its own range a weight has with a range that is not its own any more:
 # 6 dB, which no method of calibration gives away.
 _OUTGROWN = 4.0

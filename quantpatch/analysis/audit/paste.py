@@ -24,8 +24,6 @@ from quantpatch.recipes.descriptor import Axis
 from quantpatch.torch_tools.class_swap import change_class, own_class
 from quantpatch.torch_tools.forward import evaluating
 
-__all__ = ["Proposal", "propose"]
-
 _TWO = ("left", "right")
 # What multiplies, as code spells it, with names for its operands.
 _SPELLINGS: dict[str, tuple[str | None, ...]] = {

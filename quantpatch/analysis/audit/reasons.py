@@ -17,8 +17,6 @@ from quantpatch.quantize.reasons import FloatBase, IsPart, Reason, SubclassOf
 from quantpatch.quantize.resolve import Decision
 from quantpatch.torch_tools.class_swap import own_class, written_name
 
-__all__ = ["FloatOperands", "reason_for"]
-
 
 @attrs.frozen
 class OfAWeight(Reason):

@@ -19,9 +19,6 @@ from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import own_class
 from quantpatch.torch_tools.forward import evaluating
 
-__all__ = ["Operand", "Seen", "Trace", "trace", "tracing"]
-
-
 # Namespaces of operators that multiply nothing unseen: torch's own, ours, marks for the profiler, messages.
 _LOOKED_INTO = frozenset({"aten", "prim", "prims", "quantpatch", "profiler", "c10d"})
 

@@ -24,8 +24,6 @@ from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools.atomic_files import own_version
 from quantpatch.torch_tools.class_swap import dotted, own_class
 
-__all__ = ["describe", "descriptor_of", "missing_plugins"]
-
 _BUILTIN = "quantpatch.builtin"
 _FORMATS: Mapping[str, type[Any]] = {"integer": Integer, "float": Float, "blocked": Blocked}
 _LATER = ("format", "number_format")

@@ -17,8 +17,6 @@ from quantpatch.quantize.late_ranges import telling_of_late_ranges
 from quantpatch.torch_tools.forward import demand_model
 from quantpatch.torch_tools.sharded import sharding_of
 
-__all__ = ["expect_ranges"]
-
 
 def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = None) -> tuple[str, ...]:
     """Makes room in a model for the ranges in a checkpoint that is loaded by filling what is there.

@@ -15,8 +15,6 @@ from quantpatch.plugins.entry import Entry
 from quantpatch.plugins.registry import registry
 from quantpatch.torch_tools.class_swap import dotted
 
-__all__ = ["KnownClasses"]
-
 
 class KnownClasses:
     """What exists here when it is asked first."""

@@ -19,16 +19,6 @@ from quantpatch.numerics.fake_quant import dequantize, fake_quantize, own_range,
 from quantpatch.numerics.formats import Blocked, Integer, NumberFormat
 from quantpatch.numerics.grouped_axes import GroupedAxes
 
-__all__ = [
-    "integer_element",
-    "pack",
-    "packed_weight",
-    "same_when_quantized",
-    "shape_of_range",
-    "unpack",
-    "unpacked_weight",
-]
-
 
 def integer_element(format: NumberFormat) -> Integer | None:
     """The integers that a format's elements are; None if they are none, or their scales cannot be stored.

@@ -15,8 +15,6 @@ from quantpatch.export.checkpoint.structure import StructurePlan
 from quantpatch.layers.base import quantizer_name, weight_owner
 from quantpatch.layers.quantizer import named_quantizers, outside_of
 
-__all__ = ["Plan"]
-
 _CHANGED = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 
 # A tensor of every batch norm that can be folded.

@@ -28,8 +28,6 @@ from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers, outsi
 from quantpatch.torch_tools.atomic_files import written_whole
 from quantpatch.torch_tools.forward import demand_model
 
-__all__ = ["SaveReport", "float_state_dict", "load", "save"]
-
 FILE_VERSION = 1
 
 

@@ -15,8 +15,6 @@ import torch
 
 from quantpatch.errors import CheckpointError, shown
 
-__all__ = ["Description", "Layer", "Packed", "PluginNote", "Quantizer", "read_json"]
-
 T = TypeVar("T")
 
 _DTYPES = {

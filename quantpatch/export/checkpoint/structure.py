@@ -28,8 +28,6 @@ from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 from quantpatch.torch_tools.class_swap import change_class, dotted, own_class
 from quantpatch.torch_tools.fast_paths import allow_fast_paths
 
-__all__ = ["StructurePlan", "device_near"]
-
 _OUTPUT = quantizer_name("output")
 # Of which a layer tells every operand that it can have a quantizer for.
 _EVERY_OPERAND = Recipe(

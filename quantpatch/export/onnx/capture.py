@@ -14,8 +14,6 @@ from quantpatch.export.prepare.runtimes import ExportedQuantizer
 from quantpatch.layers.lowering import lowered
 from quantpatch.torch_tools import nn
 
-__all__ = ["captured"]
-
 
 def captured(
     model: nn.Module,

@@ -9,8 +9,6 @@ import attrs
 from quantpatch.export.onnx.graph import attributes_of, constant, constant_of, maker
 from quantpatch.export.onnx.weights import gives_integers
 
-__all__ = ["pad_inputs", "widen_channels"]
-
 # Channels that integer kernels of convolutions take at once, of inputs and of outputs.
 _FOUR = 4
 _SIXTEEN = 16

@@ -24,8 +24,6 @@ from quantpatch.layers.lowering import Lowering, lowered
 from quantpatch.numerics.fake_quant import fake_quantize, quantize
 from quantpatch.numerics.formats import Integer
 
-__all__ = ["compare_with_torch"]
-
 
 def compare_with_torch(
     model: nn.Module,

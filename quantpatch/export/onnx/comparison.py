@@ -9,8 +9,6 @@ import attrs
 
 from quantpatch.export.onnx.latency import Latency
 
-__all__ = ["Comparison", "ExportReport"]
-
 
 @attrs.frozen
 class Comparison:

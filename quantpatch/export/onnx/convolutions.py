@@ -8,8 +8,6 @@ from quantpatch.export.onnx.channels import pad_inputs, widen_channels
 from quantpatch.export.onnx.graph import attributes_of, constant, constant_of, is_float8, maker, replaced
 from quantpatch.export.onnx.weights import bias_fits
 
-__all__ = ["convolutions_for_onnxruntime"]
-
 
 def convolutions_for_onnxruntime(graph: Any) -> None:
     """Runs the passes below, in an order that lets later ones see what earlier ones made.

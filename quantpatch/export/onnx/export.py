@@ -34,8 +34,6 @@ from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.atomic_files import written_whole
 from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, telling, uncompiled
 
-__all__ = ["export_onnx"]
-
 _OPSET = 21
 _OPSET_OF_BFLOAT16 = 22  # before, some operators have no such type, convolutions among them
 _EXPORTING = threading.RLock()  # torch traces for one thread at a time, and fails in the others

@@ -14,8 +14,6 @@ from quantpatch.export.onnx.graph import attributes_of, constant, constant_of, m
 from quantpatch.export.onnx.integers import move_integers
 from quantpatch.export.onnx.weights import biases_as_integers, pack_four_bits, weights_for_onnxruntime
 
-__all__ = ["for_onnxruntime"]
-
 # The first opset with a type of 4 bits.
 _PACKS = 21
 

@@ -7,17 +7,6 @@ from typing import Any
 
 from quantpatch.dataflow import PASSED_NODES
 
-__all__ = [
-    "attributes_of",
-    "constant",
-    "constant_of",
-    "is_float8",
-    "maker",
-    "quantizers_behind",
-    "replaced",
-    "store_four_bits",
-]
-
 
 def constant(graph: Any, name: str, array: Any, kind: Any = None) -> Any:
     """An initializer of a name; the one that is there already if there is one."""

@@ -11,8 +11,6 @@ from typing import Any
 from quantpatch.dataflow import MOVING_NODES
 from quantpatch.export.onnx.graph import attributes_of, constant_of, is_float8, maker, replaced
 
-__all__ = ["move_integers"]
-
 # Of these the result is larger than what goes in, and so it is dearer to dequantize.
 _GROWING = ("Expand", "Resize")
 # What has an integer kernel, or is taken out if it comes after an integer.

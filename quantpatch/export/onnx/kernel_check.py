@@ -17,9 +17,6 @@ import attrs
 
 from quantpatch.export.onnx.sessions import changed, session_options
 
-__all__ = ["KernelCheck", "check_kernels", "is_kernel", "kernels_of"]
-
-
 # What ONNX Runtime adds to the name of a value in front of which it moves a QuantizeLinear.
 _MOVED_UP = "_q_to_dq"
 # Products of floats, with an activation fused into them or not.

@@ -21,8 +21,6 @@ from quantpatch.export.onnx.weights import fold_weight
 from quantpatch.export.prepare.runtimes import ExportedQuantizer
 from quantpatch.numerics.formats import Integer
 
-__all__ = ["Latency", "float_twin", "measure", "on_floats"]
-
 # Rounds to measure at most and at least, and after how many seconds no other one begins.
 _ROUNDS, _LEAST, _SECONDS = 21, 3, 0.5
 # A call itself takes some 10 us; below that many ms, and so near, nobody can tell which file is faster.

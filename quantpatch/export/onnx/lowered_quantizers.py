@@ -13,8 +13,6 @@ from quantpatch.export.prepare.runtimes import ExportedQuantizer, codes_name
 from quantpatch.layers.lowering import Lowering
 from quantpatch.numerics.formats import Float, Integer
 
-__all__ = ["lowering_for"]
-
 
 def lowering_for(model: nn.Module, found: list[ExportedQuantizer], runtime: str) -> Lowering:
     """What a model's layers compute through while the exporter traces it: operators that it knows.

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from quantpatch.export.onnx.recurrent_operators import recurrent_to_onnx
 
-__all__ = ["dequantize", "quantize_dequantize", "translations"]
-
 
 def _along(parameter: Tensor, x: Tensor, axis: int) -> Tensor:
     """A 1-d scale or zero point, shaped to broadcast along an axis."""

@@ -16,8 +16,6 @@ from quantpatch.export.onnx.latency import on_floats
 from quantpatch.export.onnx.sessions import session, session_options
 from quantpatch.export.prepare.runtimes import ExportedQuantizer
 
-__all__ = ["check_optimized", "steps_of_outputs"]
-
 
 def _largest(x: Tensor) -> float:
     """The largest finite magnitude."""

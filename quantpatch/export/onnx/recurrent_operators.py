@@ -19,15 +19,6 @@ from quantpatch.errors import ExportError
 from quantpatch.layers.recurrent import QuantizedRecurrent
 from quantpatch.torch_tools import nn
 
-__all__ = [
-    "demand_operators",
-    "kernels_as_operators",
-    "projecting",
-    "recurrent",
-    "recurrent_to_onnx",
-    "written_out",
-]
-
 # How torch orders the gates in a weight, in the order of ONNX's.
 _GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn_tanh": (0,), "rnn_relu": (0,)}
 

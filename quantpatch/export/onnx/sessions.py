@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["changed", "session", "session_options"]
-
 
 def session_options(*, optimized: bool, written_to: Path | None = None) -> Any:
     """ONNX Runtime's options, with graph optimizations on or off; quiet.

@@ -10,8 +10,6 @@ from typing import Any
 from quantpatch.export.onnx.fast_kernels import for_onnxruntime
 from quantpatch.export.onnx.graph import attributes_of, constant, is_float8, maker, replaced, store_four_bits
 
-__all__ = ["tidy"]
-
 
 def tidy(model: Any, runtime: str) -> None:
     """Stores 4-bit codes as such, writes the graph as the runtime is fast at, shares duplicates.

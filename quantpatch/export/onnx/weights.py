@@ -17,15 +17,6 @@ from quantpatch.export.onnx.graph import (
     replaced,
 )
 
-__all__ = [
-    "bias_fits",
-    "biases_as_integers",
-    "fold_weight",
-    "gives_integers",
-    "pack_four_bits",
-    "weights_for_onnxruntime",
-]
-
 _PRODUCTS = ("Conv", "MatMul", "Gemm")
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 # As an integer; half of what an int32 holds is left to the products.

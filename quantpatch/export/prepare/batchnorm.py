@@ -34,8 +34,6 @@ from quantpatch.torch_tools.forward import (
     demand_model,
 )
 
-__all__ = ["FoldedBatchNorm", "fold_batchnorm"]
-
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _OWN = "its forward is its own: give the arguments to run the model on, so that it can be compared"
 

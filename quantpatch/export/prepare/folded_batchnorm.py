@@ -13,8 +13,6 @@ from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.range_state import RANGE_KEY
 from quantpatch.torch_tools import nn
 
-__all__ = ["LAYERS", "Fold", "Folded", "channel_axis", "computes_as_torch", "is_per_channel"]
-
 #: The axis of the output channels of each layer's weight.
 LAYERS: dict[type[nn.Module], int] = {
     nn.Linear: 0,

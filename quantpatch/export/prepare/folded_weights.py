@@ -13,8 +13,6 @@ from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.torch_tools.forward import demand_model
 
-__all__ = ["FoldedWeights", "folded_weights"]
-
 
 @attrs.define
 class FoldedWeights:

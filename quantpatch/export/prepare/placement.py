@@ -31,8 +31,6 @@ from quantpatch.torch_tools.forward import (
     uncompiled,
 )
 
-__all__ = ["Preparation", "prepare"]
-
 
 @attrs.frozen
 class Preparation:

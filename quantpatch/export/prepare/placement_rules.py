@@ -23,8 +23,6 @@ from quantpatch.numerics.formats import Integer
 from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools import nn
 
-__all__ = ["Rules"]
-
 # Below that many channels an image is padded and turned for the integer kernel, and is not for the float one.
 _FEW_CHANNELS = 4
 # A float kernel is as fast as an integer one up to about so many products for each output.

@@ -29,8 +29,6 @@ from quantpatch.numerics.formats import Blocked, Float, Integer, NumberFormat
 from quantpatch.plugins.registry import registry
 from quantpatch.torch_tools import nn
 
-__all__ = ["RUNTIMES", "ExportedQuantizer", "Runtime", "codes_name", "operands", "problems"]
-
 Runtime = Literal["onnxruntime", "tensorrt"]
 
 

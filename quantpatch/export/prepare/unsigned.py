@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from quantpatch.dataflow import Value, traits
 
-__all__ = ["is_never_negative"]
-
 # Those that compute with the numbers among their arguments.
 _ARITHMETIC = frozenset({"aten::add", "aten::mul"})
 

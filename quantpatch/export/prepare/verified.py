@@ -17,8 +17,6 @@ from torch.utils import _pytree as pytree
 from quantpatch.layers.quantizer import in_float
 from quantpatch.torch_tools.forward import evaluating
 
-__all__ = ["ModelChange", "apply_if_same", "run_of"]
-
 # Rounding is off by a few units of the last place in every layer; a thousand come from something else.
 _UNITS = 1e3
 # No more than that in any type of number: of bfloat16 a thousand units are eight times the value.

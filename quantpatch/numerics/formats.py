@@ -296,7 +296,7 @@ class Float(NumberFormat):
     @property
     def min_exponent(self) -> int:
         """Exponent of the smallest normal number; below it the grid is even."""
-        return 2 - (1 << (self.exponent_bits - 1))
+        return 2 - int(2 ** (self.exponent_bits - 1))  # torch 2.8 compiles no shift by a size that varies
 
     @property
     def onnx(self) -> OnnxCodes | None:

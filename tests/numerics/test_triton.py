@@ -49,6 +49,7 @@ def test_the_kernel_leaves_to_plain_operations_what_it_does_not_do(interpreted):
     assert interpreted["refused"] == [True] * 4
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="an older Triton may count subnormal quotients as 0")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["int8", "fp8_e4m3"])
@@ -114,6 +115,7 @@ def inductors_cuda_code(function, *arguments):
         return lowering.codegen()[0].value
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="older compilers may divide approximately for CUDA")
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_for_cuda_it_divides_exactly_and_fuses_with_its_neighbours():
     def function(x, amax):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from quantpatch.errors import ComparisonError
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.quantizer import TensorQuantizer
-from quantpatch.report.render import as_text
+from quantpatch.report.report import Report, table_of
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.fast_paths import without_fast_paths
 from quantpatch.torch_tools.forward import as_batches, demand_model, evaluating, run_batch
@@ -42,32 +41,19 @@ class ComparisonRow:
 
 
 @attrs.frozen
-class ComparisonReport:
+class ComparisonReport(Report):
     """What ``compare`` found, worst layer first; prints as a table."""
 
     rows: tuple[ComparisonRow, ...]
 
-    def to_json(self) -> str:
-        """The same as JSON; what is no finite number is null."""
-        rows = [{key: _finite(value) for key, value in attrs.asdict(row).items()} for row in self.rows]
-        return json.dumps({"rows": rows}, indent=2)
-
     def __rich__(self) -> Table:
-        table = Table(title="Quantized against float, worst first")
-        table.add_column("layer", overflow="fold")
-        table.add_column("kind")
-        table.add_column("SQNR (dB)", justify="right")
-        table.add_column("cosine", justify="right")
+        numbers = ("SQNR (dB)", "cosine")
+        table = table_of(
+            "layer", "kind", *numbers, right=numbers, title="Quantized against float, worst first"
+        )
         for row in self.rows:
             table.add_row(row.layer or "(model)", row.kind, f"{row.sqnr:.1f}", f"{row.cosine:.5f}")
         return table
-
-    def __str__(self) -> str:
-        return as_text(self, of_names=True)
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @attrs.define

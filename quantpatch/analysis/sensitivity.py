@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quantpatch.errors import ComparisonError, listed, shown, warn_caller
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.report.render import as_text
+from quantpatch.report.report import Report, table_of
 from quantpatch.torch_tools.atomic_files import written_whole
 from quantpatch.torch_tools.forward import demand_model, evaluating, progress_over
 
@@ -42,7 +42,7 @@ class SensitivityRow:
 
 
 @attrs.frozen
-class SensitivityReport:
+class SensitivityReport(Report):
     """What ``sensitivity`` measured, the costliest layer first; prints as a table.
 
     Attributes:
@@ -71,24 +71,15 @@ class SensitivityReport:
             left -= max(row.loss, 0.0)
         return tuple(names)
 
-    def to_json(self) -> str:
-        """The same as JSON."""
-        return json.dumps(attrs.asdict(self), indent=2)
-
     def __rich__(self) -> Table:
         alone = "quantized" if self.mode == "quantize_one" else "float"
-        table = Table(caption=f"metric: with this layer alone {alone}")
-        table.add_column("layer", overflow="fold")
-        table.add_column("metric", justify="right")
-        table.add_column("loss", justify="right")
+        numbers, caption = ("metric", "loss"), f"metric: with this layer alone {alone}"
+        table = table_of("layer", *numbers, right=numbers, caption=caption)
         table.add_row("all float", f"{self.float_metric:.4g}", "")
         table.add_row("all quantized", f"{self.quantized_metric:.4g}", "", end_section=True)
         for row in self.rows:
             table.add_row(row.layer or "(model)", f"{row.metric:.4g}", f"{row.loss:+.4g}")
         return table
-
-    def __str__(self) -> str:
-        return as_text(self, of_names=True)
 
 
 def sensitivity(

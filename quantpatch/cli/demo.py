@@ -24,7 +24,7 @@ from quantpatch.errors import MissingExtraError
 from quantpatch.export import export_onnx
 from quantpatch.quantize.calibrate import calibrate
 from quantpatch.quantize.scope import Scope, quantize_modules
-from quantpatch.report.render import as_text
+from quantpatch.report.report import Report, table_of
 
 Data = tuple[Tensor, Tensor]
 
@@ -51,17 +51,18 @@ class DemoRow:
 
 
 @attrs.frozen
-class DemoReport:
+class DemoReport(Report):
     """What the demo measured; prints as a table."""
 
     rows: tuple[DemoRow, ...]
     left_out: str = ""
 
+    _of_names = False
+
     def __rich__(self) -> Table:
-        table = Table(title="Handwritten digits: accuracy on 360 test images", caption=self._caption())
-        table.add_column("model")
-        for heading in ("bits", "accuracy", "layers replaced", "MACs quantized", "time"):
-            table.add_column(heading, justify="right")
+        numbers = ("bits", "accuracy", "layers replaced", "MACs quantized", "time")
+        title = "Handwritten digits: accuracy on 360 test images"
+        table = table_of("model", *numbers, right=numbers, title=title, caption=self._caption())
         for row in self.rows:
             table.add_row(
                 row.model,
@@ -76,9 +77,6 @@ class DemoReport:
     def _caption(self) -> Text:
         differ = "accuracy and time differ somewhat between machines and versions of torch"
         return Text("; ".join(filter(None, (differ, self.left_out))))
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 def build_model() -> nn.Module:

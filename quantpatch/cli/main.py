@@ -29,6 +29,7 @@ from quantpatch.quantize.to_calibrate import Existing
 from quantpatch.recipes.descriptor import CHANNEL, REDUCTION, QuantDescriptor
 from quantpatch.report.folding import alike
 from quantpatch.report.render import as_text
+from quantpatch.report.report import table_of
 from quantpatch.run import RunSettings, launch
 from quantpatch.torch_tools.atomic_files import own_version
 
@@ -119,9 +120,7 @@ def plugins(as_json: AsJson = False) -> None:
             [{**attrs.asdict(p, recurse=False), "entries": [str(e) for e in p.entries]} for p in found]
         )
         return
-    table = Table()
-    for heading in ("plugin", "distribution", "state", "hooks", "entries"):
-        table.add_column(heading, overflow="fold")
+    table = table_of("plugin", "distribution", "state", "hooks", "entries")
     for plugin in found:
         distribution = f"{plugin.distribution} {plugin.version}" if plugin.distribution else "-"
         state = f"{plugin.state}: {plugin.reason}" if plugin.reason else plugin.state
@@ -142,11 +141,9 @@ def recipes(as_json: AsJson = False) -> None:
         ]
         _print_json(rows)
         return
-    table = Table()
     # No column for what every recipe leaves float.
     operands = tuple(o for o in operands if any(getattr(recipe, o) for recipe, _ in found.values()))
-    for heading in ("recipe", *operands, "plugin"):
-        table.add_column(heading, overflow="fold")
+    table = table_of("recipe", *operands, "plugin")
     for name, (recipe, plugin) in found.items():
         _add_row(table, name, *(_in_words(getattr(recipe, o)) for o in operands), plugin)
     _print(table)
@@ -249,9 +246,7 @@ class _Layers:
 
     @staticmethod
     def _table(rows: list[tuple[str | None, ...]]) -> Table:
-        table = Table()
-        for heading in ("target", "replacement", "plugin", "state"):
-            table.add_column(heading, overflow="fold")
+        table = table_of("target", "replacement", "plugin", "state")
         for row in rows:
             _add_row(table, *(cell or "custom" for cell in row))
         return table

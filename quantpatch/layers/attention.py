@@ -83,28 +83,12 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """See ``nn.MultiheadAttention.forward``."""
         if not any(quantizer.is_active for quantizer in self.quantizers().values()):
-            output = nn.MultiheadAttention.forward(
+            plain = nn.MultiheadAttention.forward(
                 self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
                 is_causal,
             )  # fmt: skip
-        else:
-            output = self._attend(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
-        return self.quantize_output(output)  # type: ignore[no-any-return]
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
-        average_attn_weights: bool,
-        is_causal: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What ``F.multi_head_attention_forward`` computes, in the same order, with quantized operands."""
+            return self.quantize_output(plain)  # type: ignore[no-any-return]
+        # What F.multi_head_attention_forward computes, in the same order, with quantized operands.
         if query.is_nested or key.is_nested or value.is_nested:
             raise QuantPatchError(
                 "a quantized MultiheadAttention takes padded tensors with a key_padding_mask, no nested "
@@ -163,6 +147,7 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         output = F.linear(joined, weights.get("out_proj_weight", self.out_proj.weight), self.out_proj.bias)
         if not batched:
             output = output.squeeze(1)
+        output = self.quantize_output(output)
         if not need_weights:
             return output, None
         assert probabilities is not None

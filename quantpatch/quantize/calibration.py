@@ -193,10 +193,12 @@ class Calibration:
         return ranges, CalibrationReport(
             model=written_name(type(self._model)),
             calibrated=tuple(ranges),
-            kept=_kept(self._model, self.quantizers),
-            without_data=tuple(unseen),
-            only_zeros=tuple(zero),
-            switched_off=tuple(read),
+            skipped={
+                **dict.fromkeys(_kept(self._model, self.quantizers), "kept its range"),
+                **dict.fromkeys(unseen, "saw no data"),
+                **dict.fromkeys(zero, "saw only zeros"),
+                **dict.fromkeys(read, "switched off"),
+            },
             problem=problem,
         )
 

@@ -85,11 +85,11 @@ def configure(model: nn.Module, rules: Rules) -> ChangeReport:
     before = {name: (quantizer, quantizer.disabled) for name, quantizer in named_quantizers(model).items()}
     apply_rules([model], rules)
     changed: dict[str, str] = {}
-    unchanged: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for name, quantizer in named_quantizers(model).items():
         same = before.get(name) == (quantizer, quantizer.disabled)
-        (unchanged if same else changed)[name] = quantizer.extra_repr()
-    return ChangeReport(written_name(type(model)), changed, unchanged)
+        (skipped if same else changed)[name] = quantizer.extra_repr()
+    return ChangeReport(written_name(type(model)), changed, skipped)
 
 
 def apply_rules(models: Sequence[nn.Module], rules: Rules) -> None:

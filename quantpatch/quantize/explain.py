@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import attrs
 from rich.console import Group
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from quantpatch.errors import EntryError, UnknownNameError
@@ -23,7 +21,7 @@ from quantpatch.quantize.resolve import Decision, Table, resolve
 from quantpatch.quantize.targets import slot_of
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
-from quantpatch.report.render import as_text
+from quantpatch.report.report import Report, table_of
 from quantpatch.torch_tools.class_swap import dotted
 
 State = Literal["replaced", "float", "conflict", "waiting", "error"]
@@ -50,7 +48,7 @@ class Claim:
 
 
 @attrs.frozen
-class Explanation:
+class Explanation(Report):
     """What a block does with one target; prints as a table.
 
     Attributes:
@@ -70,18 +68,14 @@ class Explanation:
     ways: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
 
-    def to_json(self) -> str:
-        """The same as JSON."""
-        return json.dumps(attrs.asdict(self), indent=2)
+    _of_names = False
 
     def __rich__(self) -> Group:
         by = f" by {self.replacement}" if self.state == "replaced" else ""
         parts: list[Any] = [Text(f"{self.target}: {self.state}{by}"), Text(f"  {self.because}")]
         parts += [Text(f"  or: {way}") for way in self.ways]
         if self.claims:
-            table = RichTable()
-            for heading in ("plugin", "distribution", "replacement", "verdict", "reason"):
-                table.add_column(heading, overflow="fold")
+            table = table_of("plugin", "distribution", "replacement", "verdict", "reason")
             for claim in self.claims:
                 table.add_row(
                     claim.plugin or "custom",
@@ -92,9 +86,6 @@ class Explanation:
                 )
             parts.append(table)
         return Group(*parts)
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 def explain(

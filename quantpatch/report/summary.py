@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 from quantpatch.layers.base import QuantizedLayer, is_quantizer, weight_owner
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.report.folding import alike, folded_name, starred
-from quantpatch.report.render import as_text
+from quantpatch.report.report import Report, table_of
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.forward import demand_model
 from quantpatch.torch_tools.sharded import local_part
@@ -48,7 +47,7 @@ class QuantizerRow:
 
 
 @attrs.frozen
-class Summary:
+class Summary(Report):
     """The quantizers of a model; prints as a table.
 
     Attributes:
@@ -62,10 +61,6 @@ class Summary:
     rows: tuple[QuantizerRow, ...]
     float_layers: tuple[tuple[str, str], ...]
 
-    def to_json(self) -> str:
-        """The same as JSON."""
-        return json.dumps(attrs.asdict(self), indent=2)
-
     def __rich__(self) -> Table:
         return self._table(self.rows)
 
@@ -75,13 +70,10 @@ class Summary:
         return self._table([_folded(group) for group in groups])
 
     def _table(self, rows: Sequence[QuantizerRow]) -> Table:
-        table = Table(title=f"{self.model}: {len(self.rows)} quantizers", caption=self._caption())
-        table.add_column("quantizer", overflow="fold")
-        for heading in ("layer", "format"):
-            table.add_column(heading)
-        for heading in ("bits", "axis", "amax"):
-            table.add_column(heading, justify="right")
-        table.add_column("state")
+        numbers = ("bits", "axis", "amax")
+        headings = ("quantizer", "layer", "format", *numbers, "state")
+        title = f"{self.model}: {len(self.rows)} quantizers"
+        table = table_of(*headings, right=numbers, title=title, caption=self._caption())
         for row in rows:
             axis = ", ".join(map(str, row.axis)) or "-"
             table.add_row(row.name, row.layer, row.format, str(row.bits), axis, _range(row), row.state)
@@ -95,9 +87,6 @@ class Summary:
             left = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
             parts.append(f"without quantizers: {left}")
         return "; ".join(parts)
-
-    def __str__(self) -> str:
-        return as_text(self, of_names=True)
 
 
 def _folded(rows: list[QuantizerRow]) -> QuantizerRow:

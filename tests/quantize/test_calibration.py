@@ -40,14 +40,17 @@ def test_the_report_names_what_got_a_range_and_what_did_not_and_why():
     with pytest.warns(QuantPatchWarning, match="saw no data"):
         report = qp.calibrate(model, X, strict=False)
     assert report.calibrated == ("used.input_quantizer", "zero.weight_quantizer")
-    assert report.kept == ("used.weight_quantizer",)
-    assert report.without_data == ("unused.input_quantizer", "unused.weight_quantizer")
-    assert report.only_zeros == ("zero.input_quantizer",)
+    assert report.skipped == {
+        "used.weight_quantizer": "kept its range",
+        "unused.input_quantizer": "saw no data",
+        "unused.weight_quantizer": "saw no data",
+        "zero.input_quantizer": "saw only zeros",
+    }
     assert "2 of 5 quantizers saw no data" in report.problem
-    assert json.loads(report.to_json())["kept"] == ["used.weight_quantizer"]
+    assert json.loads(report.to_json())["skipped"] == report.skipped
     text = " ".join(str(report).split())
     assert "TwoInputs: 2 quantizers calibrated" in text
-    for outcome in ("calibrated", "kept their ranges", "saw no data", "saw only zeros"):
+    for outcome in ("calibrated", "kept its range", "saw no data", "saw only zeros"):
         assert outcome in text
     assert "zero point" not in text
 
@@ -55,10 +58,11 @@ def test_the_report_names_what_got_a_range_and_what_did_not_and_why():
 def test_ranges_that_are_kept_are_reported_as_kept():
     with qp.quantize_modules():
         model = nn.Sequential(nn.Linear(4, 4))
-    assert qp.calibrate(model, X).kept == ()
+    assert qp.calibrate(model, X).skipped == {}
     report = qp.calibrate(model, X, existing="keep")
-    assert (report.calibrated, report.kept) == ((), ("0.input_quantizer", "0.weight_quantizer"))
-    assert qp.calibrate(model, X, existing="overwrite").calibrated == report.kept
+    assert report.calibrated == ()
+    assert report.skipped == dict.fromkeys(("0.input_quantizer", "0.weight_quantizer"), "kept its range")
+    assert qp.calibrate(model, X, existing="overwrite").calibrated == tuple(report.skipped)
 
 
 def test_zero_points_that_were_found_are_in_the_report():
@@ -88,7 +92,8 @@ def test_a_passive_one_leaves_mode_and_gradients_as_they_are_and_reports_instead
         model(X).sum().backward()
         assert model.training
     assert model.used.weight.grad.any()
-    assert calibration.report.without_data == ("unused.input_quantizer", "unused.weight_quantizer")
+    unseen = [name for name, why in calibration.report.skipped.items() if why == "saw no data"]
+    assert unseen == ["unused.input_quantizer", "unused.weight_quantizer"]
     assert "saw only zeros: zero.input_quantizer" in calibration.report.problem
 
 

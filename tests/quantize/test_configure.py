@@ -265,7 +265,7 @@ def test_the_report_names_what_was_changed_and_what_was_not() -> None:
         "1.input_quantizer": "int8, disabled",
         "1.weight_quantizer": "int8_narrow, axis=0, disabled",
     }
-    assert report.unchanged == {"0.weight_quantizer": "int8_narrow, axis=0, dynamic (not calibrated)"}
+    assert report.skipped == {"0.weight_quantizer": "int8_narrow, axis=0, dynamic (not calibrated)"}
     assert list(qp.configure(model, {"1": None, "0.output_quantizer": "int8"}).changed) == []
     again = qp.configure(model, {"1": "int8", "0.output_quantizer": qp.QuantDescriptor()})
     assert list(again.changed) == ["0.output_quantizer", "1.input_quantizer", "1.weight_quantizer"]

@@ -20,5 +20,5 @@ def test_it_prints_a_line_for_each_outcome_with_a_count_and_the_first_names() ->
     assert json.loads(report.to_json()) == {
         "model": "Net",
         "changed": dict(report.changed),
-        "unchanged": {"stem": "int8"},
+        "skipped": {"stem": "int8"},
     }

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from torch.jit import ScriptModule
@@ -28,7 +26,8 @@ from quantpatch.quantize.compose import compose
 from quantpatch.quantize.reasons import Reason
 from quantpatch.quantize.resolve import resolver
 from quantpatch.report.folding import alike, folded_name, folded_names, starred
-from quantpatch.report.render import as_percent, as_text
+from quantpatch.report.render import as_percent
+from quantpatch.report.report import Report, table_of
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import dotted, own_class, written_name
 from quantpatch.torch_tools.forward import (
@@ -88,7 +87,7 @@ class CoverageRow:
 
 
 @attrs.frozen
-class CoverageReport:
+class CoverageReport(Report):
     """What ``audit`` saw; prints as a table.
 
     Attributes:
@@ -132,13 +131,16 @@ class CoverageReport:
                 layers[row.module] = layers.get(row.module, True) and not floats
         return sum(layers.values()), len(layers)
 
-    def to_json(self) -> str:
-        """The same as JSON, with the share, and the layers with weights."""
+    _of_names = False
+
+    def _fields(self) -> dict[str, Any]:
+        """With the reasons in words, the share, and the layers with weights."""
         counts = {"macs": self.macs, "share": self.share, "layers_with_weights": self.layers_with_weights}
-        report = attrs.asdict(self, filter=lambda field, _: field.name != "why")
+        report = super()._fields()
         for row, written in zip(self.rows, report["rows"], strict=True):
+            del written["why"]
             written["reason"] = row.reason
-        return json.dumps({**report, **counts}, indent=2)
+        return {**report, **counts}
 
     def headline(self) -> str:
         """How much is quantized: products, or where no product is, weights."""
@@ -162,13 +164,9 @@ class CoverageReport:
         return self._shown([_folded(group) for group in alike(self.rows, _likeness)], folded_names)
 
     def _shown(self, rows: Sequence[CoverageRow], names: Callable[[Iterable[str]], list[str]]) -> Group:
-        table = Table(title=f"{self.model}: {self.headline()}")
-        table.add_column("module", overflow="fold")
-        table.add_column("layer")
-        table.add_column("operation")
-        for heading in ("calls", "MACs", "share"):
-            table.add_column(heading, justify="right")
-        table.add_column("float because", overflow="fold")
+        numbers, title = ("calls", "MACs", "share"), f"{self.model}: {self.headline()}"
+        headings = ("module", "layer", "operation", *numbers, "float because")
+        table = table_of(*headings, right=numbers, title=title)
         macs = self.macs  # a sum over all rows
         for row in rows:
             floats = ", ".join(row.float_operands)
@@ -205,9 +203,6 @@ class CoverageReport:
         for name, why in self.no_code:
             notes.append(Text(f"\nNothing covers {name}, and no replacement that was tried: {why}"))
         return Group(*notes)
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 def _likeness(row: CoverageRow) -> Any:

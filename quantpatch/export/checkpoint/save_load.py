@@ -25,6 +25,7 @@ from quantpatch.export.checkpoint.restore import Plan
 from quantpatch.export.checkpoint.saved import read_json
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers, outside_of
+from quantpatch.report.report import Report
 from quantpatch.torch_tools.atomic_files import written_whole
 from quantpatch.torch_tools.forward import demand_model
 
@@ -32,7 +33,7 @@ FILE_VERSION = 1
 
 
 @attrs.frozen
-class SaveReport:
+class SaveReport(Report):
     """What ``save`` wrote.
 
     Attributes:
@@ -40,14 +41,14 @@ class SaveReport:
         bytes: Its size.
         unpacked_bytes: The size of the tensors without packing.
         packed: Names of the weights that were written as codes.
-        not_packed: Weights that were asked to be and could not, by name, and why.
+        skipped: Weights that were asked to be and could not, by name, and why.
     """
 
     path: Path
     bytes: int
     unpacked_bytes: int
     packed: tuple[str, ...] = ()
-    not_packed: Mapping[str, str] = attrs.field(factory=dict)
+    skipped: Mapping[str, str] = attrs.field(factory=dict)
 
     @property
     def saved(self) -> float:
@@ -60,7 +61,7 @@ class SaveReport:
             text += (
                 f", {len(self.packed)} weights packed, {self.saved:.0%} smaller than {self.unpacked_bytes:,}"
             )
-        return text + "".join(f"\n  {name} is not packed: {why}" for name, why in self.not_packed.items())
+        return text + "".join(f"\n  {name} is not packed: {why}" for name, why in self.skipped.items())
 
 
 def _safetensors(purpose: str) -> Any:
@@ -130,14 +131,14 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, packed: bool = False
     tensors = {key: _own_memory(tensor) for key, tensor in state.items() if key not in tied}
     unpacked_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
     how_packed: dict[str, Any] = {}
-    not_packed: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     if packed:
         for key, quantizer in _packable(model).items():
             if key not in tensors:
                 continue
             reason = _pack_into(tensors, how_packed, key, quantizer)
             if reason:
-                not_packed[key] = reason
+                skipped[key] = reason
     description = {
         "file_version": FILE_VERSION,
         **describe(model),
@@ -148,7 +149,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, packed: bool = False
         safetensors.torch.save_file(
             tensors, folder / path.name, metadata={"quantpatch": json.dumps(description)}
         )
-    return SaveReport(path, path.stat().st_size, unpacked_bytes, tuple(how_packed), not_packed)
+    return SaveReport(path, path.stat().st_size, unpacked_bytes, tuple(how_packed), skipped)
 
 
 def _check_writable(state: Mapping[str, Any], path: Path) -> None:

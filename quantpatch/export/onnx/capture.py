@@ -10,6 +10,8 @@ from torch.utils import _pytree as pytree
 
 from quantpatch.errors import ExportError
 from quantpatch.export.onnx.lowered_quantizers import lowering_for
+from quantpatch.export.onnx.operators import translations
+from quantpatch.export.onnx.recurrent_operators import kernels_as_operators, written_out
 from quantpatch.export.prepare.runtimes import ExportedQuantizer
 from quantpatch.layers.lowering import lowered
 from quantpatch.torch_tools import nn
@@ -22,9 +24,7 @@ def captured(
     found: list[ExportedQuantizer],
     runtime: str,
     opset: int,
-    dynamic_shapes: Any,
-    input_names: list[str] | None,
-    output_names: list[str] | None,
+    **options: Any,
 ) -> Any:
     """A model as ``torch.onnx.export`` traces it, an ``ONNXProgram``.
 
@@ -33,18 +33,13 @@ def captured(
         args: Its arguments.
         kwargs: Its keyword arguments.
         found: Its quantizers, which compute through operators that the exporter knows.
-        runtime: As in ``export_onnx``, as are all that follow.
+        runtime: As in ``export_onnx``.
         opset: The same.
-        dynamic_shapes: The same.
-        input_names: The same.
-        output_names: The same.
+        **options: What ``torch.onnx.export`` takes besides, ``dynamic_shapes`` among it.
 
     Raises:
         ExportError: It cannot be traced.
     """
-    from quantpatch.export.onnx.operators import translations
-    from quantpatch.export.onnx.recurrent_operators import kernels_as_operators
-
     if not kwargs and args and isinstance(args[-1], dict):
         args = (*args, {})  # torch takes a dict that comes last for the keywords
     with (
@@ -62,18 +57,16 @@ def captured(
                 dynamo=True,
                 verbose=False,
                 opset_version=opset,
-                dynamic_shapes=dynamic_shapes,
-                input_names=input_names,
-                output_names=output_names,
                 custom_translation_table=translations(opset),
+                **options,
             )
             if _is_draft(program) or (found and _has_lost_quantizers(program)):
-                _run_for_export(model, args, kwargs, dynamic_shapes)
+                _run_for_export(model, args, kwargs, options["dynamic_shapes"])
             return program
         except (torch.onnx.OnnxExporterError, _NotRun) as error:
             raise ExportError(
                 f"{type(model).__name__} cannot be traced for ONNX: {_innermost(error)}\n"
-                f"{_of_steps(model, dynamic_shapes)}Try "
+                f"{_of_steps(model, options['dynamic_shapes'])}Try "
                 f"torch.onnx.export(model, ..., dynamo=True) on the float model first, which says more",
                 runtime=runtime,
             ) from error
@@ -124,8 +117,6 @@ def _innermost(error: BaseException) -> str:
 
 def _of_steps(model: nn.Module, dynamic_shapes: Any) -> str:
     """A line on recurrent layers that take no other number of steps, if shapes are to be dynamic."""
-    from quantpatch.export.onnx.recurrent_operators import written_out
-
     names = written_out(model) if dynamic_shapes is not None else []
     if not names:
         return ""

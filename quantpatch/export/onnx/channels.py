@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import attrs
+import numpy as np
+import onnx_ir as ir
 
 from quantpatch.export.onnx.graph import attributes_of, constant, constant_of, maker
 from quantpatch.export.onnx.weights import gives_integers
@@ -58,9 +60,6 @@ def pad_inputs(graph: Any) -> None:
     Args:
         graph: An ``onnx_ir.Graph``; changed in place.
     """
-    import numpy as np
-    import onnx_ir as ir
-
     for node in list(graph):
         weight = _integer_weight(graph, node)
         if weight is None or attributes_of(node).get("group", 1) != 1 or not gives_integers(node.outputs[0]):
@@ -149,8 +148,6 @@ class _Region:
 
     def widen(self, graph: Any) -> None:
         """Widens all of it to the next number of channels that is faster, if there is one."""
-        import onnx_ir as ir
-
         is_small = self.channels < _SIXTEEN and any(
             set(_integer_weight(graph, node).inputs[0].shape[2:]) != {1} for node in self.sources
         )
@@ -169,16 +166,12 @@ class _Region:
 
 
 def _set_channels(value: Any, more: int) -> None:
-    import onnx_ir as ir
-
     dims = list(value.shape)
     value.shape = ir.Shape([dims[0], dims[1] + more, *dims[2:]])
 
 
 def _integer_weight(graph: Any, node: Any) -> Any:
     """The DequantizeLinear of a convolution's weight if its operands are 8-bit integers, else None."""
-    import onnx_ir as ir
-
     if node.op_type != "Conv":
         return None
     x, w = (maker(value, "DequantizeLinear") for value in node.inputs[:2])
@@ -194,9 +187,6 @@ def _integer_weight(graph: Any, node: Any) -> Any:
 
 def _padded_weight(graph: Any, node: Any, before: Any, outputs: int, inputs: int) -> None:
     """Gives a convolution a weight with zeros as further output and input channels."""
-    import numpy as np
-    import onnx_ir as ir
-
     codes, scale = before.inputs
     end = f".padded.{outputs}.{inputs}"
     array = np.pad(codes.const_value.numpy(), [(0, outputs), (0, inputs), *[(0, 0)] * (len(codes.shape) - 2)])

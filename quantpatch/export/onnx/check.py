@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quantpatch.errors import ExportError
-from quantpatch.export.onnx.comparison import Comparison
-from quantpatch.export.onnx.latency import Latency, measure
+from quantpatch.export.onnx.comparison import Comparison, Latency
+from quantpatch.export.onnx.latency import measure
 from quantpatch.export.onnx.optimized_check import check_optimized
 from quantpatch.export.onnx.sessions import changed, session_options
 from quantpatch.export.prepare.runtimes import ExportedQuantizer, codes_name
@@ -112,8 +113,6 @@ def _first_line(error: Exception) -> str:
 
 def _with_codes_as_outputs(path: Path) -> tuple[Any, list[str], list[str], dict[str, str]]:
     """A session of the file whose integers, and the floats that they are made of, are outputs as well."""
-    import onnx
-
     proto = onnx.load(str(path), load_external_data=False)
     own = [output.name for output in proto.graph.output]
     inputs = [value.name for value in proto.graph.input]
@@ -137,8 +136,6 @@ def _with_codes_as_outputs(path: Path) -> tuple[Any, list[str], list[str], dict[
 
 
 def _is_integer(value: Any) -> bool:
-    import onnx
-
     return value.type.tensor_type.elem_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
 
 

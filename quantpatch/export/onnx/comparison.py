@@ -7,7 +7,56 @@ from pathlib import Path
 
 import attrs
 
-from quantpatch.export.onnx.latency import Latency
+from quantpatch.errors import listed
+from quantpatch.report.report import Report
+
+# A call itself takes some 10 us; below that many ms, and so near, nobody can tell which file is faster.
+_MEASURABLE, _NOISE = 0.05, 1.1
+
+
+@attrs.frozen
+class Latency:
+    """How long a file takes in ONNX Runtime, with the options of a session that was given none.
+
+    Attributes:
+        ms: Of the file, a median.
+        float_ms: Of the same file in float.
+        on_floats: Names of the layers whose weights are quantized, but run on float kernels.
+    """
+
+    ms: float
+    float_ms: float
+    on_floats: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """Latency to the float file's; below 1 is faster."""
+        return self.ms / self.float_ms
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether the file is slower than float, by more than what a few runs leave open."""
+        return max(self.ms, self.float_ms) >= _MEASURABLE and self.ratio > _NOISE
+
+    def __str__(self) -> str:
+        text = f"{self.ms:.3g} ms here, {self.ratio:.2f} of float ({self.float_ms:.3g} ms)"
+        return text if not self.on_floats else f"{text}; on float kernels: {listed(self.on_floats)}"
+
+    def advice(self, name: str) -> str:
+        """What to do about a file that is slower than float."""
+        times = f"{self.ms:.3g} and {self.float_ms:.3g} ms"
+        text = f"{name} takes {self.ratio:.2f} times as long as in float here ({times})"
+        if self.on_floats:
+            text += (
+                f". Of these layers the weights are quantized, but the kernels are float: "
+                f"{listed(self.on_floats)}. Leave them float (skip=[...], or disable() their quantizers)"
+            )
+        else:
+            text += ". Its layers run on integers, but what is between them costs more than that gains"
+        return (
+            f"{text}, or call qp.prepare(model, args) before calibration if you have not: it puts quantizers "
+            f"where kernels want them. export_onnx(..., latency=False) does not measure"
+        )
 
 
 @attrs.frozen
@@ -66,7 +115,7 @@ class Comparison:
 
 
 @attrs.frozen
-class ExportReport:
+class ExportReport(Report):
     """What ``export_onnx`` wrote.
 
     Attributes:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+
 from quantpatch.export.onnx.channels import pad_inputs, widen_channels
 from quantpatch.export.onnx.graph import attributes_of, constant, constant_of, is_float8, maker, replaced
 from quantpatch.export.onnx.weights import bias_fits
@@ -30,8 +33,6 @@ def _keep_large_biases_float(graph: Any) -> None:
     cuts it off at the ends of that type without a word. That happens where all that comes in is next to 0, or
     the weights of a channel are, as batch norm leaves them. Such a convolution runs on floats.
     """
-    import onnx_ir as ir
-
     for node in list(graph):
         if node.op_type != "Conv" or len(node.inputs) < 3 or node.inputs[2] is None:
             continue
@@ -50,8 +51,6 @@ def _name_global_pools(graph: Any) -> None:
 
     torch exports a ReduceMean, which has no integer kernel.
     """
-    import onnx_ir as ir
-
     for node in list(graph):
         if node.op_type != "ReduceMean" or not maker(node.inputs[0], "DequantizeLinear"):
             continue
@@ -71,9 +70,6 @@ def _pools_as_convolutions(graph: Any) -> None:
     The integer kernel of AveragePool takes three to ten times as long as that of the convolution. The scale
     of the ones is one over their number.
     """
-    import numpy as np
-    import onnx_ir as ir
-
     for node in list(graph):
         made = maker(node.inputs[0], "DequantizeLinear") if node.op_type == "AveragePool" else None
         if made is None or is_float8(made.inputs[0]):
@@ -109,9 +105,6 @@ def _keep_hanging_pools_float(graph: Any) -> None:
     The integer kernel of AveragePool divides by the size of the whole window there, where ceil_mode means the
     part inside; what is between it and the QuantizeLinear keeps it from being taken.
     """
-    import numpy as np
-    import onnx_ir as ir
-
     lowest = np.array(np.finfo(np.float32).min, np.float32)
     for node in list(graph):
         if node.op_type == "AveragePool" and attributes_of(node).get("ceil_mode", 0):

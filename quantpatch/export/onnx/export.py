@@ -24,11 +24,7 @@ from torch.utils import _pytree as pytree
 
 from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError, listed, warn_caller
 from quantpatch.export.checkpoint.description import describe
-from quantpatch.export.onnx.capture import captured
-from quantpatch.export.onnx.check import compare_with_torch
 from quantpatch.export.onnx.comparison import ExportReport
-from quantpatch.export.onnx.latency import float_twin
-from quantpatch.export.onnx.tidy import tidy
 from quantpatch.export.prepare.runtimes import RUNTIMES, ExportedQuantizer, Runtime, operands, problems
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.atomic_files import written_whole
@@ -96,6 +92,10 @@ def export_onnx(
     """
     demand_model(model, "export_onnx")
     _demand_extra(check)
+    # They import what the extra brings.
+    from quantpatch.export.onnx.capture import captured
+    from quantpatch.export.onnx.tidy import tidy
+
     path = Path(path)
     model = uncompiled(model)
     has_bfloat16 = _has_bfloat16(model, args, kwargs)
@@ -105,15 +105,16 @@ def export_onnx(
         # While another thread traces, its tensors stand in for the parameters of a model that both export.
         found = _checked_operands(model, runtime, opset)
         tell(f"tracing {type(model).__name__}")
-        program = captured(
-            model, args, kwargs, found, runtime, opset, dynamic_shapes, input_names, output_names
-        )
+        named = {"input_names": input_names, "output_names": output_names}
+        program = captured(model, args, kwargs, found, runtime, opset, dynamic_shapes=dynamic_shapes, **named)
         names = [operand.name for operand in found]
         program.model.ir_version = _ir_version(opset)
         with written_whole(path, companion=f"{path.name}.data") as folder:
             beside = None
             is_measured = latency and check and found and runtime == "onnxruntime" and not has_bfloat16
             if is_measured and _weight_bytes(program.model) <= _LARGE // 4:
+                from quantpatch.export.onnx.latency import float_twin
+
                 beside = folder / f"{path.name}.float"
                 _write(float_twin(program.model, found), beside)
             tell("rewriting the graph")
@@ -128,6 +129,8 @@ def export_onnx(
             _check_file(folder / path.name, has_bfloat16 and opset < _OPSET_OF_BFLOAT16)
             compared = None
             if check:
+                from quantpatch.export.onnx.check import compare_with_torch
+
                 is_optimized = runtime == "onnxruntime"
                 compared = compare_with_torch(
                     model, args, kwargs, folder / path.name, found, optimized=is_optimized, float_path=beside

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+
 from quantpatch.export.onnx.convolutions import convolutions_for_onnxruntime
 from quantpatch.export.onnx.graph import attributes_of, constant, constant_of, maker, replaced
 from quantpatch.export.onnx.integers import move_integers
@@ -48,9 +51,6 @@ def _split_constants(graph: Any) -> None:
     ONNX Runtime would split the floats when it loads the file, see float weights beside quantized inputs, and
     quantize them again with scales of its own.
     """
-    import numpy as np
-    import onnx_ir as ir
-
     for node in list(graph):
         if node.op_type != "Split" or any(output.is_graph_output() for output in node.outputs):
             continue
@@ -94,8 +94,6 @@ def _turn_weights(graph: Any) -> None:
     torch keeps them (out, in). ONNX Runtime has integer kernels for MatMul with a constant of its own
     layout, also where the scales are per channel.
     """
-    import onnx_ir as ir
-
     for node in list(graph):
         if node.op_type == "Transpose":
             turned = _turned(graph, node.inputs[0])
@@ -125,8 +123,6 @@ def _weight_of_linear(graph: Any, gemm: Any) -> Any:
 
 def _turned(graph: Any, value: Any) -> Any:
     """The transpose of a matrix that is dequantized from a constant; None if it is none."""
-    import onnx_ir as ir
-
     node = maker(value, "DequantizeLinear")
     if node is None or len([i for i in node.inputs if i is not None]) != 2:
         return None
@@ -156,8 +152,6 @@ def _subtract_biases(graph: Any) -> None:
     Of a MatMul and an Add ONNX Runtime makes a Gemm, and its integer kernel for that takes only a bias that
     is rounded to integers.
     """
-    import onnx_ir as ir
-
     for node in list(graph):
         if node.op_type != "Add":
             continue
@@ -182,8 +176,6 @@ def _keep_norms_apart(graph: Any) -> None:
     Of an Add and a LayerNormalization ONNX Runtime makes a SkipLayerNormalization, which takes 90 us where
     the two take 20 (64 rows of 256). ``r + (p - n)`` is ``r - (n - p)``, bit for bit.
     """
-    import onnx_ir as ir
-
     for node in list(graph):
         uses = node.outputs[0].uses() if node.op_type == "Add" else ()
         if not any(use.node.op_type == "LayerNormalization" for use in uses):
@@ -198,8 +190,6 @@ def _keep_norms_apart(graph: Any) -> None:
 
 def _negated(value: Any) -> list[Any]:
     """Nodes that give the negated value, of a difference that nothing else uses; through one Reshape."""
-    import onnx_ir as ir
-
     if value is None or len(value.uses()) != 1:
         return []
     reshape = maker(value, "Reshape")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import onnx_ir as ir
+
 from quantpatch.dataflow import PASSED_NODES
 
 
 def constant(graph: Any, name: str, array: Any, kind: Any = None) -> Any:
     """An initializer of a name; the one that is there already if there is one."""
-    import onnx_ir as ir
-
     known = graph.initializers.get(name)
     if known is not None:
         return known
@@ -36,8 +36,6 @@ def maker(value: Any, *kinds: str) -> Any:
 
 def is_float8(value: Any) -> bool:
     """Whether a value is of FP8."""
-    import onnx_ir as ir
-
     return value is not None and value.dtype in (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
 
 
@@ -63,8 +61,6 @@ def attributes_of(node: Any) -> dict[str, Any]:
 
 def replaced(graph: Any, node: Any, steps: Sequence[Any]) -> None:
     """Puts nodes in the place of one; the last one's output takes its output's name, type and shape."""
-    import onnx_ir as ir
-
     old, new = node.outputs[0], steps[-1].outputs[0]
     name = old.name
     for step in steps[:-1]:
@@ -79,8 +75,6 @@ def replaced(graph: Any, node: Any, steps: Sequence[Any]) -> None:
 
 def store_four_bits(graph: Any) -> None:
     """Casts of constants to 4 bits, which torch has no type for, become constants of 4 bits."""
-    import onnx_ir as ir
-
     for node in list(graph):
         if node.op_type != "Cast" or constant_of(graph, node.inputs[0]) is None:
             continue

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx_ir as ir
+
 from quantpatch.dataflow import MOVING_NODES
 from quantpatch.export.onnx.graph import attributes_of, constant_of, is_float8, maker, replaced
 
@@ -42,8 +44,6 @@ def _moves(node: Any) -> bool:
 
 def _quantize_before(graph: Any, node: Any) -> None:
     """A QuantizeLinear goes before the nodes that move what it takes, if nothing else takes it."""
-    import onnx_ir as ir
-
     if len(node.inputs) < 3 or node.inputs[1].shape.rank() or is_float8(node.inputs[2]):
         return
     source = node.inputs[0]
@@ -67,8 +67,6 @@ def _quantize_before(graph: Any, node: Any) -> None:
 
 def _dequantize_behind(graph: Any, node: Any) -> None:
     """What is dequantized before a node that moves it is dequantized behind it."""
-    import onnx_ir as ir
-
     made = maker(node.inputs[0], "DequantizeLinear")
     if made is None or len(made.inputs) < 3 or made.inputs[1].shape.rank():
         return

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
+import onnx
 
 from quantpatch.export.onnx.sessions import changed, session_options
 
@@ -60,8 +62,6 @@ def check_kernels(path: Path, optimized: Path, feeds: Iterable[Mapping[str, Any]
         optimized: The graph that ONNX Runtime made of it.
         feeds: Inputs to run it on.
     """
-    import numpy as np
-    import onnx
     from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph
 
     graph, file = (onnx.load(str(each), load_external_data=False) for each in (optimized, path))
@@ -191,8 +191,6 @@ def _users(graph: Any) -> dict[str, list[Any]]:
 
 def _cut(model: Any, names: set[str]) -> None:
     """Makes values of a graph its inputs, and what it computes of them its outputs, called ``<name>.own``."""
-    import onnx
-
     graph = model.graph
     types = {value.name: value for value in (*graph.value_info, *graph.output)}
     for node in graph.node:

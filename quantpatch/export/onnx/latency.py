@@ -12,9 +12,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
+import onnx_ir as ir
+import onnxruntime
+from onnx_ir.passes import common
 
-from quantpatch.errors import listed
 from quantpatch.export.onnx.graph import constant_of, maker, store_four_bits
 from quantpatch.export.onnx.kernel_check import is_kernel
 from quantpatch.export.onnx.weights import fold_weight
@@ -23,55 +24,8 @@ from quantpatch.numerics.formats import Integer
 
 # Rounds to measure at most and at least, and after how many seconds no other one begins.
 _ROUNDS, _LEAST, _SECONDS = 21, 3, 0.5
-# A call itself takes some 10 us; below that many ms, and so near, nobody can tell which file is faster.
-_MEASURABLE, _NOISE = 0.05, 1.1
 # The kernel of weights in blocks of 4 bits.
 _IN_BLOCKS = "MatMulNBits"
-
-
-@attrs.frozen
-class Latency:
-    """How long a file takes in ONNX Runtime, with the options of a session that was given none.
-
-    Attributes:
-        ms: Of the file, a median.
-        float_ms: Of the same file in float.
-        on_floats: Names of the layers whose weights are quantized, but run on float kernels.
-    """
-
-    ms: float
-    float_ms: float
-    on_floats: tuple[str, ...] = ()
-
-    @property
-    def ratio(self) -> float:
-        """Latency to the float file's; below 1 is faster."""
-        return self.ms / self.float_ms
-
-    @property
-    def is_slower(self) -> bool:
-        """Whether the file is slower than float, by more than what a few runs leave open."""
-        return max(self.ms, self.float_ms) >= _MEASURABLE and self.ratio > _NOISE
-
-    def __str__(self) -> str:
-        text = f"{self.ms:.3g} ms here, {self.ratio:.2f} of float ({self.float_ms:.3g} ms)"
-        return text if not self.on_floats else f"{text}; on float kernels: {listed(self.on_floats)}"
-
-    def advice(self, name: str) -> str:
-        """What to do about a file that is slower than float."""
-        times = f"{self.ms:.3g} and {self.float_ms:.3g} ms"
-        text = f"{name} takes {self.ratio:.2f} times as long as in float here ({times})"
-        if self.on_floats:
-            text += (
-                f". Of these layers the weights are quantized, but the kernels are float: "
-                f"{listed(self.on_floats)}. Leave them float (skip=[...], or disable() their quantizers)"
-            )
-        else:
-            text += ". Its layers run on integers, but what is between them costs more than that gains"
-        return (
-            f"{text}, or call qp.prepare(model, args) before calibration if you have not: it puts quantizers "
-            f"where kernels want them. export_onnx(..., latency=False) does not measure"
-        )
 
 
 # --- The same file in float ---------------------------------------------------------------------------------
@@ -84,9 +38,6 @@ def float_twin(model: Any, found: Collection[ExportedQuantizer]) -> Any:
         model: An ``onnx_ir.Model``, not tidied yet.
         found: The quantizers in it.
     """
-    import onnx_ir as ir
-    from onnx_ir.passes import common
-
     twin = ir.from_proto(ir.to_proto(model))
     graph = twin.graph
     store_four_bits(graph)
@@ -123,8 +74,6 @@ def measure(path: Path, float_path: Path, feed: Mapping[str, Any]) -> tuple[floa
         float_path: The same in float.
         feed: What to run them on.
     """
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     sessions = [

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantpatch.export.onnx.operators import dequantize, quantize_dequantize
 from quantpatch.export.onnx.recurrent_operators import projecting
 from quantpatch.export.prepare.runtimes import ExportedQuantizer, codes_name
 from quantpatch.layers.lowering import Lowering
@@ -50,8 +51,6 @@ def _zero_point(element: Any, *, as_uint8: bool) -> Tensor:
 
 
 def _activation(operand: ExportedQuantizer, runtime: str) -> Callable[[Tensor], Tensor]:
-    from quantpatch.export.onnx.operators import quantize_dequantize
-
     element, amax, axis = operand.element, operand.amax, operand.axis
     assert amax is not None
     scale = operand.joined(amax) / operand.format.max
@@ -84,8 +83,6 @@ def _activation(operand: ExportedQuantizer, runtime: str) -> Callable[[Tensor], 
 
 
 def _weight(operand: ExportedQuantizer, runtime: str) -> Callable[[Tensor], Tensor]:
-    from quantpatch.export.onnx.operators import dequantize, quantize_dequantize
-
     format, element, axis = operand.format, operand.element, operand.axis
     codes, scale = (operand.joined(tensor) for tensor in operand.codes())
     dim = 0 if axis is None else axis % codes.dim()

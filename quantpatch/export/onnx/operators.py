@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx
 import torch
+from onnxscript.values import Opset
 from torch import Tensor
 
 from quantpatch.export.onnx.recurrent_operators import recurrent_to_onnx
@@ -55,9 +57,6 @@ def _(codes: Tensor, scale: Tensor, axis: int, block_size: int, kind: str) -> Te
 
 def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     """The table that ``torch.onnx.export`` takes as ``custom_translation_table``."""
-    import onnx
-    from onnxscript.values import Opset
-
     op = Opset("", opset)
 
     def quantize_dequantize_to_onnx(x: Any, scale: Any, zero_point: Any, axis: int, name: str) -> Any:

@@ -6,6 +6,8 @@ import glob
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime
 import torch
 from torch import Tensor
 
@@ -36,8 +38,6 @@ def check_optimized(
     Returns:
         The share of outputs within a step of the model's, the kernels, and the layers that run on floats.
     """
-    import onnx
-
     graph = path.with_name(f"{path.name}.optimized")
     try:
         within = _within_step(path, runs, graph)
@@ -70,8 +70,6 @@ def _within_step(path: Path, runs: list[tuple[dict[str, Any], list[Tensor]]], gr
 
 
 def _not_optimized(error: Exception) -> str:
-    import onnxruntime
-
     said = f"ONNX Runtime {onnxruntime.__version__} cannot run the exported file with optimizations: {error}"
     if "float8" not in str(error):
         return said
@@ -83,8 +81,6 @@ def _not_optimized(error: Exception) -> str:
 
 def steps_of_outputs(path: Path) -> list[float]:
     """The step of each output that comes out of a quantizer of its own; 0 of the others."""
-    import onnx
-
     graph = onnx.load(str(path), load_external_data=False).graph
     makers = {name: node for node in graph.node for name in node.output}
     tensors = {tensor.name: tensor for tensor in graph.initializer}

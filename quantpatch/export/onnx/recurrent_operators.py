@@ -48,16 +48,8 @@ def recurrent(
 
 
 @recurrent.register_fake
-def _(
-    kind: str,
-    x: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-) -> list[Tensor]:
+def _(kind: str, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], *how: Any) -> list[Tensor]:
+    _, _, bidirectional, _ = how
     features = state[0].shape[2] * (2 if bidirectional else 1)
     return [x.new_empty((x.shape[0], x.shape[1], features)), *(torch.empty_like(part) for part in state)]
 

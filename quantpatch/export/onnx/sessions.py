@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
+
 
 def session_options(*, optimized: bool, written_to: Path | None = None) -> Any:
     """ONNX Runtime's options, with graph optimizations on or off; quiet.
@@ -13,8 +15,6 @@ def session_options(*, optimized: bool, written_to: Path | None = None) -> Any:
         optimized: Whether the graph is optimized.
         written_to: Where to leave what became of it, with a file ``<name>.data`` beside it for what is large.
     """
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     # It would keep what a run needs, weights turned into floats among it.
@@ -32,8 +32,6 @@ def session_options(*, optimized: bool, written_to: Path | None = None) -> Any:
 
 def session(path: Path, options: Any) -> Any:
     """A session of a file."""
-    import onnxruntime
-
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

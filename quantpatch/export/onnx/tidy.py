@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
 from quantpatch.export.onnx.fast_kernels import for_onnxruntime
 from quantpatch.export.onnx.graph import attributes_of, constant, is_float8, maker, replaced, store_four_bits
 
@@ -18,9 +22,6 @@ def tidy(model: Any, runtime: str) -> None:
         model: An ``onnx_ir.Model``; changed in place.
         runtime: As in ``export_onnx``.
     """
-    import onnx_ir as ir
-    from onnx_ir.passes import common
-
     shared = ir.passes.Sequential(
         common.ClearMetadataAndDocStringPass(),  # stack traces, with the paths of whoever exports
         common.DeduplicateInitializersPass(),
@@ -43,8 +44,6 @@ def _quantize_once(graph: Any) -> None:
     ``round((q * s) / s)`` is ``q`` for every integer of up to 8 bits: both roundings together are off by less
     than 2**-15.
     """
-    import onnx_ir as ir
-
     integers = (ir.DataType.INT8, ir.DataType.UINT8)
     for second in list(graph):
         before = maker(second.inputs[0], "DequantizeLinear") if second.op_type == "QuantizeLinear" else None
@@ -64,9 +63,6 @@ def _clip_apart_from_float8(graph: Any) -> None:
     ONNX Runtime's optimizations (1.32) take the zero point of FP8 for one of unsigned integers: they leave
     out a Relu before it, and fail at a Clip.
     """
-    import numpy as np
-    import onnx_ir as ir
-
     quantizing = (node for node in graph if node.op_type == "QuantizeLinear" and len(node.inputs) > 2)
     if not any(is_float8(node.inputs[2]) for node in quantizing):
         return

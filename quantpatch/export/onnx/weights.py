@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+
 from quantpatch.export.onnx.graph import (
     attributes_of,
     constant,
@@ -52,8 +55,6 @@ def weights_for_onnxruntime(graph: Any) -> None:
 
 def _takes_codes(dequantized: Any) -> bool:
     """Whether all products of a weight have kernels that take its codes as they are."""
-    import onnx_ir as ir
-
     codes = dequantized.inputs[0]
     uses = dequantized.outputs[0].uses()
     if attributes_of(dequantized).get("block_size", 0):
@@ -65,8 +66,6 @@ def _takes_codes(dequantized: Any) -> bool:
 
 def _takes_integers(use: Any) -> bool:
     """Whether a use of a weight is as the right operand of an integer kernel's product."""
-    import onnx_ir as ir
-
     x = maker(use.node.inputs[0], "DequantizeLinear")
     if use.node.op_type not in _PRODUCTS or use.idx != 1 or x is None:
         return False
@@ -95,16 +94,12 @@ def _starts_at_zero(quantize: Any) -> bool:
     zero = quantize.inputs[2] if len(quantize.inputs) > 2 else None
     if zero is None or zero.const_value is None:
         return zero is None
-    import numpy as np
-
     value = zero.const_value.numpy()
     return not np.issubdtype(value.dtype, np.integer) or bool((value == np.iinfo(value.dtype).min).all())
 
 
 def _takes_blocks(use: Any, dequantized: Any) -> bool:
     """Whether ONNX Runtime makes a MatMulNBits of a product: of floats, with a matrix in blocks of 4 bits."""
-    import onnx_ir as ir
-
     how, codes = attributes_of(dequantized), dequantized.inputs[0]
     size = how["block_size"]
     return (
@@ -129,8 +124,6 @@ def fold_weight(graph: Any, node: Any) -> None:
         graph: An ``onnx_ir.Graph``; changed in place.
         node: The DequantizeLinear.
     """
-    import onnx_ir as ir
-
     codes, scale = node.inputs[:2]
     how, shape = attributes_of(node), list(codes.shape)
     axis = how.get("axis", 1) % max(len(shape), 1)
@@ -164,8 +157,6 @@ def _shaped(graph: Any, value: Any, shape: list[int]) -> Any:
 
 def _in_blocks(graph: Any, value: Any, axis: int, blocks: int, size: int) -> Any:
     """A constant whose axis is two: of the blocks, and of what is in each; zeros fill the last one."""
-    import numpy as np
-
     array = value.const_value.numpy()
     missing = blocks * size - array.shape[axis]
     ends = [(0, missing if d == axis else 0) for d in range(array.ndim)]
@@ -175,8 +166,6 @@ def _in_blocks(graph: Any, value: Any, axis: int, blocks: int, size: int) -> Any
 
 
 def _integers(graph: Any, values: list[int]) -> Any:
-    import numpy as np
-
     return constant(graph, f"integers.{'x'.join(map(str, values))}", np.array(values, np.int64))
 
 
@@ -187,9 +176,6 @@ def _guard(graph: Any, convolution: Any) -> None:
     for all channels, unless the bias is no constant. A sign times a magnitude is the same float, and takes no
     time.
     """
-    import numpy as np
-    import onnx_ir as ir
-
     inputs = list(convolution.inputs)
     bias = inputs[2] if len(inputs) > 2 else None
     if bias is not None and constant_of(graph, bias) is None:
@@ -209,8 +195,6 @@ def _guard(graph: Any, convolution: Any) -> None:
 
 
 def _set_bias(graph: Any, convolution: Any, made: Any, name: str) -> None:
-    import onnx_ir as ir
-
     signs, sizes = made.inputs
     made.outputs[0].name = f"{name}.{convolution.outputs[0].name}.bias"
     made.outputs[0].type, made.outputs[0].shape = ir.TensorType(sizes.dtype), signs.shape
@@ -231,9 +215,6 @@ def biases_as_integers(graph: Any) -> None:
     Args:
         graph: An ``onnx_ir.Graph``; changed in place.
     """
-    import numpy as np
-    import onnx_ir as ir
-
     for node in list(graph):
         if node.op_type != "Conv" or len(node.inputs) < 3 or not gives_integers(node.outputs[0]):
             continue
@@ -251,8 +232,6 @@ def biases_as_integers(graph: Any) -> None:
 
 def _unit_of_bias(graph: Any, convolution: Any) -> Any:
     """What 1 is worth in a convolution's sums, by channel; None if its operands are not quantized."""
-    import numpy as np
-
     scales = []
     for value in convolution.inputs[:2]:
         made = maker(value, "DequantizeLinear")
@@ -270,8 +249,6 @@ def bias_fits(graph: Any, convolution: Any) -> bool:
         graph: An ``onnx_ir.Graph``.
         convolution: The node.
     """
-    import numpy as np
-
     bias = constant_of(graph, convolution.inputs[2]) if len(convolution.inputs) > 2 else None
     if bias is None:
         return True
@@ -288,8 +265,6 @@ def pack_four_bits(graph: Any) -> None:
     Args:
         graph: An ``onnx_ir.Graph``; changed in place.
     """
-    import onnx_ir as ir
-
     packed = {ir.DataType.INT8: (ir.DataType.INT4, -8, 7), ir.DataType.UINT8: (ir.DataType.UINT4, 0, 15)}
     for value in list(graph.initializers.values()):
         if value.dtype not in packed or value.const_value.size < _WORTH_PACKING:

@@ -28,6 +28,7 @@ from quantpatch.export.prepare.folded_batchnorm import (
 )
 from quantpatch.export.prepare.verified import apply_if_same, run_of
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.report.report import Report
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import (
     arguments,
@@ -39,7 +40,7 @@ _OWN = "its forward is its own: give the arguments to run the model on, so that 
 
 
 @attrs.frozen
-class FoldedBatchNorm:
+class FoldedBatchNorm(Report):
     """What ``fold_batchnorm`` did.
 
     Attributes:

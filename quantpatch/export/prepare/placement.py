@@ -23,6 +23,7 @@ from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.placed import quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.quantize.call_ranges import CallRanges
+from quantpatch.report.report import Report
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import (
     arguments,
@@ -33,7 +34,7 @@ from quantpatch.torch_tools.forward import (
 
 
 @attrs.frozen
-class Preparation:
+class Preparation(Report):
     """What ``prepare`` did.
 
     Attributes:

@@ -340,7 +340,7 @@ def test_packing_saves_what_it_says(recipe: str, least: float, tmp_path: Path) -
 def test_what_cannot_be_packed_is_said(tmp_path: Path) -> None:
     report = save(ready("fp8"), tmp_path / "m.safetensors", packed=True)
     assert report.packed == ()
-    assert "only integers" in report.not_packed["0.weight"]
+    assert "only integers" in report.skipped["0.weight"]
     assert "0.weight is not packed" in str(report)
 
 

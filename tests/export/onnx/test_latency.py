@@ -16,7 +16,7 @@ import quantpatch as qp
 from quantpatch.errors import QuantPatchWarning
 from quantpatch.export import export_onnx
 from quantpatch.export.onnx import check
-from quantpatch.export.onnx.latency import Latency
+from quantpatch.export.onnx.comparison import Latency
 from quantpatch.torch_tools import forward
 
 pytest.importorskip("onnx")

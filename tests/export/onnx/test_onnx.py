@@ -306,7 +306,7 @@ def test_a_failed_export_keeps_the_old_file_and_the_model(
     def broken(*args: Any, **options: Any) -> None:
         raise ExportError("does not run")
 
-    monkeypatch.setattr("quantpatch.export.onnx.export.compare_with_torch", broken)
+    monkeypatch.setattr("quantpatch.export.onnx.check.compare_with_torch", broken)
     model = linear()
     before = fingerprint(model)
     with pytest.raises(ExportError, match="does not run"):

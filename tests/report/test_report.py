@@ -1,0 +1,41 @@
+"""What all reports have in common."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import attrs
+from rich.console import Console
+
+from quantpatch.report.report import Report, table_of
+
+
+@attrs.frozen
+class Found(Report):
+    path: Path
+    ratio: float
+    skipped: dict[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.ratio}"
+
+
+FOUND = Found(Path("file"), math.inf, {"a": "no data"})
+
+
+def test_json_has_every_field_and_null_for_what_is_no_finite_number() -> None:
+    assert json.loads(FOUND.to_json()) == {"path": "file", "ratio": None, "skipped": {"a": "no data"}}
+
+
+def test_rich_prints_what_str_says_where_there_is_no_table() -> None:
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(FOUND)
+    assert captured.get().strip() == str(FOUND) == "file: inf"
+
+
+def test_columns_of_numbers_are_set_to_the_right() -> None:
+    table = table_of("name", "count", right=("count",), title="Things")
+    assert [column.justify for column in table.columns] == ["left", "right"]

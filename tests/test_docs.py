@@ -66,10 +66,41 @@ def test_every_python_block_runs_and_prints_what_the_page_shows(page, monkeypatc
             assert printed == [row.rstrip() for row in shown.splitlines()], f"{page.name}:{line}"
 
 
+# PyPI shows these pages as well, where a link to a neighbouring file leads nowhere.
+PUBLISHED = [ROOT / "README.md", *PLUGIN_PAGES]
+HERE = re.compile(
+    r"https://(?:github\.com/quantpatch/quantpatch/(?:blob|tree)|raw\.githubusercontent\.com/quantpatch/quantpatch)/main/(.*)"
+)
+
+
+def links(page):
+    """The target of each link and image on the page."""
+    return re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
 @pytest.mark.parametrize("page", [*PAGES, *PLUGIN_PAGES], ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_to_a_file_leads_somewhere(page):
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
-    assert [link for link in links if not (page.parent / link).exists()] == []
+def test_every_link_to_a_file_and_its_heading_leads_somewhere(page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        if mine := HERE.fullmatch(path):
+            target = ROOT / mine[1]
+        elif "://" in path:
+            continue
+        else:
+            target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PUBLISHED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_that_pypi_shows_have_absolute_links_only(page):
+    assert [link for link in links(page) if not link.startswith(("https://", "#"))] == []
 
 
 @pytest.fixture(scope="module")

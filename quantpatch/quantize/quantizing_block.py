@@ -95,6 +95,7 @@ class QuantizingBlock(Block):
             return None
         if decision.replacement is None:  # its target was imported since the block was opened
             decision = self._decisions.loaded(slot)
+            self._decisions.note(slot, decision)  # in another table, if its import has brought other targets
         return decision.replacement
 
     def came_out(self, slot: Slot) -> None:

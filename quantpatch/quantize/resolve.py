@@ -140,9 +140,14 @@ class Table(dict[Key, Decision]):
         """
         found = self[slot]
         if found.reason is None and found.replacement is None:
-            self[slot] = found = attrs.evolve(found, replacement=load_checked(self.entry(slot), slot))
-            self.__dict__.pop("_replacements", None)
+            found = attrs.evolve(found, replacement=load_checked(self.entry(slot), slot))
+            self.note(slot, found)
         return found
+
+    def note(self, slot: Slot, decision: Decision) -> None:
+        """Keeps what was decided of a target, once its replacement is known."""
+        self[slot] = decision
+        self.__dict__.pop("_replacements", None)
 
     @functools.cached_property
     def _replacements(self) -> dict[Any, str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import cProfile
 import functools
+import importlib
 import inspect
 import pydoc
+import sys
 
 import pytest
 import torch
@@ -207,3 +209,31 @@ def test_the_recipe_comes_first_and_what_else_is_taken_for_one_is_told_where_to_
         qp.quantize_modules(8)
     with pytest.raises(UnknownNameError, match=r"A layer to leave float is given as skip=\['Linear'\]"):
         qp.quantize_modules("Linear").start()
+
+
+def test_a_replacement_whose_import_brings_other_targets_is_counted(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "late_layers.py").write_text("from torch import nn\nclass First(nn.Linear):\n    pass\n")
+    (tmp_path / "late_others.py").write_text("from torch import nn\nclass Second(nn.Linear):\n    pass\n")
+    (tmp_path / "late_quant.py").write_text(
+        "import late_layers, late_others\nfrom quantpatch import QuantizedLayer\n"
+        "class QuantFirst(QuantizedLayer, late_layers.First):\n    pass\n"
+        "class QuantSecond(QuantizedLayer, late_others.Second):\n    pass\n"
+    )
+    custom = [
+        ("late_layers", "First", "late_quant:QuantFirst"),
+        ("late_others", "Second", "late_quant:QuantSecond"),
+    ]
+    try:
+        with qp.quantize_modules(custom=custom) as scope:
+            module = importlib.import_module("late_layers")
+            built = [module.First(2, 2) for _ in range(2)]
+            other = importlib.import_module("late_others").Second(2, 2)
+        assert [type(layer).__name__ for layer in (*built, other)] == ["QuantFirst"] * 2 + ["QuantSecond"]
+        assert [(row.replacement, row.count) for row in scope.replaced] == [
+            ("late_quant.QuantFirst", 2),
+            ("late_quant.QuantSecond", 1),
+        ]
+    finally:
+        for name in ("late_layers", "late_others", "late_quant"):
+            sys.modules.pop(name, None)

@@ -94,7 +94,7 @@ def test_calibration_goes_by_the_options_that_were_given():
     model(x)
     watched.close()
     expected = build()
-    qp.calibrate(expected, x, "percentile", weight_method="max")
+    qp.calibrate(expected, x, method="percentile", weight_method="max")
     assert all(map(torch.equal, ranges(model).values(), ranges(expected).values()))
     assert model.first.input_quantizer.amax < x.abs().max()
     assert watched.notes() == ("Net: 4 of 4 quantizers calibrated in 1 calls",)

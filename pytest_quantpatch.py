@@ -105,11 +105,11 @@ class ConformanceItem(pytest.Item):
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """What was seen and what to change, instead of the kit's own traceback."""
-        from quantpatch.errors import ConformanceError
+        from quantpatch.errors import CheckError
         from quantpatch.testing.subject import Broken
 
         error = excinfo.value
-        if not isinstance(error, ConformanceError):
+        if not isinstance(error, CheckError):
             return super().repr_failure(excinfo)
         cause = error.__cause__
         if cause is None or isinstance(cause, Broken):

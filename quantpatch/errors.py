@@ -15,29 +15,24 @@ from types import FrameType
 from typing import Any
 
 __all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "BlockError",
     "CalibrationError",
+    "CheckError",
     "CheckpointError",
-    "ComparisonError",
-    "ConformanceError",
     "ConversionError",
-    "CoverageError",
-    "DescriptorError",
     "EntryConflictError",
     "EntryError",
     "ExportError",
+    "FileError",
     "InputError",
     "LayerError",
     "MissingExtraError",
-    "OperandError",
-    "OptionError",
-    "PathError",
     "PluginError",
     "QuantPatchError",
     "QuantPatchWarning",
     "RangeError",
-    "RuleError",
-    "ScopeError",
-    "ScriptError",
     "UnknownNameError",
     "listed",
     "near_misses",
@@ -106,8 +101,34 @@ class PluginError(QuantPatchError):
     hook: str | None = None
 
 
-class UnknownNameError(QuantPatchError, LookupError):
-    """A name (of a layer, recipe, calibrator, format, plugin …) that nothing answers to.
+class ArgumentError(QuantPatchError, ValueError):
+    """An argument has an impossible value, or two arguments contradict each other; nothing was changed.
+
+    Attributes:
+        argument: Name of the argument, where it is known: a parameter of the function that was called, or a
+            field of the value that was made, such as ``"num_bits"``.
+        value: What was given for it.
+    """
+
+    argument: str = ""
+    value: Any = None
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument is of a wrong type: a list in place of a model, a tensor of integers for a quantizer.
+
+    Attributes:
+        argument: Name of the argument, where it is known.
+        value: What was given for it. Of a tensor that cannot be quantized: its dtype, or its layout if that
+            is at fault; of anything else that was to be quantized: its type.
+        quantizer: Name of the quantizer that was given it, where it is known.
+    """
+
+    quantizer: str | None = None
+
+
+class UnknownNameError(ArgumentError, LookupError):
+    """There is nothing by a name that was given (of a layer, recipe, calibrator, format, plugin …).
 
     Attributes:
         kind: What the name was meant to name, such as ``"recipe"``.
@@ -124,47 +145,11 @@ class UnknownNameError(QuantPatchError, LookupError):
         """The error for an unknown name, with near misses (or, of a short list, all names)."""
         names = tuple(sorted(set(known)))
         message = f"unknown {kind} {name!r}. {near_misses(str(name), names)}{hint}"
-        return cls(message.rstrip(), kind=kind, name=str(name), known=names)
+        return cls(message.rstrip(), kind=kind, name=str(name), known=names, value=name)
 
 
-class RuleError(QuantPatchError, ValueError):
-    """A rule of ``configure`` cannot be followed; the model is as it was.
-
-    Attributes:
-        rule: The rule, or its pattern.
-    """
-
-    rule: Any = None
-
-
-class ScopeError(QuantPatchError, RuntimeError):
-    """A scope was used in a way that cannot work, such as ``stop()`` without ``start()``."""
-
-
-class ScriptError(QuantPatchError, OSError):
-    """A script cannot be run by ``quantpatch run``; nothing of it has run.
-
-    Attributes:
-        script: The script, or the module.
-    """
-
-    script: str = ""
-
-
-class ComparisonError(QuantPatchError, ValueError):
-    """Two models cannot be compared, or there is nothing to compare."""
-
-
-class ConformanceError(QuantPatchError, AssertionError):
-    """A quantized layer breaks rules that every layer keeps, or cannot be tried.
-
-    Attributes:
-        entry: The entry, where it is known.
-        checks: Names of the checks that failed.
-    """
-
-    entry: Any = None
-    checks: tuple[str, ...] = ()
+class BlockError(QuantPatchError, RuntimeError):
+    """A block was used in a way that cannot work, such as ``stop()`` without ``start()``."""
 
 
 class ConversionError(QuantPatchError, RuntimeError):
@@ -179,28 +164,6 @@ class ConversionError(QuantPatchError, RuntimeError):
     entry: Any = None
 
 
-class CoverageError(QuantPatchError, AssertionError):
-    """Less of a model ran quantized than was demanded.
-
-    Attributes:
-        report: The ``CoverageReport``.
-    """
-
-    report: Any = None
-
-
-class DescriptorError(QuantPatchError, ValueError):
-    """A quantization descriptor, format or recipe that contradicts itself.
-
-    Attributes:
-        field: Name of the field concerned.
-        value: What was given for it.
-    """
-
-    field: str = ""
-    value: Any = None
-
-
 class RangeError(QuantPatchError, ValueError):
     """A range (amax) that is negative, not finite, or of the wrong shape.
 
@@ -213,30 +176,14 @@ class RangeError(QuantPatchError, ValueError):
     value: Any = None
 
 
-class OptionError(QuantPatchError, ValueError):
-    """An option of a calibrator has an impossible value."""
-
-
-class PathError(QuantPatchError, FileNotFoundError):
-    """A file cannot be written where it should be; nothing was written.
+class InputError(QuantPatchError, RuntimeError):
+    """A model failed on inputs that it cannot take; it is as it was.
 
     Attributes:
-        path: The file.
+        devices: Where the inputs are, and where the model is, if that is what differs.
     """
 
-    path: str = ""
-
-
-class OperandError(QuantPatchError, TypeError):
-    """Something that came to a quantizer cannot be quantized, such as a tensor of integers.
-
-    Attributes:
-        quantizer: Name of the quantizer, where it is known.
-        value: What came: a tensor's dtype, its layout if that is at fault, or the type of what is no tensor.
-    """
-
-    quantizer: str | None = None
-    value: Any = None
+    devices: tuple[str, str] = ("", "")
 
 
 class CalibrationError(QuantPatchError, RuntimeError):
@@ -277,14 +224,28 @@ class ExportError(QuantPatchError, RuntimeError):
     runtime: str | None = None
 
 
-class InputError(QuantPatchError, RuntimeError):
-    """What was given is no model, or the model failed on inputs that it cannot take; it is as it was.
+class CheckError(QuantPatchError, AssertionError):
+    """What was demanded does not hold: a rule that every quantized layer keeps, or a share that is quantized.
 
     Attributes:
-        devices: Where the inputs are, and where the model is, if that is what differs.
+        entry: The entry whose layer breaks rules, where it is known.
+        checks: Names of the checks that failed.
+        report: The ``CoverageReport`` of a model of which less ran quantized than was demanded.
     """
 
-    devices: tuple[str, str] = ("", "")
+    entry: Any = None
+    checks: tuple[str, ...] = ()
+    report: Any = None
+
+
+class FileError(QuantPatchError, OSError):
+    """A file (or script) is not there, cannot be written, or holds something else; nothing was done with it.
+
+    Attributes:
+        path: The file, or the name of the module that was to be run.
+    """
+
+    path: str = ""
 
 
 class LayerError(QuantPatchError, TypeError):

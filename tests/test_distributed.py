@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import quantpatch as qp
 from quantpatch.calibrators import MaxCalibrator
-from quantpatch.errors import CheckpointError, InputError, QuantPatchError
+from quantpatch.errors import ArgumentTypeError, CheckpointError, QuantPatchError
 from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.numerics.formats import Integer
 
@@ -479,7 +479,7 @@ def test_ranges_are_expected_of_a_state_dict_too():
     model.load_state_dict(trained.state_dict())
     assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
     for wrong in (3, [trained], trained):
-        with pytest.raises(InputError, match=rf"or a state_dict, not {type(wrong).__name__}"):
+        with pytest.raises(ArgumentTypeError, match=rf"or a state_dict, not {type(wrong).__name__}"):
             qp.expect_ranges(model, wrong)
     with pytest.raises(CheckpointError, match="holds no ranges"):
         qp.expect_ranges(by_feature(calibrated=False), build().state_dict())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +26,55 @@ def test_every_error_is_a_quantpatch_error_and_survives_pickling(name) -> None:
     assert issubclass(cls, QuantPatchError)
     error = pickle.loads(pickle.dumps(cls("what", plugin="mine")))
     assert (type(error), str(error), error.plugin) == (cls, "what", "mine")
+
+
+CLASSES = [getattr(errors, name) for name in errors.__all__ if name.endswith(("Error", "Warning"))]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_error_says_when_it_is_raised_and_what_it_carries(cls) -> None:
+    assert cls.__doc__ is not vars(cls.__base__).get("__doc__")
+    for attribute in vars(cls).get("__annotations__", {}):
+        assert f"        {attribute}: " in cls.__doc__
+
+
+@pytest.fixture(scope="module")
+def used() -> set[str]:
+    """Names of what the package calls, such as ``FileError(...)`` or ``UnknownNameError.of(...)``."""
+    root = Path(errors.__file__).parent
+    names = set()
+    for file in root.rglob("*.py"):
+        if file.name == "errors.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call):
+                called = node.func.value if isinstance(node.func, ast.Attribute) else node.func
+                names.add(called.id if isinstance(called, ast.Name) else "")
+    return names
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls is not QuantPatchError])
+def test_every_error_is_raised_somewhere(cls, used) -> None:
+    assert cls.__name__ in used or cls is errors.QuantPatchWarning  # which warn_caller makes
+
+
+@pytest.mark.parametrize(
+    ("cls", "builtin"),
+    [
+        (errors.ArgumentError, ValueError),
+        (errors.ArgumentTypeError, TypeError),
+        (errors.ArgumentTypeError, errors.ArgumentError),
+        (errors.UnknownNameError, errors.ArgumentError),
+        (errors.UnknownNameError, LookupError),
+        (errors.InputError, RuntimeError),
+        (errors.BlockError, RuntimeError),
+        (errors.CheckError, AssertionError),
+        (errors.FileError, OSError),
+        (errors.MissingExtraError, ImportError),
+    ],
+)
+def test_who_knows_only_python_catches_the_error_that_python_has_for_it(cls, builtin) -> None:
+    assert issubclass(cls, builtin)
 
 
 def test_culprits_have_defaults() -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from quantpatch.errors import ComparisonError
+from quantpatch.errors import ArgumentError
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.report.report import Report, table_of
@@ -98,30 +98,34 @@ def compare(model: nn.Module, float_model: nn.Module, data: Iterable[Any]) -> Co
         A row for each quantized layer that ran, worst first.
 
     Raises:
-        ComparisonError: The models are one or have no layer in common, there is no batch, or a layer's
+        ArgumentError: The models are one or have no layer in common, there is no batch, or a layer's
             outputs have different shapes.
-        InputError: One is no model, or the data no batches or on another device.
+        ArgumentTypeError: One is not a model, or the data not batches.
+        InputError: The data is on another device.
     """
     for given in (model, float_model):
         demand_model(given, "compare")
     if model is float_model:
-        raise ComparisonError(
+        raise ArgumentError(
             "both are the same model, which differs from itself in nothing. convert() changes a model in "
-            "place: keep a float one, float_model = copy.deepcopy(model), before it"
+            "place: keep a float one, float_model = copy.deepcopy(model), before it",
+            argument="float_model",
         )
     references = dict(float_model.named_modules())
     layers = {
         name: module for name, module in model.named_modules() if name in references and _is_quantized(module)
     }
     if not layers and any(map(_is_quantized, float_model.modules())):
-        raise ComparisonError(
+        raise ArgumentError(
             "the second model has quantized layers and the first has none: write compare(quantized_model, "
-            "float_model, data)"
+            "float_model, data)",
+            argument="model",
         )
     if not layers:
-        raise ComparisonError(
+        raise ArgumentError(
             f"{written_name(type(model))} has no quantized layer by a name that "
-            f"{type(float_model).__name__} has; compare a model with its own quantized version"
+            f"{type(float_model).__name__} has; compare a model with its own quantized version",
+            argument="model",
         )
     sums = {name: _Sums() for name in layers}
     ran: set[str] = set()
@@ -144,7 +148,7 @@ def compare(model: nn.Module, float_model: nn.Module, data: Iterable[Any]) -> Co
                     ran.add(name)
                     _add_all(name, sums[name], expected.get(name, []), got[name])
     if not ran:
-        raise ComparisonError("the data holds no batch that reaches a quantized layer")
+        raise ArgumentError("no batch of the data reaches a quantized layer", argument="data")
     rows = [
         ComparisonRow(name, written_name(type(layers[name])), sums[name].sqnr(), sums[name].cosine())
         for name in layers
@@ -171,10 +175,11 @@ def _keep(kept: dict[str, list[Tensor]], name: str) -> Callable[[Any, Any, Any],
 
 def _add_all(name: str, sums: _Sums, expected: list[Tensor], got: list[Tensor]) -> None:
     if len(expected) != len(got) or any(f.shape != q.shape for f, q in zip(expected, got, strict=True)):
-        raise ComparisonError(
+        raise ArgumentError(
             f"layer {name!r} ran {len(expected)} times with outputs of shapes "
             f"{[tuple(t.shape) for t in expected]} in the float model, and {len(got)} times with "
-            f"{[tuple(t.shape) for t in got]} in the quantized one"
+            f"{[tuple(t.shape) for t in got]} in the quantized one",
+            argument="float_model",
         )
     for f, q in zip(expected, got, strict=True):
         sums.add(f, q)

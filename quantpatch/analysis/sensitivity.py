@@ -16,7 +16,7 @@ import attrs
 from rich.table import Table
 from torch import Tensor, nn
 
-from quantpatch.errors import ComparisonError, listed, shown, warn_caller
+from quantpatch.errors import ArgumentError, ArgumentTypeError, FileError, listed, shown, warn_caller
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.report.report import Report, table_of
 from quantpatch.torch_tools.atomic_files import written_whole
@@ -104,28 +104,34 @@ def sensitivity(
         progress: Whether to show a progress bar (on a terminal only).
 
     Raises:
-        ComparisonError: The model has no quantized layer, ``evaluate`` is no function, or what it returns is
-            NaN or no number, there is no such mode, or ``resume`` holds something else.
-        InputError: ``model`` is no model.
+        ArgumentError: The model has no quantized layer, ``evaluate`` returns NaN, or there is no such mode.
+        ArgumentTypeError: ``model`` is not a model, ``evaluate`` not a function, or what it returns not a
+            number.
+        FileError: ``resume`` is a file of something else, such as the results of another model.
 
     Warns:
         QuantPatchWarning: ``evaluate`` changes weights or buffers, so that each layer is measured in another
             model.
     """
     if not callable(evaluate):
-        raise ComparisonError(
+        raise ArgumentTypeError(
             f"evaluate is a {type(evaluate).__name__}, expected a function that gets the model and returns a "
-            f"metric: sensitivity(model, lambda model: accuracy(model, loader))"
+            f"metric: sensitivity(model, lambda model: accuracy(model, loader))",
+            argument="evaluate",
         )
     demand_model(model, "sensitivity")
     if mode not in get_args(Mode):
-        raise ComparisonError(f"mode {mode!r}: expected {' or '.join(map(repr, get_args(Mode)))}")
+        raise ArgumentError(
+            f"mode={mode!r}: expected {' or '.join(map(repr, get_args(Mode)))}", argument="mode", value=mode
+        )
     groups: dict[str, list[TensorQuantizer]] = {}
     for name, quantizer in named_quantizers(model).items():
         if not quantizer.disabled:
             groups.setdefault(name.rpartition(".")[0], []).append(quantizer)
     if not groups:
-        raise ComparisonError(f"{type(model).__name__} has no quantized layer whose quantizers are on")
+        raise ArgumentError(
+            f"{type(model).__name__} has no quantized layer whose quantizers are enabled", argument="model"
+        )
     results = _Results(resume, mode, "" if resume is None else _fingerprint(model))
     everything = {quantizer for quantizers in groups.values() for quantizer in quantizers}
     quantizing_one = mode == "quantize_one"
@@ -135,7 +141,9 @@ def sensitivity(
             switch(quantized)
             metric = _as_number(evaluate(model))
             if math.isnan(metric):
-                raise ComparisonError(f"evaluate returned NaN while measuring {key!r}")
+                raise ArgumentError(
+                    f"evaluate returned NaN while measuring {key!r}", argument="evaluate", value=metric
+                )
             changes.tell()
             results.put(key, metric)
         return results.get(key)
@@ -164,8 +172,10 @@ def _as_number(metric: Any) -> float:
         return float(metric)
     except (TypeError, ValueError, RuntimeError) as error:
         shape = f" of shape {tuple(metric.shape)}" if isinstance(metric, Tensor) else ""
-        raise ComparisonError(
-            f"evaluate returned a {type(metric).__name__}{shape}, expected one number, such as an accuracy"
+        raise ArgumentTypeError(
+            f"evaluate returned a {type(metric).__name__}{shape}, expected one number, such as an accuracy",
+            argument="evaluate",
+            value=metric,
         ) from error
 
 
@@ -236,7 +246,7 @@ def _fingerprint(model: nn.Module) -> str:
 def _result(value: Any) -> float:
     """A number from a file; NaN is none, nor are text and truth values."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        raise ValueError(f"{value!r} is no result")
+        raise ValueError(f"{value!r} is not a result")
     return float(value)
 
 
@@ -254,19 +264,24 @@ class _Results:
                 mode_found, model_found = data["mode"], data["model"]
                 self._found = {str(key): _result(value) for key, value in data["results"].items()}
             except IsADirectoryError:
-                raise ComparisonError(f"resume={str(self._path)!r} is a folder: name a file in it") from None
+                raise FileError(
+                    f"resume={str(self._path)!r} is a folder: name a file in it", path=str(self._path)
+                ) from None
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-                raise ComparisonError(
-                    f"{self._path} holds no results of sensitivity: {type(error).__name__}: {shown(error)}"
+                raise FileError(
+                    f"{self._path} holds no results of sensitivity: {type(error).__name__}: {shown(error)}",
+                    path=str(self._path),
                 ) from error
             if mode_found != mode:
-                raise ComparisonError(
-                    f"{self._path} holds results of mode {shown(repr(mode_found))}, not {mode!r}"
+                raise FileError(
+                    f"{self._path} holds results of mode {shown(repr(mode_found))}, not {mode!r}",
+                    path=str(self._path),
                 )
             if model_found != model:
-                raise ComparisonError(
+                raise FileError(
                     f"{self._path} holds results of another model, or of other weights, ranges or settings; "
-                    f"delete it to measure anew"
+                    f"delete it to measure anew",
+                    path=str(self._path),
                 )
 
     def __contains__(self, key: str) -> bool:

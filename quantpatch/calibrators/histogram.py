@@ -34,7 +34,7 @@ from quantpatch.calibrators.thresholds import (
     percentile_threshold,
     sqnr_threshold,
 )
-from quantpatch.errors import OptionError
+from quantpatch.errors import ArgumentError
 from quantpatch.numerics.formats import NumberFormat
 
 _BINS, _FEWEST_BINS = 2048, 256
@@ -75,7 +75,7 @@ class HistogramCalibrator(Calibrator):
             these have four million bins together, but at least 256 each.
 
     Raises:
-        OptionError: ``num_bins`` is out of range.
+        ArgumentError: ``num_bins`` is out of range.
     """
 
     #: Which share of the values a range holds at least; None: outliers are never left out.
@@ -87,7 +87,9 @@ class HistogramCalibrator(Calibrator):
     ) -> None:
         # Fewer bins of the largest floats would be so wide that the reciprocal of the width is subnormal.
         if num_bins is not None and not 8 <= num_bins <= 1 << 24:
-            raise OptionError(f"num_bins must be from 8 to 2**24, got {num_bins!r}")
+            raise ArgumentError(
+                f"num_bins must be from 8 to 2**24, got {num_bins!r}", argument="num_bins", value=num_bins
+            )
         super().__init__(format, axis)
         self.num_bins = _BINS if num_bins is None else num_bins
         self._chooses_bins = num_bins is None
@@ -213,7 +215,7 @@ class EntropyCalibrator(HistogramCalibrator):
         start_bin: The smallest candidate, in bins.
 
     Raises:
-        OptionError: An option is out of range.
+        ArgumentError: An option is out of range.
     """
 
     _kept_share = 0.9999
@@ -245,7 +247,7 @@ class MSECalibrator(HistogramCalibrator):
         start_bin: The smallest candidate, in bins.
 
     Raises:
-        OptionError: An option is out of range.
+        ArgumentError: An option is out of range.
     """
 
     def __init__(
@@ -276,7 +278,7 @@ class SQNRCalibrator(HistogramCalibrator):
         clip_weight: How much the noise of clipped values counts; 1 gives the range of ``mse``.
 
     Raises:
-        OptionError: An option is out of range.
+        ArgumentError: An option is out of range.
     """
 
     def __init__(
@@ -291,7 +293,11 @@ class SQNRCalibrator(HistogramCalibrator):
         super().__init__(format, axis, num_bins=num_bins)
         self.start_bin = _checked_start_bin(start_bin)
         if not 0.0 <= clip_weight < math.inf:
-            raise OptionError(f"clip_weight must be finite and not negative, got {clip_weight!r}")
+            raise ArgumentError(
+                f"clip_weight must be finite and not negative, got {clip_weight!r}",
+                argument="clip_weight",
+                value=clip_weight,
+            )
         self.clip_weight = clip_weight
 
     def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
@@ -312,7 +318,7 @@ class PercentileCalibrator(HistogramCalibrator):
         percentile: The percentage, above 1 and up to 100, which is the largest magnitude.
 
     Raises:
-        OptionError: An option is out of range.
+        ArgumentError: An option is out of range.
     """
 
     def __init__(
@@ -324,8 +330,10 @@ class PercentileCalibrator(HistogramCalibrator):
         percentile: float = 99.99,
     ) -> None:
         if not 1.0 < percentile <= 100.0:  # a share of 1 would leave next to nothing of a range
-            raise OptionError(
-                f"percentile is a percentage, such as 99.9, above 1 and up to 100; got {percentile!r}"
+            raise ArgumentError(
+                f"percentile is a percentage, such as 99.9, above 1 and up to 100; got {percentile!r}",
+                argument="percentile",
+                value=percentile,
             )
         super().__init__(format, axis, num_bins=num_bins)
         self.percentile = percentile
@@ -338,5 +346,7 @@ class PercentileCalibrator(HistogramCalibrator):
 def _checked_start_bin(start_bin: int) -> int:
     """Complains before the data is collected, not after."""
     if start_bin < 1:
-        raise OptionError(f"start_bin must be at least 1, got {start_bin!r}")
+        raise ArgumentError(
+            f"start_bin must be at least 1, got {start_bin!r}", argument="start_bin", value=start_bin
+        )
     return start_bin

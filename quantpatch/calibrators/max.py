@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from quantpatch.calibrators.base import AllReduce, Calibrator
-from quantpatch.errors import OptionError
+from quantpatch.errors import ArgumentError
 from quantpatch.numerics.formats import NumberFormat
 
 
@@ -42,7 +42,7 @@ class MovingAverageCalibrator(Calibrator):
         averaging_constant: Weight of a new batch, above 0 and at most 1.
 
     Raises:
-        OptionError: The constant is out of range.
+        ArgumentError: The constant is out of range.
     """
 
     def __init__(
@@ -53,7 +53,11 @@ class MovingAverageCalibrator(Calibrator):
         averaging_constant: float = 0.01,
     ) -> None:
         if not 0.0 < averaging_constant <= 1.0:
-            raise OptionError(f"averaging_constant must be above 0 and at most 1, got {averaging_constant!r}")
+            raise ArgumentError(
+                f"averaging_constant must be above 0 and at most 1, got {averaging_constant!r}",
+                argument="averaging_constant",
+                value=averaging_constant,
+            )
         super().__init__(format, axis)
         self.averaging_constant = averaging_constant
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quantpatch.errors import OptionError
+from quantpatch.errors import ArgumentError
 from quantpatch.numerics.formats import NumberFormat
 
 _CHUNK = 1 << 18  # elements of intermediate results at a time: bounds the memory, near a CPU's cache
@@ -149,10 +149,12 @@ def percentile_threshold(counts: Tensor, bin_width: Tensor | float, *, percentil
         Float32 of shape ``(...)``; 0 where there is no count.
 
     Raises:
-        OptionError: The percentage is out of range.
+        ArgumentError: The percentage is out of range.
     """
     if not 0.0 <= percentile <= 100.0:
-        raise OptionError(f"percentile must be from 0 to 100, got {percentile!r}")
+        raise ArgumentError(
+            f"percentile must be from 0 to 100, got {percentile!r}", argument="percentile", value=percentile
+        )
     b = counts.reshape(-1, counts.shape[-1])
     below = b.cumsum(1).double()
     # Both sides times 100, so that whole percentages of whole counts are compared exactly.
@@ -169,7 +171,9 @@ def _top(b: Tensor) -> Tensor:
 def _candidates(start_bin: int, bins: int, device: torch.device) -> Tensor:
     """The upper edges to try, in bins."""
     if start_bin < 1:
-        raise OptionError(f"start_bin must be at least 1, got {start_bin!r}")
+        raise ArgumentError(
+            f"start_bin must be at least 1, got {start_bin!r}", argument="start_bin", value=start_bin
+        )
     return torch.arange(min(start_bin, bins), bins + 1, device=device)
 
 

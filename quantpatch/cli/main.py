@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantpatch.analysis.audit import audit
-from quantpatch.errors import CoverageError, QuantPatchError, ScopeError, shown
+from quantpatch.errors import ArgumentError, ArgumentTypeError, CheckError, InputError, QuantPatchError, shown
 from quantpatch.plugins.registry import registry
 from quantpatch.plugins.scaffold import new_plugin
 from quantpatch.quantize.compose import compose
@@ -340,12 +340,12 @@ def _build(path: str) -> Any:
     """The function (or model) that ``package.module:name`` means."""
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
-        raise ScopeError(f"{path!r} names no function; write package.module:build")
+        raise ArgumentError(f"{path!r} does not name a function; write package.module:build", value=path)
     _look_here()
     try:
         return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise ScopeError(f"cannot find {path!r}: {type(error).__name__}: {error}") from error
+        raise ArgumentError(f"cannot find {path!r}: {type(error).__name__}: {error}", value=path) from error
 
 
 def _tensor(text: str) -> torch.Tensor:
@@ -355,9 +355,11 @@ def _tensor(text: str) -> torch.Tensor:
         if kind not in ("", "int") or min(shape) < 0:
             raise ValueError
     except ValueError:
-        raise ScopeError(
-            f"--input {text!r} is no shape; write sizes with commas, such as 1,3,224,224, or 1,128:int for "
-            f"indices"
+        raise ArgumentError(
+            f"--input {text!r} is not a shape; write sizes with commas, such as 1,3,224,224, or "
+            f"1,128:int for indices",
+            argument="--input",
+            value=text,
         ) from None
     if kind:
         return torch.zeros(shape, dtype=torch.int64)
@@ -399,16 +401,18 @@ def audit_command(
     with block:
         model = function() if callable(function) else function
     if not isinstance(model, torch.nn.Module):
-        raise ScopeError(f"{build} gave {model!r}, expected a model; name a function that builds one")
+        raise ArgumentTypeError(
+            f"{build} gave {model!r}, expected a model; name a function that builds one", value=build
+        )
     try:
         report = audit(model, tuple(tensors), minimum=minimum)
-    except CoverageError as error:
+    except CheckError as error:
         _print_report(error.report, as_json)
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except (RuntimeError, TypeError, IndexError) as error:
         shapes = " and ".join(inputs)
-        raise ScopeError(f"the model failed on inputs of shape {shapes}: {error}") from error
+        raise InputError(f"the model failed on inputs of shape {shapes}: {error}") from error
     _print_report(report, as_json)
 
 

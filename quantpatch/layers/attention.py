@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from quantpatch.errors import QuantPatchError
+from quantpatch.errors import InputError
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.recipes.descriptor import Axis, QuantDescriptor, Recipe
@@ -90,9 +90,9 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             return self.quantize_output(plain)  # type: ignore[no-any-return]
         # What F.multi_head_attention_forward computes, in the same order, with quantized operands.
         if query.is_nested or key.is_nested or value.is_nested:
-            raise QuantPatchError(
-                "a quantized MultiheadAttention takes padded tensors with a key_padding_mask, no nested "
-                "ones. If it is nn.TransformerEncoder that makes them: build it inside the block too, or "
+            raise InputError(
+                "a quantized MultiheadAttention takes padded tensors with a key_padding_mask, not "
+                "nested ones. If nn.TransformerEncoder makes them: build it inside the block too, or "
                 "with enable_nested_tensor=False"
             )
         batched: bool = F._mha_shape_check(  # type: ignore[attr-defined]
@@ -100,14 +100,14 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         )
         q_in, k_in, v_in = self._quantized_inputs(query, key, value)
         if is_causal and attn_mask is None:
-            raise RuntimeError(
+            raise InputError(
                 "is_causal is a hint that attn_mask is the causal mask, and needs it: "
                 "attn_mask=nn.Transformer.generate_square_subsequent_mask(length)"
             )
         if q_in.shape[-1] != self.embed_dim:
-            raise ValueError(f"query has {q_in.shape[-1]} features, expected embed_dim={self.embed_dim}")
+            raise InputError(f"query has {q_in.shape[-1]} features, expected embed_dim={self.embed_dim}")
         if k_in.shape[:-1] != v_in.shape[:-1]:
-            raise ValueError(
+            raise InputError(
                 f"key and value have other lengths or batches: {tuple(key.shape)} and {tuple(value.shape)}"
             )
         weights = self.quantize_weights()
@@ -211,12 +211,12 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             if not batched:
                 padding = padding.unsqueeze(0)
             if padding.shape != (batch, keys):
-                raise RuntimeError(f"key_padding_mask: expected {(batch, keys)}, got {tuple(padding.shape)}")
+                raise InputError(f"key_padding_mask: expected {(batch, keys)}, got {tuple(padding.shape)}")
         if mask is not None:
             mask = _additive(mask, "attn_mask", None, q.dtype)
             wanted = (length, keys) if mask.dim() == 2 else (batch * heads, length, keys)
             if mask.shape != wanted:
-                raise RuntimeError(f"attn_mask: expected {wanted}, got {tuple(mask.shape)}")
+                raise InputError(f"attn_mask: expected {wanted}, got {tuple(mask.shape)}")
             mask = F.pad(mask if mask.dim() == 3 else mask.unsqueeze(0), (0, extra))
         if padding is None:
             return mask

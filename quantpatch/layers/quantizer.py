@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quantpatch.calibrators import Calibrator, warn_of_negatives
-from quantpatch.errors import CalibrationError, DescriptorError, ExportError, OperandError, RangeError
+from quantpatch.errors import ArgumentTypeError, CalibrationError, ExportError, RangeError
 from quantpatch.layers.lowering import lowering
 from quantpatch.layers.range_state import HeldRange
 from quantpatch.numerics.affine import has_zero_point, longer_side, magnitudes, upper_end
@@ -71,7 +71,7 @@ class TensorQuantizer(HeldRange):
             :func:`quantpatch.torch_tools.fast_paths.refuse_fast_paths` for all of its quantizers.
 
     Raises:
-        DescriptorError: It is no descriptor.
+        ArgumentTypeError: It is not a descriptor.
         UnknownNameError: There is no format of the name in it.
 
     Attributes:
@@ -92,9 +92,10 @@ class TensorQuantizer(HeldRange):
         super().__init__()
         descriptor = _DEFAULT if descriptor is None else descriptor
         if not isinstance(descriptor, QuantDescriptor):
-            raise DescriptorError(
+            raise ArgumentTypeError(
                 f"a TensorQuantizer takes a QuantDescriptor, such as QuantDescriptor(format='int8'), not "
                 f"{descriptor!r}",
+                argument="descriptor",
                 value=descriptor,
             )
         # Straight into the dictionary: nn.Module's own __setattr__ looks for tensors and modules first,
@@ -227,7 +228,7 @@ class TensorQuantizer(HeldRange):
 
         Raises:
             CalibrationError: It holds NaN or infinity and statistics are being collected.
-            OperandError: It is no dense tensor of real floating-point numbers.
+            ArgumentTypeError: It is not a dense tensor of real floating-point numbers.
             RangeError: The range does not fit its shape.
         """
         if self.disabled:
@@ -242,7 +243,7 @@ class TensorQuantizer(HeldRange):
                 return self._quantized(x, batch_axis)
             check_operand(x)
             return x
-        except (OperandError, RangeError) as error:
+        except (ArgumentTypeError, RangeError) as error:
             self._say_where(error)
             raise
         except (RuntimeError, TypeError) as error:
@@ -251,7 +252,7 @@ class TensorQuantizer(HeldRange):
             why = what_is_odd_about(x)
             if why is None:
                 raise
-            odd = OperandError(why, value=x.layout)
+            odd = ArgumentTypeError(why, argument="x", value=x.layout)
             self._say_where(odd)
             raise odd from error
 
@@ -265,7 +266,7 @@ class TensorQuantizer(HeldRange):
             error.quantizer = self
             raise
 
-    def _say_where(self, error: OperandError | RangeError) -> None:
+    def _say_where(self, error: ArgumentTypeError | RangeError) -> None:
         """Adds this quantizer's name in the model that is running to an error that came out of it."""
         if torch.compiler.is_compiling() or error.quantizer is not None:
             return
@@ -274,7 +275,7 @@ class TensorQuantizer(HeldRange):
             return
         error.quantizer = name
         message = f"{name}: {error}"
-        if isinstance(error, OperandError) and isinstance(error.value, (torch.dtype, torch.layout)):
+        if isinstance(error, ArgumentTypeError) and isinstance(error.value, (torch.dtype, torch.layout)):
             layer = name.rpartition(".")[0] or name
             message += f". To leave its layer float write: qp.configure(model, {{{layer!r}: None}})"
         error.args = (message,)

@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from quantpatch.errors import DescriptorError, RangeError, warn_caller
+from quantpatch.errors import ArgumentError, RangeError, warn_caller
 from quantpatch.layers.range_tensor import (
     RANGE_KEY,
     ZERO_POINT_KEY,
@@ -156,16 +156,16 @@ class HeldRange(RangeTensor):
             found: What becomes of ``zero_point_is_found``.
 
         Raises:
-            DescriptorError: The format is not one of integers with a scale from outside, or has no such
+            ArgumentError: The format is not one of integers with a scale from outside, or has no such
                 zero point.
             RangeError: As when ``amax`` is set.
         """
         format, descriptor = self.format, self.descriptor
         if type(format) is not Integer:
-            raise DescriptorError(
-                f"{self}: of the formats only integers have zero points, and {format.name} is none but a "
+            raise ArgumentError(
+                f"{self}: only Integer formats have zero points, and {format.name} is a "
                 f"{type(format).__name__}; use QuantDescriptor(unsigned=True)",
-                field="zero_point",
+                argument="zero_point",
                 value=zero_point,
             )
         if amax is not None:
@@ -268,7 +268,7 @@ class HeldRange(RangeTensor):
             return None
         try:
             self.use_zero_point(int(saved), found=True)
-        except DescriptorError as error:
+        except ArgumentError as error:
             return f"the checkpoint has {int(saved)}; {error}"
         return None
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantpatch.errors import DescriptorError, OperandError, RangeError
+from quantpatch.errors import ArgumentError, ArgumentTypeError, RangeError
 from quantpatch.numerics.affine import magnitudes, upper_end
 from quantpatch.numerics.backends import select
 from quantpatch.numerics.backends.scales import divisor, rescale_, spread
@@ -93,8 +93,8 @@ def fake_quantize(
         A tensor of ``x``'s shape, dtype and memory format.
 
     Raises:
-        OperandError: ``x`` is no tensor of real floating-point numbers.
-        DescriptorError: The format cannot be used in this way.
+        ArgumentTypeError: ``x`` is not a tensor of real floating-point numbers.
+        ArgumentError: The format cannot be used in this way.
         RangeError: ``amax`` does not fit ``x``, or ``axis`` does not exist.
     """
     check_operand(x)
@@ -124,8 +124,8 @@ def quantize(
         block scale times tensor scale).
 
     Raises:
-        OperandError: ``x`` is no tensor of real floating-point numbers.
-        DescriptorError: As in :func:`fake_quantize`.
+        ArgumentTypeError: ``x`` is not a tensor of real floating-point numbers.
+        ArgumentError: As in :func:`fake_quantize`.
         RangeError: As in :func:`fake_quantize`.
     """
     check_operand(x)
@@ -179,7 +179,7 @@ def reduce_amax(x: Tensor, axis: Axis = None) -> Tensor:
         not kept.
 
     Raises:
-        OperandError: ``x`` is no tensor of real floating-point numbers.
+        ArgumentTypeError: ``x`` is not a tensor of real floating-point numbers.
         RangeError: ``axis`` does not exist.
     """
     check_operand(x)
@@ -238,9 +238,9 @@ def _qparams_of_blocks(x: Tensor, amax: Tensor | None, format: Blocked, dim: int
     """The same, of ranges and scales that are 0-dim, or like ``x`` with the number of blocks on ``dim``."""
     if amax is not None:
         if amax.requires_grad and format.scale != "float32":
-            raise DescriptorError(
+            raise ArgumentError(
                 f"a learned range needs float32 scales; those of {format.name} are {format.scale}",
-                field="format",
+                argument="format",
                 value=format,
             )
         # That of the whole tensor, where the scales of blocks share one of its own.
@@ -282,7 +282,7 @@ def _axes(x: Tensor, axis: Axis) -> tuple[int, ...]:
 def _block_axis(x: Tensor, axis: Axis) -> int:
     """The one axis that blocks run along."""
     if isinstance(axis, tuple) and len(axis) != 1:
-        raise DescriptorError(f"blocks run along one axis, got {axis}", field="axis", value=axis)
+        raise ArgumentError(f"blocks run along one axis, got {axis}", argument="axis", value=axis)
     return _axes(x, -1 if axis is None else axis)[0]
 
 
@@ -290,12 +290,16 @@ def check_operand(x: Any) -> None:
     """Checks that something can be quantized at all.
 
     Raises:
-        OperandError: It is no tensor of real floating-point numbers.
+        ArgumentTypeError: It is not a tensor of real floating-point numbers.
     """
     if not isinstance(x, Tensor):
-        raise OperandError(f"only tensors can be quantized, got {type(x).__name__}", value=type(x))
+        raise ArgumentTypeError(
+            f"only tensors can be quantized, got {type(x).__name__}", argument="x", value=type(x)
+        )
     if not x.is_floating_point():
-        raise OperandError(f"only real floating-point tensors can be quantized, got {x.dtype}", value=x.dtype)
+        raise ArgumentTypeError(
+            f"only real floating-point tensors can be quantized, got {x.dtype}", argument="x", value=x.dtype
+        )
 
 
 def what_is_odd_about(x: Any) -> str | None:

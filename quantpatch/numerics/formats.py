@@ -21,7 +21,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from quantpatch.errors import DescriptorError
+from quantpatch.errors import ArgumentError, ArgumentTypeError
 from quantpatch.numerics.division import quotient
 
 __all__ = [
@@ -53,7 +53,7 @@ class OnnxCodes:
         opset: The first version of ONNX's operators that takes them.
 
     Raises:
-        DescriptorError: The type is none of these.
+        ArgumentError: The type is none of these.
     """
 
     type: str = attrs.field()
@@ -63,15 +63,19 @@ class OnnxCodes:
     @type.validator
     def _check(self, attribute: Any, value: Any) -> None:
         if value not in _ONNX_TYPES:
-            raise DescriptorError(
+            raise ArgumentError(
                 f"the type of codes in an ONNX file is one of {', '.join(_ONNX_TYPES)}, got {value!r}",
-                field="type",
+                argument="type",
                 value=value,
             )
 
     @opset.default
     def _first(self) -> int:
         return 19 if self.type.startswith("FLOAT8") else 10
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class NumberFormat(abc.ABC):
@@ -156,8 +160,9 @@ class Integer(NumberFormat):
             still has one number, its upper end. With 128 of 8 bits the grid is that of int8.
 
     Raises:
-        DescriptorError: ``bits`` or ``zero_point`` is out of range, ``narrow_range`` is asked of an unsigned
+        ArgumentError: ``bits`` or ``zero_point`` is out of range, ``narrow_range`` is asked of an unsigned
             format or ``zero_point`` of a signed one.
+        ArgumentTypeError: A value is of another type.
     """
 
     bits: int = attrs.field(default=8)
@@ -166,40 +171,40 @@ class Integer(NumberFormat):
     zero_point: int = 0
 
     def __attrs_post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise DescriptorError(
+        if not _is_int(self.bits) or not 2 <= self.bits <= 8:
+            raise (ArgumentError if _is_int(self.bits) else ArgumentTypeError)(
                 f"an integer format has 2 to 8 bits, got {self.bits!r}. To keep a layer exact leave "
                 "it float: None in the place of its descriptor",
-                field="bits",
+                argument="bits",
                 value=self.bits,
             )
         for field in ("unsigned", "narrow_range"):
             if not isinstance(getattr(self, field), bool):
-                raise DescriptorError(
+                raise ArgumentTypeError(
                     f"{field} of an integer format is True or False, got {getattr(self, field)!r}",
-                    field=field,
+                    argument=field,
                     value=getattr(self, field),
                 )
         if self.unsigned and self.narrow_range:
-            raise DescriptorError(
+            raise ArgumentError(
                 "narrow_range leaves out the lowest signed value; an unsigned format has none. "
                 "Write Integer(bits, unsigned=True).",
-                field="narrow_range",
+                argument="narrow_range",
                 value=True,
             )
         z = self.zero_point
-        if isinstance(z, bool) or not isinstance(z, int) or not 0 <= z <= 2**self.bits - 2:
-            raise DescriptorError(
+        if not _is_int(z) or not 0 <= z <= 2**self.bits - 2:
+            raise (ArgumentError if _is_int(z) else ArgumentTypeError)(
                 f"of {self.bits} bits a zero point is an integer from 0 to {2**self.bits - 2}, so that 0 and "
                 f"something above it are on the grid; got {z!r}",
-                field="zero_point",
+                argument="zero_point",
                 value=z,
             )
         if z and not self.unsigned:
-            raise DescriptorError(
+            raise ArgumentError(
                 f"signed integers have the zero point 0; a zero point says which unsigned one stands for 0. "
                 f"Write unsigned=True, zero_point={z}.",
-                field="zero_point",
+                argument="zero_point",
                 value=z,
             )
 
@@ -255,7 +260,7 @@ class Float(NumberFormat):
         mantissa_bits: Bits of the mantissa.
 
     Raises:
-        DescriptorError: The pair is none of the five.
+        ArgumentError: The pair is none of the five.
     """
 
     exponent_bits: int
@@ -265,8 +270,8 @@ class Float(NumberFormat):
         pair = (self.exponent_bits, self.mantissa_bits)
         if pair not in _FLOATS or not all(type(bits) is int for bits in pair):
             known = ", ".join(f"Float{p}" for p in _FLOATS)
-            raise DescriptorError(
-                f"there is no format Float{pair}. There are: {known}.", field="exponent_bits", value=pair
+            raise ArgumentError(
+                f"there is no format Float{pair}. There are: {known}.", argument="exponent_bits", value=pair
             )
 
     @property
@@ -332,7 +337,7 @@ class Blocked(NumberFormat):
         scale: Format of the scale.
 
     Raises:
-        DescriptorError: The block size is not positive, the scale unknown, or the element itself blocked.
+        ArgumentError: The block size is not positive, the scale unknown, or the element itself blocked.
     """
 
     element: NumberFormat
@@ -340,29 +345,30 @@ class Blocked(NumberFormat):
     scale: ScaleKind = "float32"
 
     def __attrs_post_init__(self) -> None:
-        if not isinstance(self.element, NumberFormat) or self.element.block_size is not None:
-            raise DescriptorError(
+        is_format = isinstance(self.element, NumberFormat)
+        if not is_format or self.element.block_size is not None:
+            raise (ArgumentError if is_format else ArgumentTypeError)(
                 f"the elements of blocks have a plain format such as Integer(4), got {self.element!r}",
-                field="element",
+                argument="element",
                 value=self.element,
             )
         if isinstance(self.element, Integer) and self.element.zero_point:
-            raise DescriptorError(
+            raise ArgumentError(
                 f"blocks take their scales from magnitudes, which a zero point has no part in: "
                 f"write {Integer(self.element.bits)!r} instead of {self.element!r}",
-                field="element",
+                argument="element",
                 value=self.element,
             )
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-            raise DescriptorError(
+        if not _is_int(self.block_size) or self.block_size < 1:
+            raise (ArgumentError if _is_int(self.block_size) else ArgumentTypeError)(
                 f"block_size is a positive number of elements, got {self.block_size!r}",
-                field="block_size",
+                argument="block_size",
                 value=self.block_size,
             )
         if self.scale not in get_args(ScaleKind):
-            raise DescriptorError(
+            raise ArgumentError(
                 f"the scale of a block is one of {get_args(ScaleKind)}, got {self.scale!r}",
-                field="scale",
+                argument="scale",
                 value=self.scale,
             )
 
@@ -466,7 +472,7 @@ def affine_format(name: str) -> Integer | None:
     """The integers of a name such as ``"uint8_z37"``; None if it is no such name.
 
     Raises:
-        DescriptorError: The zero point is out of range.
+        ArgumentError: The zero point is out of range.
     """
     parts = _WITH_ZERO_POINT.fullmatch(name)
     return None if parts is None else Integer(int(parts[1]), unsigned=True, zero_point=int(parts[2]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from quantpatch.errors import ConformanceError
+from quantpatch.errors import ArgumentTypeError
 
 
 @attrs.frozen
@@ -35,9 +35,11 @@ class Example:
         for name in ("build", "inputs"):
             value = getattr(self, name)
             if not callable(value) or hasattr(value, "forward"):  # a layer is callable too
-                raise ConformanceError(
+                raise ArgumentTypeError(
                     f"{name} of the example for {self.target} is {value!r}, expected a function without "
-                    f"parameters. Write: {name}=lambda: ..."
+                    f"parameters. Write: {name}=lambda: ...",
+                    argument=name,
+                    value=value,
                 )
 
     def __str__(self) -> str:

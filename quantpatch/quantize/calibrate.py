@@ -67,7 +67,7 @@ def calibrating(
     Raises:
         CalibrationError: There is no quantizer, ranges are known already, the data holds NaN
             or infinity, (``strict``) a quantizer saw no data or only zeros, or another rank failed.
-        OptionError: ``existing`` is none of the three, or an option of the calibrator is out of range.
+        ArgumentError: ``existing`` is none of the three, or an option of the calibrator is out of range.
         UnknownNameError: There is no calibrator of that name.
     """
     return Calibration(
@@ -120,9 +120,9 @@ def calibrate(
 
     Raises:
         CalibrationError: See ``calibrating``; also if there is no batch.
-        OptionError: See ``calibrating``.
+        ArgumentError: See ``calibrating``.
         UnknownNameError: See ``calibrating``.
-        InputError: ``model`` is no model, or ``data`` no batches.
+        ArgumentTypeError: ``model`` is not a model, or ``data`` not batches.
     """
     demand_model(model, "calibrate")
     with Calibration(

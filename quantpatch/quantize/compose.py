@@ -13,7 +13,7 @@ from typing import Any
 
 import attrs
 
-from quantpatch.errors import ScopeError, UnknownNameError, near_misses
+from quantpatch.errors import ArgumentTypeError, UnknownNameError, near_misses
 from quantpatch.interception.hooks import Slot
 from quantpatch.plugins.entry import Entry, EntryLike
 from quantpatch.plugins.plugin import BUILTIN
@@ -140,15 +140,17 @@ def _matching(table: Table, patterns: Sequence[Pattern], argument: str) -> dict[
     """The targets that patterns mean, each with the last one that does.
 
     Raises:
-        ScopeError: A pattern is of another type.
+        ArgumentTypeError: A pattern is of another type.
         UnknownNameError: A pattern means nothing.
     """
     found: dict[Key, Pattern] = {}
     for pattern in patterns:
         if not isinstance(pattern, (str, type)):
-            raise ScopeError(
+            raise ArgumentTypeError(
                 f"{argument} takes class names, dotted names, globs or classes, not {pattern!r}; "
-                f"write, for instance: {argument}=['Linear', 'torch.nn.Conv2d', 'AvgPool*', nn.LSTM]"
+                f"write, for instance: {argument}=['Linear', 'torch.nn.Conv2d', 'AvgPool*', nn.LSTM]",
+                argument=argument,
+                value=pattern,
             )
         keys = [key for key, decision in table.items() if _is_meant(pattern, decision)]
         if not keys and not (argument == "skip" and _means_a_subclass(table, pattern)):

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 from torch import nn
 
-from quantpatch.errors import RuleError, listed, near_misses
+from quantpatch.errors import ArgumentError, listed, near_misses
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.quantize.late_ranges import telling_of_late_ranges
@@ -77,8 +77,9 @@ def configure(model: nn.Module, rules: Rules) -> ChangeReport:
         Which quantizers were changed, and which were not.
 
     Raises:
-        RuleError: A pattern matches nothing (or, unless the value is None, only what is float), stands twice
-            with different values, or is malformed; a value is none of these. Nothing has changed then.
+        ArgumentError: A pattern matches nothing (or, unless the value is None, only what is float), stands
+            twice with different values, or is malformed. Nothing has changed then.
+        ArgumentTypeError: A pattern or a value is of another type.
         UnknownNameError: There is no recipe, or no format, of a name.
     """
     demand_model(model, "configure")
@@ -97,9 +98,10 @@ def apply_rules(models: Sequence[nn.Module], rules: Rules) -> None:
     places = [place for model in models for place in _places(model)]
     if not places:
         shown = " and ".join(type(model).__name__ for model in models)
-        raise RuleError(
+        raise ArgumentError(
             f"{shown} holds no quantized layer; build it inside `with quantize_modules():` or convert(model) "
-            f"first"
+            f"first",
+            argument="model",
         )
     decided: dict[_Place, Value] = {}
     for matcher, value in checked_rules(rules):
@@ -114,10 +116,11 @@ def apply_rules(models: Sequence[nn.Module], rules: Rules) -> None:
             if not floats:
                 raise _unmatched(matcher, places)
             if value is not None:
-                raise RuleError(
+                raise ArgumentError(
                     f"the pattern {shown_matcher(matcher)!r} matches only what is float, such as "
                     f"{floats[0]!r}; a rule makes no quantized layers: build it in a block, or convert it",
-                    rule=matcher,
+                    argument="rules",
+                    value=matcher,
                 )
         decided.update(dict.fromkeys(matched, value))
     made: dict[Any, TensorQuantizer] = {}
@@ -192,14 +195,18 @@ def _named(matcher: Matcher, name: str, module: nn.Module) -> bool:
     return isinstance(matcher, str) and bool(name) and fits(matcher, name)
 
 
-def _unmatched(matcher: Matcher, places: list[_Place]) -> RuleError:
+def _unmatched(matcher: Matcher, places: list[_Place]) -> ArgumentError:
     given = shown_matcher(matcher)
     names = [place.holder_name for place in places if place.holder_name] + [place.name for place in places]
     hint = near_misses(given, dict.fromkeys(names))
     if not hint:
         layers = list(dict.fromkeys(place.holder_name or "'' (the model)" for place in places))
         hint = f"The quantized layers are {listed(layers)}"
-    return RuleError(f"the pattern {given!r} matches no layer or quantizer. {hint}".rstrip(), rule=matcher)
+    return ArgumentError(
+        f"the pattern {given!r} matches no layer or quantizer. {hint}".rstrip(),
+        argument="rules",
+        value=matcher,
+    )
 
 
 def _quantizer_for(place: _Place, value: Value, made: dict[Any, TensorQuantizer]) -> TensorQuantizer | None:

@@ -78,7 +78,7 @@ def convert(
     Raises:
         ConversionError: The model is quantized already, has nothing to quantize, is scripted, or an
             entry's replacement cannot take over a layer that exists.
-        RuleError: A rule of the recipe matches nothing, or is malformed.
+        ArgumentError: A rule of the recipe matches nothing, or is malformed.
     """
     options = Options.of(recipe, skip, custom, include, plugins, subclasses)
     _refuse_wrapped(model, "convert")

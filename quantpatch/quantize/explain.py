@@ -117,7 +117,7 @@ def explain(
     Raises:
         UnknownNameError: Nothing goes by that name, or by one in ``skip``, ``include``, ``recipe`` or
             ``plugins``.
-        ScopeError: A bare name means several targets.
+        ArgumentError: A bare name means several targets.
     """
     return _Case(Options.of(recipe, skip, custom, include, plugins, subclasses)).explain(target)
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from quantpatch.errors import ScopeError, UnknownNameError
+from quantpatch.errors import ArgumentError, ArgumentTypeError, UnknownNameError
 from quantpatch.plugins.entry import Entry
 from quantpatch.quantize.targets import slot_of
 from quantpatch.torch_tools.class_swap import dotted
@@ -23,18 +23,26 @@ def find_target(target: Any, known: Sequence[Entry]) -> tuple[str, Any]:
     Raises:
         UnknownNameError: Nothing goes by that name.
         EntryError: The target of an entry is not in its module.
-        ScopeError: A bare name means several targets, or a module cannot be imported.
+        ArgumentError: A bare name means several targets, or a module cannot be imported.
     """
     if not isinstance(target, str):
         if not callable(target) or not hasattr(target, "__qualname__"):
-            raise ScopeError(f"explain takes a class, a function or its dotted name, not {target!r}")
+            raise ArgumentTypeError(
+                f"explain takes a class, a function or its dotted name, not {target!r}",
+                argument="target",
+                value=target,
+            )
         return dotted(target), target
     target = target.replace(":", ".")
     entries = {entry.dotted: entry for entry in known}
     if "." not in target:
         same = sorted(name for name, entry in entries.items() if entry.name == target)
         if len(same) > 1:
-            raise ScopeError(f"{target!r} means several targets: {', '.join(same)}; write one of these")
+            raise ArgumentError(
+                f"{target!r} means several targets: {', '.join(same)}; write one of these",
+                argument="target",
+                value=target,
+            )
         if not same:
             raise UnknownNameError.of("layer", target, entries)
         target = same[0]
@@ -68,10 +76,14 @@ def _imported(name: str, known: Iterable[str]) -> Any:
             found: Any = importlib.import_module(".".join(parts[:end]))
         except ModuleNotFoundError as error:
             if error.name is None or not name.startswith(error.name):
-                raise ScopeError(f"{name} cannot be imported: {error}") from error
+                raise ArgumentError(
+                    f"{name} cannot be imported: {error}", argument="target", value=name
+                ) from error
             continue
         except Exception as error:
-            raise ScopeError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+            raise ArgumentError(
+                f"{name} cannot be imported: {type(error).__name__}: {error}", argument="target", value=name
+            ) from error
         for part in parts[end:]:
             found = getattr(found, part, None)
         if callable(found):

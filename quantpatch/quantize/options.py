@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 from torch import nn
 
-from quantpatch.errors import ScopeError
+from quantpatch.errors import ArgumentTypeError
 from quantpatch.plugins.entry import Entry, EntryLike
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.compose import compose, load_all, outermost
@@ -55,7 +55,7 @@ class Options:
         """What a user gave, where a single item may stand for a list of one.
 
         Raises:
-            ScopeError: One of them is of another type.
+            ArgumentTypeError: One of them is of another type.
         """
         _demand_recipe(recipe)
         return cls(
@@ -123,7 +123,9 @@ def _several(given: Any, argument: str, single: tuple[type, ...]) -> tuple[Any, 
         return (given,)
     if isinstance(given, Iterable) and not isinstance(given, (bytes, dict, nn.Module)):
         return tuple(given)
-    raise ScopeError(f"{argument} takes a list, not {reprlib.repr(given)}")
+    raise ArgumentTypeError(
+        f"{argument} takes a list, not {reprlib.repr(given)}", argument=argument, value=given
+    )
 
 
 def _demand_recipe(given: Any) -> None:
@@ -131,9 +133,10 @@ def _demand_recipe(given: Any) -> None:
     if given is None or isinstance(given, (str, Recipe)):
         return
     if isinstance(given, nn.Module):
-        raise ScopeError(
+        raise ArgumentTypeError(
             f"quantize_modules takes a recipe, not a model ({type(given).__name__}). It is for code that "
-            f"builds a model; one that is there already is quantized by qp.convert(model)"
+            f"builds a model; one that is there already is quantized by qp.convert(model)",
+            argument="recipe",
         )
     if inspect.isfunction(given):
         hint = "write @quantize_modules() with parentheses"
@@ -141,7 +144,11 @@ def _demand_recipe(given: Any) -> None:
         hint = "layers to leave float are given as skip=[...], entries as custom=[...]"
     else:
         hint = "such as recipe='int8', or Recipe(name='mine', input=QuantDescriptor(...))"
-    raise ScopeError(f"recipe takes a recipe or its name, not {reprlib.repr(given)}: {hint}")
+    raise ArgumentTypeError(
+        f"recipe takes a recipe or its name, not {reprlib.repr(given)}: {hint}",
+        argument="recipe",
+        value=given,
+    )
 
 
 def _is_bare_entry(given: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 from torch import nn
 
-from quantpatch.errors import EntryError, QuantPatchWarning, RuleError, warn_caller
+from quantpatch.errors import ArgumentError, EntryError, QuantPatchWarning, warn_caller
 from quantpatch.interception import hooks
 from quantpatch.interception.built_modules import Built
 from quantpatch.interception.construction import when_constructed
@@ -208,7 +208,8 @@ class QuantizingBlock(Block):
         """Applies the recipe's rules to the models that were built.
 
         Raises:
-            RuleError: A pattern matches nothing in any of them; the models are quantized as without rules.
+            ArgumentError: A pattern matches nothing in any of them; the models are quantized as without
+                rules.
         """
         assert self.built is not None
         recipe, roots = self.recipe, self.built.roots()
@@ -222,10 +223,12 @@ class QuantizingBlock(Block):
             return
         try:
             apply_rules(roots, recipe.rules)
-        except RuleError as error:
+        except ArgumentError as error:
             built = " and ".join(dict.fromkeys(type(root).__name__ for root in roots))
-            raise RuleError(
-                f"the rules of recipe {recipe.name!r} were not applied to {built}: {error}", rule=error.rule
+            raise ArgumentError(
+                f"the rules of recipe {recipe.name!r} were not applied to {built}: {error}",
+                argument="rules",
+                value=error.value,
             ) from error
 
 

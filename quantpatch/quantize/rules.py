@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from quantpatch.errors import RuleError
+from quantpatch.errors import ArgumentError, ArgumentTypeError
 from quantpatch.plugins.registry import registry
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 
@@ -24,41 +24,53 @@ def checked_rules(rules: Rules) -> list[tuple[Matcher, Value]]:
     """The rules, with recipes in the place of their names.
 
     Raises:
-        RuleError: One is malformed, or two contradict each other.
+        ArgumentError: One is malformed, or two contradict each other.
+        ArgumentTypeError: A pattern or a value is of another type.
         UnknownNameError: There is no recipe of a name.
     """
     checked: list[tuple[Matcher, Value]] = []
     for pair in rules.items() if isinstance(rules, Mapping) else rules:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise RuleError(f"{pair!r} is no rule; write ('encoder.*', 'int8') or ('head', None)", rule=pair)
+            raise ArgumentTypeError(
+                f"{pair!r} is not a rule; write ('encoder.*', 'int8') or ('head', None)",
+                argument="rules",
+                value=pair,
+            )
         matcher, value = pair
         if not (isinstance(matcher, (str, type)) or callable(matcher)):
-            raise RuleError(
+            raise ArgumentTypeError(
                 f"rule {pair!r}: a pattern is a glob, 're:' and a regular expression, a class or a function "
                 f"of a layer's name and the layer",
-                rule=pair,
+                argument="rules",
+                value=pair,
             )
         if isinstance(value, str):
             value = registry.recipe(value)
         if not (value is None or isinstance(value, (QuantDescriptor, Recipe))):
-            raise RuleError(
+            raise ArgumentTypeError(
                 f"rule {pair!r}: a value is None (float), a QuantDescriptor, a Recipe or a recipe's name",
-                rule=pair,
+                argument="rules",
+                value=pair,
             )
         if isinstance(value, Recipe) and value.rules:
-            raise RuleError(
+            raise ArgumentError(
                 f"rule {pair!r}: the recipe {value.name!r} has rules of its own, which cannot be part of "
                 f"a rule; write recipe.replace(rules=())",
-                rule=pair,
+                argument="rules",
+                value=pair,
             )
         if isinstance(matcher, str) and matcher.startswith(":") and matcher not in EDGES:
-            raise RuleError(f"{matcher!r} is no pattern; write ':first' or ':last'", rule=pair)
+            raise ArgumentError(
+                f"{matcher!r} is not a pattern; write ':first' or ':last'", argument="rules", value=pair
+            )
         if isinstance(matcher, str):
-            fits(matcher, "")  # so that a malformed one is told even if there is nothing to match
+            fits(matcher, "")  # so that a malformed one is reported even if there is nothing to match
         for earlier, other in checked:
             if earlier == matcher and other != value:
-                raise RuleError(
-                    f"two rules for {matcher!r} contradict each other: {other!r} and {value!r}", rule=pair
+                raise ArgumentError(
+                    f"two rules for {matcher!r} contradict each other: {other!r} and {value!r}",
+                    argument="rules",
+                    value=pair,
                 )
         checked.append((matcher, value))
     return checked
@@ -71,7 +83,9 @@ def fits(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern[3:], name) is not None
     except re.error as error:
-        raise RuleError(f"{pattern!r} is no regular expression: {error}", rule=pattern) from error
+        raise ArgumentError(
+            f"{pattern!r} is not a regular expression: {error}", argument="rules", value=pattern
+        ) from error
 
 
 def shown_matcher(matcher: Matcher) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from quantpatch.errors import ScopeError, warn_caller
+from quantpatch.errors import ArgumentTypeError, BlockError, warn_caller
 from quantpatch.interception import hooks
 from quantpatch.interception.built_modules import Built
 from quantpatch.interception.statements import Exit, Statement
@@ -106,7 +106,7 @@ class Scope:
                 return found
             block = block.parent
         if not opened:
-            raise ScopeError(f"{self!r} is left without having been entered")
+            raise BlockError(f"{self!r} is left without having been entered")
         return opened[-1]
 
     def _close(self, block: QuantizingBlock, *, failed: bool) -> None:
@@ -128,10 +128,10 @@ class Scope:
         """Opens the block for the whole process, in every context that has no block of its own.
 
         Raises:
-            ScopeError: It is started already.
+            BlockError: It is started already.
         """
         if self._started is not None and not self._started.closed:
-            raise ScopeError(f"{self!r}.start() was called twice; call stop() in between")
+            raise BlockError(f"{self!r}.start() was called twice; call stop() in between")
         block = self._new_block()
         try:
             block.install()
@@ -147,13 +147,13 @@ class Scope:
         """Ends what ``start`` began.
 
         Raises:
-            ScopeError: It is not started.
+            BlockError: It is not started.
         """
         block = self._started
         if block is None:
-            raise ScopeError(
-                f"{self!r}.stop() without start(); keep the scope that was started: "
-                f"scope = quantize_modules(); scope.start(); ...; scope.stop()"
+            raise BlockError(
+                f"{self!r}.stop() without start(); keep the block that was started: "
+                f"block = quantize_modules(); block.start(); ...; block.stop()"
             )
         try:
             self._close(block, failed=False)
@@ -167,19 +167,20 @@ class Scope:
         """Runs every call of a function, plain or ``async``, in a fresh block of the same settings.
 
         Raises:
-            ScopeError: It is a class or a generator function.
+            BlockError: It is a class or a generator function.
+            ArgumentTypeError: It cannot be called.
         """
         if isinstance(function, type):
-            raise ScopeError(
+            raise BlockError(
                 f"{self!r} cannot decorate the class {function.__qualname__}: it is not clear which of its "
                 f"code should run in the block. Decorate the function that builds it, or its __init__"
             )
         if not callable(function):
-            raise ScopeError(f"{self!r} decorates functions, not {function!r}")
+            raise ArgumentTypeError(f"{self!r} decorates functions, not {function!r}", argument="function")
         # Of an object that is called like a function, its class has the code.
         calls = (function, type(function).__call__)
         if any(inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call) for call in calls):
-            raise ScopeError(
+            raise BlockError(
                 f"{self!r} cannot decorate the generator function {function!r}: the block would be open in "
                 f"the caller's code between two yields. Put a with-block inside it"
             )
@@ -264,8 +265,8 @@ def quantize_modules(
         EntryError: An entry cannot be used (on entering the block; nothing is replaced then).
         EntryConflictError: Two plugins replace the same target.
         PluginError: A plugin failed.
-        RuleError: A rule of the recipe is malformed (on entering) or matches nothing that was built (when the
-            block ends: PyTorch is what it was, and the models are quantized as without rules).
+        ArgumentError: A rule of the recipe is malformed (on entering) or matches nothing that was built (when
+            the block ends: PyTorch is what it was, and the models are quantized as without rules).
         UnknownNameError: Nothing goes by a name in ``skip``, ``include``, ``recipe`` or ``plugins``.
     """
     return Scope(Options.of(recipe, skip, custom, include, plugins, subclasses))

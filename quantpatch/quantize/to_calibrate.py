@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, get_args
 
-from quantpatch.errors import CalibrationError, OptionError, listed
+from quantpatch.errors import ArgumentError, CalibrationError, listed
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.sharded import sharding_of
@@ -17,13 +17,14 @@ def checked_existing(existing: Existing) -> Existing:
     """The same.
 
     Raises:
-        OptionError: It is none of the three.
+        ArgumentError: It is none of the three.
     """
     if existing not in get_args(Existing):
-        raise OptionError(
+        raise ArgumentError(
             f"existing={existing!r}: expected 'error', or of ranges that are known already 'keep' to find "
             f"only the missing ones, 'overwrite' to find all of them anew",
-            option="existing",
+            argument="existing",
+            value=existing,
         )
     return existing
 

@@ -70,7 +70,8 @@ def fit_zero_points(
     Raises:
         CalibrationError: There is no batch, no quantizer saw any, one saw NaN or infinity, or another rank
             failed. Nothing was changed.
-        InputError: The first argument is no model, or the data no batches or on another device.
+        ArgumentTypeError: The first argument is not a model, or the data not batches.
+        InputError: The data is on another device.
     """
     demand_model(model, "fit_zero_points")
     found = {name: q for name, q in to_fit(model).items() if q.amax is not None}

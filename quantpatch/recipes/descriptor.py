@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import attrs
 
-from quantpatch.errors import DescriptorError, UnknownNameError, shown
+from quantpatch.errors import ArgumentError, ArgumentTypeError, UnknownNameError, shown
 from quantpatch.numerics.formats import Float, Integer, NumberFormat
 from quantpatch.numerics.grouped_axes import GroupedAxes
 
@@ -26,10 +26,13 @@ def _axis(given: Any) -> Any:
     return tuple(given) if isinstance(given, list) else given
 
 
-def _is_positive(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_number(value: Any, kind: Any = (int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_finite_positive(value: float) -> bool:
     try:
-        return number and 0 < float(value) < math.inf
+        return 0 < float(value) < math.inf
     except OverflowError:  # an integer of hundreds of digits
         return False
 
@@ -60,7 +63,8 @@ class QuantDescriptor:
         dynamic: Take the range from each tensor as it comes; never calibrated.
 
     Raises:
-        DescriptorError: A field has an impossible value, or two contradict each other.
+        ArgumentError: A field has an impossible value, or two contradict each other.
+        ArgumentTypeError: A value is of another type.
     """
 
     num_bits: int | tuple[int, int] = 8
@@ -82,20 +86,24 @@ class QuantDescriptor:
 
     def __attrs_post_init__(self) -> None:
         axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        valid_axis = self.axis in (None, CHANNEL, REDUCTION) or (
-            len(axes) > 0 and all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes)
-        )
-        self._demand(valid_axis, "axis", "an int, a tuple of ints, 'channel', 'reduction' or None")
-        whole = isinstance(self.groups, int) and not isinstance(self.groups, bool)
-        fits = whole and (self.groups == 1 or (self.groups > 1 and self.axis == (0, 1)))
-        self._demand(fits, "groups", "1, or more with axis=(0, 1)")
+        word = self.axis is None or isinstance(self.axis, str)
+        expected = "an int, a tuple of ints, 'channel', 'reduction' or None"
+        self._demand_type(word or all(_is_number(axis, int) for axis in axes), "axis", expected)
+        known = self.axis in (None, CHANNEL, REDUCTION) if word else len(axes) > 0
+        self._demand(known, "axis", expected)
+        expected = "1, or more with axis=(0, 1)"
+        self._demand_type(_is_number(self.groups, int), "groups", expected)
+        self._demand(self.groups == 1 or (self.groups > 1 and self.axis == (0, 1)), "groups", expected)
         for field in ("amax", "scale_amax"):
             value = getattr(self, field)
-            self._demand(value is None or _is_positive(value), field, "a positive finite number or None")
+            expected = "a positive finite number or None"
+            self._demand_type(value is None or _is_number(value), field, expected)
+            self._demand(value is None or _is_finite_positive(value), field, expected)
         for field in ("unsigned", "narrow_range", "learn_amax", "dynamic"):
-            self._demand(isinstance(getattr(self, field), bool), field, "True or False")
-        self._demand(isinstance(self.calib_method, str), "calib_method", "a calibrator's name, such as 'max'")
-        self._demand(
+            self._demand_type(isinstance(getattr(self, field), bool), field, "True or False")
+        method = "a calibrator's name, such as 'max'"
+        self._demand_type(isinstance(self.calib_method, str), "calib_method", method)
+        self._demand_type(
             self.format is None or isinstance(self.format, (str, NumberFormat)),
             "format",
             "a NumberFormat, the name of one, or None",
@@ -104,19 +112,24 @@ class QuantDescriptor:
         if self.dynamic:
             clash = [f for f in ("amax", "learn_amax", "scale_amax") if getattr(self, f)]
             if clash:
-                raise DescriptorError(
+                raise ArgumentError(
                     f"QuantDescriptor(dynamic=True, {clash[0]}={getattr(self, clash[0])!r}): a dynamic range "
                     f"comes from each tensor; leave out {clash[0]} or dynamic",
-                    field=clash[0],
+                    argument=clash[0],
                     value=getattr(self, clash[0]),
                 )
 
-    def _demand(self, condition: bool, field: str, expected: str) -> None:
+    def _demand_type(self, condition: bool, field: str, expected: str) -> None:
+        self._demand(condition, field, expected, ArgumentTypeError)
+
+    def _demand(
+        self, condition: bool, field: str, expected: str, error: type[ArgumentError] = ArgumentError
+    ) -> None:
         if not condition:
             value = getattr(self, field)
-            raise DescriptorError(
+            raise error(
                 f"QuantDescriptor({field}={shown(repr(value))}): expected {expected}",
-                field=field,
+                argument=field,
                 value=value,
             )
 
@@ -128,8 +141,8 @@ class QuantDescriptor:
             self._demand(not self.unsigned, "unsigned", "False, since float formats are signed")
             self._demand(self.zero_point == 0, "zero_point", "0, since float formats have none")
             return Float(*self.num_bits)
-        self._demand(
-            isinstance(self.num_bits, int) and not isinstance(self.num_bits, bool),
+        self._demand_type(
+            _is_number(self.num_bits, int),
             "num_bits",
             "an int from 2 to 8, or (exponent, mantissa) bits",
         )
@@ -139,7 +152,8 @@ class QuantDescriptor:
         """This descriptor with other values in some fields.
 
         Raises:
-            DescriptorError: A field has an impossible value, or two contradict each other.
+            ArgumentError: A field has an impossible value, or two contradict each other.
+            ArgumentTypeError: A value is of another type.
             UnknownNameError: There is no such field.
         """
         return _replaced(self, changes)
@@ -231,9 +245,9 @@ class Recipe:
         for field in ("input", "weight", "output", "hidden"):
             value = getattr(self, field)
             if not (value is None or isinstance(value, QuantDescriptor)):
-                raise DescriptorError(
+                raise ArgumentTypeError(
                     f"Recipe({field}={value!r}): expected a QuantDescriptor, or None to leave it float",
-                    field=field,
+                    argument=field,
                     value=value,
                 )
 
@@ -241,7 +255,7 @@ class Recipe:
         """This recipe with other values in some fields, such as ``rules={":last": None}``.
 
         Raises:
-            DescriptorError: A field has an impossible value.
+            ArgumentTypeError: A value is of another type.
             UnknownNameError: There is no such field.
         """
         return _replaced(self, changes)

@@ -166,7 +166,7 @@ def summary(model: nn.Module) -> Summary:
         A value to print, to look through, or to keep as JSON.
 
     Raises:
-        InputError: ``model`` is no model.
+        ArgumentTypeError: ``model`` is not a model.
     """
     demand_model(model, "summary")
     modules = dict(model.named_modules())

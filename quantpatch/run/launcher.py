@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import attrs
 
-from quantpatch.errors import ScriptError, UnknownNameError
+from quantpatch.errors import FileError, UnknownNameError
 from quantpatch.plugins.registry import registry
 from quantpatch.recipes.descriptor import Recipe
 from quantpatch.run.settings import VARIABLE, RunSettings
@@ -33,7 +33,7 @@ def launch(settings: RunSettings, command: Sequence[str], *, module: bool = Fals
         module: Whether ``command`` begins with a module's name instead, as for ``python -m``.
 
     Raises:
-        ScriptError: There is no such script, or this Python takes no notice of the environment.
+        FileError: There is no such script, or this Python takes no notice of the environment.
         QuantPatchError: The block cannot be opened.
     """
     script = command[0]
@@ -41,12 +41,12 @@ def launch(settings: RunSettings, command: Sequence[str], *, module: bool = Fals
         hint = ""
         if not script.endswith(".py") and os.sep not in script:
             hint = f"; for a module write: quantpatch run -m {script}"
-        raise ScriptError(f"there is no script {script!r} in {os.getcwd()}{hint}", script=script)
+        raise FileError(f"there is no script {script!r} in {os.getcwd()}{hint}", path=script)
     if sys.flags.ignore_environment:
-        raise ScriptError(
+        raise FileError(
             "this Python was started with -I or -E and ignores the environment variables by which the block "
             "reaches the script. Write: python -m quantpatch run ...",
-            script=script,
+            path=script,
         )
     _try(settings)
     directory, _ = temporary_folder(Path(tempfile.gettempdir()), "quantpatch-run-", inherited=True)

@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from quantpatch.analysis.audit.coverage import report_of
 from quantpatch.analysis.audit.trace import tracing
-from quantpatch.errors import RuleError
+from quantpatch.errors import ArgumentError
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.quantize.calibration import Calibration
 from quantpatch.quantize.configure import configure
@@ -127,7 +127,7 @@ class WatchedModels:
         if self._rules:
             try:
                 configure(runner, self._rules)
-            except RuleError as error:
+            except ArgumentError as error:
                 model.note(f"the rules of the recipe were not applied: {error}")
         return model
 

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 import torch
 
-from quantpatch.errors import ConformanceError, QuantPatchError, QuantPatchWarning, UnknownNameError
+from quantpatch.errors import CheckError, QuantPatchError, QuantPatchWarning, UnknownNameError
 from quantpatch.plugins.entry import Entry, EntryLike
 from quantpatch.plugins.example import Example
 from quantpatch.plugins.plugin import BUILTIN
@@ -57,7 +57,7 @@ def assert_layer_conforms(
         kernel for it, say) are not among them.
 
     Raises:
-        ConformanceError: Some do not hold. The message names each with what was seen and what to change.
+        CheckError: Some do not hold. The message names each with what was seen and what to change.
         UnknownNameError: There is no check of a name.
     """
     entry = Entry.of(entry)
@@ -65,9 +65,9 @@ def assert_layer_conforms(
     names = tuple(CHECKS) if checks is None else tuple(checks)
     subject = Subject(entry, example, None if plugins is None else tuple(plugins), recipe)
     results = {name: _result(name, subject) for name in names}
-    failed = {name: result for name, result in results.items() if isinstance(result, ConformanceError)}
+    failed = {name: result for name, result in results.items() if isinstance(result, CheckError)}
     if failed:
-        raise ConformanceError(
+        raise CheckError(
             f"{len(failed)} of {len(names)} checks failed\n" + "\n".join(map(str, failed.values())),
             entry=entry,
             checks=tuple(failed),
@@ -75,10 +75,10 @@ def assert_layer_conforms(
     return tuple(name for name, result in results.items() if result is None)
 
 
-def _result(name: str, subject: Subject) -> ConformanceError | NotApplicable | None:
+def _result(name: str, subject: Subject) -> CheckError | NotApplicable | None:
     try:
         run_check(name, subject)
-    except (ConformanceError, NotApplicable) as error:
+    except (CheckError, NotApplicable) as error:
         return error
     return None
 
@@ -87,7 +87,7 @@ def run_check(name: str, subject: Subject) -> None:
     """Makes one check.
 
     Raises:
-        ConformanceError: It does not hold.
+        CheckError: It does not hold.
         NotApplicable: It says nothing about this layer, or the example excuses the layer.
         UnknownNameError: There is no such check, or the example excuses from one that does not exist.
     """
@@ -110,9 +110,9 @@ def run_check(name: str, subject: Subject) -> None:
             raise _failure(name, subject, f"it raised {type(error).__name__}: {error}") from error
 
 
-def _failure(name: str, subject: Subject, what: str) -> ConformanceError:
+def _failure(name: str, subject: Subject, what: str) -> CheckError:
     check = CHECKS[name]
-    return ConformanceError(
+    return CheckError(
         f"{subject.entry}, example {str(subject.example)!r}, check {name!r}: "
         f"{(check.function.__doc__ or '').strip()}\n  seen:   {what}\n  change: {check.advice}.",
         entry=subject.entry,
@@ -131,7 +131,7 @@ class Trial:
         plugin: The plugin's name.
         target: Dotted name of the target, with the example's label in brackets; or of the plugin itself.
         check: Name of the check.
-        run: Makes it; raises ``ConformanceError`` or ``NotApplicable``.
+        run: Makes it; raises ``CheckError`` or ``NotApplicable``.
     """
 
     plugin: str
@@ -207,7 +207,7 @@ def _trial(plugin: str, subject: Subject, name: str) -> Trial:
 
 def _failing(plugin: str, target: str, check: str, message: str) -> Trial:
     def run() -> None:
-        raise ConformanceError(message, checks=(check,))
+        raise CheckError(message, checks=(check,))
 
     return Trial(plugin, target, check, run)
 

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from quantpatch.errors import PathError
+from quantpatch.errors import FileError
 
 fcntl: Any = None if sys.platform == "win32" else importlib.import_module("fcntl")
 
@@ -38,15 +38,15 @@ def written_whole(path: Path, *, companion: str | None = None) -> Iterator[Path]
             replaced, which names it, and no new one is written, it is removed.
 
     Raises:
-        PathError: There is no folder for the file, or the path is one, or a device.
+        FileError: There is no folder for the file, or the path is one, or a device.
     """
     if path.is_dir():
-        raise PathError(f"{path} is a folder: give the name of a file in it", path=str(path))
+        raise FileError(f"{path} is a folder: give the name of a file in it", path=str(path))
     real = Path(os.path.realpath(path))
     if real.exists() and not real.is_file():
-        raise PathError(f"{path} is a device or a pipe, which no file can replace", path=str(path))
+        raise FileError(f"{path} is a device or a pipe, which no file can replace", path=str(path))
     if not real.parent.is_dir():  # said of the folder, not of a temporary one in it
-        raise PathError(f"{path} cannot be written: there is no folder {real.parent}", path=str(path))
+        raise FileError(f"{path} cannot be written: there is no folder {real.parent}", path=str(path))
     with _temporary(real.parent) as folder:
         yield folder
         names = sorted((file.name for file in folder.iterdir()), key=lambda name: name == path.name)

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from quantpatch.errors import CalibrationError, InputError
+from quantpatch.errors import ArgumentTypeError, CalibrationError, InputError
 
 T = TypeVar("T")
 
@@ -25,25 +25,29 @@ def demand_model(model: Any, function: str) -> None:
         function: Name of the function.
 
     Raises:
-        InputError: It is no module, or holds quantizers of another library that say that they are not for
-            this function.
+        ArgumentTypeError: It is not a module, or holds quantizers of another library that say that they are
+            not for this function.
     """
     if isinstance(model, nn.Module):
         for name, module in model.named_modules():
             instead = getattr(type(module), "instead", None)
             if isinstance(instead, Mapping) and function in instead:
-                raise InputError(
+                raise ArgumentTypeError(
                     f"{function} does not know the quantizers in {type(model).__name__}, such as {name!r}, a "
                     f"{type(module).__name__} of {type(module).__module__.partition('.')[0]}. Instead write: "
-                    f"{instead[function]}"
+                    f"{instead[function]}",
+                    argument="model",
                 )
         return
     if isinstance(model, type) and issubclass(model, nn.Module):
-        raise InputError(f"{function} takes a model, not its class: write {function}({model.__name__}(...))")
+        raise ArgumentTypeError(
+            f"{function} takes a model, not its class: write {function}({model.__name__}(...))",
+            argument="model",
+        )
     shown = repr(model)
     if len(shown) > 60 or "\n" in shown:
         shown = f"a {type(model).__name__}"
-    raise InputError(f"{function} takes a model (an nn.Module), not {shown}")
+    raise ArgumentTypeError(f"{function} takes a model (an nn.Module), not {shown}", argument="model")
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -102,14 +106,15 @@ def as_batches(data: Any) -> Iterable[Any]:
     """The batches that a user gave; one tensor, or one dict of keywords, is one batch.
 
     Raises:
-        InputError: They are no batches.
+        ArgumentTypeError: They are not batches.
     """
     if isinstance(data, (Tensor, Mapping)):
         return [data]
     if isinstance(data, Iterable) and not isinstance(data, (str, bytes, nn.Module)):
         return data
-    raise InputError(
-        f"data is {type(data).__name__}, expected batches: tensors, tuples of arguments or dicts of keywords"
+    raise ArgumentTypeError(
+        f"data is {type(data).__name__}, expected batches: tensors, tuples of arguments or dicts of keywords",
+        argument="data",
     )
 
 
@@ -119,11 +124,13 @@ def arguments(
     """What a model is called with once, as functions take it: what is no tuple is the one argument.
 
     Raises:
-        InputError: The keywords are no mapping.
+        ArgumentTypeError: The keywords are not a mapping.
     """
     if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise InputError(
-            f"kwargs is a {type(kwargs).__name__}, expected the model's keywords: kwargs={{'name': value}}"
+        raise ArgumentTypeError(
+            f"kwargs is a {type(kwargs).__name__}, expected the model's keywords: kwargs={{'name': value}}",
+            argument="kwargs",
+            value=kwargs,
         )
     # A named tuple, such as a PackedSequence, is one argument.
     return args if type(args) is tuple else (args,), dict(kwargs or {})
@@ -238,7 +245,8 @@ def run_over(model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], Any],
 
     Raises:
         CalibrationError: There is no batch.
-        InputError: The data is neither batches nor a function, or on a device where the model is not.
+        ArgumentTypeError: The data is neither batches nor a function.
+        InputError: It is on a device where the model is not.
     """
     # A compiled model would be compiled anew for a run that is over after a few batches.
     runner = unwrapped(model)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import ComparisonError
+from quantpatch.errors import ArgumentError
 
 
 def pair(recipe="int8"):
@@ -136,27 +136,27 @@ def test_it_prints_every_layer():
 )
 def test_nothing_to_compare_is_an_error(other, data, message):
     twin, model = pair()
-    with pytest.raises(ComparisonError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         qp.compare(twin, other or model, data)
 
 
 def test_a_model_beside_itself_is_an_error():
     twin, _ = pair()
-    with pytest.raises(ComparisonError, match=r"the same model.*float_model = copy\.deepcopy"):
+    with pytest.raises(ArgumentError, match=r"the same model.*float_model = copy\.deepcopy"):
         qp.compare(twin, twin, DATA)
 
 
 def test_models_of_different_shape_are_an_error_that_names_the_layer():
     twin, _ = pair()
     other = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
-    with pytest.raises(ComparisonError, match=r"layer '0' ran 1 times.*\(5, 9\).*\(5, 8\)"):
+    with pytest.raises(ArgumentError, match=r"layer '0' ran 1 times.*\(5, 9\).*\(5, 8\)"):
         qp.compare(twin, other, DATA)
 
 
 def test_models_the_wrong_way_round_are_told_so():
     with qp.quantize_modules():
         quantized = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(ComparisonError, match=r"write compare\(quantized_model, float_model, data\)"):
+    with pytest.raises(ArgumentError, match=r"write compare\(quantized_model, float_model, data\)"):
         qp.compare(nn.Sequential(nn.Linear(4, 4)), quantized, [torch.randn(2, 4)])
 
 

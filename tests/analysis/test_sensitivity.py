@@ -13,7 +13,7 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.analysis import SensitivityReport, SensitivityRow
-from quantpatch.errors import ComparisonError
+from quantpatch.errors import ArgumentError, ArgumentTypeError, FileError
 
 
 @pytest.fixture
@@ -95,14 +95,14 @@ def test_results_of_other_settings_are_not_taken_for_these(change, model, tmp_pa
     path = tmp_path / "results.json"
     qp.sensitivity(model, metric, resume=path)
     change(model[1].input_quantizer)
-    with pytest.raises(ComparisonError, match=r"of other weights, ranges or settings; delete it"):
+    with pytest.raises(FileError, match=r"of other weights, ranges or settings; delete it"):
         qp.sensitivity(model, metric, resume=path)
 
 
 def test_results_of_the_other_mode_are_not_taken_for_this_ones(model, tmp_path):
     path = tmp_path / "results.json"
     qp.sensitivity(model, metric, resume=path)
-    with pytest.raises(ComparisonError, match="holds results of mode 'quantize_one', not 'float_one'"):
+    with pytest.raises(FileError, match="holds results of mode 'quantize_one', not 'float_one'"):
         qp.sensitivity(model, metric, mode="float_one", resume=path)
 
 
@@ -112,12 +112,12 @@ def test_results_of_another_model_are_not_taken_for_this_ones(model, tmp_path):
     assert qp.sensitivity(model, lambda m: pytest.fail("measured again"), resume=path) == report
     with torch.no_grad():
         model[1].weight[0, 0] += 1
-    with pytest.raises(ComparisonError, match=r"results\.json holds results of another model.*delete it"):
+    with pytest.raises(FileError, match=r"results\.json holds results of another model.*delete it"):
         qp.sensitivity(model, metric, resume=path)
     path.unlink()
     qp.sensitivity(model, metric, resume=path)
     model[1].input_quantizer.amax = 2.0
-    with pytest.raises(ComparisonError, match="other weights, ranges or settings"):
+    with pytest.raises(FileError, match="other weights, ranges or settings"):
         qp.sensitivity(model, metric, resume=path)
 
 
@@ -163,21 +163,21 @@ qp.sensitivity(model, evaluate, resume={str(path)!r})
 def test_a_file_of_something_else_is_an_error(model, tmp_path, text):
     path = tmp_path / "results.json"
     path.write_text(text)
-    with pytest.raises(ComparisonError, match=r"results\.json") as caught:
+    with pytest.raises(FileError, match=r"results\.json") as caught:
         qp.sensitivity(model, metric, resume=path)
     assert len(str(caught.value)) < 1_000
     assert path.read_text() == text
 
 
 def test_a_folder_holds_no_results(model, tmp_path):
-    with pytest.raises(ComparisonError, match="is a folder: name a file in it"):
+    with pytest.raises(FileError, match="is a folder: name a file in it"):
         qp.sensitivity(model, metric, resume=tmp_path)
 
 
 def test_what_is_no_number_and_no_mode_is_an_error(model):
-    with pytest.raises(ComparisonError, match="NaN while measuring 'float'"):
+    with pytest.raises(ArgumentError, match="NaN while measuring 'float'"):
         qp.sensitivity(model, lambda m: float("nan"))
-    with pytest.raises(ComparisonError, match="'quantize_one' or 'float_one'"):
+    with pytest.raises(ArgumentError, match="'quantize_one' or 'float_one'"):
         qp.sensitivity(model, metric, mode="quantize_all")
 
 
@@ -221,7 +221,7 @@ def test_what_it_recommends_to_leave_float_keeps_the_loss_it_was_asked_for():
 
 
 def test_a_float_model_is_an_error():
-    with pytest.raises(ComparisonError, match="no quantized layer"):
+    with pytest.raises(ArgumentError, match="no quantized layer"):
         qp.sensitivity(nn.Linear(1, 1), metric)
 
 
@@ -243,7 +243,7 @@ def test_it_prints_and_is_json(model):
 
 
 def test_what_is_no_function_is_refused(model):
-    with pytest.raises(ComparisonError, match="gets the model and returns a metric"):
+    with pytest.raises(ArgumentTypeError, match="gets the model and returns a metric"):
         qp.sensitivity(model, [torch.zeros(1, 4)])
 
 
@@ -254,7 +254,7 @@ def test_what_is_no_function_is_refused(model):
 def test_a_metric_that_is_no_number_is_told(result, shown):
     with qp.quantize_modules():
         model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ComparisonError, match=f"evaluate returned {shown}, expected one number"):
+    with pytest.raises(ArgumentTypeError, match=f"evaluate returned {shown}, expected one number"):
         qp.sensitivity(model, lambda model: result)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.calibrators import MaxCalibrator
-from quantpatch.errors import CalibrationError, DescriptorError, OperandError, RangeError, UnknownNameError
+from quantpatch.errors import ArgumentTypeError, CalibrationError, RangeError, UnknownNameError
 from quantpatch.layers import QuantLinear
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.numerics.fake_quant import fake_quantize
@@ -234,7 +234,7 @@ def test_what_cannot_be_quantized_is_told_by_the_quantizers_place_in_the_model(x
     if state == "static":
         model.body[0].input_quantizer.amax = 1.0
     layer = name.rpartition(".")[0]
-    with pytest.raises(OperandError, match=rf"^{name}: .* got {got}") as caught:
+    with pytest.raises(ArgumentTypeError, match=rf"^{name}: .* got {got}") as caught:
         qp.calibrate(model, lambda model: model(x)) if state == "calibrating" else model(x)
     assert caught.value.quantizer == name
     assert isinstance(caught.value, TypeError)
@@ -276,7 +276,7 @@ def test_a_tensor_that_is_not_dense_is_refused_with_what_makes_it_so(kind, state
         if kind in ("masked", "a nested one"):
             return  # torch divides and rounds these; whatever comes next is the float layer's affair
         model[0].input_quantizer.amax = 1.0
-    with pytest.raises(OperandError, match=rf"^0\.input_quantizer: .*{kind}.*{advice}") as caught:
+    with pytest.raises(ArgumentTypeError, match=rf"^0\.input_quantizer: .*{kind}.*{advice}") as caught:
         qp.calibrate(model, lambda model: model(x)) if state == "calibrating" else model(x)
     assert "qp.configure(model, {'0': None})" in str(caught.value)
     assert caught.value.quantizer == "0.input_quantizer"
@@ -299,13 +299,13 @@ def test_a_range_that_does_not_fit_is_told_by_the_quantizers_place_in_the_model(
         model(torch.ones(2, 4))
     assert caught.value.quantizer == "body.0.weight_quantizer"
     alone = TensorQuantizer()
-    with pytest.raises(OperandError, match="^only tensors"):  # it has no place
+    with pytest.raises(ArgumentTypeError, match="^only tensors"):  # it has no place
         alone(3)
 
 
 @pytest.mark.parametrize("given", ["int8", 8, qp.Recipe(name="r")])
 def test_what_is_no_descriptor_is_an_error_that_shows_one(given):
-    with pytest.raises(DescriptorError, match=r"takes a QuantDescriptor, such as .*, not"):
+    with pytest.raises(ArgumentTypeError, match=r"takes a QuantDescriptor, such as .*, not"):
         TensorQuantizer(given)
 
 

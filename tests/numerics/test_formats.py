@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantpatch.errors import DescriptorError
+from quantpatch.errors import ArgumentError
 from quantpatch.numerics import formats
 from quantpatch.numerics.formats import (
     BUILTIN_FORMATS,
@@ -132,7 +132,7 @@ def test_rounding_is_in_place():
 
 
 @pytest.mark.parametrize(
-    ("make", "field"),
+    ("make", "argument"),
     [
         (lambda: Integer(1), "bits"),
         (lambda: Integer(9), "bits"),
@@ -152,10 +152,30 @@ def test_rounding_is_in_place():
         (lambda: Blocked("int4", 32), "element"),
     ],
 )
-def test_impossible_formats_are_refused_and_the_error_names_the_field(make, field):
-    with pytest.raises(DescriptorError) as error:
+def test_impossible_formats_are_refused_and_the_error_names_the_argument(make, argument):
+    with pytest.raises(ArgumentError) as error:
         make()
-    assert error.value.field == field
+    assert error.value.argument == argument
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong"),
+    [
+        (lambda: Integer("8"), True),
+        (lambda: Integer(9), False),
+        (lambda: Integer(8, unsigned=1), True),
+        (lambda: Integer(8, unsigned=True, zero_point=3.0), True),
+        (lambda: Integer(8, unsigned=True, zero_point=255), False),
+        (lambda: Blocked("int4", 32), True),
+        (lambda: Blocked(BUILTIN_FORMATS["mxfp4"], 32), False),
+        (lambda: Blocked(Integer(4), 32.0), True),
+        (lambda: Blocked(Integer(4), 0), False),
+    ],
+)
+def test_only_a_value_of_a_wrong_type_is_a_type_error(make, wrong):
+    with pytest.raises(ArgumentError) as error:
+        make()
+    assert isinstance(error.value, TypeError) is wrong
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -239,5 +259,5 @@ def test_a_child_that_rounds_otherwise_does_not_inherit_what_its_parent_is_in_a_
 
 
 def test_an_unknown_type_of_codes_is_named():
-    with pytest.raises(DescriptorError, match="one of INT4, UINT4, .* got 'int7'"):
+    with pytest.raises(ArgumentError, match="one of INT4, UINT4, .* got 'int7'"):
         OnnxCodes("int7")

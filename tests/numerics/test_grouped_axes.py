@@ -12,7 +12,7 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.calibrators import BUILTIN_CALIBRATORS
-from quantpatch.errors import DescriptorError, ExportError, RangeError
+from quantpatch.errors import ArgumentError, ExportError, RangeError
 from quantpatch.numerics.fake_quant import dequantize, fake_quantize, quantize, reduce_amax
 from quantpatch.numerics.formats import Integer
 from quantpatch.numerics.grouped_axes import GroupedAxes
@@ -174,5 +174,5 @@ def test_axes_of_other_groups_are_others() -> None:
 
 @pytest.mark.parametrize(("axis", "groups"), [(0, 2), (None, 2), ((0, 1), 0), ((0, 1), 2.0), ((1, 0), 2)])
 def test_groups_are_of_the_first_of_two_axes(axis: object, groups: object) -> None:
-    with pytest.raises(DescriptorError, match=r"groups=.*axis=\(0, 1\)"):
+    with pytest.raises(ArgumentError, match=r"groups=.*axis=\(0, 1\)"):
         qp.QuantDescriptor(axis=axis, groups=groups)

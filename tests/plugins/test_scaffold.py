@@ -9,7 +9,7 @@ from environments import Environment
 from typer.testing import CliRunner
 
 from quantpatch.cli import main
-from quantpatch.errors import PluginError
+from quantpatch.errors import ArgumentError, FileError
 from quantpatch.plugins.hookspecs import API_VERSION
 from quantpatch.plugins.scaffold import new_plugin
 from quantpatch.torch_tools import atomic_files
@@ -62,7 +62,7 @@ def test_a_complete_distribution_is_written(tmp_path):
     ],
 )
 def test_a_name_that_is_none_is_an_error_that_shows_a_good_one(tmp_path, name, good):
-    with pytest.raises(PluginError) as caught:
+    with pytest.raises(ArgumentError) as caught:
         new_plugin(name, tmp_path)
     assert repr(name) in str(caught.value)
     assert str(caught.value).endswith(f"Write: quantpatch new-plugin {good}")
@@ -72,7 +72,7 @@ def test_a_name_that_is_none_is_an_error_that_shows_a_good_one(tmp_path, name, g
 
 def test_the_name_of_an_installed_plugin_is_refused(tmp_path, plugin):
     plugin("mylib", entries=[])
-    with pytest.raises(PluginError, match="'mylib' is installed already.*new-plugin my-mylib"):
+    with pytest.raises(ArgumentError, match="'mylib' is installed already.*new-plugin my-mylib"):
         new_plugin("mylib", tmp_path)
 
 
@@ -85,13 +85,13 @@ def test_what_exists_is_not_touched(tmp_path, what):
         path.mkdir()
     else:
         path.symlink_to("nowhere")
-    with pytest.raises(PluginError, match="exists already, and nothing in it was touched"):
+    with pytest.raises(FileError, match="exists already, and nothing in it was touched"):
         new_plugin("mylib", tmp_path)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(PluginError, match="cannot be written: .*nowhere"):
+    with pytest.raises(FileError, match="cannot be written: .*nowhere"):
         new_plugin("mylib", tmp_path / "nowhere")
 
 

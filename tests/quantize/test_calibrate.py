@@ -17,9 +17,9 @@ from torch import nn
 import quantpatch as qp
 from quantpatch.calibrators import MaxCalibrator
 from quantpatch.errors import (
+    ArgumentError,
     CalibrationError,
     InputError,
-    OptionError,
     PluginError,
     QuantPatchWarning,
     UnknownNameError,
@@ -406,7 +406,7 @@ def test_only_missing_ranges_are_found_and_the_others_stay(batches, zero_points)
 def test_what_becomes_of_known_ranges_is_one_of_three_words(batches):
     model = build()
     before = states(model)
-    with pytest.raises(OptionError, match="existing='missing': expected 'error', .*'keep' .*'overwrite'"):
+    with pytest.raises(ArgumentError, match="existing='missing': expected 'error', .*'keep' .*'overwrite'"):
         qp.calibrate(model, batches, existing="missing")
     assert states(model) == before
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from quantpatch.errors import EntryConflictError, ScopeError
+from quantpatch.errors import ArgumentTypeError, EntryConflictError
 from quantpatch.interception.hooks import Slot
 from quantpatch.plugins.entry import Entry
 from quantpatch.plugins.plugin import BUILTIN
@@ -66,7 +66,7 @@ def test_it_is_made_anew_when_a_name_means_another_class(monkeypatch) -> None:
 
 
 def test_patterns_that_cannot_be_hashed_are_named() -> None:
-    with pytest.raises(ScopeError, match="skip takes"):
+    with pytest.raises(ArgumentTypeError, match="skip takes"):
         outermost(registry.entries(), None, (["Linear"],), (), False)  # type: ignore[arg-type]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import RuleError, UnknownNameError
+from quantpatch.errors import ArgumentError, ArgumentTypeError, UnknownNameError
 from quantpatch.layers.placed import quantize_output_of
 
 INT4 = qp.QuantDescriptor(num_bits=4)
@@ -73,14 +73,14 @@ def test_the_only_layer_is_the_first_and_the_last():
 
 
 def test_another_word_with_a_colon_is_told(model):
-    with pytest.raises(RuleError, match="':frist' is no pattern; write ':first' or ':last'"):
+    with pytest.raises(ArgumentError, match="':frist' is not a pattern; write ':first' or ':last'"):
         qp.configure(model, {":frist": None})
 
 
 def test_a_model_without_such_a_layer_has_no_first_one():
     with qp.quantize_modules():
         pool = nn.Sequential(nn.AvgPool2d(1))
-    with pytest.raises(RuleError, match="':first' matches no layer"):
+    with pytest.raises(ArgumentError, match="':first' matches no layer"):
         qp.configure(pool, {":first": None})
 
 
@@ -198,16 +198,16 @@ def test_a_disabled_quantizer_is_enabled_again_with_its_range(model):
 
 def test_a_pattern_that_matches_nothing_is_an_error_with_near_misses_and_changes_nothing(model):
     before = states(model)
-    with pytest.raises(RuleError, match=r"'haed'.*'head'") as caught:
+    with pytest.raises(ArgumentError, match=r"'haed'.*'head'") as caught:
         qp.configure(model, {"body": None, "haed": None})
-    assert caught.value.rule == "haed"
+    assert caught.value.value == "haed"
     assert states(model) == before
 
 
 def test_a_layer_that_is_float_already_may_be_told_to_be(model):
     model.extra = nn.Linear(4, 4)
     qp.configure(model, {"extra": None})
-    with pytest.raises(RuleError, match="'extra' matches only what is float"):
+    with pytest.raises(ArgumentError, match="'extra' matches only what is float"):
         qp.configure(model, {"extra": "int8"})
 
 
@@ -223,18 +223,18 @@ def test_a_new_quantizer_can_be_named_by_a_glob_but_not_by_one_for_all(model):
 
 
 @pytest.mark.parametrize(
-    ("rules", "message"),
+    ("rules", "error", "message"),
     [
-        ([("head", None), ("head", "int8")], "contradict"),
-        ([("re:(", None)], "no regular expression"),
-        ([("head", 8)], "a value is None"),
-        ([(3, None)], "a pattern is"),
-        (["head"], "is no rule"),
+        ([("head", None), ("head", "int8")], ArgumentError, "contradict"),
+        ([("re:(", None)], ArgumentError, "not a regular expression"),
+        ([("head", 8)], ArgumentTypeError, "a value is None"),
+        ([(3, None)], ArgumentTypeError, "a pattern is"),
+        (["head"], ArgumentTypeError, "is not a rule"),
     ],
 )
-def test_malformed_rules_are_errors_and_change_nothing(model, rules, message):
+def test_malformed_rules_are_errors_and_change_nothing(model, rules, error, message):
     before = states(model)
-    with pytest.raises(RuleError, match=message):
+    with pytest.raises(error, match=message):
         qp.configure(model, rules)
     assert states(model) == before
 
@@ -245,7 +245,7 @@ def test_an_unknown_recipe_is_an_error_with_near_misses(model):
 
 
 def test_a_float_model_is_an_error(model):
-    with pytest.raises(RuleError, match="no quantized layer"):
+    with pytest.raises(ArgumentError, match="no quantized layer"):
         qp.configure(nn.Linear(2, 2), {"*": None})
 
 

@@ -14,7 +14,13 @@ from typer.testing import CliRunner
 import quantpatch as qp
 from quantpatch import QuantizedLayer, explain, quantize_modules
 from quantpatch.cli.main import app
-from quantpatch.errors import EntryConflictError, PluginError, ScopeError, UnknownNameError
+from quantpatch.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    EntryConflictError,
+    PluginError,
+    UnknownNameError,
+)
 from quantpatch.plugins.discovery import discover
 from quantpatch.plugins.plugin import BUILTIN
 
@@ -164,7 +170,7 @@ def test_what_has_no_entry_says_so(target, because):
 
 
 def test_names_that_mean_nothing_or_too_much(plugin):
-    with pytest.raises(ScopeError, match="takes a class, a function or its dotted name, not 3"):
+    with pytest.raises(ArgumentTypeError, match="takes a class, a function or its dotted name, not 3"):
         explain(3)
     with pytest.raises(UnknownNameError, match=r"unknown layer 'torch.nn.Linaer'. Did you mean 'torch.nn.L"):
         explain("torch.nn.Linaer")
@@ -175,13 +181,17 @@ def test_names_that_mean_nothing_or_too_much(plugin):
     with pytest.raises(UnknownNameError, match="in skip 'Linaer'"):
         explain("Conv2d", skip=["Linaer"])
     plugin(entries=[("far.away", "Linear", "far:QuantLinear")])
-    with pytest.raises(ScopeError, match="'Linear' means several targets: far.away.Linear, torch.nn.Linear"):
+    with pytest.raises(
+        ArgumentError, match="'Linear' means several targets: far.away.Linear, torch.nn.Linear"
+    ):
         explain("Linear")
 
 
 def test_a_module_that_fails_to_import_is_named(package):
     name = package(layers="import no_such_module_at_all")
-    with pytest.raises(ScopeError, match=f"{name}.layers.Thing cannot be imported: No module named 'no_such"):
+    with pytest.raises(
+        ArgumentError, match=f"{name}.layers.Thing cannot be imported: No module named 'no_such"
+    ):
         explain(f"{name}.layers.Thing")
 
 

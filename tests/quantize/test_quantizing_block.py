@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import Conv1d
 
 import quantpatch as qp
-from quantpatch.errors import ScopeError, UnknownNameError
+from quantpatch.errors import ArgumentTypeError, UnknownNameError
 from quantpatch.layers.linear import QuantLinear
 
 linear_init, conv_init = nn.Linear.__init__, nn.Conv1d.__init__
@@ -193,7 +193,7 @@ def test_a_hook_looks_like_the_init_that_it_stands_for(cls):
 
 
 def test_the_word_for_a_model_that_is_there_already_is_convert():
-    with pytest.raises(ScopeError, match=r"not a model \(Sequential\).*qp.convert\(model\)") as caught:
+    with pytest.raises(ArgumentTypeError, match=r"not a model \(Sequential\).*qp.convert\(model\)") as caught:
         qp.quantize_modules(nn.Sequential(nn.Linear(1, 1)))
     assert len(str(caught.value)) < 250
 
@@ -203,9 +203,11 @@ def test_the_recipe_comes_first_and_what_else_is_taken_for_one_is_told_where_to_
         layer = nn.Linear(2, 2)
     assert layer.weight_quantizer.format.name == "int4_narrow"
     for given in (["Linear"], ("Linear",), nn.Linear):
-        with pytest.raises(ScopeError, match=r"recipe takes a recipe or its name, not .*skip=\[\.\.\.\]"):
+        with pytest.raises(
+            ArgumentTypeError, match=r"recipe takes a recipe or its name, not .*skip=\[\.\.\.\]"
+        ):
             qp.quantize_modules(given)
-    with pytest.raises(ScopeError, match="such as recipe='int8'"):
+    with pytest.raises(ArgumentTypeError, match="such as recipe='int8'"):
         qp.quantize_modules(8)
     with pytest.raises(UnknownNameError, match=r"A layer to leave float is given as skip=\['Linear'\]"):
         qp.quantize_modules("Linear").start()

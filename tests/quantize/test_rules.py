@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import QuantPatchWarning, RuleError, UnknownNameError
+from quantpatch.errors import ArgumentError, ArgumentTypeError, QuantPatchWarning, UnknownNameError
 from quantpatch.interception.built_modules import Built
 
 EDGES = qp.Recipe(name="edges", rules={"first": None, "last": None})
@@ -234,11 +234,11 @@ def test_the_same_scope_can_be_entered_again():
 def test_a_rule_that_matches_nothing_is_an_error_with_near_misses_after_the_block():
     models = []
     recipe = qp.Recipe(name="typo", rules={"last": None, "frist": None})
-    told = pytest.raises(RuleError, match=r"'frist' matches no.*Did you mean 'first'")
+    told = pytest.raises(ArgumentError, match=r"'frist' matches no.*Did you mean 'first'")
     with told as caught, qp.quantize_modules(recipe=recipe):
         models.append(Net())
     assert "the rules of recipe 'typo' were not applied to Net" in str(caught.value)
-    assert caught.value.rule == "frist"
+    assert caught.value.value == "frist"
     assert off(models[0]) == set()  # nothing half done
     assert type(nn.Linear(1, 1)) is nn.Linear
 
@@ -246,7 +246,7 @@ def test_a_rule_that_matches_nothing_is_an_error_with_near_misses_after_the_bloc
 def test_the_same_when_converting_and_the_model_is_as_it_was():
     model = Net()
     before = [(name, type(m), list(m._modules)) for name, m in model.named_modules()]
-    with pytest.raises(RuleError, match="'frist'"):
+    with pytest.raises(ArgumentError, match="'frist'"):
         qp.convert(model, recipe=qp.Recipe(name="typo", rules={"frist": None}))
     assert [(name, type(m), list(m._modules)) for name, m in model.named_modules()] == before
 
@@ -262,12 +262,12 @@ def test_the_exception_of_the_body_is_never_masked():
 @pytest.mark.parametrize(
     ("rules", "error", "message"),
     [
-        ({"first": 8}, RuleError, "a value is None"),
-        ([("first", None), ("first", "int8")], RuleError, "contradict"),
-        ({"re:(": None}, RuleError, "no regular expression"),
+        ({"first": 8}, ArgumentTypeError, "a value is None"),
+        ([("first", None), ("first", "int8")], ArgumentError, "contradict"),
+        ({"re:(": None}, ArgumentError, "not a regular expression"),
         ({"first": "int88"}, UnknownNameError, "int88"),
-        ({"first": EDGES}, RuleError, "rules of its own"),
-        (["first"], RuleError, "is no rule"),
+        ({"first": EDGES}, ArgumentError, "rules of its own"),
+        (["first"], ArgumentTypeError, "is not a rule"),
     ],
 )
 def test_malformed_rules_are_told_when_the_block_is_entered(rules, error, message):

@@ -23,7 +23,14 @@ from torch.nn import Linear
 
 import quantpatch as qp
 from quantpatch import keep_float, quantize_modules
-from quantpatch.errors import EntryConflictError, EntryError, QuantPatchWarning, ScopeError, UnknownNameError
+from quantpatch.errors import (
+    ArgumentTypeError,
+    BlockError,
+    EntryConflictError,
+    EntryError,
+    QuantPatchWarning,
+    UnknownNameError,
+)
 from quantpatch.layers import QuantizedLayer
 from quantpatch.layers.conv import QuantConv2d
 from quantpatch.layers.linear import QuantLinear
@@ -214,7 +221,7 @@ def test_skip_that_matches_nothing_tells_what_to_write(skip, advice) -> None:
 @pytest.mark.parametrize("argument", ["skip", "include"])
 @pytest.mark.parametrize("bad", [3, [3], [["Linear"]], [nn.Linear(1, 1)], b"Linear", {"Linear": 1}])
 def test_skip_of_another_type_is_an_error_that_says_what_to_write(argument, bad) -> None:
-    with pytest.raises(ScopeError, match=f"{argument} takes"), quantize_modules(**{argument: bad}):
+    with pytest.raises(ArgumentTypeError, match=f"{argument} takes"), quantize_modules(**{argument: bad}):
         pass
 
 
@@ -494,17 +501,17 @@ def test_generator_functions_and_classes_are_refused_with_the_reason() -> None:
             yield
 
     for function in (generator, async_generator, WithGenerator()):
-        with pytest.raises(ScopeError, match="generator function .*with-block inside it"):
+        with pytest.raises(BlockError, match="generator function .*with-block inside it"):
             quantize_modules()(function)
-    with pytest.raises(ScopeError, match="cannot decorate the class .*Mine"):
+    with pytest.raises(BlockError, match="cannot decorate the class .*Mine"):
 
         @quantize_modules()
         class Mine:
             pass
 
-    with pytest.raises(ScopeError, match="decorates functions, not 3"):
+    with pytest.raises(ArgumentTypeError, match="decorates functions, not 3"):
         quantize_modules()(3)
-    with pytest.raises(ScopeError, match="with parentheses"):
+    with pytest.raises(ArgumentTypeError, match="with parentheses"):
         quantize_modules(built)
 
 
@@ -521,7 +528,7 @@ def test_start_and_stop_concern_the_whole_process() -> None:
             assert built() is Linear
         with quantize_modules(custom=[CUSTOM]):
             assert built() is MyQuantLinear
-        with pytest.raises(ScopeError, match="called twice"):
+        with pytest.raises(BlockError, match="called twice"):
             scope.start()
     finally:
         scope.stop()
@@ -533,14 +540,14 @@ def test_start_and_stop_concern_the_whole_process() -> None:
 
 def test_an_unbalanced_stop_or_exit_is_an_error_and_ends_nobody_elses_block() -> None:
     scope = quantize_modules()
-    with pytest.raises(ScopeError, match="without start"):
+    with pytest.raises(BlockError, match="without start"):
         scope.stop()
-    with pytest.raises(ScopeError, match="without having been entered"):
+    with pytest.raises(BlockError, match="without having been entered"):
         scope.__exit__(None, None, None)
-    with scope, pytest.raises(ScopeError, match="without start"):
+    with scope, pytest.raises(BlockError, match="without start"):
         scope.stop()
     scope.start()
-    with pytest.raises(ScopeError, match="without having been entered"):
+    with pytest.raises(BlockError, match="without having been entered"):
         scope.__exit__(None, None, None)
     assert built() is QuantLinear
     scope.stop()

@@ -15,7 +15,7 @@ from gloo import join
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import CalibrationError, DescriptorError, ExportError, InputError
+from quantpatch.errors import ArgumentError, ArgumentTypeError, CalibrationError, ExportError
 from quantpatch.numerics.affine import longer_side
 from quantpatch.numerics.formats import Integer
 
@@ -103,7 +103,7 @@ def test_what_has_no_zero_point_is_left_alone() -> None:
     before = {name: q.descriptor for name, q in qp.layers.quantizer.named_quantizers(model).items()}
     assert qp.fit_zero_points(model, [x]) == {}
     assert {name: q.descriptor for name, q in qp.layers.quantizer.named_quantizers(model).items()} == before
-    with pytest.raises(DescriptorError, match="only integers have zero points, and fp8_e4m3 is none"):
+    with pytest.raises(ArgumentError, match="only Integer formats have zero points, and fp8_e4m3 is a Float"):
         model[2].input_quantizer.use_zero_point(3)
 
 
@@ -325,14 +325,14 @@ def test_data_that_reaches_nothing_or_is_not_finite() -> None:
         qp.fit_zero_points(calibrated(), [])
     with pytest.raises(CalibrationError, match="reached none"):
         qp.fit_zero_points(calibrated(), lambda model: None)
-    with pytest.raises(InputError):
+    with pytest.raises(ArgumentTypeError):
         qp.fit_zero_points(calibrated(), 3)  # type: ignore[arg-type]
     model = calibrated()
     with pytest.raises(CalibrationError, match=r"0\.input_quantizer.* saw NaN or infinity") as caught:
         qp.fit_zero_points(model, [X, torch.full_like(X, torch.nan), X])
     assert "0.input_quantizer" in caught.value.quantizers
     assert model[0].input_quantizer.format.name == "int8"
-    with pytest.raises(InputError, match="takes a model"):
+    with pytest.raises(ArgumentTypeError, match="takes a model"):
         qp.fit_zero_points(nn.Conv2d, [X])  # type: ignore[arg-type]
 
 
@@ -434,7 +434,7 @@ def test_the_state_has_the_zero_point_and_gives_it_to_whoever_loads_it() -> None
     ):
         model.load_state_dict(calibrated(SKEWED).state_dict())
     blocks = qp.TensorQuantizer(qp.QuantDescriptor(format="fp8_e4m3"))
-    with pytest.raises(RuntimeError, match="the checkpoint has 7; .*only integers have zero points"):
+    with pytest.raises(RuntimeError, match="the checkpoint has 7; .*only Integer formats have zero points"):
         blocks.load_state_dict({"_amax": torch.tensor(1.0), "_zero_point": torch.tensor(7)})
     four = qp.TensorQuantizer(qp.QuantDescriptor(num_bits=4))
     with pytest.raises(RuntimeError, match="from 0 to 14"):
@@ -459,7 +459,7 @@ def test_integers_from_0_on_are_loaded_as_such() -> None:
     model.load_state_dict(state, strict=True)
     with qp.quantize_modules(recipe="fp8"):
         floats = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU(), nn.Conv2d(4, 2, 1))
-    with pytest.raises(RuntimeError, match="_zero_point: the checkpoint has 0; .*fp8_e4m3 is none"):
+    with pytest.raises(RuntimeError, match="_zero_point: the checkpoint has 0; .*fp8_e4m3 is a Float"):
         floats.load_state_dict(model.state_dict())
 
 

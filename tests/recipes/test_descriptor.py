@@ -8,7 +8,7 @@ import pickle
 import attrs
 import pytest
 
-from quantpatch.errors import DescriptorError
+from quantpatch.errors import ArgumentError, ArgumentTypeError
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Float, Integer
 from quantpatch.plugins.registry import registry
 from quantpatch.recipes.descriptor import CHANNEL, REDUCTION, QuantDescriptor, Recipe
@@ -48,9 +48,38 @@ BAD = [
 
 @pytest.mark.parametrize(("fields", "message"), BAD, ids=lambda value: repr(value)[:40])
 def test_bad_input_is_told(fields, message):
-    with pytest.raises(DescriptorError, match=message) as caught:
+    with pytest.raises(ArgumentError, match=message) as caught:
         QuantDescriptor(**fields)
-    assert caught.value.field
+    assert caught.value.argument
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_bits": "8"},
+        {"num_bits": True},
+        {"axis": 1.5},
+        {"axis": (0, "1")},
+        {"groups": 2.0},
+        {"amax": "1"},
+        {"unsigned": 1},
+        {"calib_method": None},
+        {"format": 8},
+    ],
+    ids=repr,
+)
+def test_a_value_of_a_wrong_type_is_a_type_error_too(fields):
+    with pytest.raises(ArgumentTypeError) as caught:
+        QuantDescriptor(**fields)
+    assert isinstance(caught.value, TypeError)
+    assert {caught.value.argument: caught.value.value} == fields
+
+
+@pytest.mark.parametrize("fields", [{"num_bits": 9}, {"axis": "row"}, {"axis": ()}, {"amax": -1.0}], ids=repr)
+def test_a_wrong_value_of_the_right_type_is_no_type_error(fields):
+    with pytest.raises(ArgumentError) as caught:
+        QuantDescriptor(**fields)
+    assert not isinstance(caught.value, TypeError)
 
 
 def test_formats():
@@ -106,7 +135,7 @@ def test_of_three_axes_blocks_run_along_the_one_that_is_no_output_channel() -> N
 
 @pytest.mark.parametrize("operand", ["input", "weight", "output", "hidden"])
 def test_a_recipe_holds_descriptors(operand):
-    with pytest.raises(DescriptorError, match=rf"Recipe\({operand}='int8'\): expected a QuantDescriptor"):
+    with pytest.raises(ArgumentTypeError, match=rf"Recipe\({operand}='int8'\): expected a QuantDescriptor"):
         Recipe(name="mine", **{operand: "int8"})
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import DescriptorError, UnknownNameError
+from quantpatch.errors import ArgumentError, UnknownNameError
 from quantpatch.layers import QuantizedLayer, QuantLinear
 from quantpatch.numerics.fake_quant import fake_quantize
 from quantpatch.numerics.formats import BUILTIN_FORMATS
@@ -139,5 +139,5 @@ def test_replace_checks_as_the_class_does_and_names_what_comes_near(value):
     with pytest.raises(UnknownNameError, match="unknown field of .*Did you mean"):
         value.replace(nam="x", axes=3, num_bit=3)
     wrong = {"input": 3} if isinstance(value, qp.Recipe) else {"num_bits": 99}
-    with pytest.raises(DescriptorError):
+    with pytest.raises(ArgumentError):
         value.replace(**wrong)

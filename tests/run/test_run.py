@@ -16,7 +16,7 @@ import pytest
 from typer.main import get_command
 
 from quantpatch.cli.main import app
-from quantpatch.errors import ScriptError, UnknownNameError
+from quantpatch.errors import FileError, UnknownNameError
 from quantpatch.run import RunSettings, launch
 from quantpatch.run.launcher import _environment
 
@@ -459,8 +459,8 @@ def test_the_settings_go_along_and_python_keeps_its_options(write, tmp_path, exe
 @pytest.mark.parametrize(
     ("arguments", "settings", "error", "message"),
     [
-        (["nothing.py"], {}, ScriptError, "there is no script 'nothing.py' in /"),
-        (["nothing"], {}, ScriptError, "for a module write: quantpatch run -m nothing"),
+        (["nothing.py"], {}, FileError, "there is no script 'nothing.py' in /"),
+        (["nothing"], {}, FileError, "for a module write: quantpatch run -m nothing"),
         (["script.py"], {"skip": ["Linaer"]}, UnknownNameError, "Did you mean 'Linear'"),
         (["script.py"], {"skip": ["conv1"]}, UnknownNameError, "rules={'conv1': None}\\), which a plugin"),
         (["script.py"], {"skip": ["int4"]}, UnknownNameError, "It is a recipe"),
@@ -484,7 +484,7 @@ def test_a_python_that_ignores_its_environment_is_refused(write, executed, monke
     monkeypatch.setattr(
         "quantpatch.run.launcher.sys", SimpleNamespace(flags=flags, executable=sys.executable)
     )
-    with pytest.raises(ScriptError, match="started with -I or -E and ignores the environment variables"):
+    with pytest.raises(FileError, match="started with -I or -E and ignores the environment variables"):
         launch(RunSettings(), [write("")])
     assert executed == []
 

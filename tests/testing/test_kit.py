@@ -9,7 +9,7 @@ import torch
 
 import quantpatch
 from quantpatch import Entry, Example
-from quantpatch.errors import ConformanceError, UnknownNameError
+from quantpatch.errors import ArgumentTypeError, CheckError, UnknownNameError
 from quantpatch.testing import CHECKS, NotApplicable, Subject, assert_layer_conforms, run_check, trials
 
 pytestmark = pytest.mark.filterwarnings(
@@ -71,7 +71,7 @@ def broken(check: str) -> type:
 
 @pytest.mark.parametrize("check", SEEN)
 def test_a_layer_that_breaks_a_rule_is_found_and_told_what_to_change(check):
-    with pytest.raises(ConformanceError) as caught:
+    with pytest.raises(CheckError) as caught:
         run_check(check, subject(broken(check)))
     message = str(caught.value)
     assert SEEN[check] in message
@@ -88,7 +88,7 @@ def test_every_check_is_tried_on_a_layer_that_breaks_it():
 
 
 def test_a_quantizer_whose_result_is_dropped_is_found():
-    with pytest.raises(ConformanceError, match="the same whether input_quantizer is enabled or not"):
+    with pytest.raises(CheckError, match="the same whether input_quantizer is enabled or not"):
         run_check("operands", subject(broken_layers.Unused))
 
 
@@ -100,7 +100,7 @@ def test_a_good_layer_passes_every_check():
 
 
 def test_the_assertion_lists_every_check_that_fails():
-    with pytest.raises(ConformanceError) as caught:
+    with pytest.raises(CheckError) as caught:
         assert_layer_conforms(
             (broken_layers, "Scaled", broken_layers.StateDict), scaled, inputs, checks=FAST, plugins=[]
         )
@@ -139,13 +139,13 @@ def test_a_misspelled_check_is_an_error_that_shows_the_right_one(where):
 )
 def test_a_wrong_example_is_told(build, given, message):
     entry = Entry(broken_layers, "Scaled", broken_layers.Good)
-    with pytest.raises(ConformanceError) as caught:
+    with pytest.raises(CheckError) as caught:
         run_check("copied", Subject(entry, Example(entry.dotted, build, given), ()))
     assert message in str(caught.value)
 
 
 def test_an_example_takes_functions():
-    with pytest.raises(ConformanceError, match="build of the example for pkg.Name is .*Write: build=lambda"):
+    with pytest.raises(ArgumentTypeError, match="build of the example for pkg.Name is .*Write: build=lambda"):
         Example("pkg.Name", scaled(), inputs)
 
 
@@ -163,7 +163,7 @@ def result(trial):
     """What came of a trial: a message, or an empty string."""
     try:
         trial.run()
-    except (ConformanceError, NotApplicable) as error:
+    except (CheckError, NotApplicable) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from quantpatch.errors import PathError
+from quantpatch.errors import FileError
 from quantpatch.torch_tools import atomic_files
 from quantpatch.torch_tools.atomic_files import written_whole
 
@@ -40,7 +40,7 @@ def test_a_file_keeps_the_permissions_of_the_one_it_replaces(tmp_path: Path) -> 
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(PathError, match="is a folder"), written_whole(tmp_path):
+    with pytest.raises(FileError, match="is a folder"), written_whole(tmp_path):
         raise AssertionError("nothing is written")
 
 
@@ -112,7 +112,7 @@ def test_of_a_link_the_file_that_it_names_is_replaced(tmp_path: Path) -> None:
 
 def test_a_device_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(PathError, match="a device or a pipe"):
+    with pytest.raises(FileError, match="a device or a pipe"):
         write(tmp_path / "pipe", "new")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 

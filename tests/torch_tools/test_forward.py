@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import InputError
+from quantpatch.errors import ArgumentTypeError, InputError
 from quantpatch.torch_tools.forward import arguments, as_batches, uncompiled
 
 X = torch.randn(2, 4)
@@ -45,13 +45,15 @@ def quantized_model() -> nn.Sequential:
     ],
 )
 def test_what_is_no_model_is_said_to_be_none(call, tmp_path):
-    with pytest.raises(InputError, match=r"takes a model|takes the model first"):
+    with pytest.raises(ArgumentTypeError, match=r"takes a model|takes the model first"):
         call(tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_shown_of_a_thing_that_is_no_model_fits_in_a_line():
-    with pytest.raises(InputError, match=re.escape("summary takes a model (an nn.Module), not a Tensor")):
+    with pytest.raises(
+        ArgumentTypeError, match=re.escape("summary takes a model (an nn.Module), not a Tensor")
+    ):
         qp.summary(torch.randn(100))
 
 
@@ -65,7 +67,7 @@ def test_one_tensor_or_one_dict_is_one_batch(data):
 
 @pytest.mark.parametrize("data", [None, 3, "data", b"data", nn.Linear(2, 2)])
 def test_what_is_no_batches_is_an_error(data):
-    with pytest.raises(InputError, match=f"^data is {type(data).__name__}, expected batches"):
+    with pytest.raises(ArgumentTypeError, match=f"^data is {type(data).__name__}, expected batches"):
         as_batches(data)
 
 
@@ -157,5 +159,5 @@ def test_arguments_are_a_tuple_or_the_one_that_they_are():
     assert arguments((X, 3), {"scale": 2}) == ((X, 3), {"scale": 2})
     packed = nn.utils.rnn.pack_sequence([torch.zeros(2, 3)])  # a named tuple
     assert arguments(packed, {}) == ((packed,), {})
-    with pytest.raises(InputError, match=r"kwargs is a list, expected the model's keywords: kwargs="):
+    with pytest.raises(ArgumentTypeError, match=r"kwargs is a list, expected the model's keywords: kwargs="):
         arguments((), ["scale"])

@@ -311,7 +311,7 @@ def test_a_summary_lists_the_toolkits_quantizers(calibrated):
 def test_functions_for_quantpatchs_own_quantizers_say_what_to_write_instead(name, call, calibrated, tmp_path):
     before = {key: value.clone() for key, value in calibrated.state_dict().items()}
     with pytest.raises(
-        qp.errors.InputError, match=f"^{name} does not know the quantizers in Sequential"
+        qp.errors.ArgumentTypeError, match=f"^{name} does not know the quantizers in Sequential"
     ) as told:
         call(calibrated, tmp_path / "file")
     assert "'0._input_quantizer', a TensorQuantizer of pytorch_quantization. Instead write: " in str(

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import CheckpointError, ConversionError, RuleError, UnknownNameError
+from quantpatch.errors import ArgumentError, CheckpointError, ConversionError, UnknownNameError
 from quantpatch_transformers import QuantPatchConfig, make_savable, quantize_attention
 from quantpatch_transformers.pretrained import METHOD
 
@@ -455,7 +455,7 @@ def test_what_is_wrong_with_a_configuration_is_said_in_its_own_words(float_path)
         load(bits=8)
     with pytest.raises(UnknownNameError, match="'int9'.*int8"):
         load(recipe="int9")
-    with pytest.raises(RuleError, match="'lm_haed' matches no layer.*lm_head"):
+    with pytest.raises(ArgumentError, match="'lm_haed' matches no layer.*lm_head"):
         load(rules={"lm_haed": None})
     with pytest.raises(UnknownNameError, match="Linaer"):
         load(skip="Linaer")

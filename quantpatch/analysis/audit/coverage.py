@@ -15,7 +15,7 @@ from torch.jit import ScriptModule
 from quantpatch.analysis.audit.paste import propose
 from quantpatch.analysis.audit.reasons import FloatOperands, reason_for
 from quantpatch.analysis.audit.trace import Seen, Trace, trace
-from quantpatch.errors import CoverageError, InputError
+from quantpatch.errors import ArgumentError, CheckError
 from quantpatch.layers.base import QuantizedLayer, is_quantizer, quantizer_name
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.numerics.fake_quant import fake_quantize, reduce_amax
@@ -246,17 +246,24 @@ def audit(
         The report.
 
     Raises:
-        CoverageError: The share is below ``minimum``. The error holds the report.
-        InputError: ``model`` is no model, or an ``nn.DataParallel``; or it failed, and its inputs are on a
-            device where it is not; or ``minimum`` is no share.
+        ArgumentTypeError: ``model`` is not a model.
+        ArgumentError: ``model`` is an ``nn.DataParallel``, or ``minimum`` is not a share.
+        CheckError: The share is below ``minimum``. The error holds the report.
+        InputError: The model failed, and its inputs are on a device where it is not.
     """
     demand_model(model, "audit")
     if minimum is not None and not 0 <= minimum <= 1:
-        raise InputError(f"minimum={minimum!r}: expected a share from 0 to 1, such as 0.95")
+        raise ArgumentError(
+            f"minimum={minimum!r}: expected a share from 0 to 1, such as 0.95",
+            argument="minimum",
+            value=minimum,
+        )
     # What torch.compile wraps, since a compiled graph hides its modules.
     runner = uncompiled(model)
     if isinstance(runner, nn.DataParallel):
-        raise InputError("nn.DataParallel runs copies of the layers: write audit(model.module, ...)")
+        raise ArgumentError(
+            "nn.DataParallel runs copies of the layers: write audit(model.module, ...)", argument="model"
+        )
     args, kwargs = arguments(args, kwargs)
     with explaining_devices(runner, (args, kwargs)), CallRanges(runner) as calls:
         seen = trace(runner, lambda: runner(*args, **kwargs))
@@ -266,7 +273,7 @@ def audit(
         floats = (row for row in report.rows if not (row.quantized or row.of_weight))
         worst = max(floats, key=lambda row: row.macs, default=None)
         hint = f" The largest float part is {worst.module!r}: {worst.reason}." if worst else ""
-        raise CoverageError(
+        raise CheckError(
             f"{as_percent(report.share)} of the multiply-accumulates of {report.model} ran on quantized "
             f"operands, expected at least {minimum:.1%}.{hint}",
             report=report,

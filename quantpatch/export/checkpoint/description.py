@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import nn
 
-from quantpatch.errors import CheckpointError, DescriptorError, QuantPatchError, shown
+from quantpatch.errors import CheckpointError, QuantPatchError, shown
 from quantpatch.export.checkpoint.saved import PluginNote
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.quantizer import named_quantizers
@@ -103,13 +103,14 @@ def _format_of(described: Any) -> NumberFormat | str | None:
     cls = _FORMATS.get(fields.pop("kind", None))
     wanted = () if cls is None else tuple(a.name for a in attrs.fields(cls))
     if cls is None or not fields.keys() <= set(wanted):
-        raise DescriptorError(
-            f"its format is of no kind that is known here: {', '.join(map(shown, described))}", field="format"
+        raise CheckpointError(
+            f"its format is of a kind that this version does not know: {', '.join(map(shown, described))}",
+            field="format",
         )
     if cls is Blocked:
         element = fields.get("element")
         if isinstance(element, dict) and element.get("kind") == "blocked":
-            raise DescriptorError("its format has blocks in its blocks", field="format")
+            raise CheckpointError("its format has blocks in its blocks", field="format")
         element = _format_of(element)
         # A plugin's is known by its name.
         fields["element"] = (
@@ -138,7 +139,7 @@ def descriptor_of(described: Mapping[str, Any]) -> QuantDescriptor:
     """
     unknown = described.keys() - _FIELDS
     if unknown:
-        raise DescriptorError(f"no descriptor has {', '.join(map(shown, sorted(unknown)))}")
+        raise CheckpointError(f"no descriptor has {', '.join(map(shown, sorted(unknown)))}")
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
     try:
         if "format" in fields:
@@ -147,7 +148,7 @@ def descriptor_of(described: Mapping[str, Any]) -> QuantDescriptor:
     except (TypeError, ValueError, RecursionError) as error:  # an argument is missing, a value has no repr
         if isinstance(error, QuantPatchError):
             raise
-        raise DescriptorError(f"its descriptor is damaged: {shown(error)}") from None
+        raise CheckpointError(f"its descriptor is damaged: {shown(error)}") from None
     registry.format(descriptor)
     return descriptor
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantpatch.errors import CheckpointError, InputError, listed, warn_caller
+from quantpatch.errors import ArgumentTypeError, CheckpointError, listed, warn_caller
 from quantpatch.export.checkpoint.structure import device_near
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.layers.range_state import RANGE_KEY, ZERO_POINT_KEY
@@ -43,7 +43,7 @@ def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = Non
     Raises:
         CheckpointError: The folder holds no checkpoint, or not one of this model, or no ranges; or it holds
             ranges that the model has no place for. The model is as it was.
-        InputError: The first argument is no model, or the second nothing of that kind.
+        ArgumentTypeError: The first argument is not a model, or the second not a checkpoint.
 
     Warns:
         QuantPatchWarning: It holds no range for some of the quantizers.
@@ -116,10 +116,11 @@ def _entries(checkpoint: Any) -> tuple[str, dict[str, tuple[int, ...] | None]]:
 
         checkpoint = FileSystemReader(checkpoint)
     elif not hasattr(checkpoint, "read_metadata"):
-        raise InputError(
+        raise ArgumentTypeError(
             f"expect_ranges takes the folder of a checkpoint of torch.distributed.checkpoint, a "
             f"StorageReader or a state_dict, not {type(checkpoint).__name__}. Write: "
-            f"qp.expect_ranges(model, 'checkpoint')"
+            f"qp.expect_ranges(model, 'checkpoint')",
+            argument="checkpoint",
         )
     try:
         found = checkpoint.read_metadata().state_dict_metadata

@@ -18,7 +18,7 @@ from typing import Any
 import attrs
 from torch import Tensor, nn
 
-from quantpatch.errors import CheckpointError, InputError, MissingExtraError, listed, shown
+from quantpatch.errors import ArgumentTypeError, CheckpointError, MissingExtraError, listed, shown
 from quantpatch.export.checkpoint import packing
 from quantpatch.export.checkpoint.description import describe
 from quantpatch.export.checkpoint.restore import Plan
@@ -257,11 +257,14 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
     Raises:
         CheckpointError: The file is no such file, is incomplete or newer, or does not fit the model; a
             plugin is not installed; a range is missing, negative or not finite. The model is untouched.
-        InputError: ``model`` is neither a model nor builds one.
+        ArgumentTypeError: ``model`` is neither a model nor builds one.
         MissingExtraError: safetensors is not installed.
     """
     if isinstance(path, nn.Module) or isinstance(model, (str, os.PathLike)):
-        raise InputError("load takes the model first: write load(model, path), or load(MyModel, path)")
+        raise ArgumentTypeError(
+            "load takes the model first: write load(model, path), or load(MyModel, path)",
+            argument="model",
+        )
     build = None if isinstance(model, nn.Module) or not callable(model) else model
     if build is None:
         demand_model(model, "load")

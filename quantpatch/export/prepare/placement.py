@@ -99,7 +99,8 @@ def prepare(
 
     Raises:
         ExportError: A batch norm is in training mode.
-        InputError: The first argument is no model, or the inputs are on another device.
+        ArgumentTypeError: The first argument is not a model.
+        InputError: The inputs are on another device.
         UnknownNameError: There is no such runtime.
 
     Warns:

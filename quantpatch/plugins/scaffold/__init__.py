@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from string import Template
 
-from quantpatch.errors import PluginError
+from quantpatch.errors import ArgumentError, FileError
 from quantpatch.plugins.hookspecs import API_VERSION
 from quantpatch.plugins.registry import registry
 from quantpatch.torch_tools.atomic_files import folder_written_whole, own_version
@@ -33,7 +33,8 @@ def new_plugin(name: str, folder: Path = Path()) -> Path:
         The distribution's folder. It is written whole or not at all.
 
     Raises:
-        PluginError: The name is no name for a plugin, or is taken; the folder exists, or cannot be written.
+        ArgumentError: A plugin cannot have the name, or one has it already.
+        FileError: The folder exists, or cannot be written.
     """
     _check(name)
     distribution = f"{_PREFIX}{name}"
@@ -51,31 +52,33 @@ def new_plugin(name: str, folder: Path = Path()) -> Path:
         with folder_written_whole(path) as draft:
             _write(_TEMPLATE, draft, values)
     except FileExistsError:
-        raise PluginError(
+        raise FileError(
             f"{path} exists already, and nothing in it was touched. Choose another name, or another folder "
             f"with --folder",
-            plugin=name,
+            path=str(path),
         ) from None
     except OSError as error:
-        raise PluginError(f"{path} cannot be written: {error}", plugin=name) from error
+        raise FileError(f"{path} cannot be written: {error}", path=str(path)) from error
     return path
 
 
 def _check(name: str) -> None:
     if not _NAME.fullmatch(name) or name.startswith(_PREFIX):
         plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).removeprefix(_PREFIX).strip("-0123456789")
-        raise PluginError(
-            f"{name!r} is no name for a plugin: expected small letters, digits and single hyphens, starting "
-            f"with a letter, without '{_PREFIX}'. Write: quantpatch new-plugin {plain or 'mylib'}",
-            plugin=name,
+        raise ArgumentError(
+            f"{name!r} is not a name for a plugin: expected small letters, digits and single hyphens, "
+            f"starting with a letter, without '{_PREFIX}'. Write: quantpatch new-plugin {plain or 'mylib'}",
+            argument="name",
+            value=name,
         )
     for info in registry.plugins():
         if info.name == name:
             whose = f" (from {info.distribution} {info.version})" if info.distribution else ""
-            raise PluginError(
+            raise ArgumentError(
                 f"a plugin named {name!r} is installed already{whose}, and two cannot have one name. Write, "
                 f"for instance: quantpatch new-plugin my-{name}",
-                plugin=name,
+                argument="name",
+                value=name,
             )
 
 

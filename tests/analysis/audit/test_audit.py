@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import quantpatch as qp
 import quantpatch.layers.operands
-from quantpatch.errors import CoverageError, InputError, PluginError
+from quantpatch.errors import ArgumentError, ArgumentTypeError, CheckError, InputError, PluginError
 from quantpatch.plugins.registry import registry
 
 
@@ -587,22 +587,22 @@ def test_a_scripted_part_is_told_of_with_nothing_to_paste():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "error", "message"),
     [
-        (nn.DataParallel(nn.Linear(4, 4)), r"audit\(model\.module"),
-        (nn.Linear, r"not its class: write audit\(Linear\(\.\.\.\)\)"),
-        ("model", "not 'model'"),
+        (nn.DataParallel(nn.Linear(4, 4)), ArgumentError, r"audit\(model\.module"),
+        (nn.Linear, ArgumentTypeError, r"not its class: write audit\(Linear\(\.\.\.\)\)"),
+        ("model", ArgumentTypeError, "not 'model'"),
     ],
     ids=["data-parallel", "class", "text"],
 )
-def test_what_is_no_model_of_its_own_is_refused(given, message):
-    with pytest.raises(InputError, match=message):
+def test_what_is_no_model_of_its_own_is_refused(given, error, message):
+    with pytest.raises(error, match=message):
         qp.audit(given, torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("minimum", [-0.1, 95])
 def test_a_minimum_is_a_share(minimum):
-    with pytest.raises(InputError, match="from 0 to 1"):
+    with pytest.raises(ArgumentError, match="from 0 to 1"):
         qp.audit(quantized(nn.Linear(4, 4)), torch.randn(2, 4), minimum=minimum)
 
 
@@ -619,7 +619,7 @@ def test_a_wrapper_that_runs_its_model_itself_hides_nothing():
 def test_a_minimum_that_is_not_met_raises_with_the_report_and_the_largest_culprit():
     model = quantized(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].input_quantizer.disable()
-    with pytest.raises(CoverageError, match=r"50\.0%.*at least 95\.0%.*'1'.*switched off") as caught:
+    with pytest.raises(CheckError, match=r"50\.0%.*at least 95\.0%.*'1'.*switched off") as caught:
         qp.audit(model, torch.randn(2, 4), minimum=0.95)
     assert caught.value.report.share == 0.5
     assert qp.audit(model, torch.randn(2, 4), minimum=0.5).share == 0.5

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import CheckpointError, InputError, MissingExtraError
+from quantpatch.errors import ArgumentTypeError, CheckpointError, MissingExtraError
 from quantpatch.export.checkpoint.packing import pack, unpack
 from quantpatch.export.checkpoint.save_load import float_state_dict, load, save
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Float, Integer, NumberFormat
@@ -470,10 +470,10 @@ def test_batch_norm_that_is_folded_on_one_side_alone_is_told_of(tmp_path: Path) 
 def test_load_takes_the_model_first_or_what_builds_it(tmp_path: Path) -> None:
     save(small(), tmp_path / "m.safetensors")
     assert isinstance(load(small, tmp_path / "m.safetensors"), nn.Module)
-    with pytest.raises(InputError, match=r"write load\(model, path\)"):
+    with pytest.raises(ArgumentTypeError, match=r"write load\(model, path\)"):
         load(tmp_path / "m.safetensors", small())
     for given in (3, lambda: 3):
-        with pytest.raises(InputError, match="load takes a model"):
+        with pytest.raises(ArgumentTypeError, match="load takes a model"):
             load(given, tmp_path / "m.safetensors")
 
 

@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import ExportError, MissingExtraError, PathError, QuantPatchWarning, UnknownNameError
+from quantpatch.errors import (
+    ExportError,
+    FileError,
+    MissingExtraError,
+    QuantPatchWarning,
+    UnknownNameError,
+)
 from quantpatch.export.onnx.export import export_onnx
 from quantpatch.export.onnx.sessions import session_options
 
@@ -408,9 +414,9 @@ def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         export_onnx(model, X, tmp_path / "m.onnx", runtime="tensortr")  # type: ignore[arg-type]
     for opset in (17, 99, "21", True):
         assert "opset is a number from 19 to" in str(refused(model, tmp_path / "m.onnx", opset=opset))
-    with pytest.raises(PathError, match="is a folder"):
+    with pytest.raises(FileError, match="is a folder"):
         export_onnx(model, torch.randn(3, 4), tmp_path)
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
+    with pytest.raises(FileError, match="there is no folder"):
         export_onnx(model, torch.randn(3, 4), tmp_path / "missing" / "m.onnx")
     assert "export the module inside" in str(refused(nn.DataParallel(model), tmp_path / "m.onnx"))
     monkeypatch.setitem(sys.modules, "onnxscript", None)

@@ -180,9 +180,9 @@ def test_audit_below_the_minimum_prints_its_report_and_exits_with_1(model_module
     [
         (["audit", "cli_model", "--input", "2,4"], "package.module:build"),
         (["audit", "cli_model:nothing", "--input", "2,4"], "cannot find 'cli_model:nothing'"),
-        (["audit", "cli_model:build", "--input", "2x4"], "no shape"),
+        (["audit", "cli_model:build", "--input", "2x4"], "is not a shape"),
         (["audit", "cli_model:build", "--input", "2,4:half"], "1,128:int for indices"),
-        (["audit", "cli_model:build", "--input", "2,-4"], "no shape"),
+        (["audit", "cli_model:build", "--input", "2,-4"], "is not a shape"),
         (["audit", "cli_model:build", "--input", "2,5"], "the model failed on inputs of shape 2,5"),
         (["audit", "os:getcwd", "--input", "2,5"], "expected a model"),
         (["layers", "--skip", "Linaer"], "Did you mean 'Linear'"),

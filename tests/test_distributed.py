@@ -197,7 +197,7 @@ def calibration(found, rank):
     qp.registry.register(sys.modules[__name__], "failing")
     for method in ("between", "end"):
         model = quantized(calibrated=False)
-        found[method] = message(qp.calibrate, model, [DATA[0]], method), ranges(model)
+        found[method] = message(qp.calibrate, model, [DATA[0]], method=method), ranges(model)
     lone = FailsWhilePuttingTogether(Integer(8))
     lone.collect(DATA[0])
     found["lone"] = message(lone.synchronize)

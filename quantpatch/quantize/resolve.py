@@ -1,6 +1,7 @@
 """``resolve(table, target)``: what becomes of a class or function in a block, and why.
 
-Blocks, ``convert``, ``explain``, ``quantpatch layers`` and ``audit`` all ask here.
+Blocks (of what no hook has replaced), ``convert``, ``explain`` and ``audit`` all ask here;
+``quantpatch layers`` prints the table that it decides by.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Further channels of zeros, which let ONNX Runtime take faster kernels: the same values, see ``kernels``."""
+"""More channels of zeros, for ONNX Runtime to take faster kernels: the same values (``fast_kernels.py``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolutions and pools as ONNX Runtime runs them fast on a CPU: the same values, as in ``kernels``."""
+"""Convolutions and pools as ONNX Runtime runs them fast on a CPU: the same values, as in ``fast_kernels``."""
 
 from __future__ import annotations
 

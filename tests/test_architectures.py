@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import quantpatch as qp
-from quantpatch.layers.operands import Add, Cat
+from quantpatch.layers.operations import Add, Cat
 
 
 class Residual(nn.Module):

@@ -56,8 +56,8 @@ def quantpatch_entries() -> Iterable[Entry]:
         for family, names in FAMILIES.items()
         for name in names
     ]
-    operands = "quantpatch.layers.operands"
-    return layers + [Entry(operands, name, f"{operands}:Quant{name}") for name in OPERATIONS]
+    module = "quantpatch.layers.operations"
+    return layers + [Entry(module, name, f"{module}:Quant{name}") for name in OPERATIONS]
 
 
 @hookimpl

@@ -1,7 +1,20 @@
 """The verbs: blocks, ``convert`` and ``revert``, ``configure``, ``calibrate``, ``explain``.
 
-What decides is here too: ``targets.py`` what a target is, ``compose.py`` which entry wins for it,
-``resolve.py`` what becomes of a class and ``reasons.py`` why, ``outcome.py`` what came of it.
+======================  ===========================================================================
+scope.py                ``quantize_modules`` and ``keep_float``; options.py what they are given
+quantizing_block.py     one block: what it replaces, and its end
+resolve.py              what becomes of a class, with the reason (reasons.py) as a value
+compose.py              the table that it decides by; patterns.py what ``skip`` and ``include`` mean
+targets.py              what a target is, and whether a replacement can take its place
+outcome.py              what came out
+convert.py, explain.py  the same for models that exist, and in words
+configure.py            quantizers by name; rules.py checks the rules
+calibrate.py            ranges from data; calibration.py is one calibration, to_calibrate.py of what
+call_ranges.py          what a calibration reports: layers called on tensors of several ranges,
+weight_reads.py         weights that a forward reads itself,
+late_ranges.py          and ranges that come too late for an optimizer
+zero_points.py          ``fit_zero_points``
+======================  ===========================================================================
 """
 
 from quantpatch.quantize.calibrate import calibrate, calibrating

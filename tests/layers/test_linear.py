@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 import quantpatch as qp
 from quantpatch.errors import ExportError, LayerError
 from quantpatch.layers import QuantBilinear, QuantConv2d, QuantizedLayer, QuantLinear
-from quantpatch.layers.operands import Cat
+from quantpatch.layers.operations import Cat
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 

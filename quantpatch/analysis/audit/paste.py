@@ -40,7 +40,7 @@ _SPELLINGS: dict[str, tuple[str | None, ...]] = {
 }
 _NAMESPACES = {"torch": torch, "F": F, "linalg": torch.linalg}
 _MODULES_FOR_IT = (
-    "Let its forward call modules of quantpatch.layers.operands for them (MatMul, ScaledDotProductAttention "
+    "Let its forward call modules of quantpatch.layers for them (MatMul, ScaledDotProductAttention "
     "...), which are quantized like any layer"
 )
 
@@ -335,7 +335,7 @@ def _code(cls: type[Any], trial: _Trial) -> str:
     lines += [f"    # Stays float: {left}." for left in trial.left]
     if trial.left and F.scaled_dot_product_attention in declared.operations:
         lines += [
-            "    # quantpatch.layers.operands.ScaledDotProductAttention, as a module that forward calls,",
+            "    # quantpatch.layers.ScaledDotProductAttention, as a module that forward calls,",
             "    # quantizes the probabilities as well.",
         ]
     lines += [

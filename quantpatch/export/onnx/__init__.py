@@ -1,4 +1,16 @@
-"""ONNX files that compute the model's integers, and the checks that they do."""
+"""ONNX files that compute the model's integers, and the checks that they do.
+
+======================  ===========================================================================
+export.py               ``export_onnx``, from the model to the report (comparison.py)
+capture.py              the model traced, each quantizer as an operator (lowered_quantizers.py)
+operators.py            these operators, and recurrent_operators.py, as ONNX has them
+tidy.py                 passes over the graph; graph.py what they are made of
+fast_kernels.py         passes for ONNX Runtime: channels.py, convolutions.py, integers.py, weights.py
+check.py                the file run beside the model; optimized_check.py with optimizations on,
+kernel_check.py         each integer kernel alone,
+latency.py              and the time beside the float file
+======================  ===========================================================================
+"""
 
 from quantpatch.export.onnx.comparison import Comparison, ExportReport
 from quantpatch.export.onnx.export import export_onnx

@@ -147,7 +147,7 @@ class Rules:
         if any(self._spot(value) is None for value in wanted):
             self.skipped[operator.module] = (
                 "what it adds or concatenates is computed there by functions, and only the output of a "
-                "module can be quantized: use modules, such as nn.ReLU or quantpatch.layers.operands.Add"
+                "module can be quantized: use modules, such as nn.ReLU or quantpatch.layers.Add"
             )
             return
         for value in wanted:

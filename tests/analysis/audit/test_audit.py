@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import quantpatch as qp
-import quantpatch.layers.operands
+import quantpatch.layers
 from quantpatch.errors import ArgumentError, ArgumentTypeError, CheckError, InputError, PluginError
 from quantpatch.plugins.registry import registry
 
@@ -293,7 +293,7 @@ def test_modules_for_operations_are_covered_without_a_replacement():
     class Mended(nn.Module):
         def __init__(self):
             super().__init__()
-            self.product = quantpatch.layers.operands.MatMul()
+            self.product = quantpatch.layers.MatMul()
 
         def forward(self, x):
             return self.product(x, x.T)
@@ -806,7 +806,7 @@ def test_weights_that_are_switched_off_or_of_float_layers_do_not_count():
 
 
 def test_products_of_activations_have_no_weights():
-    model = Wrapped(lambda self, x: self.product(x, x.mT), product=quantpatch.layers.operands.MatMul())
+    model = Wrapped(lambda self, x: self.product(x, x.mT), product=quantpatch.layers.MatMul())
     qp.convert(model)
     (row,) = qp.audit(model, torch.randn(2, 3)).rows
     assert row.weights == ()

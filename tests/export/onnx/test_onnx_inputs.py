@@ -16,7 +16,7 @@ import quantpatch as qp
 from quantpatch.errors import ExportError
 from quantpatch.export.onnx.export import export_onnx
 from quantpatch.layers.embedding import QuantEmbedding
-from quantpatch.layers.operands import Add
+from quantpatch.layers.operations import Add
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

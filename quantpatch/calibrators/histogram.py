@@ -203,7 +203,24 @@ class HistogramCalibrator(Calibrator):
             self._counts = merge(self._counts, merged)
 
 
-class EntropyCalibrator(HistogramCalibrator):
+class _SearchingCalibrator(HistogramCalibrator):
+    """A calibrator that tries every range from ``start_bin`` bins on."""
+
+    def __init__(
+        self,
+        format: NumberFormat,
+        axis: int | tuple[int, ...] | None = None,
+        *,
+        num_bins: int | None = None,
+        start_bin: int = 1,
+    ) -> None:
+        super().__init__(format, axis, num_bins=num_bins)
+        if start_bin < 1:  # before the data is collected, not after
+            raise OptionError(f"start_bin must be at least 1, got {start_bin!r}")
+        self.start_bin = start_bin
+
+
+class EntropyCalibrator(_SearchingCalibrator):
     """The range whose quantized distribution is nearest in Kullback-Leibler divergence (TensorRT).
 
     See :func:`quantpatch.calibrators.thresholds.entropy_threshold`.
@@ -228,14 +245,13 @@ class EntropyCalibrator(HistogramCalibrator):
         num_bins: int = 2048,
         start_bin: int = 128,
     ) -> None:
-        super().__init__(format, axis, num_bins=num_bins)
-        self.start_bin = _checked_start_bin(start_bin)
+        super().__init__(format, axis, num_bins=num_bins, start_bin=start_bin)
 
     def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
         return entropy_threshold(counts, bin_width, self.format, start_bin=self.start_bin)
 
 
-class MSECalibrator(HistogramCalibrator):
+class MSECalibrator(_SearchingCalibrator):
     """The range with the least mean squared error.
 
     See :func:`quantpatch.calibrators.thresholds.mse_threshold`.
@@ -250,22 +266,11 @@ class MSECalibrator(HistogramCalibrator):
         ArgumentError: An option is out of range.
     """
 
-    def __init__(
-        self,
-        format: NumberFormat,
-        axis: int | tuple[int, ...] | None = None,
-        *,
-        num_bins: int | None = None,
-        start_bin: int = 1,
-    ) -> None:
-        super().__init__(format, axis, num_bins=num_bins)
-        self.start_bin = _checked_start_bin(start_bin)
-
     def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
         return mse_threshold(counts, bin_width, self.format, start_bin=self.start_bin)
 
 
-class SQNRCalibrator(HistogramCalibrator):
+class SQNRCalibrator(_SearchingCalibrator):
     """The range with the best ratio of signal to quantization noise, clipping counted more.
 
     See :func:`quantpatch.calibrators.thresholds.sqnr_threshold`.
@@ -290,8 +295,7 @@ class SQNRCalibrator(HistogramCalibrator):
         start_bin: int = 1,
         clip_weight: float = 3.0,
     ) -> None:
-        super().__init__(format, axis, num_bins=num_bins)
-        self.start_bin = _checked_start_bin(start_bin)
+        super().__init__(format, axis, num_bins=num_bins, start_bin=start_bin)
         if not 0.0 <= clip_weight < math.inf:
             raise ArgumentError(
                 f"clip_weight must be finite and not negative, got {clip_weight!r}",
@@ -341,12 +345,3 @@ class PercentileCalibrator(HistogramCalibrator):
 
     def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
         return percentile_threshold(counts, bin_width, percentile=self.percentile)
-
-
-def _checked_start_bin(start_bin: int) -> int:
-    """Complains before the data is collected, not after."""
-    if start_bin < 1:
-        raise ArgumentError(
-            f"start_bin must be at least 1, got {start_bin!r}", argument="start_bin", value=start_bin
-        )
-    return start_bin

@@ -75,6 +75,19 @@ def _entries(given: list[str] | None) -> list[tuple[str, str, str]]:
     return found
 
 
+def _block(
+    recipe: str | None,
+    skip: list[str] | None,
+    custom: list[str] | None,
+    include: list[str] | None,
+    plugins: list[str] | None,
+    subclasses: bool | None,
+) -> dict[str, Any]:
+    """The options of a block, as ``quantize_modules`` takes them."""
+    lists = {"skip": skip or (), "custom": _entries(custom), "include": include or ()}
+    return {"recipe": recipe, **lists, "plugins": plugins, "subclasses": subclasses}
+
+
 def _print(what: Any) -> None:
     # Where nobody looks at a terminal, nothing is cut off to fit one.
     typer.echo(shown(as_text(what, of_names=True), 10_000_000, keep="\n"))
@@ -152,18 +165,14 @@ def recipes(as_json: AsJson = False) -> None:
 def _descriptor(descriptor: QuantDescriptor | None) -> dict[str, Any] | None:
     if descriptor is None:
         return None
-    return {**attrs.asdict(descriptor, recurse=False), "format": _format(descriptor)}
-
-
-def _format(descriptor: QuantDescriptor) -> str:
-    return registry.format(descriptor).name
+    return {**attrs.asdict(descriptor, recurse=False), "format": registry.format(descriptor).name}
 
 
 def _in_words(descriptor: QuantDescriptor | None) -> str:
     """A descriptor for a cell of a table: its format, which ranges it has, and where they are from."""
     if descriptor is None:
         return "float"
-    parts = [_format(descriptor)]
+    parts = [registry.format(descriptor).name]
     if descriptor.axis not in (None, REDUCTION):  # blocks run along it by nature
         parts.append("per channel" if descriptor.axis == CHANNEL else f"axis {descriptor.axis}")
     if descriptor.dynamic:
@@ -265,16 +274,8 @@ def explain_command(
 ) -> None:
     """Say who would replace a class in a block, who would not, and why."""
     _look_here()
-    found = explain(
-        target,
-        recipe=recipe,
-        skip=skip or (),
-        custom=_entries(custom),
-        include=include or (),
-        plugins=plugin,
-        subclasses=subclasses,
-    )
-    _print_report(found, as_json)
+    block = _block(recipe, skip, custom, include, plugin, subclasses)
+    _print_report(explain(target, **block), as_json)
 
 
 @app.command("run", context_settings={"allow_interspersed_args": False})
@@ -314,12 +315,7 @@ def run_command(
     for option in [option for option, value in asked.items() if value and not calibrate]:
         raise typer.BadParameter("it is for calibration: add --calibrate N", param_hint=option)
     settings = RunSettings(
-        recipe=recipe,
-        skip=skip or (),
-        custom=_entries(custom),
-        include=include or (),
-        plugins=plugin,
-        subclasses=subclasses,
+        **_block(recipe, skip, custom, include, plugin, subclasses),
         calibrate=calibrate,
         method=method,
         weight_method=weight_method,
@@ -390,15 +386,7 @@ def audit_command(
     The exit code is 1 if that is below --minimum.
     """
     function, tensors = _build(build), [_tensor(text) for text in inputs]
-    block = quantize_modules(
-        recipe=recipe,
-        skip=skip or (),
-        custom=_entries(custom),
-        include=include or (),
-        plugins=plugin,
-        subclasses=subclasses,
-    )
-    with block:
+    with quantize_modules(**_block(recipe, skip, custom, include, plugin, subclasses)):
         model = function() if callable(function) else function
     if not isinstance(model, torch.nn.Module):
         raise ArgumentTypeError(

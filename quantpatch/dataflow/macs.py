@@ -119,21 +119,12 @@ def _fast_attention(args: tuple[Any, ...], result: Any) -> Iterator[Product[Tens
 
 
 _MULTIPLYING: dict[str, Callable[[tuple[Any, ...], Any], Iterator[Product[Tensor]]]] = {
-    "mm": _matmul(0),
-    "bmm": _matmul(0),
-    "mv": _matmul(0),
-    "dot": _matmul(0),
-    "matmul": _matmul(0),
-    "linear": _matmul(0),
-    "_int_mm": _matmul(0),
-    "_scaled_mm": _matmul(0),
-    "addmm": _matmul(1),
-    "addmv": _matmul(1),
-    "baddbmm": _matmul(1),
+    **dict.fromkeys(
+        ("mm", "bmm", "mv", "dot", "vdot", "matmul", "linear", "_int_mm", "_scaled_mm"), _matmul(0)
+    ),
+    **dict.fromkeys(("addmm", "addmv", "baddbmm", "_addmm_activation"), _matmul(1)),
     "addbmm": _summed_batches,
-    "vdot": _matmul(0),
     "conv_tbc": _convolution_time_first,
-    "_addmm_activation": _matmul(1),
     "_grouped_mm": _grouped,
     "convolution": _convolution,
     "_convolution": _convolution,
@@ -142,11 +133,13 @@ _MULTIPLYING: dict[str, Callable[[tuple[Any, ...], Any], Iterator[Product[Tensor
     "_cudnn_rnn": _cudnn_rnn,
     "_transformer_encoder_layer_fwd": _fast_encoder_layer,
     "_native_multi_head_attention": _fast_attention,
-    "_scaled_dot_product_flash_attention": _attention,
-    "_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "_scaled_dot_product_efficient_attention": _attention,
-    "_scaled_dot_product_cudnn_attention": _attention,
-    "_scaled_dot_product_fused_attention_overrideable": _attention,
+    **{
+        f"_scaled_dot_product_{name}": _attention
+        for name in (
+            *("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"),
+            "fused_attention_overrideable",
+        )
+    },
 }
 
 

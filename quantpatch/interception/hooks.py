@@ -200,19 +200,25 @@ class _ClassSlot(Slot):
         return init
 
 
-class _RootSlot(_ClassSlot):
-    """``__init__`` of a class whose subclasses are watched."""
+class _MarkedSlot(Slot):
+    """One whose hook is a plain function, with a mark."""
 
     __slots__ = ()
-
-    def check(self, replacement: Any) -> None:
-        raise TypeError(f"{self.target.__qualname__} is what all modules are made of")
 
     def _is_hook_of_mine(self, found: Any) -> bool:
         return _Mark.of(found, self) is not None
 
     def _displaced_by(self, hook: Any) -> Any:
         return vars(hook)[_MARK].displaced
+
+
+class _RootSlot(_MarkedSlot, _ClassSlot):
+    """``__init__`` of a class whose subclasses are watched."""
+
+    __slots__ = ()
+
+    def check(self, replacement: Any) -> None:
+        raise TypeError(f"{self.target.__qualname__} is what all modules are made of")
 
     def uninstall(self) -> bool:
         super().uninstall()
@@ -233,7 +239,7 @@ class _RootSlot(_ClassSlot):
         return __init__
 
 
-class _FunctionSlot(Slot):
+class _FunctionSlot(_MarkedSlot):
     """A function under its name in a module: a dispatcher stands in its place."""
 
     __slots__ = ()
@@ -248,12 +254,6 @@ class _FunctionSlot(Slot):
             raise TypeError(f"the target is a function, and {replacement!r} is none")
         if replacement is self.target:
             raise TypeError("it is the target itself")
-
-    def _is_hook_of_mine(self, found: Any) -> bool:
-        return _Mark.of(found, self) is not None
-
-    def _displaced_by(self, hook: Any) -> Any:
-        return vars(hook)[_MARK].displaced
 
     def _write(self, value: Any) -> None:
         if value is not MISSING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -316,9 +316,12 @@ class QuantizedLayer:
         quantizer = self.quantizer("output")
         if quantizer is None:
             return output
-        if isinstance(output, tuple):
-            return (quantizer(output[0]), *output[1:])
-        return quantizer(output)
+        return quantized_output(quantizer, output)
+
+
+def quantized_output(quantizer: TensorQuantizer, output: Any) -> Any:
+    """What a module returns, quantized; of a tuple its first element."""
+    return (quantizer(output[0]), *output[1:]) if isinstance(output, tuple) else quantizer(output)
 
 
 def make_replacement(name: str, bases: tuple[type[Any], ...], members: Mapping[str, Any]) -> type[Any]:
@@ -362,11 +365,23 @@ def _shaped(layer: Any, operand: str) -> torch.Tensor | None:
     return weight if isinstance(weight, torch.Tensor) and not is_lazy(weight) else None
 
 
+def named_layers(model: nn.Module) -> dict[str, Any]:
+    """Every quantized layer of a model by its qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def quantized_weights(model: nn.Module) -> Iterator[tuple[str, Any, str, TensorQuantizer]]:
+    """Each weight that has a quantizer: that one's name, the layer, the weight's name in it, and it."""
+    for name, layer in named_layers(model).items():
+        for operand in layer.weight_axes():
+            quantizer = layer.quantizer(operand)
+            if quantizer is not None:
+                yield f"{name}.{quantizer_name(operand)}".lstrip("."), layer, operand, quantizer
+
+
 def weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:
     """The quantizers of a model's weights."""
-    layers = (m for m in model.modules() if isinstance(m, QuantizedLayer))
-    found = (layer.quantizer(name) for layer in layers for name in layer.weight_axes())
-    return {quantizer for quantizer in found if quantizer is not None}
+    return {quantizer for *_, quantizer in quantized_weights(model)}
 
 
 # Activations of (batch, channels, ...): counted from the end, as torch lets the batch axis be left out.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantpatch.layers.base import QuantizedLayer, quantizer_name
+from quantpatch.layers.base import QuantizedLayer, quantized_output, quantizer_name
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools import nn
@@ -20,12 +20,8 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 def _quantized_output(module: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook; of a tuple the first element is quantized, as in a quantized layer."""
-    quantizer = module._modules.get(_OUTPUT)
-    if quantizer is None:
-        return output
-    if isinstance(output, tuple):
-        return (quantizer(output[0]), *output[1:])
-    return quantizer(output)
+    quantizer: Any = module._modules.get(_OUTPUT)
+    return output if quantizer is None else quantized_output(quantizer, output)
 
 
 def can_hold(module: nn.Module) -> bool:

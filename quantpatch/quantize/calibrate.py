@@ -16,70 +16,8 @@ from quantpatch.torch_tools.forward import demand_model, run_over
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
 
 
-def calibrating(
-    model: nn.Module,
-    *,
-    method: str | None = None,
-    weight_method: str | None = None,
-    zero_points: bool = False,
-    existing: Existing = "error",
-    strict: bool = True,
-    group: dist.ProcessGroup | None = None,
-    **options: Any,
-) -> Calibration:
-    """A block in which the model runs in float and in eval mode and its quantizers collect statistics.
-
-    ::
-
-        with calibrating(model, method="entropy") as calibration:
-            for images, _ in loader:
-                model(images)
-        print(calibration.report)
-
-    Where no range is to be found, as of formats that take it from each tensor, or with ``existing="keep"``
-    and none missing, nothing is done, and the logger ``quantpatch`` says so.
-
-    Ranges are set when the block ends. If it raises, or a range cannot be found, none is set and every
-    quantizer and module is in the state it was in. With ``torch.distributed`` initialised, every rank must
-    calibrate: statistics are put together over all ranks first, and where one rank fails all of them raise.
-
-    Args:
-        model: Holds the quantizers.
-        method: Name of the calibrator for activations, such as ``"max"``, ``"entropy"``, ``"mse"``,
-            ``"percentile"``; default: what each quantizer's descriptor says.
-        weight_method: The same for weights.
-        zero_points: Whether symmetric ranges of activations get a zero point where data needs less on one
-            side of 0; ``fit_zero_points`` says how. A method that looks for a threshold does so for the
-            integers that the longer side has then. Zero points that were found so before are looked for anew
-            with their ranges; those that a descriptor asks for stay.
-        existing: What becomes of ranges that are known already: ``"error"`` raises one, ``"keep"`` leaves
-            them and finds those of the other quantizers, ``"overwrite"`` finds them all anew.
-        strict: Quantizers that saw no data, or only zeros, are an error; otherwise a warning names
-            them, and they stay as they are: without a range they take that of each tensor. Those of a layer
-            that does not run because a forward reads its weight itself are never an error: they are
-            switched off, and a warning names the layer.
-        group: The ranks that hold this model; None for all. Of a pipeline's stages each is its own model.
-        **options: Handed to the calibrators of activations, such as ``percentile=99.9``.
-
-    Returns:
-        The block; its ``report`` says what it did, once it is over.
-
-    Raises:
-        CalibrationError: There is no quantizer, ranges are known already, the data holds NaN
-            or infinity, (``strict``) a quantizer saw no data or only zeros, or another rank failed.
-        ArgumentError: ``existing`` is none of the three, or an option of the calibrator is out of range.
-        UnknownNameError: There is no calibrator of that name.
-    """
-    return Calibration(
-        model,
-        method=method,
-        weight_method=weight_method,
-        zero_points=zero_points,
-        existing=existing,
-        strict=strict,
-        group=group,
-        **options,
-    )
+#: A block in which ranges are found; ``calibrate`` is one around a run over data.
+calibrating = Calibration
 
 
 def calibrate(

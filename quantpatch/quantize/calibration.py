@@ -36,22 +36,47 @@ _LOGGER = logging.getLogger("quantpatch")
 
 
 class Calibration:
-    """A block in which a model runs and its quantizers collect statistics; their ranges are set at its end.
+    """A block in which the model runs in float and in eval mode and its quantizers collect statistics.
 
-    If the block raises, or a range cannot be found, none is set and every quantizer and module is in the
-    state it was in.
+    ::
+
+        with calibrating(model, method="entropy") as calibration:
+            for images, _ in loader:
+                model(images)
+        print(calibration.report)
+
+    Where no range is to be found, as of formats that take it from each tensor, or with ``existing="keep"``
+    and none missing, nothing is done, and the logger ``quantpatch`` says so.
+
+    Ranges are set when the block ends. If it raises, or a range cannot be found, none is set and every
+    quantizer and module is in the state it was in. With ``torch.distributed`` initialised, every rank must
+    calibrate: statistics are put together over all ranks first, and where one rank fails all of them raise.
 
     Args:
-        model: As in :func:`quantpatch.calibrating`, like the rest.
-        method: See there.
-        weight_method: See there.
-        zero_points: See there.
-        existing: See there.
-        strict: See there.
-        group: See there.
+        model: Holds the quantizers.
+        method: Name of the calibrator for activations, such as ``"max"``, ``"entropy"``, ``"mse"``,
+            ``"percentile"``; default: what each quantizer's descriptor says.
+        weight_method: The same for weights.
+        zero_points: Whether symmetric ranges of activations get a zero point where data needs less on one
+            side of 0; ``fit_zero_points`` says how. A method that looks for a threshold does so for the
+            integers that the longer side has then. Zero points that were found so before are looked for anew
+            with their ranges; those that a descriptor asks for stay.
+        existing: What becomes of ranges that are known already: ``"error"`` raises one, ``"keep"`` leaves
+            them and finds those of the other quantizers, ``"overwrite"`` finds them all anew.
+        strict: Quantizers that saw no data, or only zeros, are an error; otherwise a warning names
+            them, and they stay as they are: without a range they take that of each tensor. Those of a layer
+            that does not run because a forward reads its weight itself are never an error: they are
+            switched off, and a warning names the layer.
+        group: The ranks that hold this model; None for all. Of a pipeline's stages each is its own model.
         passive: Whether the model runs as it would without this, in its mode and with gradients, is never run
             once more, and what a range could not be found for stands in the report alone.
-        **options: See there.
+        **options: Handed to the calibrators of activations, such as ``percentile=99.9``.
+
+    Raises:
+        CalibrationError: There is no quantizer, ranges are known already, the data holds NaN
+            or infinity, (``strict``) a quantizer saw no data or only zeros, or another rank failed.
+        OptionError: ``existing`` is none of the three, or an option of the calibrator is out of range.
+        UnknownNameError: There is no calibrator of that name.
 
     Attributes:
         quantizers: Those that ranges are looked for, by name, while the block is open and after it.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from quantpatch.errors import listed, warn_caller
-from quantpatch.layers.base import QuantizedLayer, weight_quantizers
+from quantpatch.layers.base import named_layers, weight_quantizers
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.layers.recurrent import QuantizedRecurrent
 from quantpatch.numerics.fake_quant import what_is_odd_about
@@ -67,7 +67,7 @@ class CallRanges:
         self._handles = [
             self._runner.register_forward_pre_hook(begins),
             self._runner.register_forward_hook(ends, always_call=True),
-            *(layer.register_forward_pre_hook(enters) for layer in self._layers()),
+            *(layer.register_forward_pre_hook(enters) for layer in named_layers(self._model).values()),
             *(quantizer.register_forward_pre_hook(sees) for quantizer in watched),
         ]
         return self
@@ -77,15 +77,12 @@ class CallRanges:
             handle.remove()
         self._handles, self._running, self._passes = [], False, _PASSES
 
-    def _layers(self) -> Iterator[nn.Module]:
-        return (m for m in self._model.modules() if isinstance(m, QuantizedLayer))
-
     def _watched(self) -> Iterator[TensorQuantizer]:
         """Those of activations with one range, found beforehand. Steps of a recurrent layer are no calls."""
         of_weights = weight_quantizers(self._model)
         stepping: tuple[type[Any], ...] = (QuantizedRecurrent, nn.RNNCellBase)
-        for layer in self._model.modules():
-            if isinstance(layer, stepping) or not isinstance(layer, QuantizedLayer):
+        for layer in named_layers(self._model).values():
+            if isinstance(layer, stepping):
                 continue
             for quantizer in layer.quantizers().values():
                 one = quantizer.descriptor.kept_axes is None and quantizer.format.block_size is None

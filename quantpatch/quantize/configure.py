@@ -13,7 +13,7 @@ from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.quantize.late_ranges import telling_of_late_ranges
 from quantpatch.quantize.rules import EDGES, Matcher, Rules, Value, checked_rules, fits, shown_matcher
-from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
+from quantpatch.recipes.descriptor import EVERY_OPERAND, QuantDescriptor, Recipe
 from quantpatch.report.changes import ChangeReport
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.forward import demand_model
@@ -41,7 +41,7 @@ class _Place:
         """What a recipe wants here; None for float."""
         if isinstance(self.holder, QuantizedLayer):
             known = _operands(self.holder, recipe)
-            if self.own_name in known or self.own_name in _operands(self.holder, _EVERYTHING):
+            if self.own_name in known or self.own_name in _operands(self.holder, EVERY_OPERAND):
                 return known.get(self.own_name)
         # Somebody's own, such as one that prepare() placed behind a ReLU, for the layers that take it.
         return None if recipe.input is None else recipe.input.for_axes(None, -1)
@@ -135,9 +135,6 @@ def apply_rules(models: Sequence[nn.Module], rules: Rules) -> None:
                 holder.make_room_for_ranges()
 
 
-_EVERYTHING = Recipe(name="everything", output=QuantDescriptor(), hidden=QuantDescriptor())
-
-
 def _places(model: nn.Module) -> Iterable[_Place]:
     modules = dict(model.named_modules())
     layers = [module for module in modules.values() if isinstance(module, QuantizedLayer)]
@@ -151,7 +148,7 @@ def _places(model: nn.Module) -> Iterable[_Place]:
 
 def _own_names(holder: nn.Module) -> Iterable[str]:
     """Names of the quantizers that a module has, or could have if it is a quantized layer."""
-    could_have = _operands(holder, _EVERYTHING) if isinstance(holder, QuantizedLayer) else {}
+    could_have = _operands(holder, EVERY_OPERAND) if isinstance(holder, QuantizedLayer) else {}
     has = [name for name, module in holder._modules.items() if isinstance(module, TensorQuantizer)]
     return dict.fromkeys([*could_have, *has])
 

@@ -14,7 +14,7 @@ import attrs
 import torch
 
 from quantpatch.errors import ConversionError
-from quantpatch.layers.base import QuantizedLayer, quantizers_of
+from quantpatch.layers.base import QuantizedLayer, named_layers, quantizers_of
 from quantpatch.layers.placed import placed_in, take_out
 from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.layers.subclass import take_over
@@ -82,7 +82,7 @@ def convert(
     """
     options = Options.of(recipe, skip, custom, include, plugins, subclasses)
     _refuse_wrapped(model, "convert")
-    already = [name for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
+    already = list(named_layers(model))
     if already:
         raise ConversionError(
             f"{type(model).__name__} is quantized already ({len(already)} layers, such as {already[0]!r}); "
@@ -174,9 +174,7 @@ def revert(model: nn.Module) -> ChangeReport:
         ConversionError: The model holds no quantized layer.
     """
     _refuse_wrapped(model, "revert")
-    layers: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)
-    }
+    layers = named_layers(model)
     if not layers:
         raise ConversionError(f"{type(model).__name__} holds no quantized layer, so nothing can be reverted")
     for layer in layers.values():
@@ -215,5 +213,5 @@ def quantized(
     try:
         yield conversion
     finally:
-        if any(isinstance(module, QuantizedLayer) for module in model.modules()):  # not reverted in there
+        if named_layers(model):  # not reverted in there
             revert(model)

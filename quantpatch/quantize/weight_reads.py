@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 
@@ -56,13 +55,13 @@ class FirstCall:
         modules = dict(self._model.named_modules())
         owners = {name: modules.get(name.rpartition(".")[0]) for name in quantizers}
         layers = {layer: None for layer in owners.values() if isinstance(layer, QuantizedLayer)}
-        seen = self._seen(list(layers))
+        readers, quantized = self._seen(list(layers))
         names = {module: name for name, module in modules.items()}
         for name, layer in owners.items():
-            if seen is not None and layer in seen.readers:
+            if layer in readers:
                 self._switched_off.append(name)
-                if layer not in seen.quantized:
-                    self._float[name.rpartition(".")[0]] = names.get(seen.readers[layer], "")
+                if layer not in quantized:
+                    self._float[name.rpartition(".")[0]] = names.get(readers[layer], "")
         return self._switched_off
 
     def switch_off(self) -> None:
@@ -87,10 +86,15 @@ class FirstCall:
             f"replace the class of that forward: qp.audit has the code"
         )
 
-    def _seen(self, layers: list[Any]) -> _Reads | None:
-        """What a run shows of the weights of these layers; None if the model does not run again."""
+    def _seen(self, layers: list[Any]) -> tuple[dict[Any, nn.Module], set[Any]]:
+        """What a run shows of the weights of these layers; nothing if the model does not run again.
+
+        Returns:
+            By layer the first module that reads a weight of it and does not hold it as its own; and the
+            layers whose weights go through a quantizer.
+        """
         if self._call is None or not layers:
-            return None
+            return {}, set()
         args, kwargs = self._call
         try:
             with (
@@ -107,29 +111,15 @@ class FirstCall:
                 with torch.random.fork_rng(devices=[]):
                     self._runner(*args, **kwargs)
         except Exception:  # it ran before; if it does not twice, nothing more is known of its layers
-            return None
-        reads = _Reads()
+            return {}, set()
+        readers: dict[Any, nn.Module] = {}
         for value, (weight, layer) in weights.items():
             for operator in value.uses:
                 # A module that holds the parameter too, such as an embedding that is tied, is a layer itself.
                 if not _holds(operator.stack[-1], weight):
-                    reads.readers.setdefault(layer, operator.stack[-1])
+                    readers.setdefault(layer, operator.stack[-1])
         given = {value for values in recorder.flow.quantized.values() for value in values}
-        reads.quantized.update(layer for value, (_, layer) in weights.items() if value in given)
-        return reads
-
-
-@attrs.define
-class _Reads:
-    """What a run shows of weights.
-
-    Attributes:
-        readers: By layer, the first module that reads a weight of it and does not hold it as its own.
-        quantized: The layers whose weights go through a quantizer.
-    """
-
-    readers: dict[Any, nn.Module] = attrs.field(factory=dict)
-    quantized: set[Any] = attrs.field(factory=set)
+        return readers, {layer for value, (_, layer) in weights.items() if value in given}
 
 
 def _weights(layer: Any) -> Iterator[Tensor]:

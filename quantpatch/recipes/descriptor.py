@@ -259,3 +259,7 @@ class Recipe:
             UnknownNameError: There is no such field.
         """
         return _replaced(self, changes)
+
+
+#: Of which a layer tells every operand that it can have a quantizer for.
+EVERY_OPERAND = Recipe(name="every operand", output=QuantDescriptor(), hidden=QuantDescriptor())

@@ -16,13 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from quantpatch.export.checkpoint.save_load import float_state_dict
 from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.testing.checks import check, demand_close, demand_equal
-from quantpatch.testing.subject import (
-    Broken,
-    NotApplicable,
-    Subject,
-    differ,
-    disable,
-)
+from quantpatch.testing.subject import Broken, NotApplicable, Subject, differ, disable
 from quantpatch.torch_tools.fast_paths import without_fast_paths
 
 # --- The class ------------------------------------------------------------------------------------

@@ -168,33 +168,29 @@ def trials(plugins: Iterable[str] = ()) -> list[Trial]:
 
 def _trials_of(info: PluginInfo) -> list[Trial]:
     if info.state != "active":
-        return [_failing(info.name, info.name, "loaded", f"it is {info.state}: {info.reason}")]
+        return [_failing(info.name, info.name, f"it is {info.state}: {info.reason}")]
     try:
         examples = registry.examples(info.name)
     except QuantPatchError as error:
-        return [_failing(info.name, info.name, "examples", str(error))]
+        return [_failing(info.name, info.name, str(error))]
     made: list[Trial] = []
     by_target = {entry.dotted: entry for entry in info.entries}
     for example in examples:
         if example.target not in by_target:
             unknown = UnknownNameError.of("target", example.target, by_target)
-            made.append(
-                _failing(info.name, example.target, "examples", f"an example for no entry: {unknown}")
-            )
+            made.append(_failing(info.name, example.target, f"an example for no entry: {unknown}"))
     for entry in info.entries:
         own = [example for example in examples if example.target == entry.dotted]
         labels = [example.label for example in own]
         doubled = sorted({label for label in labels if labels.count(label) > 1})
         if doubled:
-            made.append(
-                _failing(info.name, entry.dotted, "examples", f"several examples labelled {doubled[0]!r}")
-            )
+            made.append(_failing(info.name, entry.dotted, f"several examples labelled {doubled[0]!r}"))
             continue
         absent = _not_installed(entry)
         if absent:
-            made.append(_skipped(info.name, entry.dotted, "examples", absent))
+            made.append(_raising(info.name, entry.dotted, NotApplicable(absent)))
         elif not own:
-            made.append(_failing(info.name, entry.dotted, "examples", _without_example(entry)))
+            made.append(_failing(info.name, entry.dotted, _without_example(entry)))
         else:
             plugins = () if info.name == BUILTIN else (info.name,)
             made += [_trial(info.name, Subject(entry, ex, plugins), name) for ex in own for name in CHECKS]
@@ -205,18 +201,15 @@ def _trial(plugin: str, subject: Subject, name: str) -> Trial:
     return Trial(plugin, str(subject.example), name, lambda: run_check(name, subject))
 
 
-def _failing(plugin: str, target: str, check: str, message: str) -> Trial:
+def _raising(plugin: str, target: str, error: Exception) -> Trial:
     def run() -> None:
-        raise CheckError(message, checks=(check,))
+        raise error
 
-    return Trial(plugin, target, check, run)
+    return Trial(plugin, target, "examples", run)
 
 
-def _skipped(plugin: str, target: str, check: str, reason: str) -> Trial:
-    def run() -> None:
-        raise NotApplicable(reason)
-
-    return Trial(plugin, target, check, run)
+def _failing(plugin: str, target: str, message: str) -> Trial:
+    return _raising(plugin, target, CheckError(message, checks=("examples",)))
 
 
 def _not_installed(entry: Entry) -> str:

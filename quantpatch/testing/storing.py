@@ -20,15 +20,7 @@ from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.quantize.convert import convert, revert
 from quantpatch.quantize.scope import quantize_modules
 from quantpatch.testing.checks import check, demand_close, demand_equal, or_float_neither
-from quantpatch.testing.subject import (
-    Broken,
-    NotApplicable,
-    Subject,
-    disable,
-    floats,
-    parameters,
-    tensors,
-)
+from quantpatch.testing.subject import Broken, NotApplicable, Subject, disable, floats, parameters, tensors
 from quantpatch.torch_tools.fast_paths import without_fast_paths
 
 # --- Copies and files -----------------------------------------------------------------------------

@@ -16,7 +16,13 @@ from quantpatch.analysis.audit.paste import propose
 from quantpatch.analysis.audit.reasons import FloatOperands, reason_for
 from quantpatch.analysis.audit.trace import Seen, Trace, trace
 from quantpatch.errors import ArgumentError, CheckError
-from quantpatch.layers.base import QuantizedLayer, is_quantizer, quantizer_name
+from quantpatch.layers.base import (
+    QuantizedLayer,
+    is_quantizer,
+    named_layers,
+    quantized_weights,
+    quantizer_name,
+)
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.numerics.fake_quant import fake_quantize, reduce_amax
 from quantpatch.numerics.grouped_axes import GroupedAxes
@@ -30,12 +36,7 @@ from quantpatch.report.render import as_percent
 from quantpatch.report.report import Report, table_of
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import dotted, own_class, written_name
-from quantpatch.torch_tools.forward import (
-    arguments,
-    demand_model,
-    explaining_devices,
-    uncompiled,
-)
+from quantpatch.torch_tools.forward import arguments, demand_model, explaining_devices, uncompiled
 from quantpatch.torch_tools.sharded import is_sharded
 
 # How many times the squared error of its own range a weight has with a range that is not its own any more:
@@ -287,23 +288,15 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
     decide = resolver(table)
     rows: dict[Any, CoverageRow] = {}
     uncovered: dict[type[Any], list[Seen]] = {}
-    of_weights = set(_weight_quantizers(model))
+    of_weights = {name for name, *_ in quantized_weights(model)}
     for item in seen.seen:
         operands = tuple((operand.role, operand.quantizer) for operand in item.operands)
         why = reason_for(item, decide)
         weights = tuple(o.role for o in item.operands if o.parameter is not None or o.quantizer in of_weights)
         key = (item.module, item.operation, operands, why, item.of_weight)
-        row = rows.get(key) or CoverageRow(
-            item.module,
-            written_name(type(item.layer)),
-            item.operation,
-            0,
-            0,
-            operands,
-            why,
-            item.of_weight,
-            weights,
-        )
+        layer = written_name(type(item.layer))
+        new = CoverageRow(item.module, layer, item.operation, 0, 0, operands, why, item.of_weight, weights)
+        row = rows.get(key, new)
         rows[key] = attrs.evolve(row, calls=row.calls + 1, macs=row.macs + item.macs)
         cls = own_class(item.layer)
         covered = table.slot_of(cls) is not None or isinstance(item.layer, (QuantizedLayer, ScriptModule))
@@ -327,41 +320,30 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
     )
 
 
-def _weight_quantizers(model: nn.Module) -> Iterator[str]:
-    """Names of the quantizers of weights."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantizedLayer):
-            for operand in layer.weight_axes():
-                yield f"{name}.{quantizer_name(operand)}".lstrip(".")
-
-
 def _outgrown(model: nn.Module) -> Iterator[tuple[str, float]]:
     """Quantizers of weights for which a range of the weight as it is would do much better."""
-    for name, layer in model.named_modules():
-        if not isinstance(layer, QuantizedLayer):
+    for name, layer, operand, quantizer in quantized_weights(model):
+        weight = getattr(layer, operand, None)
+        if not isinstance(quantizer, TensorQuantizer) or not isinstance(weight, Tensor):
+            continue  # one of a plugin's own kind
+        if weight.is_meta or is_sharded(weight):
             continue
-        for operand in layer.weight_axes():
-            quantizer, weight = layer.quantizer(operand), getattr(layer, operand, None)
-            if not isinstance(quantizer, TensorQuantizer) or not isinstance(weight, Tensor):
-                continue  # without one, or with one of a plugin's own kind
-            if weight.is_meta or is_sharded(weight):
-                continue
-            amax, kept = quantizer.own_range, quantizer.descriptor.kept_axes
-            if amax is None or quantizer.disabled or not quantizer.quantizing or not weight.numel():
-                continue
-            x = weight.detach().float()
-            now, best = (
-                (fake_quantize(x, range_, quantizer.format, axis=kept) - x).square().sum().item()
-                for range_ in (amax.detach().to(x.device), None)
-            )
-            if quantizer.format.block_size is None:
-                # A channel of one element, or of two alike, has no error of its own, and yet need not be
-                # better known than to a step.
-                steps = reduce_amax(x, kept) / quantizer.format.max
-                steps = kept.spread(steps, x.shape[0]) if isinstance(kept, GroupedAxes) else steps
-                best = max(best, steps.square().expand_as(x).sum().item() / 12)
-            if now > _OUTGROWN * best and now > 0:
-                yield f"{name}.{quantizer_name(operand)}".lstrip("."), now / best if best else math.inf
+        amax, kept = quantizer.own_range, quantizer.descriptor.kept_axes
+        if amax is None or quantizer.disabled or not quantizer.quantizing or not weight.numel():
+            continue
+        x = weight.detach().float()
+        now, best = (
+            (fake_quantize(x, range_, quantizer.format, axis=kept) - x).square().sum().item()
+            for range_ in (amax.detach().to(x.device), None)
+        )
+        if quantizer.format.block_size is None:
+            # A channel of one element, or of two alike, has no error of its own, and yet need not be
+            # better known than to a step.
+            steps = reduce_amax(x, kept) / quantizer.format.max
+            steps = kept.spread(steps, x.shape[0]) if isinstance(kept, GroupedAxes) else steps
+            best = max(best, steps.square().expand_as(x).sum().item() / 12)
+        if now > _OUTGROWN * best and now > 0:
+            yield name, now / best if best else math.inf
 
 
 def _served(model: nn.Module, reached: set[str]) -> set[str]:
@@ -370,9 +352,7 @@ def _served(model: nn.Module, reached: set[str]) -> set[str]:
     Where two inputs are one tensor and their quantizers would do the same to it, it is quantized once.
     """
     served = set()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, QuantizedLayer):
-            continue
+    for name, layer in named_layers(model).items():
         own = {quantizer_name(operand): layer.quantizer(operand) for operand in layer.inputs}
         named = {".".join(filter(None, (name, key))): q for key, q in own.items() if q is not None}
         done = [quantizer for full, quantizer in named.items() if full in reached]

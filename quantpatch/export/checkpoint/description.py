@@ -15,7 +15,7 @@ from torch import nn
 
 from quantpatch.errors import CheckpointError, QuantPatchError, shown
 from quantpatch.export.checkpoint.saved import PluginNote
-from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.base import named_layers
 from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.layers.subclass import replacement_of
 from quantpatch.numerics.formats import Blocked, Float, Integer, NumberFormat
@@ -192,9 +192,8 @@ def _describe_layers(model: nn.Module) -> dict[str, dict[str, str]]:
     """
     return {
         name: {
-            "class": dotted(replacement_of(own_class(cast(nn.Module, layer)))),
+            "class": dotted(replacement_of(own_class(layer))),
             "float": dotted(layer.float_class),
         }
-        for name, layer in model.named_modules()
-        if isinstance(layer, QuantizedLayer)
+        for name, layer in named_layers(model).items()
     }

@@ -23,7 +23,7 @@ from quantpatch.export.checkpoint import packing
 from quantpatch.export.checkpoint.description import describe
 from quantpatch.export.checkpoint.restore import Plan
 from quantpatch.export.checkpoint.saved import read_json
-from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.base import quantized_weights
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers, outside_of
 from quantpatch.report.report import Report
 from quantpatch.torch_tools.atomic_files import written_whole
@@ -181,20 +181,10 @@ def _packable(model: nn.Module) -> dict[str, TensorQuantizer]:
     users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {}
-    for layer in model.modules():
-        if not isinstance(layer, QuantizedLayer):
-            continue
-        for operand in layer.weight_axes():
-            quantizer = layer.quantizer(operand)
-            weight = getattr(layer, operand, None)
-            if (
-                quantizer is not None
-                and not quantizer.disabled
-                and quantizer.quantizing
-                and id(weight) in names
-                and users[id(weight)] == 1
-            ):
-                found[names[id(weight)]] = quantizer
+    for _, layer, operand, quantizer in quantized_weights(model):
+        weight = id(getattr(layer, operand, None))
+        if quantizer.quantizing and not quantizer.disabled and weight in names and users[weight] == 1:
+            found[names[weight]] = quantizer
     return found
 
 

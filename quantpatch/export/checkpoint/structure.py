@@ -24,19 +24,11 @@ from quantpatch.layers.placed import can_hold, placed_in, quantize_output_of, ta
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.layers.range_state import RANGE_KEY, ZERO_POINT_KEY
 from quantpatch.layers.subclass import combine, replacement_of
-from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
+from quantpatch.recipes.descriptor import EVERY_OPERAND
 from quantpatch.torch_tools.class_swap import change_class, dotted, own_class
 from quantpatch.torch_tools.fast_paths import allow_fast_paths
 
 _OUTPUT = quantizer_name("output")
-# Of which a layer tells every operand that it can have a quantizer for.
-_EVERY_OPERAND = Recipe(
-    name="every operand",
-    input=QuantDescriptor(),
-    weight=QuantDescriptor(),
-    output=QuantDescriptor(),
-    hidden=QuantDescriptor(),
-)
 
 
 @attrs.frozen
@@ -335,4 +327,4 @@ def _operands(layer: Any, cls: type[Any]) -> list[str]:
     seen = object.__new__(type(layer))
     seen.__dict__ = vars(layer)
     change_class(seen, cls)
-    return [operand for operand, _ in cast(QuantizedLayer, seen).descriptors(_EVERY_OPERAND)]
+    return [operand for operand, _ in cast(QuantizedLayer, seen).descriptors(EVERY_OPERAND)]

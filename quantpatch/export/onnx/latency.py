@@ -20,7 +20,6 @@ from quantpatch.export.onnx.graph import constant_of, maker, store_four_bits
 from quantpatch.export.onnx.kernel_check import is_kernel
 from quantpatch.export.onnx.weights import fold_weight
 from quantpatch.export.prepare.runtimes import ExportedQuantizer
-from quantpatch.numerics.formats import Integer
 
 # Rounds to measure at most and at least, and after how many seconds no other one begins.
 _ROUNDS, _LEAST, _SECONDS = 21, 3, 0.5
@@ -41,7 +40,7 @@ def float_twin(model: Any, found: Collection[ExportedQuantizer]) -> Any:
     twin = ir.from_proto(ir.to_proto(model))
     graph = twin.graph
     store_four_bits(graph)
-    clipping = {operand.name for operand in found if _clips(operand)}
+    clipping = {operand.name for operand in found if operand.is_clipped}
     for node in list(graph):
         if node.op_type != "DequantizeLinear":
             continue
@@ -57,10 +56,6 @@ def float_twin(model: Any, found: Collection[ExportedQuantizer]) -> Any:
             fold_weight(graph, node)
     common.RemoveUnusedNodesPass()(twin)
     return twin
-
-
-def _clips(operand: ExportedQuantizer) -> bool:
-    return isinstance(operand.element, Integer) and operand.format.max - operand.format.min < 255
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from quantpatch.export.onnx.operators import dequantize, quantize_dequantize
 from quantpatch.export.onnx.recurrent_operators import projecting
 from quantpatch.export.prepare.runtimes import ExportedQuantizer, codes_name
 from quantpatch.layers.lowering import Lowering
-from quantpatch.numerics.formats import Float, Integer
+from quantpatch.numerics.formats import Float
 
 
 def lowering_for(model: nn.Module, found: list[ExportedQuantizer], runtime: str) -> Lowering:
@@ -56,8 +56,7 @@ def _activation(operand: ExportedQuantizer, runtime: str) -> Callable[[Tensor], 
     scale = operand.joined(amax) / operand.format.max
     zero = _zero_point(element, as_uint8=runtime == "onnxruntime")
     bounds = None
-    clipped = isinstance(element, Integer) and operand.format.max - operand.format.min < 255
-    if clipped or bool((scale == 0).any()):
+    if operand.is_clipped or bool((scale == 0).any()):
         # The grid is smaller than what the type holds, down to nothing where the range is 0.
         bounds = (scale * operand.format.min, scale * operand.format.max)
     # The quotient by 0 would be NaN; by anything else it is 0, since the value is.

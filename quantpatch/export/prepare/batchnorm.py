@@ -30,10 +30,7 @@ from quantpatch.export.prepare.verified import apply_if_same, run_of
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.report.report import Report
 from quantpatch.torch_tools import nn
-from quantpatch.torch_tools.forward import (
-    arguments,
-    demand_model,
-)
+from quantpatch.torch_tools.forward import arguments, demand_model
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _OWN = "its forward is its own: give the arguments to run the model on, so that it can be compared"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -83,16 +84,8 @@ class Fold:
     def apply(self) -> None:
         """Folds it in; scales the weight's range if that is known."""
         layer, norm = self._layer, self._norm
-        weight, bias, factor = _folded(
-            layer,
-            norm.eps,
-            layer.weight,
-            layer.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.weight,
-            norm.bias,
-        )
+        state = {key: getattr(norm, key) for key in _KEYS}
+        weight, bias, factor = _folded(layer, norm.eps, layer.weight, layer.bias, state)
         amax = self._range()
         self._before = [None if x is None else x.detach().clone() for x in (layer.weight, layer.bias, amax)]
         with torch.no_grad():
@@ -159,18 +152,12 @@ def _scaled(amax: Tensor, factor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _folded(
-    layer: Any,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    layer: Any, eps: float, weight: Tensor, bias: Tensor | None, norm: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights times the factor, (bias - mean) * factor + shift, and the factor; in float64 and back."""
     axis = channel_axis(layer)
-    factor = (var.double() + eps).rsqrt()
+    mean, scale, shift = norm["running_mean"], norm["weight"], norm["bias"]
+    factor = (norm["running_var"].double() + eps).rsqrt()
     if scale is not None:
         factor = factor * scale.double()
     moved = (-mean.double() if bias is None else bias.double() - mean.double()) * factor
@@ -215,16 +202,8 @@ class _FoldsCheckpoints:
         if amax is not None and not is_per_channel(amax, own_layer):
             return  # it would be that of other weights
         own = {key: state.pop(f"{norm}{key}", None) for key in _KEYS}
-        weight, bias, factor = _folded(
-            own_layer,
-            self.eps,
-            state[f"{layer}weight"],
-            state.get(f"{layer}bias"),
-            own["running_mean"],
-            own["running_var"],
-            own["weight"],
-            own["bias"],
-        )
+        before = state[f"{layer}weight"], state.get(f"{layer}bias")
+        weight, bias, factor = _folded(own_layer, self.eps, *before, own)
         state.update({f"{layer}weight": weight, f"{layer}bias": bias})
         if amax is not None:
             state[range_key] = _scaled(amax, factor)

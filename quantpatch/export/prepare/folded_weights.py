@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantpatch.errors import ExportError, warn_caller
-from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.base import quantized_weights
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.torch_tools.forward import demand_model
 
@@ -98,30 +98,21 @@ def folded_weights(model: nn.Module) -> FoldedWeights:
     skipped: dict[str, str] = {}
     plans: dict[int, tuple[str, nn.Parameter, Tensor, list[TensorQuantizer]]] = {}
     torn: set[int] = set()  # weights that several layers quantize in several ways
-    for layer_name, layer in model.named_modules():
-        if not isinstance(layer, QuantizedLayer):
+    for quantizer_name, layer, operand, quantizer in quantized_weights(model):
+        if quantizer.disabled or not quantizer.quantizing:
             continue
-        for operand in layer.weight_axes():
-            quantizer = layer.quantizer(operand)
-            if quantizer is None or quantizer.disabled or not quantizer.quantizing:
-                continue
-            name = f"{layer_name}.{operand}" if layer_name else operand
-            weight = getattr(layer, operand)
-            if id(weight) not in users or not isinstance(weight, nn.Parameter):
-                skipped[name] = "it is computed anew at every forward, by a parametrization"
-                continue
-            if quantizer.calibrating:
-                skipped[name] = "its quantizer is being calibrated"
-                continue
-            if getattr(layer, "max_norm", None) is not None:
-                skipped[name] = "its layer renormalizes it in place at every forward (max_norm)"
-                continue
+        name, weight = quantizer_name.removesuffix("_quantizer"), getattr(layer, operand)
+        if id(weight) not in users or not isinstance(weight, nn.Parameter):
+            skipped[name] = "it is computed anew at every forward, by a parametrization"
+        elif quantizer.calibrating:
+            skipped[name] = "its quantizer is being calibrated"
+        elif getattr(layer, "max_norm", None) is not None:
+            skipped[name] = "its layer renormalizes it in place at every forward (max_norm)"
+        else:
             with torch.no_grad():
                 quantized = quantizer(weight.detach())
-            known = plans.get(id(weight))
-            if known is None:
-                plans[id(weight)] = (name, weight, quantized, [quantizer])
-            elif torch.equal(known[2], quantized):
+            known = plans.setdefault(id(weight), (name, weight, quantized, []))
+            if known[2] is quantized or torch.equal(known[2], quantized):
                 known[3].append(quantizer)
             else:
                 skipped[name] = f"it is tied to {known[0]}, which is quantized otherwise"

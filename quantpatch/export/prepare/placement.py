@@ -19,18 +19,13 @@ from quantpatch.export.prepare.placement_rules import Rules
 from quantpatch.export.prepare.runtimes import RUNTIMES, Runtime
 from quantpatch.export.prepare.unsigned import is_never_negative
 from quantpatch.export.prepare.verified import apply_if_same, run_of
-from quantpatch.layers.base import QuantizedLayer, quantizer_name
+from quantpatch.layers.base import named_layers, quantizer_name
 from quantpatch.layers.placed import quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.quantize.call_ranges import CallRanges
 from quantpatch.report.report import Report
 from quantpatch.torch_tools import nn
-from quantpatch.torch_tools.forward import (
-    arguments,
-    demand_model,
-    explaining_devices,
-    uncompiled,
-)
+from quantpatch.torch_tools.forward import arguments, demand_model, explaining_devices, uncompiled
 
 
 @attrs.frozen
@@ -170,8 +165,7 @@ def _turn_transposed(model: nn.Module, skipped: dict[str, str]) -> Iterator[str]
         model: The model.
         skipped: Takes a note on those whose range was known, which is that of another axis.
     """
-    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
-    for name, layer in layers.items():
+    for name, layer in named_layers(model).items():
         if not getattr(layer, "transposed", False):
             continue
         old = layer.quantizer("weight")

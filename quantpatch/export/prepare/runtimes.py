@@ -122,6 +122,11 @@ class ExportedQuantizer:
         return codes, scale
 
     @property
+    def is_clipped(self) -> bool:
+        """Whether its integers are fewer than what the type holds."""
+        return isinstance(self.element, Integer) and self.format.max - self.format.min < 255
+
+    @property
     def fits_its_type(self) -> bool:
         """Whether the weight's codes are numbers of the type that a plugin's format says they are of."""
         codes, _ = self._own_codes()
@@ -313,12 +318,8 @@ def _tensorrt_blocks(operand: ExportedQuantizer) -> str | None:
     return None
 
 
-def _onnxruntime(operand: ExportedQuantizer) -> str | None:
-    return None
-
-
 RUNTIMES: dict[str, Callable[[ExportedQuantizer], str | None]] = {
-    "onnxruntime": _onnxruntime,
+    "onnxruntime": lambda operand: None,
     "tensorrt": _tensorrt,
 }
 

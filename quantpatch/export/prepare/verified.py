@@ -78,17 +78,11 @@ class _Comparison:
             change.undo()
         never_the_same = self._difference()  # without any of them
         self._noise = self._of_rounding()
-        for change in changes.values():
-            change.apply()
-        if never_the_same or not self._difference():
-            return {}
-        for change in changes.values():
-            change.undo()
-        wrong = self._wrong(list(changes), changes)
+        wrong = {} if never_the_same else self._wrong(list(changes), changes)
         for name, change in changes.items():
             if name not in wrong:
                 change.apply()
-        if self._difference():  # each alone was right enough: several together are not
+        if wrong and self._difference():  # each alone was right enough: several together are not
             for name, change in changes.items():
                 if name not in wrong:
                     change.undo()

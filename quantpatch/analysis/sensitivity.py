@@ -146,7 +146,7 @@ def sensitivity(
                 )
             changes.tell()
             results.put(key, metric)
-        return results.get(key)
+        return results[key]
 
     rows = []
     changes = _Changes(model)
@@ -250,19 +250,19 @@ def _result(value: Any) -> float:
     return float(value)
 
 
-class _Results:
+class _Results(dict[str, float]):
     """Results by key, kept in a file if there is one; the file is replaced whole each time."""
 
     def __init__(self, path: str | os.PathLike[str] | None, mode: Mode, model: str) -> None:
+        super().__init__()
         self._path = None if path is None else Path(path)
         self._mode = mode
         self._model = model
-        self._found: dict[str, float] = {}
         if self._path is not None and self._path.exists():
             try:
                 data = json.loads(self._path.read_text())
                 mode_found, model_found = data["mode"], data["model"]
-                self._found = {str(key): _result(value) for key, value in data["results"].items()}
+                self.update((str(key), _result(value)) for key, value in data["results"].items())
             except IsADirectoryError:
                 raise FileError(
                     f"resume={str(self._path)!r} is a folder: name a file in it", path=str(self._path)
@@ -284,16 +284,10 @@ class _Results:
                     path=str(self._path),
                 )
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._found
-
-    def get(self, key: str) -> float:
-        return self._found[key]
-
     def put(self, key: str, value: float) -> None:
-        self._found[key] = value
+        self[key] = value
         if self._path is None:
             return
         with written_whole(self._path) as folder:
-            text = json.dumps({"mode": self._mode, "model": self._model, "results": self._found})
+            text = json.dumps({"mode": self._mode, "model": self._model, "results": self})
             (folder / self._path.name).write_text(text)

@@ -216,7 +216,9 @@ class _SearchingCalibrator(HistogramCalibrator):
     ) -> None:
         super().__init__(format, axis, num_bins=num_bins)
         if start_bin < 1:  # before the data is collected, not after
-            raise OptionError(f"start_bin must be at least 1, got {start_bin!r}")
+            raise ArgumentError(
+                f"start_bin must be at least 1, got {start_bin!r}", argument="start_bin", value=start_bin
+            )
         self.start_bin = start_bin
 
 

@@ -9,7 +9,6 @@ construction.py      when a construction is over, whatever called what
 block.py             one block: who decides what is built in a context, from its opening to its end
 statements.py        changes that an interrupt between two instructions cannot split
 import_watch.py      targets whose module is imported later
-mimicry.py           hooks that look like what they stand for
 built_modules.py     the outermost modules that a block has built
 torch_state.py       whether PyTorch is what it was
 torch_settings.py    and is set as it was

@@ -156,12 +156,9 @@ class QuantizedLayer:
     def add_quantizers(self, recipe: Recipe) -> None:
         """Gives the layer its quantizers; an operand that the recipe leaves float gets none."""
         modules: dict[str, nn.Module | None] = self._modules  # type: ignore[attr-defined]
-        first = self._first_tensor()
-        device = None if first is None else first.device
-        weights = self.weight_axes()
         for name, descriptor in self.descriptors(recipe):
-            quantizer = modules[f"{name}_quantizer"] = TensorQuantizer(descriptor, in_layer=True)
-            quantizer.make_room(device, _shaped(self, name) if name in weights else None)
+            modules[f"{name}_quantizer"] = TensorQuantizer(descriptor, in_layer=True)
+        self.make_room_for_ranges()
         self.guard_fast_paths()
         self._go_by_float_name()
 

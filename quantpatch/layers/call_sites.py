@@ -38,22 +38,11 @@ _OPERATORS: dict[type[ast.operator], Callable[..., Any]] = {
     ast.Div: torch.div,
     ast.MatMult: torch.matmul,
 }
-_SPELLED = {
-    torch.add: "add",
-    torch.sub: "sub",
-    torch.mul: "mul",
-    torch.div: "truediv",
-    torch.matmul: "matmul",
-}
 
 # The axes that an operation sums over, which formats in blocks run along; elsewhere it is the feature axis.
 _SUMMED: dict[Callable[..., Any], tuple[int, ...]] = {
-    torch.matmul: (-1, -2),
-    torch.mm: (-1, -2),
-    torch.bmm: (-1, -2),
-    torch.addmm: (-1, -1, -2),
-    torch.baddbmm: (-1, -1, -2),
-    torch.addbmm: (-1, -1, -2),
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm), (-1, -2)),
+    **dict.fromkeys((torch.addmm, torch.baddbmm, torch.addbmm), (-1, -1, -2)),
     F.scaled_dot_product_attention: (-1, -1, -2),
 }
 
@@ -135,8 +124,9 @@ class _Finder:
                 if hasattr(torch.Tensor, method):
                     self._methods[method] = operation
                     self._aliases[getattr(torch.Tensor, method)] = operation
-            for form in (_SPELLED.get(operation), f"i{_SPELLED.get(operation)}"):
-                if form is not None and hasattr(operator, form):
+            if operation in _OPERATORS.values():
+                spelled = "truediv" if operation is torch.div else name
+                for form in (spelled, f"i{spelled}"):
                     self._aliases[getattr(operator, form)] = operation
 
     def called(self, function: Any) -> Callable[..., Any] | None:

@@ -4,9 +4,8 @@
 hookspecs.py    the hooks, and the manual for those who write plugins
 entry.py        which class replaces which
 example.py      how to build and call a layer, for tests and exports
-plugin.py       one plugin: imported and checked
+plugin.py       one plugin: imported and checked; those that are installed
 answers.py      what its hooks return, checked
-discovery.py    those that are installed
 environment.py  what the environment variables allow and block
 registry.py     all of them, in order, and what they say together
 scaffold/       ``quantpatch new-plugin``

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 
@@ -44,6 +43,5 @@ class Environment:
         return ""
 
 
-@functools.cache
 def _names_in(text: str) -> frozenset[str]:
     return frozenset(name.strip() for name in text.split(",") if name.strip())

@@ -21,11 +21,10 @@ from quantpatch.interception.hooks import lock
 from quantpatch.numerics.formats import NumberFormat, affine_format
 from quantpatch.plugins import hookspecs
 from quantpatch.plugins.answers import advice_of, entries_of, examples_of, names_of
-from quantpatch.plugins.discovery import discover
 from quantpatch.plugins.entry import Entry
 from quantpatch.plugins.environment import ALLOW_VARIABLE, Environment
 from quantpatch.plugins.example import Example
-from quantpatch.plugins.plugin import BLOCK_VARIABLE, BUILTIN, Plugin
+from quantpatch.plugins.plugin import BLOCK_VARIABLE, BUILTIN, Plugin, discover
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 
 T = TypeVar("T")

@@ -19,12 +19,12 @@ zero_points.py          ``fit_zero_points``
 
 from quantpatch.quantize.calibrate import calibrate, calibrating
 from quantpatch.quantize.calibration import Calibration
-from quantpatch.quantize.calibration_report import CalibrationReport
 from quantpatch.quantize.configure import configure
 from quantpatch.quantize.convert import convert, quantized, revert
 from quantpatch.quantize.explain import explain
 from quantpatch.quantize.scope import keep_float, quantize_modules
 from quantpatch.quantize.zero_points import fit_zero_points
+from quantpatch.report.report import CalibrationReport
 
 __all__ = [
     "Calibration",

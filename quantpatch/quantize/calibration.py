@@ -22,12 +22,12 @@ from quantpatch.layers.base import weight_quantizers
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.numerics.affine import longer_side
 from quantpatch.numerics.formats import Integer
-from quantpatch.quantize.calibration_report import CalibrationReport
 from quantpatch.quantize.call_ranges import CallRanges
 from quantpatch.quantize.late_ranges import telling_of_late_ranges
 from quantpatch.quantize.to_calibrate import Existing, checked_existing, patterns, to_calibrate, why_none
 from quantpatch.quantize.weight_reads import FirstCall
 from quantpatch.quantize.zero_points import ends_on_all, fitted, to_fit, watching_ends, without_those_found
+from quantpatch.report.report import CalibrationReport
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.distributed import Ranks
 from quantpatch.torch_tools.forward import evaluating
@@ -75,7 +75,7 @@ class Calibration:
     Raises:
         CalibrationError: There is no quantizer, ranges are known already, the data holds NaN
             or infinity, (``strict``) a quantizer saw no data or only zeros, or another rank failed.
-        OptionError: ``existing`` is none of the three, or an option of the calibrator is out of range.
+        ArgumentError: ``existing`` is none of the three, or an option of the calibrator is out of range.
         UnknownNameError: There is no calibrator of that name.
 
     Attributes:

@@ -18,9 +18,8 @@ from quantpatch.interception.hooks import Slot
 from quantpatch.plugins.entry import Entry, EntryLike
 from quantpatch.plugins.plugin import BUILTIN
 from quantpatch.plugins.registry import registry
-from quantpatch.quantize.patterns import means, names
 from quantpatch.quantize.reasons import Conflict, NameTaken, NotByDefault, Pattern, SkippedBy
-from quantpatch.quantize.resolve import Decision, Key, Table, resolve
+from quantpatch.quantize.resolve import Decision, Key, Table, means, names, resolve
 from quantpatch.quantize.targets import entry_error, missing_module, slot_of, stranger_under
 from quantpatch.recipes.descriptor import Recipe
 from quantpatch.torch_tools.class_swap import dotted

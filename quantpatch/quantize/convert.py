@@ -27,8 +27,7 @@ from quantpatch.quantize.reasons import Pattern
 from quantpatch.quantize.resolve import Decision, Table, resolver
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
-from quantpatch.report.changes import ChangeReport
-from quantpatch.report.report import Report
+from quantpatch.report.report import ChangeReport, Report
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import change_class, dotted, own_class, written_name
 from quantpatch.torch_tools.fast_paths import allow_fast_paths

@@ -69,7 +69,7 @@ class QuantizingBlock(Block):
         """Puts in the hooks."""
         slots = self.table.slots
         watches = bool(slots) or self.built is not None
-        self.open((*slots, _module_slot()) if watches else ())
+        self.open((*slots, Slot.of_root(nn.Module)) if watches else ())  # where every module comes by
         if debug_trace.is_on():
             self._say_what_it_replaces()
 
@@ -230,8 +230,3 @@ class QuantizingBlock(Block):
                 argument="rules",
                 value=error.value,
             ) from error
-
-
-def _module_slot() -> Slot:
-    """Where every module comes by while it is built."""
-    return Slot.of_root(nn.Module)

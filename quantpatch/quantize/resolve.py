@@ -6,7 +6,9 @@ Blocks (of what no hook has replaced), ``convert``, ``explain`` and ``audit`` al
 
 from __future__ import annotations
 
+import fnmatch
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,7 +21,6 @@ from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.subclass import cannot_combine, combine, own_ways
 from quantpatch.plugins.entry import Entry
 from quantpatch.plugins.plugin import BUILTIN
-from quantpatch.quantize.patterns import means
 from quantpatch.quantize.reasons import (
     FloatBase,
     IsPart,
@@ -245,3 +246,24 @@ def _of_its_bases(table: Table, cls: type) -> tuple[Decision | None, Reason | No
 def resolver(table: Table) -> Callable[[Any], Decision]:
     """``resolve`` for a table, once for each class."""
     return functools.cache(functools.partial(resolve, table))
+
+
+# --- what skip and include mean -----------------------------------------------------------------
+
+
+def means(pattern: Pattern, cls: Any) -> bool:
+    """Whether a pattern means a class, by the name that it was given by its own module or by another."""
+    if isinstance(pattern, type):
+        return cls is pattern
+    return names(pattern, cls.__name__, dotted(cls)) or ("." in pattern and _found_under(pattern) is cls)
+
+
+def names(pattern: str, name: str, dotted_name: str) -> bool:
+    """Whether a pattern is one of two names, or a glob that fits one."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(dotted_name, pattern)
+
+
+def _found_under(dotted_name: str) -> Any:
+    """The object that a dotted name means in the modules imported so far, or None."""
+    module, _, name = dotted_name.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)

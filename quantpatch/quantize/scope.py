@@ -87,10 +87,11 @@ class Scope:
         ) -> None: ...
 
     else:
-        __exit__ = Exit(lambda scope, statement, failed: scope._leave(statement.opening, failed=failed))
-
-    def _leave(self, block: QuantizingBlock | None, *, failed: bool) -> None:
-        self._close(block or self._block_here(), failed=failed)
+        __exit__ = Exit(
+            lambda scope, statement, failed: scope._close(
+                statement.opening or scope._block_here(), failed=failed
+            )
+        )
 
     def _block_here(self) -> QuantizingBlock:
         """Of those that no ``with`` statement will close, the innermost block of this scope here.
@@ -188,26 +189,23 @@ class Scope:
 
             @functools.wraps(function)
             async def run_async(*args: Any, **kwargs: Any) -> Any:
-                with self._fresh():
+                with Scope(self._options):
                     return await function(*args, **kwargs)
 
             return run_async  # type: ignore[return-value]
 
         async def awaited(coroutine: Any) -> Any:
-            with self._fresh():
+            with Scope(self._options):
                 return await coroutine
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            with self._fresh():
+            with Scope(self._options):
                 result = function(*args, **kwargs)
             # Of an async function that another decorator has wrapped nothing has run yet.
             return awaited(result) if inspect.iscoroutine(result) else result
 
         return run  # type: ignore[return-value]
-
-    def _fresh(self) -> Scope:
-        return Scope(self._options)
 
     # --- what came out -------------------------------------------------------------------------
 

@@ -100,10 +100,7 @@ def _widths(rows: Sequence[Row], is_right: list[bool], width: int | None) -> lis
 
 
 def _lined_up(row: Row, widths: list[int], is_right: list[bool]) -> Iterator[str]:
-    if "\n" not in "".join(row) and all(cell_len(cell) <= w for cell, w in zip(row, widths, strict=True)):
-        cells = [[cell] for cell in row]
-    else:
-        cells = [wrapped(cell, w) for cell, w in zip(row, widths, strict=True)]
+    cells = [wrapped(cell, w) for cell, w in zip(row, widths, strict=True)]
     for number in range(max(map(len, cells))):
         parts = []
         for lines, w, right in zip(cells, widths, is_right, strict=True):

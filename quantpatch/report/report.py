@@ -1,4 +1,4 @@
-"""What all reports have in common, and the tables that they are shown as."""
+"""What all reports have in common, their tables, and those of functions that change models."""
 
 from __future__ import annotations
 
@@ -82,3 +82,51 @@ def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
     for name, reason in skipped.items():
         groups.setdefault(reason, []).append(name)
     return groups
+
+
+@attrs.frozen
+class ChangeReport(Report):
+    """What a function changed in a model, and what it left as it was; prints as a table.
+
+    Attributes:
+        model: Class of the model.
+        changed: What each of the changed is now, by name.
+        skipped: What each of the others still is, by name.
+    """
+
+    model: str
+    changed: Mapping[str, str]
+    skipped: Mapping[str, str]
+
+    def __rich__(self) -> Table:
+        groups = {f"now {what}": names for what, names in by_reason(self.changed).items()}
+        groups |= {f"still {what}": names for what, names in by_reason(self.skipped).items()}
+        return outcome_table(f"{self.model}: {len(self.changed)} changed", groups)
+
+
+@attrs.frozen
+class CalibrationReport(Report):
+    """What a calibration did, by the names of the quantizers; prints as a table.
+
+    Attributes:
+        model: Class of the model.
+        calibrated: Those that got a range.
+        skipped: Why the others did not: they kept the one that they had, saw no data or only zeros, and stay
+            as they were; or are switched off, since a forward reads the weight of their layer itself.
+        zero_points: The zero points of those that got one.
+        problem: Why quantizers that should have a range have none, in words; empty where all have one.
+    """
+
+    model: str
+    calibrated: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = attrs.field(factory=dict)
+    zero_points: Mapping[str, int] = attrs.field(factory=dict)
+    problem: str = ""
+
+    def __rich__(self) -> Table:
+        groups = {
+            "calibrated": self.calibrated,
+            "with a zero point": tuple(f"{name}: {zero}" for name, zero in self.zero_points.items()),
+            **by_reason(self.skipped),
+        }
+        return outcome_table(f"{self.model}: {len(self.calibrated)} quantizers calibrated", groups)

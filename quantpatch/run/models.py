@@ -116,13 +116,8 @@ class WatchedModels:
             return None
         same = sum(type(runner).__name__ == model.kind for model in self._all)
         name = type(runner).__name__ + (f" ({same + 1})" if same else "")
-        model = _Model(
-            runner,
-            name,
-            self._calibrate,
-            self._calibration,
-            audit=self._audit and len(self._all) < MOST_AUDITS,
-        )
+        audit = self._audit and len(self._all) < MOST_AUDITS
+        model = _Model(runner, name, self._calibrate, self._calibration, audit=audit)
         self._all.append(model)
         if self._rules:
             try:
@@ -153,13 +148,7 @@ class _Model:
     """One model: in its first calls it calibrates, in the next it is audited, then it is left alone."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        name: str,
-        calibrate: int,
-        calibration: Mapping[str, Any],
-        *,
-        audit: bool,
+        self, model: nn.Module, name: str, calibrate: int, calibration: Mapping[str, Any], *, audit: bool
     ) -> None:
         self.name = name
         self.kind = type(model).__name__

@@ -14,8 +14,7 @@ import torch
 import quantpatch as qp
 from quantpatch.errors import EntryError, PluginError, QuantPatchWarning, UnknownNameError
 from quantpatch.plugins import hookspecs
-from quantpatch.plugins.discovery import discover
-from quantpatch.plugins.plugin import BUILTIN
+from quantpatch.plugins.plugin import BUILTIN, discover
 from quantpatch.plugins.registry import Registry
 from quantpatch.plugins.registry import registry as shared
 from quantpatch.recipes.builtin import DEFAULT_RECIPE

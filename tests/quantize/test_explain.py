@@ -21,8 +21,7 @@ from quantpatch.errors import (
     PluginError,
     UnknownNameError,
 )
-from quantpatch.plugins.discovery import discover
-from quantpatch.plugins.plugin import BUILTIN
+from quantpatch.plugins.plugin import BUILTIN, discover
 
 HERE = sys.modules[__name__]
 

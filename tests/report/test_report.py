@@ -9,7 +9,7 @@ from pathlib import Path
 import attrs
 from rich.console import Console
 
-from quantpatch.report.report import Report, table_of
+from quantpatch.report.report import ChangeReport, Report, table_of
 
 
 @attrs.frozen
@@ -39,3 +39,20 @@ def test_rich_prints_what_str_says_where_there_is_no_table() -> None:
 def test_columns_of_numbers_are_set_to_the_right() -> None:
     table = table_of("name", "count", right=("count",), title="Things")
     assert [column.justify for column in table.columns] == ["left", "right"]
+
+
+def test_changes_print_a_line_for_each_outcome_with_a_count_and_the_first_names() -> None:
+    many = {f"layer{n}": "float" for n in range(12)}
+    report = ChangeReport("Net", many | {"head": "int4"}, {"stem": "int8"})
+    lines = [line.split() for line in str(report).splitlines()]
+    assert lines[0] == ["Net:", "13", "changed"]
+    assert lines[3][:3] == ["now", "float", "12"]
+    text = " ".join(str(report).split())
+    assert "layer9 and 2 more" in text
+    assert "now int4 1 head" in text
+    assert "still int8 1 stem" in text
+    assert json.loads(report.to_json()) == {
+        "model": "Net",
+        "changed": dict(report.changed),
+        "skipped": {"stem": "int8"},
+    }

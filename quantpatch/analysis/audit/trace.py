@@ -104,18 +104,14 @@ class Trace:
 class _TraceBuilder:
     """Makes a ``Trace`` of what a recorder notes, operator by operator."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
         self._model = model
+        self._recorder = recorder
         self._names = {module: name for name, module in model.named_modules()}
         self._origins = _Origins(self._names)
         self._lacking: set[nn.Module] = set()  # what is running and has multiplied something float
-        self._recorder: Recorder | None = None
         self._done = 0
         self.trace = Trace(origin_of=self._origin_of)
-
-    def follow(self, recorder: Recorder) -> None:
-        """From here on what this one notes is looked at."""
-        self._recorder = recorder
 
     def left(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A module has run."""
@@ -126,8 +122,6 @@ class _TraceBuilder:
 
     def catch_up(self) -> None:
         """Looks at all operators that were noted since the last time."""
-        if self._recorder is None:
-            return
         flow = self._recorder.flow
         for operator in flow.operators[self._done :]:
             for product in operator.products:
@@ -140,7 +134,7 @@ class _TraceBuilder:
 
     def _origin_of(self, tensor: Tensor) -> str | None:
         self.catch_up()
-        return None if self._recorder is None else self._origins.quantizer(self._recorder.of(tensor))
+        return self._origins.quantizer(self._recorder.of(tensor))
 
     def _see(self, operator: Operator, product: Product[Value]) -> None:
         # The innermost module that has a name: wrappers made on the fly do not help the reader.
@@ -302,9 +296,8 @@ def _axes_of(parameter: Value, view: Value, channel: int | None) -> Axis:
 @contextlib.contextmanager
 def tracing(model: nn.Module) -> Iterator[Trace]:
     """A block in which everything that runs is noted as the model's."""
-    tracer = _TraceBuilder(model)
-    with recording(model, tracer.left) as recorder:
-        tracer.follow(recorder)
+    with recording(model, lambda *run: tracer.left(*run)) as recorder:
+        tracer = _TraceBuilder(model, recorder)
         try:
             yield tracer.trace
         finally:

@@ -186,13 +186,6 @@ def _demand_extra(check: bool) -> None:
             raise MissingExtraError.of("onnx", package, "qp.export_onnx") from None
 
 
-def _newest_opset() -> int:
-    import onnx
-
-    newest: int = onnx.defs.onnx_opset_version()
-    return newest
-
-
 def _has_bfloat16(model: nn.Module, args: Any, kwargs: Any) -> bool:
     tensors = (*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs)))
     return any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in tensors)
@@ -207,11 +200,13 @@ def _ir_version(opset: int) -> int:
 
 
 def _checked_operands(model: nn.Module, runtime: str, opset: int) -> list[ExportedQuantizer]:
+    import onnx
+
     from quantpatch.export.onnx.recurrent_operators import demand_operators
 
     if runtime not in RUNTIMES:
         raise UnknownNameError.of("runtime", runtime, RUNTIMES)
-    newest = _newest_opset()
+    newest = onnx.defs.onnx_opset_version()
     if isinstance(opset, bool) or not isinstance(opset, int) or not 19 <= opset <= newest:
         raise ExportError(
             f"opset is a number from 19 to {newest} here, got {opset!r}; leave it out for {_OPSET}",

@@ -12,12 +12,11 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from quantpatch.dataflow import Dataflow, Value, dataflow
+from quantpatch.dataflow import Dataflow, Value, dataflow, traits
 from quantpatch.errors import UnknownNameError, warn_caller
 from quantpatch.export.prepare.batchnorm import FoldedBatchNorm, fold_batchnorm
 from quantpatch.export.prepare.placement_rules import Rules
 from quantpatch.export.prepare.runtimes import RUNTIMES, Runtime
-from quantpatch.export.prepare.unsigned import is_never_negative
 from quantpatch.export.prepare.verified import apply_if_same, run_of
 from quantpatch.layers.base import named_layers, quantizer_name
 from quantpatch.layers.placed import quantize_output_of, take_out
@@ -238,3 +237,31 @@ def _may_share(old: TensorQuantizer, new: TensorQuantizer) -> bool:
     if old.descriptor.zero_point:
         return False
     return bool(attrs.evolve(old.descriptor, unsigned=new.descriptor.unsigned) == new.descriptor)
+
+
+# Those that compute with the numbers among their arguments.
+_ARITHMETIC = frozenset({"aten::add", "aten::mul"})
+
+
+def is_never_negative(value: Value) -> bool:
+    """Whether an operator's result cannot be negative, whatever goes in: its integers need no sign.
+
+    Unsigned ones have twice the resolution in as many bits, and cost no ReLU before. ``fit_zero_points``
+    finds what the data shows.
+    """
+    operator = value.maker
+    if operator is None:
+        return False
+    known, plain = traits(operator.name), operator.name.removesuffix("_")
+    if known.never_negative:
+        return True
+    if plain in ("aten::hardtanh", "aten::clamp", "aten::clamp_min"):
+        # ReLU6 is hardtanh(x, 0, 6); left out, hardtanh's bound is -1 and clamp has none.
+        lowest = operator.args[1] if len(operator.args) > 1 else None
+        return isinstance(lowest, (int, float)) and lowest >= 0
+    if operator.quantizer is None and not known.keeps_sign:
+        return False
+    numbers = (*operator.args, *operator.kwargs.values()) if plain in _ARITHMETIC else ()
+    if any(isinstance(x, (int, float)) and x < 0 for x in numbers):
+        return False
+    return all(map(is_never_negative, operator.inputs))

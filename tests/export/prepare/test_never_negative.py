@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantpatch.dataflow import dataflow
-from quantpatch.export.prepare.unsigned import is_never_negative
+from quantpatch.export.prepare.placement import is_never_negative
 
 
 class Calling(nn.Module):

@@ -132,23 +132,17 @@ class _Case:
         for name in named or ():
             if name not in self._infos:
                 raise UnknownNameError.of("plugin", name, self._infos)
-        left_out = {n for n in self._infos if named is not None and n not in named and n != BUILTIN}
-        self._blocked = [
-            self._claim(info.name, None, "blocked", info.reason or "plugins=[...] does not name it")
-            for info in self._infos.values()
-            if info.state == "blocked" or info.name in left_out
-        ]
-        self._failed = [
-            self._claim(info.name, None, "failed", info.reason)
-            for info in self._infos.values()
-            if info.state == "failed" and info.name not in left_out
-        ]
-        self._of_plugins = [
-            entry
-            for info in self._infos.values()
-            if info.state == "active" and info.name not in left_out
-            for entry in info.entries
-        ]
+        self._blocked: list[Claim] = []
+        self._failed: list[Claim] = []
+        self._of_plugins: list[Entry] = []
+        for name, info in self._infos.items():
+            if info.state == "blocked" or not (named is None or name in named or name == BUILTIN):
+                reason = info.reason or "plugins=[...] does not name it"
+                self._blocked.append(self._claim(name, None, "blocked", reason))
+            elif info.state == "failed":
+                self._failed.append(self._claim(name, None, "failed", info.reason))
+            else:
+                self._of_plugins += info.entries
         self._entries = [*map(custom_entry, options.custom), *self._of_plugins]
 
     def _claim(self, plugin: str | None, entry: Entry | None, verdict: str, reason: str) -> Claim:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import quantpatch as qp
 from quantpatch.cli.main import app
 from quantpatch.report.folding import folded_name, folded_names
-from quantpatch.report.layout import table_lines, width_of, wrapped
+from quantpatch.report.render import table_lines, width_of, wrapped
 
 
 class Attention(nn.Module):

@@ -157,27 +157,39 @@ def _find(module: nn.Module, prefix: str, pairs: dict[str, str | None], seen: di
         for name, child in module.named_children():
             _find(child, f"{prefix}{name}.", pairs, seen)
         return
-    modules = dict(module.named_modules())
-    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
-    for node in graph.nodes:
-        if node.op != "call_module" or not _is_norm(modules[str(node.target)]):
+    modules = {prefix + name: m for name, m in module.named_modules()}
+    called = [node for node in graph.nodes if node.op == "call_module"]
+    calls = Counter(f"{prefix}{node.target}" for node in called)
+    for node in called:
+        norm = f"{prefix}{node.target}"
+        if not _is_norm(modules[norm]):
             continue
-        norm = prefix + str(node.target)
         source: Any = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or source.op != "call_module":
-            seen[norm] = "no layer comes right before it"
-        elif calls[str(node.target)] > 1 or calls[str(source.target)] > 1:
-            seen[norm] = f"it or {source.target} is called more than once"
-        elif len(source.users) > 1:
-            seen[norm] = f"the output of {prefix}{source.target} is used elsewhere, too"
-        elif not isinstance(modules[str(source.target)], tuple(LAYERS)):
-            seen[norm] = f"{prefix}{source.target} is a {type(modules[str(source.target)]).__name__}"
-        elif not computes_as_torch(modules[str(node.target)]):
+        is_called = isinstance(source, fx.Node) and source.op == "call_module"
+        layer = f"{prefix}{source.target}" if is_called else None
+        why = _misplaced(norm, layer, calls, modules, is_shared=is_called and len(source.users) > 1)
+        if layer is None or why:
+            seen[norm] = why
+        elif not computes_as_torch(modules[norm]):
             seen[norm] = _OWN
-        elif not computes_as_torch(modules[str(source.target)]):
-            seen[norm] = f"of {prefix}{source.target}, {_OWN}"
+        elif not computes_as_torch(modules[layer]):
+            seen[norm] = f"of {layer}, {_OWN}"
         else:
-            pairs[norm] = prefix + str(source.target)
+            pairs[norm] = layer
+
+
+def _misplaced(
+    norm: str, layer: str | None, calls: Counter[str], modules: Mapping[str, nn.Module], *, is_shared: bool
+) -> str:
+    """Why a batch norm cannot be folded into the layer before it where it stands; empty if it can."""
+    if layer is None:
+        return "no layer comes right before it"
+    if calls[norm] > 1 or calls[layer] > 1:
+        return f"it or {layer} is called more than once"
+    if is_shared:
+        return f"the output of {layer} is used elsewhere, too"
+    is_known = isinstance(modules[layer], tuple(LAYERS))
+    return "" if is_known else f"{layer} is a {type(modules[layer]).__name__}"
 
 
 def _find_in_run(
@@ -191,14 +203,10 @@ def _find_in_run(
             continue
         source = operator.inputs[0]
         layer = source.outputs_of[0] if source.outputs_of else None
-        if layer is None:
-            seen[norm] = "no layer comes right before it"
-        elif flow.calls[norm] > 1 or flow.calls[layer] > 1:
-            seen[norm] = f"it or {layer} is called more than once"
-        elif len(source.uses) > 1 or source.is_result:
-            seen[norm] = f"the output of {layer} is used elsewhere, too"
-        elif not isinstance(modules[layer], tuple(LAYERS)):
-            seen[norm] = f"{layer} is a {type(modules[layer]).__name__}"
+        is_shared = len(source.uses) > 1 or source.is_result
+        why = _misplaced(norm, layer, flow.calls, modules, is_shared=is_shared)
+        if layer is None or why:
+            seen[norm] = why
         elif not parametrize.is_parametrized(modules[layer]) and not _is_product_of_weight(source, layer):
             seen[norm] = f"{layer} computes with another tensor than its weight, or goes on with the product"
         else:

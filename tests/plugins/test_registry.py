@@ -381,6 +381,7 @@ class QuantTanh(quantpatch.QuantizedLayer, torch.nn.Tanh):
 def test_a_class_that_cannot_be_pickled_is_refused_with_what_to_write(install) -> None:
     module = install("local", UNFIT.replace("REPLACEMENT", "make()"), "local-dist")
     qp.registry._plugins |= {"local": discover()["local"]}
+    qp.registry._answers.clear()
     try:
         with (
             pytest.raises(

@@ -151,6 +151,13 @@ def test_every_folder_has_a_front_door_that_lists_what_is_public() -> None:
     assert without == []
 
 
+def test_the_table_of_a_front_door_names_files_that_are_there() -> None:
+    for path in (path for path in MODULES.values() if path.name == "__init__.py"):
+        table = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("====")[2]
+        named = re.findall(r"\b([a-z_]+\.py)\b", table)
+        assert [name for name in named if not (path.parent / name).is_file()] == [], path
+
+
 # Files of other distributions, as the bundled plugins and what `quantpatch new-plugin` writes are.
 OUTSIDE = [
     path

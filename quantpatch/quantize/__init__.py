@@ -3,8 +3,9 @@
 ======================  ===========================================================================
 scope.py                ``quantize_modules`` and ``keep_float``; options.py what they are given
 quantizing_block.py     one block: what it replaces, and its end
-resolve.py              what becomes of a class, with the reason (reasons.py) as a value
-compose.py              the table that it decides by; patterns.py what ``skip`` and ``include`` mean
+resolve.py              what becomes of a class, with the reason (reasons.py) as a value;
+                        what ``skip`` and ``include`` mean
+compose.py              the table that it decides by
 targets.py              what a target is, and whether a replacement can take its place
 outcome.py              what came out
 convert.py, explain.py  the same for models that exist, and in words

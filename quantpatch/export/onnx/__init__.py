@@ -2,10 +2,10 @@
 
 ======================  ===========================================================================
 export.py               ``export_onnx``, from the model to the report (comparison.py)
-capture.py              the model traced, each quantizer as an operator (lowered_quantizers.py)
+capture.py              the model traced, each quantizer as an operator
 operators.py            these operators, and recurrent_operators.py, as ONNX has them
 tidy.py                 passes over the graph; graph.py what they are made of
-fast_kernels.py         passes for ONNX Runtime: channels.py, convolutions.py, integers.py, weights.py
+fast_kernels.py         passes for ONNX Runtime: channels.py, convolutions.py, weights.py
 check.py                the file run beside the model; optimized_check.py with optimizations on,
 kernel_check.py         each integer kernel alone,
 latency.py              and the time beside the float file

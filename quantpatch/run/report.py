@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -80,6 +81,8 @@ def _print(console: Console, parts: Sequence[Part], *, models: bool) -> None:
     console.print(f"quantpatch run{whose}: {number} {'layer' if number == 1 else 'layers'} replaced{where}")
     if replaced:
         console.print(_table(("replaced", "by", "plugin", "times"), replaced))
+    if replaced and skipped:
+        console.print()
     if skipped:
         console.print(_table(("left float", "because", "times"), skipped))
     if not replaced and not skipped:
@@ -100,7 +103,8 @@ def _sum(lines: Iterable[list[Any]]) -> Counter[tuple[Any, ...]]:
 
 
 def _table(headings: Sequence[str], lines: Counter[tuple[Any, ...]]) -> Table:
-    table = Table(*headings[:-1])
+    # Like the tables of other reports, which need torch to be imported.
+    table = Table(*headings[:-1], box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column(headings[-1], justify="right")
     for column in table.columns:
         column.overflow = "fold"

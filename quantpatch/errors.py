@@ -66,7 +66,7 @@ class EntryError(QuantPatchError):
 
     Attributes:
         entry: The entry, or what was given in its place.
-        plugin: Name of the plugin it came from, or None when it was given to the scope.
+        plugin: Name of the plugin it came from, or None when it was given to the block.
     """
 
     entry: Any = None

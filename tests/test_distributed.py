@@ -555,7 +555,7 @@ def test_expected_ranges_that_do_not_fit_are_an_error_and_nothing_changes(saved,
         with pytest.raises(CheckpointError, match=expected):
             qp.expect_ranges(model, folder, prefix=prefix)
         assert {key: tensor.shape for key, tensor in model.state_dict().items()} == before
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         qp.expect_ranges(fresh, tmp_path / "nowhere")
 
 

@@ -107,7 +107,7 @@ def compare(model: nn.Module, float_model: nn.Module, data: Iterable[Any]) -> Co
         demand_model(given, "compare")
     if model is float_model:
         raise ArgumentError(
-            "both are the same model, which differs from itself in nothing. convert() changes a model in "
+            "both are the same model, so there is nothing to compare. convert() changes a model in "
             "place: keep a float one, float_model = copy.deepcopy(model), before it",
             argument="float_model",
         )

@@ -244,7 +244,7 @@ def _fingerprint(model: nn.Module) -> str:
 
 
 def _result(value: Any) -> float:
-    """A number from a file; NaN is none, nor are text and truth values."""
+    """A number from a file; not NaN, text or a truth value."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
         raise ValueError(f"{value!r} is not a result")
     return float(value)
@@ -280,7 +280,7 @@ class _Results(dict[str, float]):
             if model_found != model:
                 raise FileError(
                     f"{self._path} holds results of another model, or of other weights, ranges or settings; "
-                    f"delete it to measure anew",
+                    f"delete it to measure again",
                     path=str(self._path),
                 )
 

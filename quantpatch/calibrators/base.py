@@ -78,7 +78,7 @@ class Calibrator(abc.ABC):
         """Takes in one batch. An empty one counts as no data.
 
         Statistics are of what the format can hold: if that is nothing negative, negative values count as the
-        zeros that they become, and ``negative_share`` tells of them.
+        zeros that they become, and ``negative_share`` counts them.
 
         Args:
             x: Of any shape that has the kept axes, dtype and device. It is read in float32, without

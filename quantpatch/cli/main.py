@@ -68,7 +68,8 @@ def _entries(given: list[str] | None) -> list[tuple[str, str, str]]:
         module, _, name = target.rpartition(".")
         if not (module and name and replacement):
             raise typer.BadParameter(
-                f"{text!r} names no target and replacement; write torch.nn.Linear=mylib.layers:QuantLinear",
+                f"{text!r} does not name a target and a replacement; write "
+                f"torch.nn.Linear=mylib.layers:QuantLinear",
                 param_hint="--custom",
             )
         found.append((module, name, replacement))
@@ -89,7 +90,7 @@ def _block(
 
 
 def _print(what: Any) -> None:
-    # Where nobody looks at a terminal, nothing is cut off to fit one.
+    # Where the output is not a terminal, nothing is cut off to fit one.
     typer.echo(shown(as_text(what, of_names=True), 10_000_000, keep="\n"))
 
 
@@ -302,7 +303,7 @@ def run_command(
         bool, typer.Option("--zero-points", help="Look for zero points of activations in these calls.")
     ] = False,
     audit: Annotated[
-        bool, typer.Option("--audit", help="Tell what share of each model ran quantized.")
+        bool, typer.Option("--audit", help="Report what share of each model ran quantized.")
     ] = False,
 ) -> None:
     """Run an unmodified script with a block around it: every layer that it builds comes out quantized."""
@@ -381,7 +382,7 @@ def audit_command(
     minimum: Annotated[float | None, typer.Option(help="Fail below this share.", min=0.0, max=1.0)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build a model in a block, run it once, and tell what share of it ran quantized.
+    """Build a model in a block, run it once, and report what share of it ran quantized.
 
     The exit code is 1 if that is below --minimum.
     """
@@ -428,7 +429,7 @@ def demo(
 
 
 def main() -> None:
-    """The command ``quantpatch``. Errors of the library are told in one message, with exit code 2."""
+    """The command ``quantpatch``. Errors of the library are printed as one message, with exit code 2."""
     try:
         app(prog_name="quantpatch")
     except QuantPatchError as error:

@@ -25,7 +25,7 @@ class Product(Generic[T]):
         operands: What is multiplied, by role: tensors, or what was recorded of them. None stands for a value
             that never leaves the operator.
         channels: For each operand the axis along which the outputs lie, if it is a weight; None where that
-            cannot be told.
+            is not known.
     """
 
     operation: str

@@ -1,6 +1,6 @@
 """A block: who decides what is built in a context, from its opening to its end.
 
-Blocks form a stack through their ``parent``; one that was closed is passed over, so scopes may end
+Blocks form a stack through their ``parent``; one that was closed is passed over, so blocks may end
 in any order, in other threads, tasks and generators, and none outlives its end.
 """
 
@@ -27,14 +27,14 @@ class _Watch(Protocol):
 
 
 class Block:
-    """One opening of a scope; a subclass decides what comes of what is built in it.
+    """One opening of a block; a subclass decides what comes of what is built in it.
 
     Attributes:
         slots: Where its hooks are. May grow while it is open (a target imported later).
         scope: What was opened, for messages.
         watch: What it starts and stops with its hooks.
         parent: The block in force where this one was opened.
-        closed: Set once, when the scope ends; a closed block decides nothing.
+        closed: Set once, when it ends; a closed block decides nothing.
         thread: The thread that opened it.
     """
 
@@ -105,13 +105,13 @@ class Block:
         _process_wide.append(self)
 
     def close(self) -> list[Slot]:
-        """Ends it everywhere, and takes out the hooks that nobody else needs.
+        """Ends it everywhere, and takes out the hooks that no other block needs.
 
         May be interrupted anywhere: it decides nothing from its first steps on, and what is left to be
         taken out then, the next call, or the next block that opens or closes, takes out.
 
         Returns:
-            The slots where somebody else's value stood instead of a hook.
+            The slots where another library's value stood instead of a hook.
         """
         with lock:
             _closing[self] = None

@@ -2,7 +2,7 @@
 
 ``type.__call__`` cannot be hooked, and a class may do what it likes before and after it calls its base's
 ``__init__``. What can be seen is the outermost function at work on the object; when it returns, the object is
-done. Python tells of returns to a profiler, which is there for that long alone.
+done. Python reports returns to a profiler, which is set for that long only.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _watch(frame: FrameType, event: str, argument: Any) -> None:
 
 def _done(frame: FrameType) -> None:
     functions = _waiting.by_frame.pop(frame)
-    # An exception that leaves a function is told as a return of None.
+    # An exception that leaves a function shows as a return of None.
     if frame.f_code.co_code[frame.f_lasti] in _RETURNS:
         for function in functions:
             function()

@@ -9,7 +9,7 @@ from typing import Any
 def check_class(target: type, replacement: Any) -> None:
     """Raises TypeError, saying why, if a class cannot take another one's place."""
     if not isinstance(replacement, type):
-        raise TypeError(f"{replacement!r} is no class")
+        raise TypeError(f"{replacement!r} is not a class")
     if replacement is target:
         raise TypeError("it is the target itself")
     if issubclass(target, replacement):
@@ -17,7 +17,7 @@ def check_class(target: type, replacement: Any) -> None:
     shared = (set(replacement.__mro__) & set(target.__mro__)) - {object}
     if not issubclass(replacement, target) and not shared:
         raise TypeError(
-            f"{replacement.__qualname__} is no subclass of {target.__qualname__}, and they share no base"
+            f"{replacement.__qualname__} is not a subclass of {target.__qualname__}, and they share no base"
         )
     _check_creation(target, replacement)
     probe = object.__new__(target)

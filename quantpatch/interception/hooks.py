@@ -1,6 +1,6 @@
 """Stand between a caller and a class it constructs (or a function it calls), and leave no trace after.
 
-The requirement: while somebody is interested, ``Target(...)`` may come out as an instance of another
+The requirement: while a block wants it, ``Target(...)`` may come out as an instance of another
 class, in the contexts that asked for it and in no other; afterwards every class and module dictionary
 is what it was, keys in order and values by identity, whatever happened in between. This file knows
 nothing of quantization and imports no torch.
@@ -79,7 +79,7 @@ class Slot(HookedAttribute):
     def of_root(target: type) -> Slot:
         """The slot of a class by whose ``__init__`` all objects of its subclasses come.
 
-        Its hook replaces nothing: it tells of every object.
+        Its hook replaces nothing: it reports every object.
         """
         return Slot._known(_RootSlot, target, "__init__", target)
 
@@ -251,7 +251,7 @@ class _FunctionSlot(_MarkedSlot):
 
     def check(self, replacement: Any) -> None:
         if isinstance(replacement, type) or not callable(replacement):
-            raise TypeError(f"the target is a function, and {replacement!r} is none")
+            raise TypeError(f"the target is a function, and {replacement!r} is not")
         if replacement is self.target:
             raise TypeError("it is the target itself")
 

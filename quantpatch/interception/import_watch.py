@@ -35,7 +35,7 @@ class ImportWatch(importlib.abc.MetaPathFinder):
         sys.meta_path.insert(0, self)
 
     def stop(self) -> None:
-        """Stops watching; harmless if it does not, or if somebody else has taken the item away."""
+        """Stops watching; harmless if it does not, or if other code has taken the item away."""
         with contextlib.suppress(ValueError):
             sys.meta_path.remove(self)
 

@@ -24,7 +24,7 @@ class _Missing:
 MISSING: Final = _Missing()
 
 #: Held for a few instructions at a time, never while user code runs. Re-entrant, because the garbage
-#: collector may close a generator, and so a scope, at any allocation, and signal handlers may open one.
+#: collector may close a generator, and so a block, at any allocation, and signal handlers may open one.
 lock: Final = threading.RLock()
 
 if hasattr(os, "register_at_fork"):  # the child's copy is whole, and not held by a thread it does not have
@@ -34,7 +34,7 @@ if hasattr(os, "register_at_fork"):  # the child's copy is whole, and not held b
 class HookedAttribute(abc.ABC):
     """An attribute that holds a hook as long as it has users.
 
-    If somebody else has wrapped a hook when its last user leaves, it stays where it is, passes every
+    If other code has wrapped a hook when its last user leaves, it stays where it is, passes every
     call through, and is taken out once it is on top again.
 
     Attributes:
@@ -42,7 +42,7 @@ class HookedAttribute(abc.ABC):
             with the lock held.
     """
 
-    # Those of which a hook may lie under somebody else's. Here as everywhere on the way into a block and out
+    # Those whose hook may lie under another library's. Here as everywhere on the way into a block and out
     # of it, references have no callbacks: an interrupt that comes in one is swallowed by Python.
     _buried: dict[int, weakref.ref[HookedAttribute]] = {}
 
@@ -91,7 +91,7 @@ class HookedAttribute(abc.ABC):
 
     @staticmethod
     def sweep() -> None:
-        """Takes out every idle hook that was under somebody else's and has come up again."""
+        """Takes out every idle hook that was under another library's and has come up again."""
         for key, reference in list(HookedAttribute._buried.items()):
             attribute = reference()
             if attribute is None:
@@ -121,4 +121,4 @@ class HookedAttribute(abc.ABC):
 
     @abc.abstractmethod
     def _write(self, value: Any) -> None:
-        """Sets the owner's own attribute, or sees to it that there is none if the value is ``MISSING``."""
+        """Sets the owner's own attribute, or removes it if the value is ``MISSING``."""

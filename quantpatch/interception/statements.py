@@ -1,7 +1,7 @@
 """``with`` statements that an interrupt cannot leave half done.
 
 Between the end of ``__enter__`` and the first step of ``__exit__``, and at the first step itself, Python may
-run a signal handler that raises; nobody calls ``__exit__`` then. But the statement has looked ``__exit__`` up
+run a signal handler that raises; ``__exit__`` is not called then. But the statement has looked it up
 before it called ``__enter__``, and drops what it found when it is over: so what it finds here is an object of
 its own, which ends the block when it is dropped, if the block is still open.
 """
@@ -32,7 +32,7 @@ class Statement:
 
     @staticmethod
     def entering(scope: Any) -> Statement:
-        """The statement that is about to enter a scope here; a new one if it is no statement that does."""
+        """The statement that is about to enter a block here; a new one if none does."""
         reference = _found.get()
         found = None if reference is None else reference()
         if found is None or found.scope is not scope or found.statement.opening is not None:
@@ -71,7 +71,7 @@ _found: ContextVar[weakref.ref[_Leave] | None] = ContextVar("quantpatch_found", 
 
 
 class Exit:
-    """The ``__exit__`` of a scope.
+    """The ``__exit__`` of a block.
 
     Args:
         leave: Called with the scope, the statement that is left, and whether it is with an exception.

@@ -189,7 +189,7 @@ def protected(changes: list[Trace]) -> Iterator[None]:
     """A block after which torch is what it was before, whatever code of others did in it.
 
     What torch itself changes (some of its parts do when they are imported) stays, and so do the hooks
-    of scopes that other threads open or leave meanwhile.
+    of blocks that other threads open or leave meanwhile.
 
     Args:
         changes: What was taken back is added to it.
@@ -217,7 +217,7 @@ def _is_foreign(change: Change, before: Snapshot) -> bool:
     if is_private and any(change.owner is owner for owner in further_owners()):
         return False
     home = _home(change.new)
-    # A part of torch in another part's place is nobody's but the code's that ran.
+    # A part of torch in another part's place comes from the code that ran.
     return home != "quantpatch" and (home != "torch" or before.had(change.new))
 
 

@@ -41,7 +41,7 @@ __all__ = [
 ]
 for _family in (attention, conv, embedding, linear, norm, operations, pooling, recurrent):
     __all__ += _family.__all__
-# Known beforehand, whatever modules somebody hangs into a layer.
+# Known beforehand, whatever modules a user adds to a layer.
 for _name in __all__:
     _layer = globals()[_name]
     if isinstance(_layer, type) and issubclass(_layer, QuantizedLayer) and _layer is not QuantizedLayer:

@@ -106,7 +106,7 @@ class QuantizedLayer:
 
     @classmethod
     def _check_inputs(cls) -> None:
-        """A misspelled input would pass by its quantizer, and nobody would notice."""
+        """A misspelled input would pass by its quantizer unnoticed."""
         own = (inspect.unwrap(QuantizedLayer.forward), QuantizedLayer.quantize_inputs)
         if (inspect.unwrap(cls.forward), cls.quantize_inputs) != own:
             return  # it hands its inputs on as it likes
@@ -289,7 +289,7 @@ class QuantizedLayer:
     def quantize_operand(self, operand: str, value: Any) -> Any:
         """An activation inside ``forward``, quantized by the quantizer of that name, if there is one.
 
-        What is no floating-point tensor passes as it is.
+        What is not a floating-point tensor passes as it is.
         """
         quantizer = self.quantizer(operand)
         if quantizer is None or not isinstance(value, torch.Tensor) or not value.is_floating_point():

@@ -295,7 +295,7 @@ class _Rewriter(ast.NodeTransformer):
             raise self.finder.refuse(node, "its operands may be hidden in a starred argument")
         parameters = self.finder.parameters(operation)
         if node.keywords and not parameters:
-            raise self.finder.refuse(node, "which operand a keyword means cannot be told")
+            raise self.finder.refuse(node, "it is not known which operand a keyword means")
         where: dict[int, tuple[Any, Any]] = {0: (node.func, "value")} if skipped else {}
         where |= {number + skipped: (node.args, number) for number in range(len(node.args))}
         where |= {parameters.index(k.arg): (k, "value") for k in node.keywords if k.arg in parameters}
@@ -359,7 +359,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _is_of(tree: ast.FunctionDef, function: types.FunctionType) -> bool:
-    """Whether a function was compiled from a source, as far as its names tell."""
+    """Whether a function was compiled from a source, as far as its names show."""
     code = function.__code__
     arguments = [argument.arg for argument in (*tree.args.posonlyargs, *tree.args.args)]
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -372,7 +372,7 @@ def _is_of(tree: ast.FunctionDef, function: types.FunctionType) -> bool:
 
 
 def _in_signature(tree: ast.FunctionDef) -> set[str]:
-    """Attributes in decorators, defaults and annotations, which are no part of a function's code."""
+    """Attributes in decorators, defaults and annotations, which are not part of a function's code."""
     outside = [*tree.decorator_list, tree.args, *([tree.returns] if tree.returns else [])]
     return {n.attr for part in outside for n in ast.walk(part) if isinstance(n, ast.Attribute)}
 

@@ -46,7 +46,7 @@ _IN_FORCE: ContextVar[Lowering | None] = ContextVar("quantpatch lowering", defau
 
 
 def lowering() -> Lowering | None:
-    """What is in force here, if anything is; torch.compile, which is no exporter, never sees any."""
+    """What is in force here, if anything is; torch.compile, which is not an exporter, never sees any."""
     # The compiler takes the first for a constant, and cannot follow a context variable in all releases.
     return None if torch.compiler.is_dynamo_compiling() else _IN_FORCE.get()
 

@@ -13,7 +13,7 @@ __all__ = [
 
 
 class _QuantizedNorm(QuantizedLayer):
-    weights = {}  # its affine weight scales the output and is no operand of a product
+    weights = {}  # its affine weight scales the output and is not an operand of a product
 
 
 class QuantInstanceNorm1d(ChannelsFirst1d, _QuantizedNorm, nn.InstanceNorm1d):

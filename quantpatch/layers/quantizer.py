@@ -197,7 +197,7 @@ class TensorQuantizer(HeldRange):
         """The range that a calibrator's statistics give this quantizer; nothing is changed.
 
         Raises:
-            CalibrationError: It saw no data, or what it gives is no range.
+            CalibrationError: It saw no data, or what it gives is not a range.
         """
         amax = upper_end(calibrator.compute_amax(), self.format)
         if self.descriptor.scale_amax is not None:
@@ -206,7 +206,7 @@ class TensorQuantizer(HeldRange):
             self._check_range(amax)
         except RangeError as error:
             raise CalibrationError(
-                f"{type(calibrator).__name__} gives a range that is none: {error}", quantizer=self
+                f"{type(calibrator).__name__} gives an invalid range: {error}", quantizer=self
             ) from error
         return amax
 

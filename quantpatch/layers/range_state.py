@@ -86,8 +86,8 @@ class HeldRange(RangeTensor):
     def _settled(self, x: Tensor, *, is_weight: bool) -> Tensor | None:
         """The range, if it has become known; None if not.
 
-        Where nobody can look, as its values are on an accelerator or recorded operations are to find them,
-        these take the range if it is known, and that of the tensor at hand if not.
+        Where it cannot be looked at, as its values are on an accelerator or recorded operations are to find
+        them, these take the range if it is known, and that of the tensor at hand if not.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return None
@@ -130,7 +130,7 @@ class HeldRange(RangeTensor):
         name = place_in_running_model(self) or str(self)
         warn_caller(
             f"{name}: its weight has the shape {tuple(weight.shape)} now, and its range, of shape "
-            f"{tuple(amax.shape)}, was found for another one: it is forgotten. Until you calibrate anew, "
+            f"{tuple(amax.shape)}, was found for another one: it is dropped. Until you calibrate again, "
             f"qp.calibrate(model, batches, existing='keep'), each tensor is quantized by its own range"
         )
         return None
@@ -185,7 +185,7 @@ class HeldRange(RangeTensor):
             self.amax = amax
 
     def forget_zero_point(self) -> None:
-        """Makes unsigned integers the signed ones of as many bits; the range is to be found anew."""
+        """Makes unsigned integers the signed ones of as many bits; the range is to be found again."""
         self._become(attrs.evolve(self.descriptor, unsigned=False, zero_point=0), found=False)
 
     def _become(self, descriptor: QuantDescriptor, found: bool) -> None:
@@ -195,7 +195,7 @@ class HeldRange(RangeTensor):
 
     @property
     def _format_as_compiled(self) -> NumberFormat:
-        """The format for ``torch.compile``, to which a zero point is no constant but that of the state."""
+        """The format for ``torch.compile``, to which a zero point is not a constant but the state's."""
         zero_point = self._buffers.get(ZERO_POINT_KEY)
         if zero_point is None or type(self.format) is not Integer or self.descriptor.learn_amax:
             return self.format

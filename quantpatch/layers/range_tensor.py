@@ -51,7 +51,7 @@ class RangeTensor(nn.Module):
 
     #: Whether the range was seen to be known. If not it may be, as others can fill it in: see ``_look``.
     _known: bool = False
-    #: The shape of a weight's range, as far as the weight tells.
+    #: The shape of a weight's range, as far as the weight shows.
     _shape_of_weight: tuple[int, ...] | None = None
     _seen: int | None = None  # the version in which the tensor was looked at, and held NaN
     _own: Tensor | None = None  # the tensor, and not what stands in for it, as in functional_call
@@ -83,7 +83,7 @@ class RangeTensor(nn.Module):
         if value is None:
             self._forget()
             return
-        # A copy: whoever hands in a tensor may go on changing it.
+        # A copy: the caller may go on changing the tensor.
         # A number is put on the CPU, whatever the default device is: on "meta" it would be lost.
         device = None if isinstance(value, Tensor) else "cpu"
         with outside_inference_mode():  # training may come after the mode
@@ -218,7 +218,7 @@ class RangeTensor(nn.Module):
         version = None if local.is_inference() else local._version
         if not (again or local.is_cpu or version != self._seen):
             return False
-        # What is negative is no range, but comes from code that initialises all parameters alike.
+        # What is negative is not a range, but comes from code that initialises all parameters alike.
         known = local.item() >= 0 if local.numel() == 1 else bool((local >= 0).all())
         if known and held is self._own:
             self.__dict__["_known"] = True
@@ -270,7 +270,7 @@ class RangeTensor(nn.Module):
             self._forget()
 
     def may_become(self, shape: tuple[int, ...]) -> bool:
-        """Whether a range of this shape may be loaded: a weight tells its own, and so does a known range."""
+        """Whether a range of this shape may be loaded: a weight sets its own, and so does a known range."""
         held, wanted = self.held, self._shape_of_weight
         if held is not None and held.shape == shape:
             return True

@@ -3,7 +3,7 @@
 The forward of the float class reads ``self.weight``, and ``self`` is the layer itself: code that keeps data
 by module, writes attributes or asks for its class finds the one that is in the model. So each name that has
 ever had a stand-in is a property of the quantized class. It looks among the calls that run in its thread, and
-is otherwise what the attribute was: other threads, and whoever reads ``layer.weight`` from outside, see the
+is otherwise what the attribute was: other threads, and code that reads ``layer.weight`` from outside, see the
 parameter.
 """
 
@@ -232,7 +232,7 @@ class _View:
         # Methods and properties run on this object, so that they see the stand-ins as well; static and
         # class methods have no object to run on.
         member = getattr(type(layer), name, None)
-        # The compiler takes a subclass of property for a property: names tell which is which.
+        # The compiler takes a subclass of property for a property: names say which is which.
         is_stand_in = name in getattr(type(layer), _NAMES, ())
         if isinstance(member, property) and not is_stand_in and member.fget is not None:
             return member.fget(self)

@@ -195,8 +195,8 @@ class Integer(NumberFormat):
         z = self.zero_point
         if not _is_int(z) or not 0 <= z <= 2**self.bits - 2:
             raise (ArgumentError if _is_int(z) else ArgumentTypeError)(
-                f"of {self.bits} bits a zero point is an integer from 0 to {2**self.bits - 2}, so that 0 and "
-                f"something above it are on the grid; got {z!r}",
+                f"the zero point of {self.bits} bits is an integer from 0 to {2**self.bits - 2}, so that 0 "
+                f"and something above it are on the grid; got {z!r}",
                 argument="zero_point",
                 value=z,
             )
@@ -469,7 +469,7 @@ _WITH_ZERO_POINT = re.compile(r"uint([2-8])_z(\d+)")
 
 
 def affine_format(name: str) -> Integer | None:
-    """The integers of a name such as ``"uint8_z37"``; None if it is no such name.
+    """The integers of a name such as ``"uint8_z37"``; None if it is not such a name.
 
     Raises:
         ArgumentError: The zero point is out of range.

@@ -60,7 +60,8 @@ class GroupedAxes(tuple[int, ...]):
         """
         if x.dim() < 2 or x.shape[0] % self.groups:
             raise RangeError(
-                f"a tensor of shape {tuple(x.shape)} has no {self.groups} groups along its first axis",
+                f"a tensor of shape {tuple(x.shape)} cannot be split into {self.groups} groups along its "
+                f"first axis",
                 value=self.groups,
             )
         return torch.unflatten(x, 0, (self.groups, x.shape[0] // self.groups))

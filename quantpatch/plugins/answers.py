@@ -27,7 +27,7 @@ def entries_of(plugin: Plugin, manager: pluggy.PluginManager) -> tuple[Entry, ..
     """What it offers to replace.
 
     Raises:
-        PluginError: Its hook failed or returned something else than entries.
+        PluginError: Its hook failed or returned something other than entries.
     """
     hook = "quantpatch_entries"
     entries = []
@@ -43,7 +43,7 @@ def entries_of(plugin: Plugin, manager: pluggy.PluginManager) -> tuple[Entry, ..
                 entries.append(Entry.of(given))
             except EntryError as error:  # noqa: PERF203
                 raise plugin.error(
-                    f"returned something else than entries from {hook}: {error}", hook
+                    f"returned something other than entries from {hook}: {error}", hook
                 ) from error
         targets = Counter(entry.dotted for entry in entries)
         doubled = sorted(target for target, count in targets.items() if count > 1)

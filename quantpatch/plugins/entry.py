@@ -40,7 +40,7 @@ class Entry:
         default: Whether a block replaces the target without being asked to by ``include``.
         optional: Whether the module may lack the target, as other versions of its package do; there is
             nothing to replace then. Otherwise that is an error.
-        reported: Whether ``scope.replaced`` lists it. Not what a plugin replaces for its own ends, such as
+        reported: Whether ``block.replaced`` lists it. Not what a plugin replaces for its own ends, such as
             a function that loads checkpoints: users look there for layers.
         plugin: Name of the plugin that returned it, which is noted then; None for one that was given as
             ``custom``.
@@ -71,7 +71,7 @@ class Entry:
     def _malformed(self, why: str) -> EntryError:
         given = (self.module, self.name, self.replacement)
         return EntryError(
-            f"{given!r} is no entry: {why}. Write, for instance: (torch.nn, 'Linear', MyQuantLinear) or "
+            f"{given!r} is not an entry: {why}. Write, for instance: (torch.nn, 'Linear', MyQuantLinear) or "
             f"('my_package.layers', 'MyConv', 'my_plugin.layers:QuantMyConv')",
             entry=given,
         )
@@ -88,8 +88,8 @@ class Entry:
         if isinstance(given, tuple) and len(given) == 3:
             return cls(*given)
         raise EntryError(
-            f"{given!r} is no entry: expected Entry(module, name, replacement) or a tuple of these three, "
-            f"such as (torch.nn, 'Linear', MyQuantLinear)",
+            f"{given!r} is not an entry: expected Entry(module, name, replacement) or a tuple of these "
+            f"three, such as (torch.nn, 'Linear', MyQuantLinear)",
             entry=given,
         )
 

@@ -39,7 +39,7 @@ class Environment:
         if self.allowed is not None and name not in self.allowed:
             return f"{ALLOW_VARIABLE} does not name it"
         if only is not None and name not in only:
-            return "the scope's plugins=[...] does not name it"
+            return "the block's plugins=[...] does not name it"
         return ""
 
 

@@ -320,7 +320,7 @@ def _indispensable(what: str) -> PluginError:
     return PluginError(
         f"the plugin {BUILTIN!r} {what}: recipes, formats and calibrators come from it, besides the layers "
         f"of torch.nn. To leave such layers float, write quantize_modules(skip=['torch.nn.*']), or build "
-        f"them in keep_float(); to have no other plugin than it, write plugins=[]",
+        f"them in keep_float(); to use no other plugin, write plugins=[]",
         plugin=BUILTIN,
     )
 

@@ -273,7 +273,7 @@ def _demand_still_there(model: nn.Module, quantizers: Mapping[str, TensorQuantiz
 
 @contextlib.contextmanager
 def _naming(quantizers: Mapping[str, TensorQuantizer]) -> Iterator[None]:
-    """A block whose errors tell the qualified name of the quantizer that they come from."""
+    """A block whose errors give the qualified name of the quantizer that they come from."""
     try:
         yield
     except CalibrationError as error:

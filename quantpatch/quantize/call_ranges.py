@@ -78,7 +78,7 @@ class CallRanges:
         self._handles, self._running, self._passes = [], False, _PASSES
 
     def _watched(self) -> Iterator[TensorQuantizer]:
-        """Those of activations with one range, found beforehand. Steps of a recurrent layer are no calls."""
+        """Those of activations with one range, found beforehand. Steps of a recurrent layer are not calls."""
         of_weights = weight_quantizers(self._model)
         stepping: tuple[type[Any], ...] = (QuantizedRecurrent, nn.RNNCellBase)
         for layer in named_layers(self._model).values():

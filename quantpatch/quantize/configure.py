@@ -70,7 +70,7 @@ def configure(model: nn.Module, rules: Rules) -> ChangeReport:
             placed, count as layers, whose quantizers are those of inputs. A value is None (float: the
             quantizer is disabled, also for others that share it), a descriptor, a recipe or a recipe's name.
             A quantizer whose descriptor changes loses its range. One descriptor changes the quantizers that
-            are there; it makes a new one only where the pattern tells its name from others
+            are there; it makes a new one only where the pattern matches no other quantizer
             (``"head.output_quantizer"``, ``"*.hidden_*"``).
 
     Returns:
@@ -175,7 +175,7 @@ def _is_meant(place: _Place, matcher: Matcher, value: Value) -> bool:
     """Whether a rule for a whole layer speaks of this place in it.
 
     One descriptor for a layer changes the quantizers that are there. A new one is made only where a recipe
-    has a descriptor for it, or the rule tells its name from others (``"head.output_quantizer"``).
+    has a descriptor for it, or the rule matches no other quantizer (``"head.output_quantizer"``).
     """
     if place.quantizer is not None or not isinstance(value, QuantDescriptor):
         return True

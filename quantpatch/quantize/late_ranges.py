@@ -62,13 +62,13 @@ def _tell(models: Iterable[nn.Module], late: Mapping[str, nn.Parameter]) -> None
         if issubclass(kind, Optimizer):
             warn_caller(
                 f"the learned ranges of {listed(late, 5)} became parameters after {kind.__name__} was made, "
-                f"which does not train them. Make it anew, or write optimizer.add_param_group({{'params': "
+                f"which does not train them. Create it again, or write optimizer.add_param_group({{'params': "
                 f"[quantizer.amax, ...]}})"
             )
         else:
             warn_caller(
                 f"the learned ranges of {listed(late, 5)} became parameters after {kind.__name__} took the "
-                f"model, which does not average their gradients over the ranks. Wrap it anew"
+                f"model, which does not average their gradients over the ranks. Wrap it again"
             )
 
 
@@ -105,7 +105,7 @@ def _tell_of_averages(model: nn.Module, lacking: set[str], unknown: set[str]) ->
             warn_caller(
                 f"there is an {kind} of a model like this one that was made before data showed the shape of "
                 f"the ranges of {listed(missed, 5)}. If it is of this one, it has no tensors for them, and "
-                f"would average others in their place. Make it anew"
+                f"would average others in their place. Create it again"
             )
             continue
         if not int(found.n_averaged):
@@ -122,7 +122,7 @@ def _tell_of_averages(model: nn.Module, lacking: set[str], unknown: set[str]) ->
             warn_caller(
                 f"there is an {kind} of a model like this one that was updated before the ranges of "
                 f"{listed(lost, 5)} were known. If it is of this one, it has NaN in their place, as has any "
-                f"average of NaN, and takes a range from each tensor. Make it anew, or write "
+                f"average of NaN, and takes a range from each tensor. Create it again, or write "
                 f"average.module.load_state_dict({{key: value for key, value in model.state_dict().items() "
                 f"if '_quantizer.' in key}}, strict=False)"
             )

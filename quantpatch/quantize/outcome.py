@@ -14,7 +14,7 @@ from quantpatch.torch_tools.class_swap import dotted
 
 @attrs.frozen
 class Replaced:
-    """A line of ``scope.replaced``.
+    """A line of ``block.replaced``.
 
     Attributes:
         target: Dotted name of the class or function.
@@ -36,7 +36,7 @@ class Replaced:
 
 @attrs.frozen
 class Skipped:
-    """A line of ``scope.skipped``: what was built in the block and left float.
+    """A line of ``block.skipped``: what was built in the block and left float.
 
     Attributes:
         target: Dotted name of the class (or function).

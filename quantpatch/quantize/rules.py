@@ -16,7 +16,7 @@ Matcher = str | type | Callable[[str, nn.Module], bool]
 Value = QuantDescriptor | Recipe | str | None
 #: Patterns for the first and the last quantized layer that has weights.
 EDGES = (":first", ":last")
-# A mapping of strings alone is no Mapping[Matcher, ...]: the type of keys is invariant.
+# A mapping of strings alone is not a Mapping[Matcher, ...]: the type of keys is invariant.
 Rules = Mapping[str, Value] | Mapping[Matcher, Value] | Iterable[tuple[Matcher, Value]]
 
 

@@ -107,7 +107,7 @@ class Scope:
                 return found
             block = block.parent
         if not opened:
-            raise BlockError(f"{self!r} is left without having been entered")
+            raise BlockError(f"{self!r} was left without having been entered")
         return opened[-1]
 
     def _close(self, block: QuantizingBlock, *, failed: bool) -> None:
@@ -211,12 +211,12 @@ class Scope:
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:
-        """What was replaced in this scope so far, by which entry and plugin, and how often."""
+        """What was replaced in this block so far, by which entry and plugin, and how often."""
         return self._outcome.replaced
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
-        """What was built in this scope so far and left float, why, and how often."""
+        """What was built in this block so far and left float, why, and how often."""
         return self._outcome.skipped
 
 
@@ -233,7 +233,7 @@ def quantize_modules(
 
     ::
 
-        with quantize_modules("int8", skip=["ConvTranspose2d"]) as scope:
+        with quantize_modules("int8", skip=["ConvTranspose2d"]) as block:
             model = build_model()
 
     The class itself is watched, not its name: it does not matter how the code imported its layers.
@@ -256,8 +256,8 @@ def quantize_modules(
             enclosing block, else False.
 
     Returns:
-        The scope: a context manager, a decorator of functions, or something to ``start()`` and
-        ``stop()``. Its ``replaced`` and ``skipped`` tell what came out of the block.
+        The block: a context manager, a decorator of functions, or something to ``start()`` and
+        ``stop()``. Its ``replaced`` and ``skipped`` list what came out of the block.
 
     Raises:
         EntryError: An entry cannot be used (on entering the block; nothing is replaced then).
@@ -265,7 +265,8 @@ def quantize_modules(
         PluginError: A plugin failed.
         ArgumentError: A rule of the recipe is malformed (on entering) or matches nothing that was built (when
             the block ends: PyTorch is what it was, and the models are quantized as without rules).
-        UnknownNameError: Nothing goes by a name in ``skip``, ``include``, ``recipe`` or ``plugins``.
+        ArgumentTypeError: An argument is of another type, such as a model or a single number.
+        UnknownNameError: Nothing has a name in ``skip``, ``include``, ``recipe`` or ``plugins``.
     """
     return Scope(Options.of(recipe, skip, custom, include, plugins, subclasses))
 

@@ -17,12 +17,12 @@ def checked_existing(existing: Existing) -> Existing:
     """The same.
 
     Raises:
-        ArgumentError: It is none of the three.
+        ArgumentError: It is not one of the three.
     """
     if existing not in get_args(Existing):
         raise ArgumentError(
-            f"existing={existing!r}: expected 'error', or of ranges that are known already 'keep' to find "
-            f"only the missing ones, 'overwrite' to find all of them anew",
+            f"existing={existing!r}: expected 'error', 'keep' (keep the ranges that are known and find the "
+            f"missing ones) or 'overwrite' (find all of them again)",
             argument="existing",
             value=existing,
         )
@@ -30,7 +30,7 @@ def checked_existing(existing: Existing) -> Existing:
 
 
 def patterns(model: nn.Module, names: Iterable[str]) -> Iterable[str]:
-    """What to tell ``configure`` to leave quantizers float: a layer's name, if they are all that it has."""
+    """The names by which ``configure`` leaves quantizers float: a layer's if they are all that it has."""
     names = dict.fromkeys(names)
     others = {name.rpartition(".")[0] for name in named_quantizers(model) if name not in names}
     layers = (name.rpartition(".")[0] for name in names)
@@ -84,7 +84,7 @@ def to_calibrate(model: nn.Module, existing: Existing) -> dict[str, TensorQuanti
         rest = f"existing='keep' to find the ranges of the {len(missing)} others, or " if missing else ""
         raise CalibrationError(
             f"{len(known)} quantizers have a range already: {listed(known)}. Pass "
-            f"{rest}existing='overwrite' to calibrate again from nothing",
+            f"{rest}existing='overwrite' to calibrate again from scratch",
             quantizers=tuple(known),
         )
     return missing if existing == "keep" else wanted

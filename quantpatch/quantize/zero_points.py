@@ -111,7 +111,7 @@ def without_those_found(quantizers: Mapping[str, TensorQuantizer]) -> Iterator[s
 
     Yields:
         The names of those whose zero points are to come back when it ends: all of those that lost one, if
-        it raises; whoever gives one a new range takes its name away.
+        it raises; code that gives one a new range takes its name away.
     """
     before = {name: q.format for name, q in quantizers.items() if q.zero_point_is_found}
     back = set(before)

@@ -57,7 +57,7 @@ class QuantDescriptor:
         amax: A range known beforehand, in the tensor's own units.
         learn_amax: Train the range, once it is known, with the gradient of LSQ.
         scale_amax: Factor on every range that calibration finds.
-        calib_method: Name of the calibrator that ``calibrate`` uses unless told otherwise.
+        calib_method: Name of the calibrator that ``calibrate`` uses by default.
         format: A number format or the name of one (``"fp8_e4m3"``), instead of ``num_bits``, ``unsigned``,
             ``zero_point`` and ``narrow_range``.
         dynamic: Take the range from each tensor as it comes; never calibrated.

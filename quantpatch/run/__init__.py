@@ -11,7 +11,7 @@ launcher.py    from the command to the Python that runs the script
 bootstrap/     the first code of each process
 session.py     the block of one process
 models.py      the models that run there: calibrated and audited
-report.py      what all processes have to tell, printed when the script is over
+report.py      what all processes report, printed when the script is over
 =============  =====================================================================================
 """
 

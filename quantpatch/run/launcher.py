@@ -28,12 +28,12 @@ def launch(settings: RunSettings, command: Sequence[str], *, module: bool = Fals
     """Becomes the Python that runs a script in a block.
 
     Args:
-        settings: How to quantize, and what to tell at the end.
+        settings: How to quantize, and what to report at the end.
         command: The script and its arguments; ``-`` is a script that comes from the standard input.
         module: Whether ``command`` begins with a module's name instead, as for ``python -m``.
 
     Raises:
-        FileError: There is no such script, or this Python takes no notice of the environment.
+        FileError: There is no such script, or this Python ignores the environment.
         QuantPatchError: The block cannot be opened.
     """
     script = command[0]
@@ -61,7 +61,7 @@ def launch(settings: RunSettings, command: Sequence[str], *, module: bool = Fals
 
 
 def _try(settings: RunSettings) -> None:
-    """Opens and closes the block: whatever is wrong with the settings is told here, before anything runs."""
+    """Opens and closes the block: what is wrong with the settings is reported here, before anything runs."""
     for method in filter(None, (settings.method, settings.weight_method)):
         registry.calibrator(method)
     try:

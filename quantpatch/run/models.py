@@ -70,7 +70,7 @@ class WatchedModels:
             model.give_up()
 
     def notes(self) -> tuple[str, ...]:
-        """What is to be told of the models, by name."""
+        """What is to be reported of the models, by name."""
         found = [note for model in self._all for note in model.all_notes()]
         left = len(self._all) - MOST_AUDITS
         if self._audit and left > 0:
@@ -197,7 +197,7 @@ class _Model:
         self.note(f"{len(report.calibrated)} of {count} quantizers calibrated in {self._calls} calls")
 
     def note(self, note: str) -> None:
-        """Adds something to tell."""
+        """Adds something to report."""
         self._notes.append(note)
 
     def begin(self) -> None:
@@ -237,7 +237,7 @@ class _Model:
             life.close()
 
     def all_notes(self) -> list[str]:
-        """What is to be told of it."""
+        """What is to be reported of it."""
         notes = list(self._notes)
         if self._life is not None and self._calls < self._wanted:
             notes.append(

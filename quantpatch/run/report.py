@@ -1,4 +1,4 @@
-"""What the processes of a script have to tell, put together.
+"""What the processes of a script report, put together.
 
 A first process without torch loads this file by its path as it ends, where torch cannot be imported any more.
 """
@@ -21,12 +21,12 @@ from rich.table import Table
 
 @attrs.frozen
 class Part:
-    """What one process has to tell.
+    """What one process reports.
 
     Attributes:
         process: How to call it.
-        replaced: Target, replacement, plugin and count of each line of ``scope.replaced``.
-        skipped: Target, reason and count of each line of ``scope.skipped``.
+        replaced: Target, replacement, plugin and count of each line of ``block.replaced``.
+        skipped: Target, reason and count of each line of ``block.skipped``.
         notes: Sentences about the calibration and the audit.
         audits: The report of each audit, as text.
     """

@@ -16,7 +16,7 @@ from quantpatch.torch_tools.atomic_files import written_whole
 
 
 class Session:
-    """Opens the block, and leaves what it has to tell when the process ends.
+    """Opens the block, and leaves its report when the process ends.
 
     Args:
         settings: How to quantize, and where to leave it.
@@ -34,7 +34,7 @@ class Session:
         return WatchedModels(settings.calibrate, settings.calibration(), audit=settings.audit, rules=rules)
 
     def part(self) -> Part:
-        """What this process has to tell."""
+        """What this process reports."""
         notes, audits = ((), ()) if self._models is None else (self._models.notes(), self._models.audits())
         return Part(
             process=_name_of_process(),
@@ -45,7 +45,7 @@ class Session:
         )
 
     def close(self) -> Part:
-        """Ends the block; what it has to tell."""
+        """Ends the block; what it reports."""
         part = self.part()
         self._scope.stop()
         if self._models is not None:
@@ -53,7 +53,7 @@ class Session:
         return part
 
     def leave(self) -> None:
-        """Ends the block and leaves what there is to tell for the first process, if that is still there."""
+        """Ends the block and leaves its report for the first process, if that is still there."""
         part, directory = self.close(), Path(self.settings.directory)
         if part and directory.is_dir():
             with written_whole(directory / f"{os.getpid()}.json") as folder:
@@ -72,14 +72,14 @@ def start(is_main: bool) -> None:
     """Opens the block of this process, as the environment says.
 
     Args:
-        is_main: Whether this is the first process: it tells at the end instead of leaving it.
+        is_main: Whether this is the first process: it prints at the end instead of leaving it.
     """
     global current
     # Once: a script may change its environment as it likes.
     try:
         settings = RunSettings.from_json(os.environ[VARIABLE])
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        # Nothing that the command wrote. The script runs; `import torch` is no place to fail.
+        # Nothing that the command wrote. The script runs; `import torch` must not fail.
         _say(f"{VARIABLE} cannot be read ({shown(error)}); what this process builds stays float")
         return
     try:
@@ -106,7 +106,7 @@ def _leave_at_the_end() -> None:
 
 
 def tell(directory: str) -> None:
-    """Prints what all processes have to tell; this one, the first, ends its block."""
+    """Prints what all processes report; this one, the first, ends its block."""
     global current
     session, current = current, None
     if session is None:
@@ -117,7 +117,7 @@ def tell(directory: str) -> None:
 
 
 def leave() -> None:
-    """Ends this process's block and leaves what there is to tell, once."""
+    """Ends this process's block and leaves its report, once."""
     global current
     session, current = current, None
     if session is not None:
@@ -125,7 +125,7 @@ def leave() -> None:
 
 
 def _begin_again() -> None:
-    """In a fork: a block of its own, so that nothing is told twice."""
+    """In a fork: a block of its own, so that nothing is reported twice."""
     global current
     if current is None:
         return

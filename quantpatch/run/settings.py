@@ -42,7 +42,7 @@ class RunSettings:
         zero_points: See there.
         existing: See there.
         audit: Whether to audit the models that run.
-        directory: Where the processes leave what they have to tell.
+        directory: Where the processes leave their reports.
     """
 
     recipe: str | None = None

@@ -31,7 +31,7 @@ def replaced(subject: Subject) -> None:
     replacement, target = subject.replacement, subject.target
     subject.fresh_quantized()
     if not issubclass(replacement, target):
-        raise Broken(f"{replacement.__qualname__} is no subclass of {subject.entry.dotted}")
+        raise Broken(f"{replacement.__qualname__} is not a subclass of {subject.entry.dotted}")
     if pickle.loads(pickle.dumps(replacement)) is not replacement:
         raise Broken(f"{replacement.__module__}.{replacement.__qualname__} is another object")
 
@@ -63,7 +63,7 @@ def initial(subject: Subject) -> None:
     quantized = subject.fresh_quantized()
     if not torch.equal(torch.rand(1), after):
         raise Broken("it draws more or fewer random numbers than the float layer")
-    demand_equal(float_state_dict(quantized), layer.state_dict(), "its weights are others")
+    demand_equal(float_state_dict(quantized), layer.state_dict(), "its weights differ")
 
 
 # --- Computing ------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def disabled(subject: Subject) -> None:
 @check(
     "Name every activation in `inputs`, every weight in `weights`, and every call inside forward in "
     "`operations`; hand each operand through quantize_operand (or its quantizer) where forward uses it. An "
-    "operand that the example does not use wants other inputs"
+    "operand that the example does not use needs other inputs"
 )
 def operands(subject: Subject) -> None:
     """Every quantizer sees a tensor, and what comes out of it is used."""

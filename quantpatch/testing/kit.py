@@ -88,8 +88,8 @@ def run_check(name: str, subject: Subject) -> None:
 
     Raises:
         CheckError: It does not hold.
-        NotApplicable: It says nothing about this layer, or the example excuses the layer.
-        UnknownNameError: There is no such check, or the example excuses from one that does not exist.
+        NotApplicable: It says nothing about this layer, or the example skips it.
+        UnknownNameError: There is no such check, or the example skips one that does not exist.
     """
     for given in (name, *subject.example.skip_checks):
         if given not in CHECKS:
@@ -235,7 +235,7 @@ def _exists(entry: Entry) -> bool:
 def _without_example(entry: Entry) -> str:
     name = entry.name
     return (
-        f"{entry} has no example, so nothing is known about it. Tell how to build a {name} and what to call "
+        f"{entry} has no example, so nothing is known about it. Say how to build a {name} and what to call "
         f"it with, beside quantpatch_entries:\n"
         f"    @quantpatch.hookimpl\n"
         f"    def quantpatch_examples():\n"

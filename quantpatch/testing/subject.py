@@ -135,7 +135,7 @@ class Subject:
         if all(q.disabled or q.descriptor.dynamic for q in named_quantizers(layer).values()):
             return
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of quantizers that saw nothing tells a check
+            warnings.simplefilter("ignore")  # a check reports quantizers that saw nothing
             with calibrating(layer, strict=False, existing="overwrite"):
                 self.run(layer)
 

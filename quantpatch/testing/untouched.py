@@ -20,7 +20,7 @@ def warm_up() -> None:
 
 
 def close_blocks(but: Container[Block] = ()) -> list[str]:
-    """Ends the blocks that are open here, and tells of each.
+    """Ends the blocks that are open here, and reports each.
 
     Args:
         but: Those that were open before, such as one of a fixture for several tests.

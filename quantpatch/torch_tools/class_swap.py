@@ -52,7 +52,7 @@ class _Unseen:
 
 
 def make_class(name: str, bases: tuple[type[Any], ...], members: Mapping[str, Any]) -> type[Any]:
-    """A class of which nothing is told that watches for new classes, as a registry of subclasses does.
+    """A class that code which watches for new classes, such as a registry of subclasses, does not see.
 
     Neither the ``__init_subclass__`` of a base, nor a metaclass's ``__new__``, ``__init__`` and ``__call__``,
     nor the ``__set_name__`` of a member run. ``type.__subclasses__`` alone lists it, as long as it lives.

@@ -27,7 +27,7 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def timed(what: str) -> Iterator[list[str]]:
-    """A block that is told of when it is over, with its duration.
+    """A block that is logged when it is over, with its duration.
 
     ::
 

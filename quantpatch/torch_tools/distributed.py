@@ -41,7 +41,7 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What is no Exception is a wish to stop at once; the others find this rank gone.
+        # What is not an Exception is a wish to stop at once; the others find this rank gone.
         if self._over or (error is not None and not isinstance(error, Exception)):
             return
         if error is None:

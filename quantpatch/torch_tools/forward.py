@@ -1,4 +1,4 @@
-"""Running somebody's model: that it is one, its modes, its batches, and what to say when these do not fit."""
+"""Running a user's model: that it is one, its modes, its batches, and what to say when these do not fit."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def demand_model(model: Any, function: str) -> None:
 def uncompiled(model: nn.Module) -> nn.Module:
     """What ``torch.compile`` wraps, whose code can be followed; the model itself where nothing does."""
     modules = model.__dict__.get("_modules", {})
-    if "_orig_mod" not in modules:  # a scripted model's are no dictionary, and may lack get
+    if "_orig_mod" not in modules:  # a scripted model's are not a dictionary, and may lack get
         return model
     wrapped = modules["_orig_mod"]
     return wrapped if isinstance(wrapped, nn.Module) else model
@@ -121,7 +121,7 @@ def as_batches(data: Any) -> Iterable[Any]:
 def arguments(
     args: tuple[Any, ...] | Tensor | Any, kwargs: Mapping[str, Any] | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with once, as functions take it: what is no tuple is the one argument.
+    """What a model is called with once, as functions take it: what is not a tuple is the one argument.
 
     Raises:
         ArgumentTypeError: The keywords are not a mapping.

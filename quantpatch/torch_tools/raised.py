@@ -15,7 +15,7 @@ def said(error: BaseException, most: int = 1000) -> str:
     """The type and message of an error, whatever those are."""
     try:
         message = str(error)
-    except BaseException:  # what an error raises when it is shown is no help
+    except BaseException:  # what an error raises when it is shown does not help
         message = "(its message cannot be shown)"
     return shown(f"{type(error).__name__}: {message}", most, keep="\n")
 

@@ -1,6 +1,6 @@
 """What ``torch.distributed`` holds in pieces: a DTensor's, those that FSDP2 puts together, its checkpoints.
 
-Nothing here imports its modules: where there is such a tensor or such a checkpoint, somebody has.
+Nothing here imports its modules: where there is such a tensor or such a checkpoint, other code has.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def is_replicated() -> bool:
 def is_in_checkpoint(key: str) -> bool | None:
     """Whether the checkpoint that ``torch.distributed.checkpoint.load`` is loading has a tensor.
 
-    It fills what it finds in a model's ``state_dict``, fails where that has more and tells nobody of what it
+    It fills what it finds in a model's ``state_dict``, fails where that has more and does not report what it
     has itself, so its own variables are looked at. It cannot be found out where it got a dictionary and no
     model.
 

@@ -168,7 +168,7 @@ def test_tensorrt_takes_the_depthwise_one_and_refuses_the_other_by_name(tmp_path
 def test_axes_of_other_groups_are_others() -> None:
     assert GroupedAxes(2) != GroupedAxes(3) != (0, 1)
     assert len({GroupedAxes(2), GroupedAxes(2), GroupedAxes(3), (0, 1)}) == 3
-    with pytest.raises(RangeError, match=r"shape \(4, 3\) has no 3 groups"):
+    with pytest.raises(RangeError, match=r"shape \(4, 3\) cannot be split into 3 groups"):
         fake_quantize(torch.randn(4, 3), None, Integer(8), axis=GroupedAxes(3))
 
 

@@ -81,7 +81,7 @@ BROKEN = {
     ),
     "returns other things": (
         GOOD.replace("return", "return [3] or"),
-        "returned something else than entries.*3 is no entry",
+        "returned something other than entries.*3 is not an entry",
     ),
     "returns one target twice": (
         GOOD.replace("return", "return 2 *"),

@@ -344,7 +344,7 @@ def test_settings_of_another_type_are_refused_and_change_nothing():
     before = shape_of(model)
     with pytest.raises(QuantPatchError, match="skip takes a list"):
         qp.convert(model, skip=3)
-    with pytest.raises(QuantPatchError, match="is no entry"):
+    with pytest.raises(QuantPatchError, match="is not an entry"):
         qp.convert(model, custom=[3])
     with pytest.raises(QuantPatchError, match="int9"):
         qp.convert(model, recipe="int9")

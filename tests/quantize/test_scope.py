@@ -278,7 +278,7 @@ BAD_CUSTOM = {
     "target is no class": (("torch.nn", "__version__", MyQuantLinear), "has no '__version__'"),
     "target is a value": (("torch", "__version__", MyQuantLinear), "neither a class nor a function"),
     "target in C": (("torch", "Size", MyQuantLinear), "implemented in C"),
-    "replacement is no class": (("torch.nn", "Linear", built), "is no class"),
+    "replacement is no class": (("torch.nn", "Linear", built), "is not a class"),
     "replacement is nothing": (("torch.nn", "Linear", None), "expected a class or function"),
     "replacement is the target": (("torch.nn", "Linear", nn.Linear), "it is the target itself"),
     "replacement is its base": (("torch.nn", "Linear", nn.Module), "base class of the target"),
@@ -287,9 +287,9 @@ BAD_CUSTOM = {
     "not a path": (("torch.nn", "Linear", "MyQuantLinear"), "expected 'package.module:ClassName'"),
     "path to no module": (("torch.nn", "Linear", "no_such_module:Q"), "cannot be imported"),
     "path to no name": (("torch.nn", "Linear", f"{HERE}:Nothing"), "does not exist"),
-    "not three": (("torch.nn", "Linear"), "is no entry"),
-    "not a tuple": ("torch.nn.Linear", "is no entry"),
-    "no name": (("torch.nn", 3, MyQuantLinear), "is no entry"),
+    "not three": (("torch.nn", "Linear"), "is not an entry"),
+    "not a tuple": ("torch.nn.Linear", "is not an entry"),
+    "no name": (("torch.nn", 3, MyQuantLinear), "is not an entry"),
     "no module": ((3, "Linear", MyQuantLinear), "expected a module or its dotted name"),
     "function for a class": (("torch.nn.functional", "linear", MyQuantLinear), "the target is a function"),
 }
@@ -1022,7 +1022,7 @@ def test_replaced_and_skipped_tell_what_came_out(plugin) -> None:
         (
             "Sub",
             "a subclass of torch.nn.Conv2d whose replacement is not a QuantizedLayer of it, for which there "
-            "is no entry",
+            "is not an entry",
             2,
         ),
     ]

@@ -239,7 +239,7 @@ def test_nothing_is_set_and_nothing_watches_any_more_when_it_fails(
     with pytest.raises(KeyboardInterrupt if fails == "data" else CalibrationError) as caught:
         qp.calibrate(model, data(), method="bad", zero_points=True, progress=False)
     if fails == "range":
-        assert "0.input_quantizer: NoRangeForUnsigned gives a range that is none" in str(caught.value)
+        assert "0.input_quantizer: NoRangeForUnsigned gives an invalid range" in str(caught.value)
     for name, quantizer in qp.layers.quantizer.named_quantizers(model).items():
         assert vars(quantizer) == before[name]
         assert dict(quantizer._forward_pre_hooks) == hooks[name]

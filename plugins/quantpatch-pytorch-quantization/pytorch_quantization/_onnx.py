@@ -48,7 +48,7 @@ class Grid:
         Raises:
             RuntimeError: The number of bits is not 8, or ranges are kept along several axes.
         """
-        with _untraced():  # what a range looks like is no part of the graph
+        with _untraced():  # what a range looks like is not part of the graph
             shape = tuple(self.amax.shape)
         if isinstance(self.num_bits, tuple):
             if math.prod(shape) != 1:
@@ -178,7 +178,7 @@ _EXPORTERS = ("torch.jit", "torch.onnx", "torch.export", "torch.fx")
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """Watches which modules are called, so that a quantizer can tell its name."""
+    """Watches which modules are called, so that a quantizer knows its name."""
 
     def remember(module: torch.nn.Module, args: Any) -> None:
         if not type(module).__module__.startswith(_EXPORTERS):

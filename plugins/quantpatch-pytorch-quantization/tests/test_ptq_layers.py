@@ -163,7 +163,7 @@ def test_default_descriptors_are_of_each_class_and_copied(monkeypatch):
     assert Mine.default_quant_desc_input is not descriptor
     assert quant_nn.QuantLinear(2, 2)._input_quantizer.num_bits == 8
     assert quant_nn.QuantLinear.default_quant_desc_weight == tq.QUANT_DESC_8BIT_LINEAR_WEIGHT_PER_ROW
-    with pytest.raises(ValueError, match="no QuantDescriptor"):
+    with pytest.raises(ValueError, match="not a QuantDescriptor"):
         Mine.set_default_quant_desc_input("int8")
 
 

@@ -1,6 +1,6 @@
 """Residual blocks with quantized additions, one class for each float block, made when it is first wanted.
 
-A class's qualified name tells all that it is made of. So an entry can name it as text, before the block's own
+A class's qualified name says all that it is made of. So an entry can name it as text, before the block's own
 package is imported, and a pickle finds it again in a process that has not made it yet.
 """
 
@@ -27,7 +27,7 @@ class QuantizedResidual(QuantizedLayer):
     """Mixin for a residual block: both operands of its additions are quantized.
 
     Attributes:
-        only_if: Attribute of the block that tells whether it adds at all; None if every block does.
+        only_if: Attribute of the block that says whether it adds at all; None if every block does.
     """
 
     feature_axis = -3  # channels of (batch, channels, height, width)
@@ -59,12 +59,12 @@ def residual_entry(
         name: The class.
         operands: Names for the operands, left and right of the ``+``; their quantizers are called after
             them. None leaves an operand float.
-        only_if: Attribute of a block that tells whether it adds at all, such as ``"use_res_connect"``. A
+        only_if: Attribute of a block that says whether it adds at all, such as ``"use_res_connect"``. A
             block without an addition gets no quantizers, which would wait for data in vain.
         optional: See ``quantpatch.Entry``.
 
     Raises:
-        EntryError: A name is no name, or no operand has one.
+        EntryError: A name is not an identifier, or no operand has one.
     """
     path = module.__name__ if isinstance(module, ModuleType) else module
     names = [n for n in (*operands, only_if) if n is not None]

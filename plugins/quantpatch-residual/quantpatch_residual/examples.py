@@ -31,7 +31,7 @@ _MODELS = "transformers.models"
 
 
 def _torchvision(name: str, module: str, config: str, **options: Any) -> Example:
-    """A block of torchvision's that is told what to do by an object, and takes the layer for its norms."""
+    """A block of torchvision's that gets its settings as an object, and takes the layer for its norms."""
 
     def build() -> Any:
         owner = importlib.import_module(f"torchvision.models.{module}")

@@ -59,7 +59,7 @@ def quantize_attention(model: PreTrainedModel, recipe: str | Recipe | None = Non
     if not found:
         raise ConversionError(
             f"{type(model).__name__} does not take its attention from transformers' registry, so it cannot "
-            f"be exchanged there; `quantpatch.audit` tells what computes it"
+            f"be exchanged there; `quantpatch.audit` shows what computes it"
         )
     if attention_is_quantized(model):
         raise ConversionError(f"the attention of {type(model).__name__} is quantized already")

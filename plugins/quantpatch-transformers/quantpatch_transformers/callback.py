@@ -1,4 +1,4 @@
-"""A callback of transformers' Trainer that calibrates before training, and tells what runs quantized."""
+"""A callback of transformers' Trainer that calibrates before training, and reports what runs quantized."""
 
 from __future__ import annotations
 

@@ -211,8 +211,8 @@ class QuantPatchQuantizer(HfQuantizer):
         anew, self._anew = self._anew, {}
         if anew:
             warnings.warn(
-                f"{', '.join(anew)} of {type(model).__name__} start anew, as their weights have other shapes "
-                f"in the checkpoint, and their ranges with them: "
+                f"{', '.join(anew)} of {type(model).__name__} start from scratch, as their weights have "
+                f"other shapes in the checkpoint, and their ranges with them: "
                 f"{', '.join(name for names in anew.values() for name in names)}. Write "
                 f"qp.calibrate(model, batches, existing='keep')",
                 QuantPatchWarning,
@@ -249,7 +249,7 @@ class QuantPatchQuantizer(HfQuantizer):
         if text is None:
             raise CheckpointError(
                 f"{checkpoint.path}: its config says that quantpatch quantized it, and its files do not say "
-                f"how; another program wrote them anew, they are no safetensors files, or those of a float "
+                f"how; another program rewrote them, they are not safetensors files, or those of a float "
                 f"model. Delete quantization_config from config.json, or from the config that was given, and "
                 f"load it in a block if it was quantized: with quantize_modules(recipe=...): ...",
                 path=checkpoint.path,
@@ -332,7 +332,7 @@ def make_savable(model: PreTrainedModel) -> None:
 
 
 def _give_own_config(model: PreTrainedModel) -> None:
-    """Gives a model a config that is no other model's, which would be saved as a quantized one by it."""
+    """Gives a model a config that no other model has, which would be saved as a quantized one by it."""
     shared = model.config
     own = copy.copy(shared)
     for module in model.modules():

@@ -216,7 +216,7 @@ def test_a_layer_of_another_shape_starts_anew_with_its_ranges_as_the_float_one_d
         load()
     with pytest.warns(
         qp.QuantPatchWarning,
-        match=r"classifier of .* start anew.*classifier\.weight_quantizer.*existing=.keep",
+        match=r"classifier of .* start from scratch.*classifier\.weight_quantizer.*existing=.keep",
     ):
         other = load(ignore_mismatched_sizes=True)
     anew = {name for name, state in states(other).items() if state != "calibrated"}

@@ -228,10 +228,10 @@ def audit(
     kwargs: Mapping[str, Any] | None = None,
     minimum: float | None = None,
 ) -> CoverageReport:
-    """Runs a model once and tells which of its multiplications ran on quantized operands.
+    """Runs a model once and reports which of its multiplications ran on quantized operands.
 
     The report is made from the operators that were really executed, not from the classes of layers: a
-    function called in some forward, a fast path, or a layer that nobody replaced shows up with its
+    function called in some forward, a fast path, or a layer that was not replaced shows up with its
     share of the work and the reason.
 
     The model runs in eval mode without gradients; modes and random state are as before afterwards, also

@@ -88,7 +88,7 @@ class Trace:
     Attributes:
         seen: Every product, in order.
         reached: Names of the quantizers that a tensor passed through.
-        opaque: Names of operators that are not torch's own, whose inside nobody can see.
+        opaque: Names of operators that are not torch's own, whose inside cannot be seen.
         origin_of: The name of the quantizer that a tensor came out of, or None.
         calls: For each class of modules that ran a product with a float operand itself, such a module and
             the arguments that it was called with.

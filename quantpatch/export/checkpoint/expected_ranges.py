@@ -103,7 +103,7 @@ def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = Non
 
 
 def _entries(checkpoint: Any) -> tuple[str, dict[str, tuple[int, ...] | None]]:
-    """What a checkpoint is called, and the shape of each tensor in it by its key; None for what is none."""
+    """A checkpoint's name for messages, and the shape of each tensor in it by its key (None: not a tensor)."""
     if isinstance(checkpoint, Mapping):
         return "the state_dict", {
             str(key): tuple(value.shape) if isinstance(value, Tensor) else None
@@ -126,7 +126,7 @@ def _entries(checkpoint: Any) -> tuple[str, dict[str, tuple[int, ...] | None]]:
         found = checkpoint.read_metadata().state_dict_metadata
     except OSError as error:
         raise CheckpointError(
-            f"{where} is no checkpoint of torch.distributed.checkpoint: {error}", path=where
+            f"{where} is not a checkpoint of torch.distributed.checkpoint: {error}", path=where
         ) from error
     sizes = {key: getattr(entry, "size", None) for key, entry in found.items()}
     return where, {key: None if size is None else tuple(size) for key, size in sizes.items()}
@@ -158,7 +158,7 @@ def _prefix(model: nn.Module, entries: Mapping[str, Any], where: str) -> str:
 def _mismatch(quantizer: TensorQuantizer, shape: tuple[int, ...] | None) -> str:
     """Why a range of this shape cannot be the quantizer's; empty if it can."""
     if shape is None:
-        return "what is there is no tensor"
+        return "what the checkpoint has there is not a tensor"
     expected = tuple(quantizer.shaped(torch.empty(shape, device="meta")).shape)
     held = quantizer.held
     if expected == shape and held is not None and not quantizer.may_become(shape):

@@ -21,7 +21,7 @@ from quantpatch.numerics.grouped_axes import GroupedAxes
 
 
 def integer_element(format: NumberFormat) -> Integer | None:
-    """The integers that a format's elements are; None if they are none, or their scales cannot be stored.
+    """The integers that a format's elements are; None if they are others, or their scales cannot be stored.
 
     A plugin's subclass of ``Integer`` may round to anything.
     """

@@ -245,8 +245,9 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
         The model.
 
     Raises:
-        CheckpointError: The file is no such file, is incomplete or newer, or does not fit the model; a
-            plugin is not installed; a range is missing, negative or not finite. The model is untouched.
+        CheckpointError: The file was not written by ``save``, is incomplete or newer, or does not fit the
+            model; a plugin is not installed; a range is missing, negative or not finite. The model is as it
+            was.
         ArgumentTypeError: ``model`` is neither a model nor builds one.
         MissingExtraError: safetensors is not installed.
     """
@@ -276,7 +277,7 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
         plan.carry_out()
     except Exception as error:
         raise CheckpointError(
-            f"{path} fits {type(model).__name__}, and loading it failed in the model's own code or for want "
+            f"{path} fits {type(model).__name__}, and loading it failed in the model's own code or for lack "
             f"of memory: {type(error).__name__}: {shown(error, 600)}. The layers are what they were; some "
             f"weights may be the file's",
             path=str(path),
@@ -304,7 +305,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "model.load_state_dict(torch.load(path)). Of a Lightning module write "
                 "LitModel.load_from_checkpoint(path) in the block"
             ) from error
-        raise wrong(f"it is truncated or no safetensors file ({shown(error)})") from error
+        raise wrong(f"it is truncated or not a safetensors file ({shown(error)})") from error
     if "quantpatch" not in metadata:
         raise wrong(
             "it does not say how its model is quantized, so qp.save did not write it. For the weights of a "

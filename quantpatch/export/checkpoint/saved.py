@@ -1,7 +1,7 @@
 """A description as a file has it, read into values: what is missing or of a wrong type is found here.
 
-Nobody vouches for a file. So types are checked strictly (``"false"`` is no truth value, and true no number),
-and nothing here looks at a class, a module or a model.
+A file may hold anything. So types are checked strictly (``"false"`` is not a truth value, and true not a
+number), and nothing here looks at a class, a module or a model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def read_json(text: str) -> Any:
     """What a text in JSON holds.
 
     Raises:
-        ValueError: It is none, or nested so deep that only malice has written it.
+        ValueError: It is not JSON, or nested so deep that only malice has written it.
     """
     try:
         return json.loads(text)
@@ -174,5 +174,7 @@ def _packed(name: str, value: Any) -> Packed:
     shape = tuple(_typed(f"a size of {name}", size, int) for size in fields.get("shape", list))
     dtype = fields.get("dtype", str)
     if any(size < 0 for size in shape) or dtype not in _DTYPES:
-        raise CheckpointError(f"{name} has a negative size, or a dtype of no weight ({shown(dtype, 40)})")
+        raise CheckpointError(
+            f"{name} has a negative size, or a dtype that no weight has ({shown(dtype, 40)})"
+        )
     return Packed(shape, _DTYPES[dtype], fields.get("own", bool))

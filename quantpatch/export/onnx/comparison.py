@@ -1,4 +1,4 @@
-"""What an export tells: what it wrote, and how that compares with the model."""
+"""What an export reports: what it wrote, and how that compares with the model."""
 
 from __future__ import annotations
 

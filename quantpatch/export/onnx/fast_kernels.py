@@ -122,7 +122,7 @@ def _weight_of_linear(graph: Any, gemm: Any) -> Any:
 
 
 def _turned(graph: Any, value: Any) -> Any:
-    """The transpose of a matrix that is dequantized from a constant; None if it is none."""
+    """The transpose of a matrix that is dequantized from a constant; None if it is not one."""
     node = maker(value, "DequantizeLinear")
     if node is None or len([i for i in node.inputs if i is not None]) != 2:
         return None

@@ -1,7 +1,7 @@
 """How long a file takes beside the same one in float, and what in it runs on floats nevertheless.
 
-Quantizing is no gain by itself: a layer without an integer kernel takes the time of the float one and that of
-the conversions around it. Nobody sees that from the graph, so the export measures it, and says so.
+Quantizing does not gain time by itself: a layer without an integer kernel takes the time of the float one and
+that of the conversions around it. The graph does not show that, so the export measures it, and says so.
 """
 
 from __future__ import annotations

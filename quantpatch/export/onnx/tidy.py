@@ -23,7 +23,7 @@ def tidy(model: Any, runtime: str) -> None:
         runtime: As in ``export_onnx``.
     """
     shared = ir.passes.Sequential(
-        common.ClearMetadataAndDocStringPass(),  # stack traces, with the paths of whoever exports
+        common.ClearMetadataAndDocStringPass(),  # stack traces, with the paths of the machine that exports
         common.DeduplicateInitializersPass(),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),

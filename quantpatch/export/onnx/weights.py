@@ -173,8 +173,8 @@ def _guard(graph: Any, convolution: Any) -> None:
     """Gives a convolution of float weights a bias that is computed: of signs, times the magnitudes.
 
     Between quantized values ONNX Runtime quantizes weights that are float, or are once loaded, with one scale
-    for all channels, unless the bias is no constant. A sign times a magnitude is the same float, and takes no
-    time.
+    for all channels, unless the bias is not a constant. A sign times a magnitude is the same float, and takes
+    no time.
     """
     inputs = list(convolution.inputs)
     bias = inputs[2] if len(inputs) > 2 else None

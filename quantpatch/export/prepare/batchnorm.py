@@ -2,7 +2,7 @@
 
 Which batch norm follows which layer is seen in a run of the model on given inputs, or without any read from
 the traced graph (torch.fx), not from the order of modules: the layer's output must go into the batch norm and
-nowhere else. A model that torch.fx cannot trace as a whole is traced in parts. A run also tells whether the
+nowhere else. A model that torch.fx cannot trace as a whole is traced in parts. A run also shows whether the
 model computes the same with each folded, since a subclass may do more than its base.
 """
 
@@ -64,7 +64,7 @@ def fold_batchnorm(
 
     The batch norm becomes an ``nn.Identity``; one of a subclass, such as timm's ``BatchNormAct2d``, stays and
     does what else its forward does. The model computes the same to the rounding of floats, which a run before
-    and one after tell, if there are arguments to run it on: what changes more than that is left, with a
+    and one after check, if there are arguments to run it on: what changes more than that is left, with a
     warning. A quantized layer then quantizes the weights that will run. Ranges of weights that are known
     already are scaled with them, so fold before or after calibration, and before quantization-aware training.
     A ``state_dict`` from before is folded as it is loaded.

@@ -31,9 +31,7 @@ class Folded:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.batch_norm:
-            raise TypeError(
-                f"this batch norm is folded, and its weight and bias are none for {func.__name__}"
-            )
+            raise TypeError(f"this batch norm is folded: {func.__name__} cannot use its weight and bias")
         return args[0] if args else kwargs["input"]
 
 

@@ -103,7 +103,7 @@ def folded_weights(model: nn.Module) -> FoldedWeights:
             continue
         name, weight = quantizer_name.removesuffix("_quantizer"), getattr(layer, operand)
         if id(weight) not in users or not isinstance(weight, nn.Parameter):
-            skipped[name] = "it is computed anew at every forward, by a parametrization"
+            skipped[name] = "it is computed again in every forward, by a parametrization"
         elif quantizer.calibrating:
             skipped[name] = "its quantizer is being calibrated"
         elif getattr(layer, "max_norm", None) is not None:

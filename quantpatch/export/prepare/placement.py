@@ -106,7 +106,7 @@ def prepare(
     model = uncompiled(model)
     args, kwargs = arguments(args, kwargs)
     with explaining_devices(model, (args, kwargs)):
-        # TensorRT folds batch norm by itself, and its documentation asks that nobody does it before.
+        # TensorRT folds batch norm by itself, and its documentation asks not to do it before.
         fold = runtime == "onnxruntime"
         folded = fold_batchnorm(model, args, kwargs=kwargs) if fold else FoldedBatchNorm({}, {})
         run = run_of(model, args, kwargs)

@@ -93,7 +93,7 @@ class Rules:
             self._off.update(own)
             self.skipped[operator.module] = (
                 f"its quantizers are switched off, since ONNX Runtime is faster on floats {why}; enable() "
-                f"them if it shall be quantized nevertheless"
+                f"them to quantize it anyway"
             )
 
     def quantize_convolutions(self) -> None:

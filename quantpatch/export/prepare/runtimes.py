@@ -240,9 +240,11 @@ def _unlike_onnx(operand: ExportedQuantizer) -> str:
     """Why a plugin's format cannot be written as what it says that ONNX has for it; empty if it can."""
     held = operand.format.onnx
     if held is None:
-        return "it names no type of ONNX's for its codes (NumberFormat.onnx)"
+        return "it does not name an ONNX type for its codes (NumberFormat.onnx)"
     if operand.weight is None:
-        return "" if held.rounds else "it rounds otherwise than QuantizeLinear, and is for weights alone"
+        return (
+            "" if held.rounds else "it does not round as QuantizeLinear does, so that it is for weights only"
+        )
     return "" if operand.fits_its_type else f"its codes are not all of {held.type}, as it says"
 
 

@@ -67,7 +67,7 @@ def _load(dtype: torch.dtype, *rare: str) -> Kernels | None:
         return {name: source.kernel(name, _NAMES[dtype]) for name in names}
     except Exception as error:
         warnings.warn(
-            f"quantpatch's CPU kernels do not work here, so slower operations stand in for them: {error!r}",
+            f"quantpatch's CPU kernels do not work here, so slower operations are used instead: {error!r}",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -96,7 +96,7 @@ def _works(device: int) -> bool:
         launch(x, None, x, 1, Integer(8), masked=False)
     except Exception as error:
         warnings.warn(
-            f"quantpatch's CUDA kernel does not work here, so slower operations stand in for it: {error!r}",
+            f"quantpatch's CUDA kernel does not work here, so slower operations are used instead: {error!r}",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -69,7 +69,7 @@ def _watch(is_main: bool) -> Callable[[], None]:
 
     def imported(module: ModuleType) -> None:
         watch.stop()
-        _start(is_main and os.getpid() == pid)  # a fork of the first process tells nothing itself
+        _start(is_main and os.getpid() == pid)  # a fork of the first process reports nothing itself
 
     watch = import_watch.ImportWatch(["torch"], imported)
     watch.start()
@@ -110,7 +110,7 @@ def _begin() -> None:
     if is_main:
         import json  # a few milliseconds that the other processes need not spend
 
-        with contextlib.suppress(ValueError):  # it is told of where torch is imported
+        with contextlib.suppress(ValueError):  # it is reported where torch is imported
             _tell_at_the_end(json.loads(settings), stop_watch)
 
 

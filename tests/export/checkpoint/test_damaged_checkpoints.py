@@ -238,7 +238,7 @@ def test_a_layer_that_is_shared_in_the_file_alone_is_refused(tmp_path) -> None:
         (("quantizers", "rnn.weight_ih_l0_quantizer", "descriptor", "axis"), 7, "its axis 7 is none of"),
         (("packed", "rnn.weight_ih_l0", "shape"), [float("inf"), 4], "a size of rnn.weight_ih_l0 in"),
         (("packed", "rnn.weight_ih_l0", "shape"), [4, 12], "do not fit"),
-        (("packed", "rnn.weight_ih_l0", "dtype"), "load", "a dtype of no weight"),
+        (("packed", "rnn.weight_ih_l0", "dtype"), "load", "a dtype that no weight has"),
         (("layers", "head", "class"), ["QuantLinear"], "expected text"),
         (("shared",), {"head.x": 3}, "expected text"),
         (("file_version",), True, "which version"),

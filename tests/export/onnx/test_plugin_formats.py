@@ -125,6 +125,8 @@ def test_an_installed_plugins_formats(install: Callable[..., str], tmp_path: Pat
         refused = found[f"{runtime}.ternary"]
         assert refused["files"] == []
         assert len(refused["quantizers"]) == 4
-        assert "format ternary, of the plugin 'number-formats': it rounds otherwise" in refused["error"]
-        assert "format thirds, of the plugin 'number-formats': it names no type" in refused["error"]
+        assert "format ternary, of the plugin 'number-formats': it does not round as" in refused["error"]
+        assert (
+            "format thirds, of the plugin 'number-formats': it does not name an ONNX type" in refused["error"]
+        )
         assert "Use int8 or FP8" in refused["error"]

@@ -49,8 +49,8 @@ def group_parameters(
         What an optimizer takes as its first argument.
 
     Raises:
-        TypeError: ``patterns_list`` is no list of lists, or an option has not as many values as there are
-            groups.
+        TypeError: ``patterns_list`` is not a list of lists, or an option does not have as many values
+            as there are groups.
     """
     if isinstance(patterns_list, str) or any(isinstance(patterns, str) for patterns in patterns_list):
         raise TypeError(

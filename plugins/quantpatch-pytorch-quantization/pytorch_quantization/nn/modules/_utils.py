@@ -24,7 +24,7 @@ __all__ = [
 
 def _checked(descriptor: Any) -> QuantDescriptor:
     if not isinstance(descriptor, QuantDescriptor):
-        raise ValueError(f"{descriptor!r} is no QuantDescriptor")
+        raise ValueError(f"{descriptor!r} is not a QuantDescriptor")
     return descriptor
 
 

@@ -44,7 +44,7 @@ _PASSED_OVER = ("quantpatch", "contextlib")  # in which blocks end
 
 
 class QuantPatchWarning(UserWarning):
-    """Something was left float, or cannot be vouched for; the message names it."""
+    """Something was left float, or may not be as expected; the message names it."""
 
 
 class QuantPatchError(Exception):

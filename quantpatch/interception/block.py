@@ -31,7 +31,7 @@ class Block:
 
     Attributes:
         slots: Where its hooks are. May grow while it is open (a target imported later).
-        scope: What was opened, for messages.
+        scope: What was opened, to be shown in messages.
         watch: What it starts and stops with its hooks.
         parent: The block in force where this one was opened.
         closed: Set once, when it ends; a closed block decides nothing.

@@ -1,6 +1,6 @@
-"""Tell a scope when a module it waits for gets imported, or reloaded, without importing it.
+"""Tells a block when a module it waits for gets imported, or reloaded, without importing it.
 
-The watch is an item of its own on ``sys.meta_path``, there only while a scope waits for something. It
+The watch is an item of its own on ``sys.meta_path``, there only while a block waits for something. It
 lets the other finders find the module and only stands around its execution; the module keeps its real
 loader and specification.
 """
@@ -45,7 +45,7 @@ class ImportWatch(importlib.abc.MetaPathFinder):
         """The specification that the other finders give, with a loader that notifies."""
         if fullname not in self.names or self not in sys.meta_path:
             return None
-        # Those before this one have been asked; among those after it may be the watch of another scope.
+        # Those before this one have been asked; among those after it may be the watch of another block.
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
             find_spec = getattr(finder, "find_spec", None)
             if find_spec is None:

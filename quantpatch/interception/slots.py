@@ -38,8 +38,8 @@ class HookedAttribute(abc.ABC):
     call through, and is taken out once it is on top again.
 
     Attributes:
-        users: Who wants the hook. Whoever changes it calls ``install`` or ``uninstall`` after; all of this
-            with the lock held.
+        users: The blocks that want it. Code that changes them calls ``install`` or ``uninstall`` after; all
+            of this with the lock held.
     """
 
     # Those whose hook may lie under another library's. Here as everywhere on the way into a block and out

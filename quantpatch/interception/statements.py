@@ -74,7 +74,7 @@ class Exit:
     """The ``__exit__`` of a block.
 
     Args:
-        leave: Called with the scope, the statement that is left, and whether it is with an exception.
+        leave: Called with what was entered, the statement that is left, and whether it is with an exception.
     """
 
     def __init__(self, leave: Callable[[Any, Statement, bool], None]) -> None:

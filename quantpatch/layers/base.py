@@ -53,7 +53,7 @@ class QuantizedLayer:
             ``out_proj`` is ``out_proj_weight``.
         feature_axis: The axis of an activation's features, along which formats in blocks run. For weights
             that is the axis of the input channels.
-        float_class: The class this one stands for (found by itself).
+        float_class: The class this one stands for (found automatically).
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("input",)

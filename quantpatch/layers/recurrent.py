@@ -11,10 +11,8 @@ The hidden state between the steps of a fused kernel stays float, since it never
 with a descriptor for it (``Recipe(hidden=...)``) gives each layer and direction a quantizer for it:
 ``hidden_l0_quantizer``, ``hidden_l0_reverse_quantizer`` and so on; with ``proj_size`` also
 ``projection_input_l0_quantizer`` and so on. While one of them is active, its layer runs in Python, step by
-step. Over 50 steps, on one CPU thread, a quantized two-layer LSTM then takes 1.7 times as long as on the
-kernel with 256 features at batch 32 (1.2 times in training), and ten times with 64 features at batch 8 (8 in
-training): the smaller the layer, the worse. Disabled they cost nothing. The cells (``QuantLSTMCell`` and so
-on) have such a quantizer always.
+step, which takes longer: the smaller the layer and the batch, the more so. Disabled they cost nothing. The
+cells (``QuantLSTMCell`` and so on) have such a quantizer always.
 
 ``torch.compile`` refuses recurrent layers, torch's own as well as these: a forward that calls one runs as it
 does without compilation, and so does the layer. With ``torch._dynamo.config.allow_rnn = True`` it traces

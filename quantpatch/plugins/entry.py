@@ -40,7 +40,7 @@ class Entry:
         default: Whether a block replaces the target without being asked to by ``include``.
         optional: Whether the module may lack the target, as other versions of its package do; there is
             nothing to replace then. Otherwise that is an error.
-        reported: Whether ``block.replaced`` lists it. Not what a plugin replaces for its own ends, such as
+        reported: Whether ``block.replaced`` lists it. Not what a plugin replaces for its own use, such as
             a function that loads checkpoints: users look there for layers.
         plugin: Name of the plugin that returned it, which is noted then; None for one that was given as
             ``custom``.
@@ -109,7 +109,7 @@ class Entry:
         return f"{self.module_name}.{self.name}"
 
     def loaded_module(self) -> ModuleType | None:
-        """The target's module if it has been imported; importing it is never this class's doing."""
+        """The target's module if it has been imported; this class never imports it."""
         return sys.modules.get(self.module) if isinstance(self.module, str) else self.module
 
     def load_replacement(self) -> Any:

@@ -333,7 +333,7 @@ def recipe(name: str | Recipe) -> Recipe:
     """A recipe by its name, to look at or to make another of: ``recipe("int8").replace(output=...)``.
 
     Args:
-        name: Of a recipe that comes along or that a plugin offers; ``quantpatch recipes`` lists them. A
+        name: Of a recipe of quantpatch's or of a plugin's; ``quantpatch recipes`` lists them. A
             recipe is its own.
 
     Raises:

@@ -103,7 +103,7 @@ class CallRanges:
             return
         if not x.is_floating_point() or x.is_meta or what_is_odd_about(x) is not None:
             return  # nothing to measure, or what the quantizer refuses, and names
-        # Whoever records the model's operators is to see its own.
+        # A recorder of the model's operators is to see its own only.
         with _disable_current_modes(), torch.no_grad():
             range_ = torch.stack(torch.aminmax(x.detach())).abs().amax().float()
         # Several tensors in one call of the layer are steps of its own, as of a scan; no copy parts them.

@@ -43,7 +43,7 @@ class _Place:
             known = _operands(self.holder, recipe)
             if self.own_name in known or self.own_name in _operands(self.holder, EVERY_OPERAND):
                 return known.get(self.own_name)
-        # Somebody's own, such as one that prepare() placed behind a ReLU, for the layers that take it.
+        # One of its own, such as one that prepare() placed behind a ReLU, for the layers that take it.
         return None if recipe.input is None else recipe.input.for_axes(None, -1)
 
 
@@ -70,8 +70,8 @@ def configure(model: nn.Module, rules: Rules) -> ChangeReport:
             placed, count as layers, whose quantizers are those of inputs. A value is None (float: the
             quantizer is disabled, also for others that share it), a descriptor, a recipe or a recipe's name.
             A quantizer whose descriptor changes loses its range. One descriptor changes the quantizers that
-            are there; it makes a new one only where the pattern matches no other quantizer
-            (``"head.output_quantizer"``, ``"*.hidden_*"``).
+            are there; it makes a new one only where the pattern matches some of a layer's quantizers, not
+            all (``"head.output_quantizer"``, ``"*.hidden_*"``).
 
     Returns:
         Which quantizers were changed, and which were not.
@@ -175,7 +175,7 @@ def _is_meant(place: _Place, matcher: Matcher, value: Value) -> bool:
     """Whether a rule for a whole layer speaks of this place in it.
 
     One descriptor for a layer changes the quantizers that are there. A new one is made only where a recipe
-    has a descriptor for it, or the rule matches no other quantizer (``"head.output_quantizer"``).
+    has a descriptor for it, or the rule matches it and not all others (``"head.output_quantizer"``).
     """
     if place.quantizer is not None or not isinstance(value, QuantDescriptor):
         return True

@@ -115,7 +115,7 @@ def explain(
         The explanation; conflicts and failures of plugins are part of it.
 
     Raises:
-        UnknownNameError: Nothing goes by that name, or by one in ``skip``, ``include``, ``recipe`` or
+        UnknownNameError: There is nothing by that name, or by one in ``skip``, ``include``, ``recipe`` or
             ``plugins``.
         ArgumentError: A bare name means several targets.
     """

@@ -21,7 +21,7 @@ def find_target(target: Any, known: Sequence[Entry]) -> tuple[str, Any]:
         known: The entries.
 
     Raises:
-        UnknownNameError: Nothing goes by that name.
+        UnknownNameError: There is nothing by that name.
         EntryError: The target of an entry is not in its module.
         ArgumentError: A bare name means several targets, or a module cannot be imported.
     """

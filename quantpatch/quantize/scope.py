@@ -94,7 +94,7 @@ class Scope:
         )
 
     def _block_here(self) -> QuantizingBlock:
-        """Of those that no ``with`` statement will close, the innermost block of this scope here.
+        """Of those that no ``with`` statement will close, the innermost that this object opened here.
 
         What is closed in another context than it was opened in, is the one opened last.
         """
@@ -266,7 +266,7 @@ def quantize_modules(
         ArgumentError: A rule of the recipe is malformed (on entering) or matches nothing that was built (when
             the block ends: PyTorch is what it was, and the models are quantized as without rules).
         ArgumentTypeError: An argument is of another type, such as a model or a single number.
-        UnknownNameError: Nothing has a name in ``skip``, ``include``, ``recipe`` or ``plugins``.
+        UnknownNameError: There is nothing by a name in ``skip``, ``include``, ``recipe`` or ``plugins``.
     """
     return Scope(Options.of(recipe, skip, custom, include, plugins, subclasses))
 

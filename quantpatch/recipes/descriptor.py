@@ -223,8 +223,7 @@ class Recipe:
         output: Activations that leave a layer.
         hidden: What a recurrent layer (``nn.LSTM`` …) hands from one time step to the next. None leaves it
             float within torch's fused kernel. Quantizing it means running in Python, step by step, which is
-            slower (see ``quantpatch.layers.recurrent`` for figures). Cells, which run step by step anyway,
-            take ``input`` for it if this is None.
+            slower. Cells, which run step by step anyway, take ``input`` for it if this is None.
         include: Names of targets that blocks leave float by default and this recipe wants replaced.
         rules: What differs by name, as ``configure`` takes it: ``{"conv1": None, ":last": "int8"}``. Names
             are those within the model, which is complete when a block ends: the rules are applied then, to

@@ -28,7 +28,7 @@ class Report:
     _of_names: ClassVar[bool] = True
 
     def to_json(self) -> str:
-        """The same as JSON; what is no finite number is null."""
+        """The same as JSON; what is not a finite number is null."""
         return json.dumps(self._fields(), indent=2, default=str)
 
     def _fields(self) -> dict[str, Any]:

@@ -27,10 +27,11 @@ def written_whole(path: Path, *, companion: str | None = None) -> Iterator[Path]
     """A block that writes the file ``path.name`` (and what belongs to it) into a folder it is given.
 
     When the block ends every file in there is moved beside ``path``, ``path`` itself last, so that it is
-    complete as soon as it is there. If the block raises, nothing is moved. The folder is a neighbour of the
-    file, since a file can be renamed in one step only within a file system; one that a killed process left is
-    removed by the next that writes beside it. A file has the permissions and the owner of the one that it replaces, or
-    those of any new file, whatever the writer gave it. Of a symbolic link the file that it names is replaced.
+    complete as soon as it is there. If the block raises, nothing is moved. The folder is a neighbour of
+    the file, since a file can be renamed in one step only within a file system; one that a killed process
+    left is removed by the next that writes beside it. A file has the permissions and the owner of the one
+    that it replaces, or those of any new file, whatever the writer gave it. Of a symbolic link the file
+    that it names is replaced.
 
     Args:
         path: The file.

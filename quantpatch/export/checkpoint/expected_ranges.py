@@ -103,7 +103,7 @@ def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = Non
 
 
 def _entries(checkpoint: Any) -> tuple[str, dict[str, tuple[int, ...] | None]]:
-    """A checkpoint's name for messages, and the shape of each tensor in it by its key (None: not a tensor)."""
+    """A checkpoint's name for messages, and the shape of each tensor in it by key (None: not a tensor)."""
     if isinstance(checkpoint, Mapping):
         return "the state_dict", {
             str(key): tuple(value.shape) if isinstance(value, Tensor) else None

@@ -10,7 +10,7 @@ import attrs
 from quantpatch.errors import listed
 from quantpatch.report.report import Report
 
-# A call itself takes some 10 us; below that many ms, and so near, nobody can tell which file is faster.
+# A call itself takes some 10 us; below that many ms, and so near, it is not known which file is faster.
 _MEASURABLE, _NOISE = 0.05, 1.1
 
 

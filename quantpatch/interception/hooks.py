@@ -218,7 +218,7 @@ class _RootSlot(_MarkedSlot, _ClassSlot):
     __slots__ = ()
 
     def check(self, replacement: Any) -> None:
-        raise TypeError(f"{self.target.__qualname__} is what all modules are made of")
+        raise TypeError(f"{self.target.__qualname__} is the base class of all modules")
 
     def uninstall(self) -> bool:
         super().uninstall()

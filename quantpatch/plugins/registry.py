@@ -94,7 +94,7 @@ class Registry:
             UnknownNameError: There is no such plugin.
         """
         if name == BUILTIN:
-            raise _indispensable("cannot be taken away")
+            raise _indispensable("cannot be removed")
         removed = self._plugins.pop(name, None)
         self._answers.clear()
         if removed is None:

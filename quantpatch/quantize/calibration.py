@@ -59,10 +59,10 @@ class Calibration:
         weight_method: The same for weights.
         zero_points: Whether symmetric ranges of activations get a zero point where data needs less on one
             side of 0; ``fit_zero_points`` says how. A method that looks for a threshold does so for the
-            integers that the longer side has then. Zero points that were found so before are looked for anew
+            integers that the longer side has then. Zero points that were found so before are looked for again
             with their ranges; those that a descriptor asks for stay.
-        existing: What becomes of ranges that are known already: ``"error"`` raises one, ``"keep"`` leaves
-            them and finds those of the other quantizers, ``"overwrite"`` finds them all anew.
+        existing: What becomes of ranges that are known already: ``"error"`` raises an error, ``"keep"``
+            leaves them and finds those of the others, ``"overwrite"`` finds them all again.
         strict: Quantizers that saw no data, or only zeros, are an error; otherwise a warning names
             them, and they stay as they are: without a range they take that of each tensor. Those of a layer
             that does not run because a forward reads its weight itself are never an error: they are
@@ -75,7 +75,7 @@ class Calibration:
     Raises:
         CalibrationError: There is no quantizer, ranges are known already, the data holds NaN
             or infinity, (``strict``) a quantizer saw no data or only zeros, or another rank failed.
-        ArgumentError: ``existing`` is none of the three, or an option of the calibrator is out of range.
+        ArgumentError: ``existing`` is not one of the three, or an option of the calibrator is out of range.
         UnknownNameError: There is no calibrator of that name.
 
     Attributes:

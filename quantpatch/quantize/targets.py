@@ -202,9 +202,9 @@ def _check_base(entry: Entry, slot: Slot, replacement: Any) -> None:
                 f"it is a subclass of {dotted(base)}, which stood under the name {entry.dotted} when "
                 f"{module} was imported"
                 if base is stranger
-                else f"it is a subclass of the {dotted(base)} of before {target.__module__} was reloaded"
+                else f"it is a subclass of the {dotted(base)} from before {target.__module__} was reloaded"
             )
-            raise entry_error(entry, why, f"Import {module} again, or before it happens")
+            raise entry_error(entry, why, f"Import {module} again, or earlier")
 
 
 def _is_up_to_date(old: type, new: type) -> bool:

@@ -180,14 +180,14 @@ def _stacked(headers: list[str], rows: Sequence[Row], is_right: list[bool], widt
     """Each row as its first cell, and below it the others with the names of their columns where needed."""
     for first, *rest in rows:
         yield from wrapped(first, width)
-        told = [
+        texts = [
             value if not right and " " not in header else f"{header} {value}"
             for header, value, right in zip(headers[1:], rest, is_right[1:], strict=True)
             if value not in ("", "-")
         ]
         room = width - len(_INDENT)
         packed: list[str] = []
-        for item in told:
+        for item in texts:
             if packed and cell_len(packed[-1]) + cell_len(item) + 3 <= room:
                 packed[-1] += f"; {item}"
             else:

@@ -178,7 +178,7 @@ def _trials_of(info: PluginInfo) -> list[Trial]:
     for example in examples:
         if example.target not in by_target:
             unknown = UnknownNameError.of("target", example.target, by_target)
-            made.append(_failing(info.name, example.target, f"an example for no entry: {unknown}"))
+            made.append(_failing(info.name, example.target, f"an example without an entry: {unknown}"))
     for entry in info.entries:
         own = [example for example in examples if example.target == entry.dotted]
         labels = [example.label for example in own]

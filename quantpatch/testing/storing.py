@@ -46,7 +46,9 @@ def state_dict(subject: Subject) -> None:
     quantized.load_state_dict(state, strict=True)
     other = subject.fresh_quantized()
     other.load_state_dict(quantized.state_dict(), strict=True)
-    demand_equal(subject.run(other), subject.run(quantized), "loaded with its ranges, it computes others")
+    demand_equal(
+        subject.run(other), subject.run(quantized), "loaded with its ranges, it computes other values"
+    )
 
 
 def _demand_twin(subject: Subject, make: Callable[[Any], Any], how: str) -> None:

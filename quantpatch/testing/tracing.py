@@ -72,7 +72,7 @@ def exported(subject: Subject) -> None:
         except Exception as error:
             or_float_neither(subject, error, lambda layer, s=strict: export(layer, s))  # type: ignore[misc]
         demand_close(
-            ours, subject.run(quantized), f"exported (strict={strict}), it computes others", _TOLERANCE
+            ours, subject.run(quantized), f"exported (strict={strict}), it computes other values", _TOLERANCE
         )
 
 

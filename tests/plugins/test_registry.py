@@ -431,7 +431,7 @@ def test_plugins_by_hand() -> None:
 
 
 def test_the_built_in_plugin_cannot_be_taken_away() -> None:
-    with pytest.raises(PluginError, match=r"cannot be taken away: .*skip=\['torch.nn.\*'\].*keep_float\(\)"):
+    with pytest.raises(PluginError, match=r"cannot be removed: .*skip=\['torch.nn.\*'\].*keep_float\(\)"):
         qp.registry.unregister(BUILTIN)
     with qp.quantize_modules(skip=["torch.nn.*"]):
         assert type(torch.nn.Linear(1, 1)) is torch.nn.Linear

@@ -243,6 +243,6 @@ def test_a_reloaded_target_whose_replacement_is_of_before_is_an_error(package, t
     with qp.quantize_modules(custom=[(layers, "Scale", quantized.QuantScale)]):
         reloaded(layers, tmp_path / name / "layers.py", EDITED, updating=False)
         with pytest.raises(
-            EntryError, match=f"of before {layers} was reloaded.*Import {name}.quantized again"
+            EntryError, match=f"from before {layers} was reloaded.*Import {name}.quantized again"
         ):
             sys.modules[layers].Scale()

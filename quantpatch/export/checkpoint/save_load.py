@@ -300,8 +300,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         if zipfile.is_zipfile(path):
             raise wrong(
-                "torch.save wrote it, or what calls that. Build the model in a block as it was quantized, "
-                "and load it there: with qp.quantize_modules(recipe=...): model = build(); "
+                "torch.save wrote it, or code that calls that. Build the model in a block as it was "
+                "quantized, and load it there: with qp.quantize_modules(recipe=...): model = build(); "
                 "model.load_state_dict(torch.load(path)). Of a Lightning module write "
                 "LitModel.load_from_checkpoint(path) in the block"
             ) from error

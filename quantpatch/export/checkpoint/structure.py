@@ -225,9 +225,7 @@ class StructurePlan:
             return None  # an activation: its shape shows when it comes
         wanted = shape_of_range(weight.shape, format, descriptor.kept_axes)
         if wanted is None:
-            return (
-                f"its axis {descriptor.kept_axes} does not exist in a weight of shape {tuple(weight.shape)}"
-            )
+            return f"its axis {descriptor.kept_axes} is not one of a weight of shape {tuple(weight.shape)}"
         if amax.dim() == len(wanted) and all(a in (1, w) for a, w in zip(amax.shape, wanted, strict=True)):
             return None
         return f"its range has the shape {tuple(amax.shape)}, expected {tuple(wanted)}"

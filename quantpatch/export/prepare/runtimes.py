@@ -227,7 +227,7 @@ def _common(operand: ExportedQuantizer, opset: int) -> str | None:
         return f"its format {element.name} has no operator in ONNX; FP8 E4M3 and E5M2 have"
     if held is not None and opset < held.opset:
         what = "blocks need" if format.block_size else f"its codes are {held.type}, which needs"
-        return f"{what} opset {held.opset}, asked for was {opset}; leave opset out"
+        return f"{what} opset {held.opset}, and opset={opset} was given; leave opset out"
     if plugin is None and element is not operand.own_element:
         return (
             f"its format {format.name} is offered by no plugin, so that the file could not say what it was; "
@@ -245,7 +245,7 @@ def _unlike_onnx(operand: ExportedQuantizer) -> str:
         return (
             "" if held.rounds else "it does not round as QuantizeLinear does, so that it is for weights only"
         )
-    return "" if operand.fits_its_type else f"its codes are not all of {held.type}, as it says"
+    return "" if operand.fits_its_type else f"its codes are not all of {held.type}, although it says so"
 
 
 # --- TensorRT ---------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ class _Comparison:
         worst = max(map(_relative, now, self._before), default=0.0)
         if not worst or worst <= _TIMES * self._noise:
             return ""
-        return f"what the model gave was off by {worst:.2g} of its size"
+        return f"the output of the model changed by {worst:.2g} of its size"
 
     def _of_rounding(self) -> float:
         """How far off the results are if every layer rounds otherwise: deep ones may amplify that a lot."""

@@ -342,7 +342,7 @@ def test_how_far_off_a_model_was_is_told() -> None:
 
     model = lively(Watching())
     expected = model(Y)
-    with pytest.warns(qp.QuantPatchWarning, match=r"off by 0\.\d+ of its size"):
+    with pytest.warns(qp.QuantPatchWarning, match=r"changed by 0\.\d+ of its size"):
         report = fold_batchnorm(model, Y)
     assert report.folded == {"last": "other"}
     assert model.conv.bias is None

@@ -303,7 +303,7 @@ def test_what_a_quantizer_at_an_output_changes_is_undone_and_named() -> None:
             return self.last(torch.tanh(self.act(self.conv(x)))) + len(self.act._forward_hooks)
 
     model = built(Counting)
-    with pytest.warns(qp.QuantPatchWarning, match=r"act is left: .* off by \d"):
+    with pytest.warns(qp.QuantPatchWarning, match=r"act is left: .* changed by \d"):
         report = prepare(model, X)
     assert "act.output_quantizer" not in report.placed
     assert "undone" in report.skipped["act"]

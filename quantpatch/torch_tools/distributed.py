@@ -90,8 +90,8 @@ class Ranks:
         failed = torch.tensor(int(failure is not None), dtype=torch.int32)
         if not self._reduce(failed, dist.ReduceOp.MAX):
             return
-        messages = self._gather(None if failure is None else f"{type(failure).__name__}: {failure}")
-        by_rank = {self.number(i): message for i, message in enumerate(messages) if message is not None}
+        gathered = self._gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        by_rank = {self.number(i): message for i, message in enumerate(gathered) if message is not None}
         messages = "; ".join(f"rank {rank} failed: {message}" for rank, message in by_rank.items())
         raise self.all_raise(
             CalibrationError(f"{messages}. No range was set on any rank", ranks=tuple(by_rank))

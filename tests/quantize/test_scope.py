@@ -1022,7 +1022,7 @@ def test_replaced_and_skipped_tell_what_came_out(plugin) -> None:
         (
             "Sub",
             "a subclass of torch.nn.Conv2d whose replacement is not a QuantizedLayer of it, for which there "
-            "is not an entry",
+            "is no entry",
             2,
         ),
     ]

@@ -17,7 +17,18 @@ def oldest() -> dict[str, str]:
     return {name.lower().replace("_", "-"): version for name, version in pairs}
 
 
-@pytest.mark.parametrize("file", [ROOT / "pyproject.toml", *ROOT.glob("plugins/*/pyproject.toml")], ids=str)
+# That of transformers needs a newer Python than the oldest, and so is not among them.
+TRIED = [
+    ROOT / "pyproject.toml",
+    *(
+        file
+        for file in ROOT.glob("plugins/*/pyproject.toml")
+        if file.parent.name != "quantpatch-transformers"
+    ),
+]
+
+
+@pytest.mark.parametrize("file", TRIED, ids=str)
 def test_what_is_asked_for_is_what_is_tried(file: Path) -> None:
     found = oldest()
     for name, version in FLOOR.findall(file.read_text()):

@@ -15,7 +15,8 @@ import torch
 from onnx import TensorProto, helper
 
 from quantpatch.numerics.fake_quant import fake_quantize
-from quantpatch.numerics.formats import BUILTIN_FORMATS, NumberFormat, affine_format
+from quantpatch.numerics.formats import Integer
+from quantpatch.numerics.qparams import QParams
 
 CHUNK = 5 * 10**6
 CASES = [
@@ -25,9 +26,11 @@ CASES = [
 ]
 
 
-def format_of(name: str) -> NumberFormat:
-    """The format of a name."""
-    return affine_format(name) or BUILTIN_FORMATS[name]
+def grid_of(name: str) -> QParams:
+    """The grid of a name, such as ``"uint8_z37"``: with a zero point."""
+    kind, _, zero_point = name.partition("_z")
+    integers = Integer(int(kind.rpartition("int")[2]), unsigned=kind.startswith("u"))
+    return QParams(integers, None, zero_point=int(zero_point) if zero_point else None)
 
 
 def session(name: str) -> onnxruntime.InferenceSession:
@@ -67,15 +70,15 @@ def mismatches(total: int = 10**8) -> dict[str, tuple[int, int]]:
     rng = np.random.default_rng(0)
     counts = {}
     for name, amax in CASES:
-        number_format, runtime = format_of(name), session(name)
-        high = max(number_format.max, -number_format.min)
+        q, runtime = grid_of(name), session(name)
+        high = q.longer_side()
         range_ = torch.tensor(amax)
-        scale = (range_ / number_format.max).numpy()
+        scale = (range_ / q.max()).numpy()
         wanted, differing = -(-total // len(CASES)), 0
         for start in range(0, wanted, CHUNK):
             x = values(np.float32(scale), high, min(CHUNK, wanted - start), rng)
             theirs = runtime.run(None, {"x": x, "scale": scale})[0]
-            ours = fake_quantize(torch.from_numpy(x), range_, number_format).numpy()
+            ours = fake_quantize(torch.from_numpy(x), range_, q.format, zero_point=q.zero_point).numpy()
             differing += int((ours.view(np.int32) != theirs.view(np.int32)).sum())
         counts[f"{name}, amax {amax:g}"] = (wanted, differing)
     return counts

@@ -20,6 +20,7 @@ from quantpatch.errors import CalibrationError, listed, warn_caller
 from quantpatch.numerics.fake_quant import reduce_amax
 from quantpatch.numerics.formats import NumberFormat
 from quantpatch.numerics.grouped_axes import GroupedAxes
+from quantpatch.numerics.qparams import QParams
 from quantpatch.torch_tools.distributed import Ranks
 from quantpatch.torch_tools.sharded import whole
 
@@ -47,8 +48,10 @@ class Calibrator(abc.ABC):
             range for the whole tensor.
 
     Attributes:
-        format: The number format. Another one may be set before :meth:`compute_amax`, when the statistics
-            show that the range needs it.
+        format: The number format.
+        zero_point: How many integers, unsigned then, are for the shorter side of the range; None: they are
+            what the format says. Tensors that :meth:`collect` gets say how far the longer side must reach. It
+            may be set before :meth:`compute_amax`, when the statistics show that the range needs one.
         axis: The kept axes, as given.
         batches: Number of batches given to :meth:`collect` since the last :meth:`reset`.
         negative_share: Which share of the values were negative, of a format that holds none; else 0.
@@ -57,12 +60,18 @@ class Calibrator(abc.ABC):
 
     def __init__(self, format: NumberFormat, axis: int | tuple[int, ...] | None = None) -> None:
         self.format = format
+        self.zero_point: int | None = None
         self.axis = axis
         self.batches = 0
         self.lowest = 0.0
         self._values = self._negative_values = 0
         self._shape: torch.Size | None = None
         self._device = torch.device("cpu")
+
+    @property
+    def qparams(self) -> QParams:
+        """The format and the zero point, which together say what the grid is."""
+        return QParams(self.format, None, zero_point=self.zero_point)
 
     @property
     def saw_data(self) -> bool:
@@ -99,7 +108,7 @@ class Calibrator(abc.ABC):
             if isinstance(self.axis, GroupedAxes):
                 x = self.axis.split(x)
             count, negative, lowest = x.numel(), 0, 0.0
-            if self.format.lower_end == 0.0:
+            if self.qparams.lower_end() == 0.0:
                 lowest = float(x.amin())
                 # NaN is not below 0, and left for the check that follows, as infinity is.
                 if -math.inf < lowest < 0.0:

@@ -250,7 +250,9 @@ class EntropyCalibrator(_SearchingCalibrator):
         super().__init__(format, axis, num_bins=num_bins, start_bin=start_bin)
 
     def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
-        return entropy_threshold(counts, bin_width, self.format, start_bin=self.start_bin)
+        return entropy_threshold(
+            counts, bin_width, self.format, zero_point=self.zero_point, start_bin=self.start_bin
+        )
 
 
 class MSECalibrator(_SearchingCalibrator):
@@ -269,7 +271,9 @@ class MSECalibrator(_SearchingCalibrator):
     """
 
     def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
-        return mse_threshold(counts, bin_width, self.format, start_bin=self.start_bin)
+        return mse_threshold(
+            counts, bin_width, self.format, zero_point=self.zero_point, start_bin=self.start_bin
+        )
 
 
 class SQNRCalibrator(_SearchingCalibrator):
@@ -308,7 +312,12 @@ class SQNRCalibrator(_SearchingCalibrator):
 
     def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
         return sqnr_threshold(
-            counts, bin_width, self.format, start_bin=self.start_bin, clip_weight=self.clip_weight
+            counts,
+            bin_width,
+            self.format,
+            zero_point=self.zero_point,
+            start_bin=self.start_bin,
+            clip_weight=self.clip_weight,
         )
 
 

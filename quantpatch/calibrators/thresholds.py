@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantpatch.errors import ArgumentError
 from quantpatch.numerics.formats import NumberFormat
+from quantpatch.numerics.qparams import QParams
 
 _CHUNK = 1 << 18  # elements of intermediate results at a time: bounds the memory, near a CPU's cache
 # Candidates whose figures differ by less than rounding does are equally good.
@@ -23,7 +24,12 @@ _ERROR_TIE = 1e-9
 
 
 def entropy_threshold(
-    counts: Tensor, bin_width: Tensor | float, format: NumberFormat, *, start_bin: int = 128
+    counts: Tensor,
+    bin_width: Tensor | float,
+    format: NumberFormat,
+    *,
+    zero_point: int | None = None,
+    start_bin: int = 128,
 ) -> Tensor:
     """The range whose quantized distribution loses the least information (TensorRT's calibration).
 
@@ -44,6 +50,8 @@ def entropy_threshold(
         counts: ``(..., bins)``, of any integer dtype; at least two bins.
         bin_width: Width of the bins, a number or of shape ``(...)``.
         format: The number format to quantize to.
+        zero_point: How many of its integers, unsigned then, are not for these magnitudes but for the other
+            side of 0.
         start_bin: The smallest candidate, in bins.
 
     Returns:
@@ -52,8 +60,9 @@ def entropy_threshold(
     b = counts.reshape(-1, counts.shape[-1]).to(torch.int64, copy=True)
     top = _top(b)
     b[:, 0] = b[:, 1]
+    q = QParams(format, None, zero_point=zero_point)
     candidates = _candidates(start_bin, b.shape[1], b.device)
-    starts = _level_starts(candidates, format)  # (candidates, levels + 1)
+    starts = _level_starts(candidates, q)  # (candidates, levels + 1)
     # The level of a candidate's last bin: the last one that starts below the candidate.
     last_level = (starts[:, :-1] < candidates[:, None]).sum(1, keepdim=True) - 1
 
@@ -67,7 +76,12 @@ def entropy_threshold(
 
 
 def mse_threshold(
-    counts: Tensor, bin_width: Tensor | float, format: NumberFormat, *, start_bin: int = 1
+    counts: Tensor,
+    bin_width: Tensor | float,
+    format: NumberFormat,
+    *,
+    zero_point: int | None = None,
+    start_bin: int = 1,
 ) -> Tensor:
     """The range with the least expected squared error of quantization.
 
@@ -79,12 +93,16 @@ def mse_threshold(
         counts: ``(..., bins)``, of any integer dtype.
         bin_width: Width of the bins, a number or of shape ``(...)``.
         format: The number format to quantize to.
+        zero_point: How many of its integers, unsigned then, are not for these magnitudes but for the other
+            side of 0.
         start_bin: The smallest candidate, in bins.
 
     Returns:
         Float32 of shape ``(...)``; 0 where there is no count.
     """
-    return sqnr_threshold(counts, bin_width, format, start_bin=start_bin, clip_weight=1.0)
+    return sqnr_threshold(
+        counts, bin_width, format, zero_point=zero_point, start_bin=start_bin, clip_weight=1.0
+    )
 
 
 def sqnr_threshold(
@@ -92,6 +110,7 @@ def sqnr_threshold(
     bin_width: Tensor | float,
     format: NumberFormat,
     *,
+    zero_point: int | None = None,
     start_bin: int = 1,
     clip_weight: float = 3.0,
 ) -> Tensor:
@@ -106,30 +125,29 @@ def sqnr_threshold(
         counts: ``(..., bins)``, of any integer dtype.
         bin_width: Width of the bins, a number or of shape ``(...)``.
         format: The number format to quantize to.
+        zero_point: How many of its integers, unsigned then, are not for these magnitudes but for the other
+            side of 0.
         start_bin: The smallest candidate, in bins.
         clip_weight: How much the noise of clipped values counts; 1 gives :func:`mse_threshold`.
 
     Returns:
         Float32 of shape ``(...)``; 0 where there is no count.
     """
+    q = QParams(format, None, zero_point=zero_point)
     every = counts.reshape(-1, counts.shape[-1])
     candidates = _candidates(start_bin, every.shape[1], every.device)
     rows = max(1, 4 * _CHUNK // max(1, every.shape[1]))
-    best = [
-        _least_error(b.to(torch.int64), candidates, format, clip_weight) for b in torch.split(every, rows)
-    ]
+    best = [_least_error(b.to(torch.int64), candidates, q, clip_weight) for b in torch.split(every, rows)]
     return _edges(torch.cat(best), bin_width, counts)
 
 
-def _least_error(b: Tensor, candidates: Tensor, format: NumberFormat, clip_weight: float) -> Tensor:
+def _least_error(b: Tensor, candidates: Tensor, q: QParams, clip_weight: float) -> Tensor:
     """The candidate with the least error for each histogram; ``(rows,)``."""
     top = _top(b)
     # The largest quantized value in float32: the candidate, or a rounding beside it.
-    scales = candidates.float() / format.max
-    bounds = (scales * format.max).double()
-    errors = clip_weight * _clipping_error(b, candidates, bounds) + _rounding_error(
-        b, candidates, scales, format
-    )
+    scales = candidates.float() / q.max()
+    bounds = (scales * q.max()).double()
+    errors = clip_weight * _clipping_error(b, candidates, bounds) + _rounding_error(b, candidates, scales, q)
     errors = errors.masked_fill(candidates > top[:, None], torch.inf)
     least = errors.amin(1, keepdim=True)
     # argmax gives the first of equals.
@@ -184,23 +202,23 @@ def _edges(edge: Tensor, bin_width: Tensor | float, counts: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _magnitudes(format: NumberFormat) -> tuple[float, ...]:
-    """The numbers of a format that are not negative, ascending.
+def _magnitudes(q: QParams) -> tuple[float, ...]:
+    """The numbers of a grid that are not negative, ascending.
 
     They are found by rounding every bfloat16, which has all numbers of up to 8 significant bits.
     """
     every = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16).to(torch.float32)
-    grid = format.round_(every.clamp_(max=format.max))
+    grid = q.round_(every.clamp_(max=q.max()))
     return tuple(torch.unique(grid[grid >= 0]).tolist())
 
 
-def _level_starts(candidates: Tensor, format: NumberFormat) -> Tensor:
+def _level_starts(candidates: Tensor, q: QParams) -> Tensor:
     """The bin at which each level of a candidate starts, and at last the candidate itself.
 
     Returns:
         ``(candidates, levels + 1)``, int64, from 0 to the candidate.
     """
-    grid = _magnitudes(format)
+    grid = _magnitudes(q)
     levels = len(grid)
     candidate = candidates[:, None].double()
     # Of exact products, one rounded quotient: it is at a bin's edge or centre only where that is exact.
@@ -281,7 +299,7 @@ def _sum_from(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x.flip(1).cumsum(1).flip(1), (0, 1))
 
 
-def _rounding_error(b: Tensor, candidates: Tensor, scales: Tensor, format: NumberFormat) -> Tensor:
+def _rounding_error(b: Tensor, candidates: Tensor, scales: Tensor, q: QParams) -> Tensor:
     """``sum(b * (quantized centre - centre) ** 2)`` over the bins below; ``(rows, candidates)``.
 
     The quantized centres depend on the candidate alone, so all histograms share them.
@@ -301,7 +319,7 @@ def _rounding_error(b: Tensor, candidates: Tensor, scales: Tensor, format: Numbe
         error = errors[: len(candidate) * width].view(-1, width)
         square = squares[: error.numel()].view(-1, width)
         # Subtracting is exact, as a number and its rounding are near each other.
-        format.round_(torch.div(centre, scale, out=error)).mul_(scale).sub_(centre)
+        q.round_(torch.div(centre, scale, out=error)).mul_(scale).sub_(centre)
         error[:, inside:].masked_fill_(centre[inside:] > candidate, 0.0)  # clipped
         parts.append(weights[:, :width] @ square.copy_(error).square_().T)
     return torch.cat(parts, dim=1)

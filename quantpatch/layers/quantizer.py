@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from quantpatch.calibrators import Calibrator, warn_of_negatives
 from quantpatch.errors import ArgumentTypeError, CalibrationError, ExportError, RangeError
 from quantpatch.layers.lowering import lowering
-from quantpatch.layers.range_state import HeldRange
-from quantpatch.numerics.affine import has_zero_point, longer_side, magnitudes, upper_end
+from quantpatch.layers.range_state import ZERO_POINT_KEY, HeldRange
 from quantpatch.numerics.fake_quant import check_operand, fake_quantize, what_is_odd_about
-from quantpatch.numerics.modes import is_compiled, is_traced
+from quantpatch.numerics.formats import Integer
+from quantpatch.numerics.modes import is_traced
+from quantpatch.numerics.qparams import QParams
+from quantpatch.numerics.zero_point import check_zero_point, magnitudes, of_longer_side, upper_end
 from quantpatch.plugins.registry import registry
 from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools.fast_paths import refuse_fast_paths
@@ -76,7 +78,7 @@ class TensorQuantizer(HeldRange):
 
     Attributes:
         descriptor: The same.
-        format: The number format that the descriptor means.
+        format: The number format that the descriptor means; with a zero point its unsigned integers.
         disabled: Whether tensors pass unchanged.
         calibrating: Whether statistics are collected.
         quantizing: Whether tensors are quantized.
@@ -98,11 +100,14 @@ class TensorQuantizer(HeldRange):
                 argument="descriptor",
                 value=descriptor,
             )
+        format = registry.format(descriptor)
+        if descriptor.zero_point:
+            check_zero_point(descriptor.zero_point, format)
         # Straight into the dictionary: nn.Module's own __setattr__ looks for tensors and modules first,
         # and a model has hundreds of these objects.
         self.__dict__.update(
             descriptor=descriptor,
-            format=registry.format(descriptor),
+            _format=format,
             disabled=False,
             calibrating=False,
             quantizing=True,
@@ -179,8 +184,11 @@ class TensorQuantizer(HeldRange):
                 f"calibrator {method!r} has no option {unknown[0]!r}; its options are: {known}"
             )
         # The axis of a format in blocks is the one that blocks run along, not one that is kept.
-        axis = self.descriptor.kept_axes if self.format.block_size is None else None
-        return kind(longer_side(self.format), axis, **options)
+        axis = self.descriptor.kept_axes if self._format.block_size is None else None
+        calibrator = kind(self._format, axis, **options)
+        if (zero_point := self._read_zero_point) is not None:
+            calibrator.zero_point = of_longer_side(zero_point, self._format.bits)
+        return calibrator
 
     def load_calib_amax(self) -> None:
         """Sets the range that the collected statistics give; the statistics are kept.
@@ -199,7 +207,7 @@ class TensorQuantizer(HeldRange):
         Raises:
             CalibrationError: It saw no data, or what it gives is not a range.
         """
-        amax = upper_end(calibrator.compute_amax(), self.format)
+        amax = upper_end(calibrator.compute_amax(), self.qparams)
         if self.descriptor.scale_amax is not None:
             amax = amax * self.descriptor.scale_amax
         try:
@@ -261,10 +269,29 @@ class TensorQuantizer(HeldRange):
         check_operand(x)
         try:
             x = x.detach()
-            self.calibrator.collect(magnitudes(x, self.format) if has_zero_point(self.format) else x)
+            q = self.qparams
+            self.calibrator.collect(magnitudes(x, q) if q.zero_point else x)
         except CalibrationError as error:
             error.quantizer = self
             raise
+
+    @property
+    def qparams(self) -> QParams:
+        """The format and, read, the zero point that integers are rounded with."""
+        return QParams(self._format, None, zero_point=self._read_zero_point)
+
+    @property
+    def _read_zero_point(self) -> int | None:
+        # A subclass of integers rounds as it says.
+        return self.zero_point if type(self._format) is Integer else None
+
+    @property
+    def format_name(self) -> str:
+        """What reports call the format, with its zero point."""
+        zero_point = self._buffers.get(ZERO_POINT_KEY)
+        if zero_point is None or zero_point.is_meta or not self.zero_point:
+            return self.format.name
+        return f"{self.format.name}, zero_point={self.zero_point}"
 
     def _say_where(self, error: ArgumentTypeError | RangeError) -> None:
         """Adds this quantizer's name in the model that is running to an error that came out of it."""
@@ -294,11 +321,15 @@ class TensorQuantizer(HeldRange):
             amax = amax.to(x.device) if x.is_meta else self._follow(x.device)
         if batch_axis is None and amax is not None:
             amax = self._unless_of_another_weight(x, amax)
-        format = self._format_as_compiled if amax is not None and is_compiled() else self.format
         if not descriptor.learn_amax or x.dim() < 2:
             batch_axis = None
         return fake_quantize(
-            x, self._magnitude(amax), format, axis=descriptor.kept_axes, batch_axis=batch_axis
+            x,
+            self._magnitude(amax),
+            self._format,
+            axis=descriptor.kept_axes,
+            zero_point=self.held_zero_point,
+            batch_axis=batch_axis,
         )
 
     def agrees_with(self, other: TensorQuantizer) -> bool:
@@ -315,12 +346,20 @@ class TensorQuantizer(HeldRange):
         mine, others = (
             None if (r := q.held) is None or not (q._known or q._look(r)) else r for q in (self, other)
         )
+        if not self._has_same_zero_point(other):
+            return False
         if self.descriptor.dynamic or (mine is None and others is None):
             return True
         if mine is None or others is None or self.descriptor.learn_amax or is_traced():
             return False
         # Elsewhere than in main memory a comparison would make the host wait: there it is not known.
         return mine.is_cpu and others.is_cpu and torch.equal(mine, others)
+
+    def _has_same_zero_point(self, other: TensorQuantizer) -> bool:
+        mine, others = (q._buffers.get(ZERO_POINT_KEY) for q in (self, other))
+        if mine is None or others is None:
+            return mine is others
+        return mine.is_cpu and others.is_cpu and not is_traced() and torch.equal(mine, others)
 
     def __getstate__(self) -> dict[str, Any]:
         copied.add(self)
@@ -362,7 +401,7 @@ class TensorQuantizer(HeldRange):
     def extra_repr(self) -> str:
         """Format, axis and state, for ``print(model)``."""
         axis = "" if self.descriptor.axis is None else f", axis={self.descriptor.axis}"
-        return f"{self.format.name}{axis}, {self.state}"
+        return f"{self.format_name}{axis}, {self.state}"
 
 
 def named_quantizers(model: nn.Module, *, every_name: bool = False) -> dict[str, TensorQuantizer]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -20,12 +19,10 @@ from quantpatch.layers.range_tensor import (
     fits,
     outside_inference_mode,
 )
-from quantpatch.numerics.backends.inductor import ZeroPointAsData
 from quantpatch.numerics.fake_quant import own_range, reduce_amax
-from quantpatch.numerics.formats import Blocked, Integer, NumberFormat
+from quantpatch.numerics.formats import Blocked, Integer
 from quantpatch.numerics.modes import is_in_memory, is_jit_traced, is_traced
-from quantpatch.plugins.registry import registry
-from quantpatch.recipes.descriptor import QuantDescriptor
+from quantpatch.numerics.zero_point import check_zero_point
 from quantpatch.torch_tools.module_path import place_in_running_model
 from quantpatch.torch_tools.sharded import beside, is_in_checkpoint, is_replicated, local_part
 
@@ -33,14 +30,7 @@ __all__ = ["RANGE_KEY", "ZERO_POINT_KEY", "HeldRange"]
 
 
 class HeldRange(RangeTensor):
-    """The part of a quantizer that holds its range.
-
-    Attributes:
-        zero_point_is_found: Whether the zero point is what data was found to need, so that other data may
-            need another; one that was asked for stays.
-    """
-
-    zero_point_is_found: bool = False
+    """The part of a quantizer that holds its range and its zero point."""
 
     def replace_range(self, amax: Tensor) -> None:
         """Sets the range, whatever shape the one known so far has; in place where it is the same.
@@ -67,7 +57,7 @@ class HeldRange(RangeTensor):
             if held is None or (self.amax is None and held.shape != shape):
                 self._hold(torch.full(shape, torch.nan, device=device), known=False)
             if zero_point and ZERO_POINT_KEY not in self._buffers:
-                self._buffers[ZERO_POINT_KEY] = torch.zeros((), dtype=torch.uint8, device=device)
+                self._hold_zero_point(0, device)
 
     @property
     def own_range(self) -> Tensor | None:
@@ -111,10 +101,10 @@ class HeldRange(RangeTensor):
             return None
         if held.device != x.device:
             held = held.to(x.device) if x.is_meta else self._follow(x.device)
-        known, format = self._magnitude(held), self.format
+        known, format = self._magnitude(held), self._format
         assert known is not None
         one = isinstance(format, Blocked) and (format.scale == "e4m3" or not x.dim())
-        own = reduce_amax(x) if one else own_range(x, format, self.descriptor.kept_axes)
+        own = reduce_amax(x) if one else own_range(x, format, self.descriptor.kept_axes, self.held_zero_point)
         known = beside(known, own)
         return torch.where(known.isnan(), own, known)
 
@@ -145,61 +135,56 @@ class HeldRange(RangeTensor):
         signed = type(format) is Integer and not format.unsigned
         return signed and descriptor.kept_axes is None and not descriptor.dynamic
 
-    def use_zero_point(
-        self, zero_point: int, amax: Tensor | float | None = None, *, found: bool = False
-    ) -> None:
+    @property
+    def held_zero_point(self) -> Tensor | int | None:
+        """The zero point for computing with tensors: nothing is read."""
+        held = self._buffers.get(ZERO_POINT_KEY)
+        if held is None:
+            return self.descriptor.zero_point or None
+        return held if type(self._format) is Integer else None
+
+    @property
+    def zero_point_is_found(self) -> bool:
+        """Whether the zero point is what data was found to need, so that other data may need another.
+
+        One that the descriptor asks for stays.
+        """
+        held = self._buffers.get(ZERO_POINT_KEY)
+        return held is not None and not held.is_meta and self.zero_point != self._given_zero_point
+
+    def use_zero_point(self, zero_point: int, amax: Tensor | float | None = None) -> None:
         """Makes the integers unsigned ones, one of which stands for 0.
 
         Args:
             zero_point: Which; 0 is right where nothing is negative.
             amax: The range, by its upper end; default: the one known so far stays.
-            found: What becomes of ``zero_point_is_found``.
 
         Raises:
             ArgumentError: The format is not one of integers with a scale from outside, or has no such
                 zero point.
-            RangeError: As when ``amax`` is set.
+            RangeError: The range cannot be the quantizer's, or no range has a place yet, as on the meta
+                device.
         """
-        format, descriptor = self.format, self.descriptor
-        if type(format) is not Integer:
-            raise ArgumentError(
-                f"{self}: only Integer formats have zero points, and {format.name} is a "
-                f"{type(format).__name__}; use QuantDescriptor(unsigned=True)",
-                argument="zero_point",
-                value=zero_point,
-            )
+        try:
+            check_zero_point(zero_point, self._format)
+        except ArgumentError as error:
+            error.args = (f"{self}: {error}",)
+            raise
         if amax is not None:
             self._check_range(torch.as_tensor(amax))
-        given = descriptor.amax if descriptor.amax is None or amax is None else float(amax)
-        descriptor = attrs.evolve(
-            descriptor,
-            format=None,
-            num_bits=format.bits,
-            unsigned=True,
-            narrow_range=False,
-            zero_point=zero_point,
-            amax=given,
-        )
-        self._become(descriptor, found)
+        held = self.held
+        if held is None:
+            raise RangeError(f"{self}: it has no range yet that a zero point could stand beside", value=None)
+        self._hold_zero_point(zero_point, held.device)
         if amax is not None:
             self.amax = amax
 
     def forget_zero_point(self) -> None:
-        """Makes unsigned integers the signed ones of as many bits; the range is to be found again."""
-        self._become(attrs.evolve(self.descriptor, unsigned=False, zero_point=0), found=False)
-
-    def _become(self, descriptor: QuantDescriptor, found: bool) -> None:
-        format = registry.format(descriptor)
-        self.__dict__.update(descriptor=descriptor, format=format, zero_point_is_found=found)
-        self._show_zero_point()
-
-    @property
-    def _format_as_compiled(self) -> NumberFormat:
-        """The format for ``torch.compile``, to which a zero point is not a constant but the state's."""
-        zero_point = self._buffers.get(ZERO_POINT_KEY)
-        if zero_point is None or type(self.format) is not Integer or self.descriptor.learn_amax:
-            return self.format
-        return ZeroPointAsData(self.format.bits, zero_point)
+        """Makes integers and range what the descriptor says; a range that it does not give stays."""
+        self._buffers.pop(ZERO_POINT_KEY, None)
+        self._place_zero_point()
+        if self.descriptor.amax is not None:
+            self._forget()
 
     def _load_from_state_dict(
         self,
@@ -257,19 +242,25 @@ class HeldRange(RangeTensor):
             self.__dict__["_known"] = True
 
     def _take_zero_point(self, saved: Tensor | None) -> str | None:
-        """Makes the zero point that which a checkpoint's range was found for; says why if it cannot be."""
-        own = self._zero_point_of_format
-        if saved is None and own:
+        """Makes room for the zero point beside a checkpoint's range; says why if there cannot be one."""
+        own = self._buffers.get(ZERO_POINT_KEY)
+        if saved is None:
+            if own is None or own.is_meta or not (number := self.zero_point):
+                return None
             return (
-                f"{self} has the zero point {own}, and the checkpoint's range is of integers without one; "
+                f"{self} has the zero point {number}, and the checkpoint's range is of integers without one; "
                 f"load it into a model whose quantizers have none"
             )
-        if saved is None or saved.is_meta or int(saved) == own:
+        if saved.is_meta:
+            return None
+        number = int(saved)
+        if own is not None and not own.is_meta and number == self.zero_point:
             return None
         try:
-            self.use_zero_point(int(saved), found=True)
+            check_zero_point(number, self._format)
         except ArgumentError as error:
-            return f"the checkpoint has {int(saved)}; {error}"
+            return f"the checkpoint has {number}; {self}: {error}"
+        self._hold_zero_point(number, saved.device if own is None else own.device)
         return None
 
 

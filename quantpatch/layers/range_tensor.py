@@ -43,11 +43,10 @@ class RangeTensor(nn.Module):
 
     Attributes:
         descriptor: How to quantize.
-        format: The number format that the descriptor means.
     """
 
     descriptor: QuantDescriptor
-    format: NumberFormat
+    _format: NumberFormat  # that the descriptor means
 
     #: Whether the range was seen to be known. If not it may be, as others can fill it in: see ``_look``.
     _known: bool = False
@@ -112,7 +111,7 @@ class RangeTensor(nn.Module):
 
     def shaped(self, amax: Tensor) -> Tensor:
         """A range in the shape that it is held in; see ``amax``."""
-        one = amax.numel() == 1 and self.descriptor.kept_axes is None and self.format.block_size is None
+        one = amax.numel() == 1 and self.descriptor.kept_axes is None and self._format.block_size is None
         shape = (1,) if self.descriptor.learn_amax else ()
         return amax.reshape(shape) if (one or not amax.dim()) and amax.shape != shape else amax
 
@@ -132,7 +131,7 @@ class RangeTensor(nn.Module):
         else:
             self._buffers[RANGE_KEY] = amax
         self.__dict__.update(_known=known, _seen=None, _own=amax)
-        self._show_zero_point()
+        self._place_zero_point()
 
     def _note_own(self) -> None:
         # So that both are one in a copy, too.
@@ -181,7 +180,7 @@ class RangeTensor(nn.Module):
         if held is not None and held.is_meta:
             self._parameters.pop(RANGE_KEY, None)
             self._buffers.pop(RANGE_KEY, None)
-            self._show_zero_point()
+            self._place_zero_point()
 
     def _fill_room(self, shape: tuple[int, ...], device: torch.device) -> None:
         given = self.descriptor.amax
@@ -196,13 +195,13 @@ class RangeTensor(nn.Module):
     def _room(self) -> tuple[int, ...] | None:
         """The shape of the range as far as it is known before there is one."""
         descriptor = self.descriptor
-        if descriptor.kept_axes is None or self.format.block_size is not None or descriptor.amax is not None:
+        if descriptor.kept_axes is None or self._format.block_size is not None or descriptor.amax is not None:
             return (1,) if descriptor.learn_amax else ()
         return self._shape_of_weight
 
     def _range_of(self, weight: Tensor) -> tuple[int, ...] | None:
         kept = self.descriptor.kept_axes
-        return None if kept is None or self.format.block_size is not None else _kept(weight.shape, kept)
+        return None if kept is None or self._format.block_size is not None else _kept(weight.shape, kept)
 
     def _look(self, held: Tensor, *, again: bool = False) -> bool:
         """Whether the range, which was not known, has been filled in: by an average, a broadcast, a file.
@@ -235,7 +234,7 @@ class RangeTensor(nn.Module):
         if not held.is_meta:
             self._write(torch.nan if given is None else given)
         self.__dict__["_known"] = given is not None and not held.is_meta
-        self._show_zero_point()
+        self._place_zero_point()
 
     def _write(self, value: Tensor | float) -> None:
         held = self.held
@@ -277,20 +276,50 @@ class RangeTensor(nn.Module):
         return self.amax is None and (wanted is None or fits(shape, wanted))
 
     @property
-    def _zero_point_of_format(self) -> int | None:
-        """Of unsigned integers; others have none."""
-        format = self.format
-        return format.zero_point if isinstance(format, Integer) and format.unsigned else None
+    def format(self) -> NumberFormat:
+        """The number format: that of the descriptor; with a zero point its unsigned integers."""
+        own = self._format
+        if type(own) is not Integer or own.unsigned or ZERO_POINT_KEY not in self._buffers:
+            return own
+        return Integer(own.bits, unsigned=True)
 
-    def _show_zero_point(self) -> None:
-        """Puts the zero point into the state beside the range; computed with only where it is compiled."""
-        z = self._zero_point_of_format
-        amax = None if z is None else self.held
-        if amax is None:
+    @property
+    def zero_point(self) -> int | None:
+        """Which of the unsigned integers stands for 0; None: the format is none of such.
+
+        Raises:
+            RangeError: It is on the meta device, and has no value.
+        """
+        held = self._buffers.get(ZERO_POINT_KEY)
+        if held is None:
+            return self._given_zero_point
+        if held.is_meta:
+            raise RangeError(f"{self}: its zero point is on the meta device, and has no value", value=held)
+        return int(local_part(held).item())
+
+    @property
+    def _given_zero_point(self) -> int | None:
+        """The descriptor's, of unsigned integers; others have none."""
+        unsigned = isinstance(self._format, Integer) and self._format.unsigned
+        return self.descriptor.zero_point if unsigned else None
+
+    def _place_zero_point(self) -> None:
+        """Puts the zero point beside the range, on its device; the descriptor's if there was none."""
+        held, zero_point = self.held, self._buffers.get(ZERO_POINT_KEY)
+        if held is None:
             self._buffers.pop(ZERO_POINT_KEY, None)
-            return
+        elif zero_point is None:
+            if (given := self._given_zero_point) is not None:
+                self._hold_zero_point(given, held.device)
+        elif zero_point.device != held.device:
+            # On the meta device it loses its value; the descriptor's is there again when the model leaves it.
+            self._hold_zero_point(
+                self._given_zero_point or 0 if zero_point.is_meta else zero_point, held.device
+            )
+
+    def _hold_zero_point(self, zero_point: Tensor | int, device: torch.device) -> None:
         with outside_inference_mode():
-            self._buffers[ZERO_POINT_KEY] = torch.tensor(z, dtype=torch.uint8, device=amax.device)
+            self._buffers[ZERO_POINT_KEY] = torch.as_tensor(zero_point, dtype=torch.uint8, device=device)
 
     def _follow(self, device: torch.device) -> Tensor:
         self._apply(lambda tensor: tensor.to(device))
@@ -311,13 +340,14 @@ class RangeTensor(nn.Module):
             else:
                 self.make_room(device)
             return self
-        before = held.detach()
+        before, zero_point = held.detach(), self._buffers.get(ZERO_POINT_KEY)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._note_own()
         amax = self.held
         if amax is None or amax.is_meta:
             return self
         if before.is_meta:
+            self._buffers.pop(ZERO_POINT_KEY, None)
             self._forget()
             return self
         # Of what a model does to its tensors only the device is meant for a range: .half() would make it
@@ -328,8 +358,8 @@ class RangeTensor(nn.Module):
         else:
             self._buffers[RANGE_KEY] = exact
             self._note_own()
-        if self._zero_point_of_format is not None:  # else there may be room for one that is to be loaded
-            self._show_zero_point()
+        if zero_point is not None:
+            self._hold_zero_point(zero_point, amax.device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from quantpatch.errors import ArgumentError, ArgumentTypeError, RangeError
-from quantpatch.numerics.affine import magnitudes, upper_end
 from quantpatch.numerics.backends import select
 from quantpatch.numerics.backends.scales import divisor, rescale_, spread
 from quantpatch.numerics.division import quotient
 from quantpatch.numerics.formats import Blocked, Integer, NumberFormat
 from quantpatch.numerics.gradients import round_trip
 from quantpatch.numerics.grouped_axes import GroupedAxes
-from quantpatch.numerics.modes import is_jit_traced
+from quantpatch.numerics.modes import is_in_memory, is_jit_traced
 from quantpatch.numerics.qparams import QParams
+from quantpatch.numerics.zero_point import check_zero_point, magnitudes, upper_end
 from quantpatch.torch_tools.sharded import beside
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
 
 #: The axes that are kept, each index along them with a range of its own.
 Axis = int | tuple[int, ...] | None
+ZeroPoint = Tensor | int | None
 
 
 def fake_quantize(
@@ -53,6 +54,7 @@ def fake_quantize(
     format: NumberFormat,
     *,
     axis: Axis = None,
+    zero_point: ZeroPoint = None,
     batch_axis: int | None = None,
 ) -> Tensor:
     """Rounds ``x`` to what ``format`` can hold within the range ``amax``.
@@ -61,8 +63,9 @@ def fake_quantize(
     A range of 0 (a dead channel) gives 0. Infinities saturate, NaN stays NaN; a range that is not finite
     gives NaN. Zeros of integers are positive, as ONNX Runtime's are; those of floats keep their sign.
 
-    ``amax`` is the upper end of the range. The lower one is ``amax * format.lower_end``: ``-amax``, 0 of
-    unsigned integers, and with a zero point ``amax * format.min / format.max``.
+    ``amax`` is the upper end of the range. The lower one is ``-amax``, and 0 of unsigned integers. With a
+    zero point ``z`` integers are unsigned, the grid goes from ``-z`` to ``2**bits - 1 - z``, which take the
+    place of ``format.min`` and ``format.max``, and the range begins at ``amax * min / max``.
 
     The gradient to ``x`` is the straight-through estimator of Bengio et al. 2013 (arXiv 1308.3432): it passes
     inside the range, both ends included, and is zero outside. With ``amax=None`` nothing is outside but the
@@ -86,6 +89,9 @@ def fake_quantize(
         axis: The axes that are *kept*, each index along them with a range of its own; negative ones count
             from the end. None keeps none. For a blocked format: the one axis that blocks run along,
             by default the last; its end may be a shorter block.
+        zero_point: Which of the unsigned integers stands for 0, so that the grid fits a range that is not
+            symmetric: from 0 to ``2**bits - 2``; with 128 of 8 bits the grid is that of int8. A number, or a
+            0-dim tensor, of uint8 for one. None: integers are what the format says.
         batch_axis: The axis of an activation's examples, however many of which give a learned range a
             gradient that is the sum of theirs. None: ``x`` is a weight, or a single example.
 
@@ -99,15 +105,22 @@ def fake_quantize(
     """
     check_operand(x)
     if isinstance(axis, GroupedAxes):
-        split = fake_quantize(axis.split(x), _split_range(amax), format, axis=axis.SPLIT)
+        split = fake_quantize(
+            axis.split(x), _split_range(amax), format, axis=axis.SPLIT, zero_point=zero_point
+        )
         return split.flatten(0, 1)
     if not x.dim() and isinstance(format, Blocked):
         return fake_quantize(x.unsqueeze(0), amax, format, axis=axis).squeeze(0)
-    return round_trip(x, _qparams(x, amax, format, axis), batch_axis)
+    return round_trip(x, _qparams(x, amax, format, axis, zero_point), batch_axis)
 
 
 def quantize(
-    x: Tensor, amax: Tensor | None, format: NumberFormat, *, axis: Axis = None
+    x: Tensor,
+    amax: Tensor | None,
+    format: NumberFormat,
+    *,
+    axis: Axis = None,
+    zero_point: ZeroPoint = None,
 ) -> tuple[Tensor, Tensor]:
     """The numbers that :func:`fake_quantize` rounds to, and their scale, for export and packing.
 
@@ -116,6 +129,7 @@ def quantize(
         amax: As in :func:`fake_quantize`.
         format: As in :func:`fake_quantize`.
         axis: As in :func:`fake_quantize`.
+        zero_point: As in :func:`fake_quantize`.
 
     Returns:
         ``(codes, scale)``. Codes have ``x``'s shape: int8 or uint8 for integers, with the zero point added
@@ -130,18 +144,27 @@ def quantize(
     """
     check_operand(x)
     if isinstance(axis, GroupedAxes):
-        codes, scale = quantize(axis.split(x), _split_range(amax), format, axis=axis.SPLIT)
+        codes, scale = quantize(
+            axis.split(x), _split_range(amax), format, axis=axis.SPLIT, zero_point=zero_point
+        )
         return codes.flatten(0, 1), axis.spread(scale.squeeze(1) if scale.dim() else scale, x.shape[0])
     with torch.no_grad():
         if not x.dim() and isinstance(format, Blocked):
             codes, scale = quantize(x.unsqueeze(0), amax, format, axis=axis)
             return codes.squeeze(0), scale
-        q = _qparams(x, amax, format, axis)
+        q = _qparams(x, amax, format, axis, zero_point)
         scale = q.scales()
-        return _codes(x, spread(scale, x, format, q.dim), q.element()), scale
+        return _codes(x, spread(scale, x, format, q.dim), q), scale
 
 
-def dequantize(codes: Tensor, scale: Tensor, format: NumberFormat, *, axis: Axis = None) -> Tensor:
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    format: NumberFormat,
+    *,
+    axis: Axis = None,
+    zero_point: ZeroPoint = None,
+) -> Tensor:
     """Turns what :func:`quantize` returned back into values.
 
     Args:
@@ -149,6 +172,7 @@ def dequantize(codes: Tensor, scale: Tensor, format: NumberFormat, *, axis: Axis
         scale: From :func:`quantize`.
         format: The format given to :func:`quantize`.
         axis: The axis given to :func:`quantize`.
+        zero_point: The zero point given to :func:`quantize`.
 
     Returns:
         float32 of the codes' shape, equal to ``fake_quantize`` of the float32 input.
@@ -162,8 +186,8 @@ def dequantize(codes: Tensor, scale: Tensor, format: NumberFormat, *, axis: Axis
         if isinstance(axis, GroupedAxes):
             scale = axis.spread(scale, codes.shape[0])
         values = codes.to(torch.float32, copy=True)
-        if type(format) is Integer and format.zero_point:
-            values.sub_(format.zero_point)
+        if zero_point is not None:
+            values.sub_(zero_point)
         return rescale_(values, scale, format)
 
 
@@ -204,20 +228,22 @@ def _split_range(amax: Tensor | None) -> Tensor | None:
 # --- Scales -----------------------------------------------------------------------------------------------
 
 
-def own_range(x: Tensor, format: NumberFormat, axis: Axis = None) -> Tensor:
+def own_range(x: Tensor, format: NumberFormat, axis: Axis = None, zero_point: ZeroPoint = None) -> Tensor:
     """The range that :func:`fake_quantize` takes from a tensor, where it is given none.
 
     Args:
         x: As in :func:`fake_quantize`, like the rest; with an axis at least.
         format: See there.
         axis: See there.
+        zero_point: See there.
 
     Returns:
         float32, 0-dim or of ``x``'s number of dimensions.
     """
-    values = magnitudes(x.detach(), format)
+    q = QParams(format, None, zero_point=_zero_point_for(x, format, zero_point))
+    values = magnitudes(x.detach(), q)
     if not isinstance(format, Blocked):
-        return upper_end(reduce_amax(values, axis), format)
+        return upper_end(reduce_amax(values, axis), q)
     dim = _block_axis(x, axis)
     shape = _shape_of_blocks(x, format, dim)
     if not x.numel():
@@ -225,13 +251,33 @@ def own_range(x: Tensor, format: NumberFormat, axis: Axis = None) -> Tensor:
     return select(values).amax(values, shape, dim, format.block_size)
 
 
-def _qparams(x: Tensor, amax: Tensor | None, format: NumberFormat, axis: Axis) -> QParams:
+def _qparams(
+    x: Tensor, amax: Tensor | None, format: NumberFormat, axis: Axis, zero_point: ZeroPoint
+) -> QParams:
     """What a tensor is rounded by: the given range, if there is one, in float32, or a scale of its own."""
+    if zero_point is not None:
+        zero_point = _zero_point_for(x, format, zero_point)
     if isinstance(format, Blocked):
         return _qparams_of_blocks(x, amax, format, _block_axis(x, axis))
     if amax is None:
-        return QParams(format, None, quotient(own_range(x, format, axis), format.max))
-    return QParams(format, _checked_range(amax, x, axis))
+        highest = QParams(format, None, zero_point=zero_point).max()
+        scale = quotient(own_range(x, format, axis, zero_point), highest)
+        return QParams(format, None, scale, None, zero_point)
+    return QParams(format, _checked_range(amax, x, axis), None, None, zero_point)
+
+
+def _zero_point_for(x: Tensor, format: NumberFormat, zero_point: ZeroPoint) -> ZeroPoint:
+    """A zero point for computing with ``x``: a number if the values of ``x`` are read as well."""
+    if zero_point is None:
+        return None
+    check_zero_point(zero_point, format)
+    if not isinstance(zero_point, Tensor):
+        return zero_point
+    if is_in_memory(x):
+        return int(zero_point.item())
+    if zero_point.device != x.device and not is_jit_traced():
+        zero_point = zero_point.to(x.device)
+    return beside(zero_point, x)
 
 
 def _qparams_of_blocks(x: Tensor, amax: Tensor | None, format: Blocked, dim: int) -> QParams:
@@ -258,10 +304,12 @@ def _shape_of_blocks(x: Tensor, format: Blocked, dim: int) -> tuple[int, ...]:
     return tuple(-(-n // format.block_size) if d == dim else n for d, n in enumerate(x.shape))
 
 
-def _codes(x: Tensor, scale: Tensor, format: NumberFormat) -> Tensor:
-    codes = format.round_(quotient(x.float(), divisor(scale)))
-    if type(format) is Integer:  # what a subclass rounds to need be no integers
-        return codes.add_(format.zero_point).to(torch.uint8 if format.unsigned else torch.int8)
+def _codes(x: Tensor, scale: Tensor, q: QParams) -> Tensor:
+    codes, element = q.round_(quotient(x.float(), divisor(scale))), q.element()
+    if q.zero_point is not None:
+        return codes.add_(q.zero_point).to(torch.uint8)
+    if type(element) is Integer:  # what a subclass rounds to need be no integers
+        return codes.to(torch.uint8 if element.unsigned else torch.int8)
     return codes
 
 

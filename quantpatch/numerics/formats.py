@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import abc
 import math
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -31,7 +30,6 @@ __all__ = [
     "Integer",
     "NumberFormat",
     "OnnxCodes",
-    "affine_format",
     "element_of",
 ]
 
@@ -155,20 +153,15 @@ class Integer(NumberFormat):
         bits: 2 to 8.
         unsigned: From 0 to ``2**bits - 1`` instead of signed.
         narrow_range: Leave out the lowest signed value, so that the grid is symmetric (-127 .. 127).
-        zero_point: Which of the unsigned integers stands for 0, so that a grid from ``-zero_point`` to
-            ``2**bits - 1 - zero_point`` fits a range that is not symmetric; 0 to ``2**bits - 2``. A range
-            still has one number, its upper end. With 128 of 8 bits the grid is that of int8.
 
     Raises:
-        ArgumentError: ``bits`` or ``zero_point`` is out of range, ``narrow_range`` is asked of an unsigned
-            format or ``zero_point`` of a signed one.
+        ArgumentError: ``bits`` is out of range, or ``narrow_range`` is asked of an unsigned format.
         ArgumentTypeError: A value is of another type.
     """
 
     bits: int = attrs.field(default=8)
     unsigned: bool = False
     narrow_range: bool = False
-    zero_point: int = 0
 
     def __attrs_post_init__(self) -> None:
         if not _is_int(self.bits) or not 2 <= self.bits <= 8:
@@ -192,44 +185,23 @@ class Integer(NumberFormat):
                 argument="narrow_range",
                 value=True,
             )
-        z = self.zero_point
-        if not _is_int(z) or not 0 <= z <= 2**self.bits - 2:
-            raise (ArgumentError if _is_int(z) else ArgumentTypeError)(
-                f"the zero point of {self.bits} bits is an integer from 0 to {2**self.bits - 2}, so that 0 "
-                f"and something above it are on the grid; got {z!r}",
-                argument="zero_point",
-                value=z,
-            )
-        if z and not self.unsigned:
-            raise ArgumentError(
-                f"signed integers have the zero point 0; a zero point says which unsigned one stands for 0. "
-                f"Write unsigned=True, zero_point={z}.",
-                argument="zero_point",
-                value=z,
-            )
 
     @property
     def name(self) -> str:
-        """``int8``, ``uint4``, ``int8_narrow``, ``uint8_z37``."""
-        name = f"{'u' if self.unsigned else ''}int{self.bits}{'_narrow' if self.narrow_range else ''}"
-        return f"{name}_z{self.zero_point}" if self.zero_point else name
+        """``int8``, ``uint4``, ``int8_narrow``."""
+        return f"{'u' if self.unsigned else ''}int{self.bits}{'_narrow' if self.narrow_range else ''}"
 
     @property
     def max(self) -> float:
-        """127 for int8, 255 for uint8, less the zero point."""
-        return float(2**self.bits - 1 - self.zero_point if self.unsigned else 2 ** (self.bits - 1) - 1)
+        """127 for int8, 255 for uint8."""
+        return float(2**self.bits - 1 if self.unsigned else 2 ** (self.bits - 1) - 1)
 
     @property
     def min(self) -> float:
-        """-128 for int8, -127 if narrow, ``-zero_point`` if unsigned."""
+        """-128 for int8, -127 if narrow, 0 if unsigned."""
         if self.unsigned:
-            return float(-self.zero_point)
+            return 0.0
         return -self.max if self.narrow_range else -self.max - 1
-
-    @property
-    def lower_end(self) -> float:
-        """-1 for int8, ``min / max`` if unsigned."""
-        return self.min / self.max if self.unsigned else -1.0
 
     @property
     def onnx(self) -> OnnxCodes | None:
@@ -352,13 +324,6 @@ class Blocked(NumberFormat):
                 argument="element",
                 value=self.element,
             )
-        if isinstance(self.element, Integer) and self.element.zero_point:
-            raise ArgumentError(
-                f"blocks take their scales from magnitudes, which a zero point has no part in: "
-                f"write {Integer(self.element.bits)!r} instead of {self.element!r}",
-                argument="element",
-                value=self.element,
-            )
         if not _is_int(self.block_size) or self.block_size < 1:
             raise (ArgumentError if _is_int(self.block_size) else ArgumentTypeError)(
                 f"block_size is a positive number of elements, got {self.block_size!r}",
@@ -465,18 +430,6 @@ _USUAL_BLOCKS: dict[str, Blocked] = {
     "int8_g128": Blocked(Integer(8), 128),
 }
 
-_WITH_ZERO_POINT = re.compile(r"uint([2-8])_z(\d+)")
-
-
-def affine_format(name: str) -> Integer | None:
-    """The integers of a name such as ``"uint8_z37"``; None if it is not such a name.
-
-    Raises:
-        ArgumentError: The zero point is out of range.
-    """
-    parts = _WITH_ZERO_POINT.fullmatch(name)
-    return None if parts is None else Integer(int(parts[1]), unsigned=True, zero_point=int(parts[2]))
-
 
 def _builtin() -> dict[str, NumberFormat]:
     plain: list[NumberFormat] = [Integer(b) for b in range(2, 9)]
@@ -487,7 +440,7 @@ def _builtin() -> dict[str, NumberFormat]:
 
 
 BUILTIN_FORMATS: Mapping[str, NumberFormat] = MappingProxyType(_builtin())
-"""Every format that comes with quantpatch, by name, but for those with a zero point (``affine_format``)."""
+"""Every format that comes with quantpatch, by name."""
 
 
 def _power_below(y: Tensor) -> Tensor:

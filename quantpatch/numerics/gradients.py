@@ -36,16 +36,19 @@ def round_trip(x: Tensor, q: QParams, batch_axis: int | None = None) -> Tensor:
     needs_gradient = (x.requires_grad or learned) and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         if needs_gradient:
-            return _RoundTrip.apply(x, amax, q.scale, q.format, q.dim, batch_axis)  # type: ignore[no-any-return,no-untyped-call]
+            return _RoundTrip.apply(x, amax, q.scale, q.zero_point, q.format, q.dim, batch_axis)  # type: ignore[no-any-return,no-untyped-call]
         return inductor.round_trip(x, q)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         if not torch.is_grad_enabled():
             return inductor.round_trip(x, q)
         learned = learned or (amax is not None and _is_learned(amax))
-        return _TransformableRoundTrip.apply(x, amax, q.scales(), q.format, q.dim, batch_axis, learned)  # type: ignore[no-any-return,no-untyped-call]
+        result: Tensor = _TransformableRoundTrip.apply(  # type: ignore[no-untyped-call]
+            x, amax, q.scales(), q.zero_point, q.format, q.dim, batch_axis, learned
+        )
+        return result
     # A model traced by torch.jit.trace is for inference: its graph cannot hold a function of Python's.
     if needs_gradient and not torch._C._is_tracing():
-        return _apply(x, amax, q.scale, q.format, q.dim, batch_axis)
+        return _apply(x, amax, q.scale, q.zero_point, q.format, q.dim, batch_axis)
     return select(x, q).round_trip(x, q)
 
 
@@ -68,21 +71,27 @@ class _RoundTrip(Function):
         x: Tensor,
         amax: Tensor | None,
         scale: Tensor | None,
+        zero_point: Tensor | int | None,
         format: NumberFormat,
         dim: int | None,
         batch_axis: int | None,
     ) -> Tensor:
-        q = QParams(format, amax, scale, dim)
+        q = QParams(format, amax, scale, dim, zero_point)
         backend = select(x, q)
-        ctx.call = backend, format, dim, batch_axis
+        # One of the two: a number is kept as it is.
+        of_host, on_device = (None, zero_point) if isinstance(zero_point, Tensor) else (zero_point, None)
+        ctx.call = backend, format, dim, batch_axis, of_host
         if ctx.needs_input_grad[1]:
             scale = q.scales()
             ctx.mask = None
-            ctx.save_for_backward(x, amax, scale)
-            return backend.round_trip(x, QParams(format, amax, scale, dim), trains=True)
+            ctx.save_for_backward(x, amax, scale, on_device)
+            return backend.round_trip(x, QParams(format, amax, scale, dim, zero_point), trains=True)
         result, mask = backend.round_and_mask(x, q)
         if mask.tensor is not None:
-            ctx.save_for_backward(mask.tensor, amax if mask.kind == "values" else None)
+            by_range = mask.kind == "values"
+            ctx.save_for_backward(
+                mask.tensor, amax if by_range else None, None, on_device if by_range else None
+            )
             mask = ClipMask(mask.kind, None, mask.order)
         ctx.mask = mask
         return result
@@ -91,26 +100,19 @@ class _RoundTrip(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask = ctx.mask
         if mask is not None and mask.kind == "nothing" and mask.order is None:
-            return grad, None, None, None, None, None
-        backend, format, dim, batch_axis = ctx.call
+            return grad, *[None] * 6
+        backend, format, dim, batch_axis, zero_point = ctx.call
         if backend is not inductor and not is_plain_gradient(grad):
             backend = inductor
         # Detached: the gradient of this gradient goes to the upstream one only.
-        kept, amax, scale = (
-            None if t is None else t.detach() for t in (*ctx.saved_tensors, None, None, None)[:3]
+        kept, amax, scale, on_device = (
+            None if t is None else t.detach() for t in (*ctx.saved_tensors, None, None, None, None)[:4]
         )
-        q = QParams(format, amax, scale, dim)
+        q = QParams(format, amax, scale, dim, zero_point if on_device is None else on_device)
         if mask is None:
             grad_x, grad_amax = backend.lsq_gradients(grad, kept, q, batch_axis)
-            return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None, None, None, None
-        return (
-            backend.zero_clipped(grad, ClipMask(mask.kind, kept, mask.order), q),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+            return grad_x if ctx.needs_input_grad[0] else None, grad_amax, *[None] * 5
+        return backend.zero_clipped(grad, ClipMask(mask.kind, kept, mask.order), q), *[None] * 6
 
 
 # What Function.apply does beside is for torch.func, which has the other one.
@@ -128,48 +130,48 @@ class _TransformableRoundTrip(Function):
         x: Tensor,
         amax: Tensor | None,
         scale: Tensor,
+        zero_point: Tensor | int | None,
         format: NumberFormat,
         dim: int | None,
         batch_axis: int | None,
         learned: bool,
     ) -> Tensor:
-        return inductor.round_trip(x, QParams(format, amax, scale, dim))
+        return inductor.round_trip(x, QParams(format, amax, scale, dim, zero_point))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, amax, scale, ctx.format, ctx.dim, ctx.batch_axis, learned = inputs
+        x, amax, scale, zero_point, ctx.format, ctx.dim, ctx.batch_axis, learned = inputs
         ctx.learned = learned or (amax is not None and ctx.needs_input_grad[1])
-        ctx.save_for_backward(x, amax, scale)
-        ctx.save_for_forward(x, amax, scale)
+        of_host, on_device = (None, zero_point) if isinstance(zero_point, Tensor) else (zero_point, None)
+        ctx.zero_point = of_host
+        ctx.save_for_backward(x, amax, scale, on_device)
+        ctx.save_for_forward(x, amax, scale, on_device)
         ctx.set_materialize_grads(False)  # whether the range has a tangent decides which rule holds
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 7
-        x, amax, scale = (None if t is None else t.detach() for t in ctx.saved_tensors)
-        assert x is not None
-        q = QParams(ctx.format, amax, scale, ctx.dim)
+            return (None,) * 8
+        x, q = _saved(ctx)
         if ctx.learned:
-            return *inductor.lsq_gradients(grad, x, q, ctx.batch_axis), *[None] * 5
+            return *inductor.lsq_gradients(grad, x, q, ctx.batch_axis), *[None] * 6
         mask = ClipMask("values", x) if q.clips() else ClipMask()
-        return inductor.zero_clipped(grad, mask, q), *[None] * 6
+        return inductor.zero_clipped(grad, mask, q), *[None] * 7
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Tensor | None, amax_tangent: Tensor | None, *others: None) -> Tensor:
-        x, amax, scale = (None if t is None else t.detach() for t in ctx.saved_tensors)
-        assert x is not None
-        q = QParams(ctx.format, amax, scale, ctx.dim)
+        x, q = _saved(ctx)
+        amax, scale = q.amax, q.scale
         if x_tangent is None:
             x_tangent = torch.zeros_like(x)
         if amax is None or scale is None or not (ctx.learned or amax_tangent is not None):
             if not q.clips():
                 return x_tangent.clone()  # an input may not be handed out as a result
             return inductor.zero_clipped(x_tangent, ClipMask("values", x), q)
-        outside, slope = lsq_slopes(x, scale, ctx.format, ctx.dim)
+        outside, slope = lsq_slopes(x, scale, q)
         tangent = x_tangent.masked_fill(outside, 0.0)
         if amax_tangent is not None:
-            divided = divided_by(x, amax, ctx.format, ctx.batch_axis)
+            divided = divided_by(x, q, ctx.batch_axis)
             along_range = slope * (spread(amax_tangent, x, ctx.format, ctx.dim) / divided)
             tangent = tangent + along_range.to(tangent.dtype)
         return tangent
@@ -181,6 +183,7 @@ class _TransformableRoundTrip(Function):
         x: Tensor,
         amax: Tensor | None,
         scale: Tensor,
+        zero_point: Tensor | int | None,
         format: NumberFormat,
         dim: int | None,
         batch_axis: int | None,
@@ -195,9 +198,18 @@ class _TransformableRoundTrip(Function):
                 # Each member of the batch gives the one range a gradient, scaled by its own size.
                 amax = amax.expand(n, *(amax.shape[1:] if amax.dim() else [1] * (x.dim() - 1)))
         scale = _batch_first(scale, in_dims[2], x)
+        if isinstance(zero_point, Tensor):
+            zero_point = _batch_first(zero_point, in_dims[3], x)
         dim, batch_axis = (None if axis is None else axis + 1 for axis in (dim, batch_axis))
-        result = _TransformableRoundTrip.apply(x, amax, scale, format, dim, batch_axis, learned)  # type: ignore[no-untyped-call]
+        result = _TransformableRoundTrip.apply(x, amax, scale, zero_point, format, dim, batch_axis, learned)  # type: ignore[no-untyped-call]
         return result, 0
+
+
+def _saved(ctx: Any) -> tuple[Tensor, QParams]:
+    """What was kept of a call, with no gradients to it."""
+    x, amax, scale, zero_point = (None if t is None else t.detach() for t in ctx.saved_tensors)
+    assert x is not None
+    return x, QParams(ctx.format, amax, scale, ctx.dim, ctx.zero_point if zero_point is None else zero_point)
 
 
 def _batch_first(t: Tensor, batch: int | None, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import pluggy
 from quantpatch.calibrators import Calibrator
 from quantpatch.errors import PluginError, QuantPatchWarning, UnknownNameError, near_misses
 from quantpatch.interception.hooks import lock
-from quantpatch.numerics.formats import NumberFormat, affine_format
+from quantpatch.numerics.formats import NumberFormat
 from quantpatch.plugins import hookspecs
 from quantpatch.plugins.answers import advice_of, entries_of, examples_of, names_of
 from quantpatch.plugins.entry import Entry
@@ -270,10 +270,9 @@ class Registry:
             return descriptor.number_format
         name = str(descriptor.format)
         formats: dict[str, NumberFormat] = self.named("quantpatch_formats", NumberFormat)
-        found = formats[name] if name in formats else affine_format(name)
-        if found is None:
+        if name not in formats:
             raise UnknownNameError.of("format", name, formats)
-        return found
+        return formats[name]
 
     def offers_format(self, format: NumberFormat) -> str | None:
         """The name of the plugin that offers a format; None if none does."""

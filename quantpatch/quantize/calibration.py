@@ -20,8 +20,7 @@ from quantpatch.calibrators import Calibrator, warn_of_negatives
 from quantpatch.errors import CalibrationError, listed, warn_caller
 from quantpatch.layers.base import weight_quantizers
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
-from quantpatch.numerics.affine import longer_side
-from quantpatch.numerics.formats import Integer
+from quantpatch.numerics.zero_point import of_longer_side
 from quantpatch.quantize.call_ranges import CallRanges
 from quantpatch.quantize.late_ranges import telling_of_late_ranges
 from quantpatch.quantize.to_calibrate import Existing, checked_existing, patterns, to_calibrate, why_none
@@ -155,7 +154,7 @@ class Calibration:
             for name, amax in ranges.items():
                 quantizers[name].replace_range(amax)
         for name, fit in fits.items():
-            watched[name].use_zero_point(*fit, found=True)
+            watched[name].use_zero_point(*fit)
         if first is not None:
             first.switch_off()
         self.report = attrs.evolve(report, zero_points={name: zero for name, (zero, _) in fits.items()})
@@ -321,7 +320,7 @@ def _fits(
         if fit is not None and name in ranges:
             # The longer side has more steps now, so that another threshold may be best.
             calibrator = calibrators[name]
-            calibrator.format = longer_side(Integer(bits, unsigned=True, zero_point=fit[0]))
+            calibrator.zero_point = of_longer_side(fit[0], bits)
             ranges[name] = quantizer.range_from(calibrator)
             fit = fitted(float(ranges[name]), ends[name], bits, least_gain=1.0)
         if fit is not None:

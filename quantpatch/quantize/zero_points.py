@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from quantpatch.errors import CalibrationError, listed
 from quantpatch.layers.base import weight_quantizers
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
-from quantpatch.numerics.affine import fitted_zero_point
-from quantpatch.numerics.formats import Integer
+from quantpatch.numerics.zero_point import fitted_zero_point
 from quantpatch.torch_tools.distributed import Ranks
 from quantpatch.torch_tools.forward import demand_model, evaluating, run_over
 from quantpatch.torch_tools.sharded import whole
@@ -87,7 +86,7 @@ def fit_zero_points(
         assert own is not None
         fit = fitted(own.item(), ends[name], quantizer.format.bits, least_gain) if name in ends else None
         if fit is not None:
-            quantizer.use_zero_point(*fit, found=True)
+            quantizer.use_zero_point(*fit)
             zero_points[name] = fit[0]
     return zero_points
 
@@ -113,7 +112,11 @@ def without_those_found(quantizers: Mapping[str, TensorQuantizer]) -> Iterator[s
         The names of those whose zero points are to come back when it ends: all of those that lost one, if
         it raises; code that gives one a new range takes its name away.
     """
-    before = {name: q.format for name, q in quantizers.items() if q.zero_point_is_found}
+    before = {
+        name: (q.zero_point, None if q.amax is None else q.amax.detach().clone())
+        for name, q in quantizers.items()
+        if q.zero_point_is_found
+    }
     back = set(before)
     try:
         for name in before:
@@ -123,9 +126,9 @@ def without_those_found(quantizers: Mapping[str, TensorQuantizer]) -> Iterator[s
         back = set(before)
         raise
     finally:
-        for name, format in before.items():
-            if name in back and isinstance(format, Integer):
-                quantizers[name].use_zero_point(format.zero_point, found=True)
+        for name, (zero_point, amax) in before.items():
+            if name in back and zero_point is not None:
+                quantizers[name].use_zero_point(zero_point, amax)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import attrs
 from quantpatch.errors import ArgumentError, ArgumentTypeError, UnknownNameError, shown
 from quantpatch.numerics.formats import Float, Integer, NumberFormat
 from quantpatch.numerics.grouped_axes import GroupedAxes
+from quantpatch.numerics.zero_point import check_zero_point
 
 #: Stands in a descriptor for the axis of a layer's output channels, which each layer knows.
 CHANNEL: Literal["channel"] = "channel"
@@ -52,14 +53,15 @@ class QuantDescriptor:
         unsigned: Integers from 0 on: no negative values, unless ``zero_point`` makes room for them.
         zero_point: Which of the unsigned integers stands for 0: the grid goes from ``-zero_point`` to
             ``2**num_bits - 1 - zero_point``, and the range from ``-amax * zero_point / (2**num_bits - 1 -
-            zero_point)`` to ``amax``.
+            zero_point)`` to ``amax``. Those that calibration finds for signed integers are the quantizer's
+            own, and in no descriptor.
         narrow_range: Leave out the most negative integer, so that the grid is symmetric.
         amax: A range known beforehand, in the tensor's own units.
         learn_amax: Train the range, once it is known, with the gradient of LSQ.
         scale_amax: Factor on every range that calibration finds.
         calib_method: Name of the calibrator that ``calibrate`` uses by default.
-        format: A number format or the name of one (``"fp8_e4m3"``), instead of ``num_bits``, ``unsigned``,
-            ``zero_point`` and ``narrow_range``.
+        format: A number format or the name of one (``"fp8_e4m3"``), instead of ``num_bits``, ``unsigned``
+            and ``narrow_range``.
         dynamic: Take the range from each tensor as it comes; never calibrated.
 
     Raises:
@@ -135,7 +137,11 @@ class QuantDescriptor:
 
     def _make_format(self) -> NumberFormat | None:
         if self.format is not None:
-            return None if isinstance(self.format, str) else self.format
+            if isinstance(self.format, str):
+                return None
+            if self.zero_point:
+                check_zero_point(self.zero_point, self.format)
+            return self.format
         if isinstance(self.num_bits, (tuple, list)):
             self._demand(len(self.num_bits) == 2, "num_bits", "an int, or (exponent, mantissa) bits")
             self._demand(not self.unsigned, "unsigned", "False, since float formats are signed")
@@ -146,7 +152,15 @@ class QuantDescriptor:
             "num_bits",
             "an int from 2 to 8, or (exponent, mantissa) bits",
         )
-        return Integer(self.num_bits, self.unsigned, self.narrow_range, self.zero_point)
+        integers = Integer(self.num_bits, self.unsigned, self.narrow_range)
+        check_zero_point(self.zero_point, integers)
+        self._demand(
+            self.unsigned or not self.zero_point,
+            "zero_point",
+            f"0, as signed integers have it; a zero point says which unsigned one stands for 0. Write "
+            f"unsigned=True, zero_point={self.zero_point}",
+        )
+        return integers
 
     def replace(self, **changes: Any) -> QuantDescriptor:
         """This descriptor with other values in some fields.

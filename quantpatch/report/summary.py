@@ -112,7 +112,7 @@ def _range(row: QuantizerRow) -> str:
 def _row(name: str, holder: nn.Module, quantizer: Any) -> QuantizerRow:
     if isinstance(quantizer, TensorQuantizer):
         amax = None if quantizer.descriptor.dynamic else quantizer.amax
-        kind, bits = quantizer.format.name, quantizer.format.bits
+        kind, bits = quantizer.format_name, quantizer.format.bits
         axis, state = quantizer.descriptor.kept_axes, quantizer.state
     else:  # of a plugin's own kind
         amax = getattr(quantizer, "amax", None)

@@ -57,7 +57,7 @@ def test_the_warning_names_each_quantizer_and_a_signed_one_gets_a_zero_point() -
     assert "2: " not in str(told[0].message)
     model = nn.Sequential(qp.TensorQuantizer(signed))
     qp.calibrate(model, [x], zero_points=True, progress=False)  # as the warning advises, and nothing is told
-    assert model[0].format.zero_point == pytest.approx(51, abs=1)
+    assert model[0].zero_point == pytest.approx(51, abs=1)
 
 
 def test_by_hand_it_is_told_too() -> None:

@@ -67,7 +67,8 @@ def grids() -> dict[str, QParams]:
     blocks = torch.rand(24, 8, 2, generator=torch.Generator().manual_seed(1)) + 0.3
     return {
         "one range": QParams(Integer(8), torch.tensor(1.1)),
-        "channels": QParams(Integer(4, unsigned=True, zero_point=3), rows),
+        "channels": QParams(Integer(4), rows, zero_point=3),
+        "a negative one for 0": QParams(Integer(8, unsigned=True), torch.tensor(1.1), zero_point=200),
         "its own": QParams(Integer(8, unsigned=True), None, torch.tensor(0.02)),
         "blocks": QParams(Blocked(Integer(4), 20), blocks, blocks / 7, 2),
         "float": QParams(BUILTIN_FORMATS["fp8_e4m3"], torch.tensor(1.1)),

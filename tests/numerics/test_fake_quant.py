@@ -120,19 +120,20 @@ def whole_quantizer():
 )
 @settings(deadline=None, max_examples=100)
 def test_every_zero_point_equals_onnxruntime_bit_for_bit(zero_point, amax, values, one_each):
-    number_format = Integer(8, unsigned=True, zero_point=zero_point)
-    scale = np.float32(amax) / np.float32(number_format.max)
+    number_format = Integer(8)
+    scale = np.float32(amax) / np.float32(255 - zero_point)
     with np.errstate(over="ignore"):  # values near the largest float
         x = np.concatenate([hard_values(scale, 255, 2000), np.array(values, np.float32)])
     feed = {"x": x, "scale": np.array(scale), "zero": np.array(zero_point, np.uint8)}
     theirs, their_codes = map(torch.from_numpy, whole_quantizer().run(None, feed))
     range_ = torch.full((1,) if one_each else (), amax)
-    ours = fake_quantize(torch.from_numpy(x), range_, number_format)
-    codes, own_scale = quantize(torch.from_numpy(x), range_, number_format)
+    ours = fake_quantize(torch.from_numpy(x), range_, number_format, zero_point=zero_point)
+    codes, own_scale = quantize(torch.from_numpy(x), range_, number_format, zero_point=zero_point)
     assert torch.equal(bits(ours), bits(theirs))
     assert codes.dtype == torch.uint8
     assert torch.equal(codes, their_codes)
-    assert torch.equal(bits(dequantize(codes, own_scale, number_format)), bits(theirs))
+    back = dequantize(codes, own_scale, number_format, zero_point=zero_point)
+    assert torch.equal(bits(back), bits(theirs))
 
 
 @pytest.mark.sweep(7)
@@ -140,10 +141,10 @@ def test_every_zero_point_equals_onnxruntime_bit_for_bit(zero_point, amax, value
 @pytest.mark.parametrize("axis", [None, 0])
 @pytest.mark.parametrize("zero_point", [1, 37, 128, 200, 254])
 def test_a_range_of_its_own_with_a_zero_point_clips_nothing_and_is_the_smallest(zero_point, axis, shift):
-    number_format = Integer(8, unsigned=True, zero_point=zero_point)
+    number_format = Integer(8)
     x = torch.randn(3, 400, generator=torch.Generator().manual_seed(0)) + shift
-    codes, scale = quantize(x, None, number_format, axis=axis)
-    error = (fake_quantize(x, None, number_format, axis=axis) - x).abs()
+    codes, scale = quantize(x, None, number_format, axis=axis, zero_point=zero_point)
+    error = (fake_quantize(x, None, number_format, axis=axis, zero_point=zero_point) - x).abs()
     assert (error <= scale * 0.50001).all()
     ends = codes if axis == 0 else codes.reshape(1, -1)
     assert ((ends.amin(1) == 0) | (ends.amax(1) == 255)).all()

@@ -8,7 +8,7 @@ from torch._inductor.utils import run_and_get_code
 
 import quantpatch as qp
 from quantpatch.numerics.fake_quant import fake_quantize
-from quantpatch.numerics.formats import BUILTIN_FORMATS, Integer, affine_format
+from quantpatch.numerics.formats import BUILTIN_FORMATS, Integer
 
 INT8 = Integer(8)
 
@@ -23,8 +23,8 @@ def bits(t):
         ("int8", True),
         ("int8", False),
         ("uint8", False),
-        ("uint8_z37", True),
-        ("uint8_z37", False),
+        ("uint8 z37", True),
+        ("uint8 z37", False),
         ("fp8_e4m3", True),
         ("mxfp4", False),
         ("nvfp4", False),
@@ -32,11 +32,13 @@ def bits(t):
 )
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 def test_compiled_with_dynamic_shapes_it_equals_eager_bit_for_bit(name, fixed):
-    number_format = affine_format(name) or BUILTIN_FORMATS[name]
+    name, _, zero_point = name.partition(" z")
+    number_format = BUILTIN_FORMATS[name]
+    zero_point = torch.tensor(int(zero_point)) if zero_point else None
     amax = torch.tensor(1.1) if fixed else None
 
     def function(x):
-        return fake_quantize(x * 2, amax, number_format) + 1
+        return fake_quantize(x * 2, amax, number_format, zero_point=zero_point) + 1
 
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

@@ -12,14 +12,27 @@ from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from quantpatch.numerics.fake_quant import fake_quantize, reduce_amax
+from quantpatch.numerics import fake_quant
+from quantpatch.numerics.fake_quant import reduce_amax
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Blocked, Float, Integer
+from quantpatch.numerics.qparams import QParams
 
 # Both in torch's operations and in kernels of our own.
 pytestmark = pytest.mark.parametrize("kernels", [False, True], ids=["operations", "kernels"], indirect=True)
 
 INT8, UINT8 = Integer(8), Integer(8, unsigned=True)
-AFFINE = Integer(8, unsigned=True, zero_point=85)  # half as far below 0 as above
+AFFINE = QParams(UINT8, None, zero_point=85)  # half as far below 0 as above
+
+
+def fake_quantize(x, amax, format, **options):
+    """Of a format, or of one with a zero point."""
+    if isinstance(format, QParams):
+        format, options["zero_point"] = format.format, format.zero_point
+    return fake_quant.fake_quantize(x, amax, format, **options)
+
+
+def name_of(format):
+    return "zero point" if isinstance(format, QParams) else format.name
 
 
 EDGES = [-2.0, -1.0000001, -1.0, -0.3, -0.0, 0.0, 0.3, 1.0, 1.0000001, 2.0, math.inf, -math.inf]
@@ -45,7 +58,7 @@ def test_the_gradient_passes_inside_the_range_ends_included_and_is_zero_outside(
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("zero_point", [1, 37, 128, 254])
 def test_with_a_zero_point_the_range_begins_where_the_grid_does(zero_point, per_channel):
-    number_format = Integer(8, unsigned=True, zero_point=zero_point)
+    number_format = QParams(INT8, None, zero_point=zero_point)
     amax = torch.tensor(0.7)
     low = amax * (-zero_point / (255 - zero_point))
     edges = torch.stack([low, amax])
@@ -94,7 +107,7 @@ def test_a_learned_range_has_the_gradient_of_lsq():
 
 
 @pytest.mark.parametrize(
-    "number_format", [INT8, UINT8, AFFINE, Integer(3), Integer(8, narrow_range=True)], ids=str
+    "number_format", [INT8, UINT8, AFFINE, Integer(3), Integer(8, narrow_range=True)], ids=name_of
 )
 def test_of_a_learned_range_one_rule_decides_both_gradients(number_format):
     # Equations 3 and 5 of LSQ: inside is format.min < v < format.max, without the ends.
@@ -141,7 +154,7 @@ def lsq(x, scale, number_format, steps):
 
 @pytest.mark.parametrize("z", [None, 0, 40, 128, 250, 254])
 def test_gradient_descent_moves_a_range_as_it_moves_the_scale_of_lsq_whatever_the_zero_point(z):
-    number_format = INT8 if z is None else Integer(8, unsigned=True, zero_point=z)
+    number_format = INT8 if z is None else QParams(INT8, None, zero_point=z)
     steps = 127 if z is None else max(z - 1, 255 - z)
     x = 2 * torch.rand(64, 32, generator=torch.Generator().manual_seed(0)) + 2 * number_format.min / 255
     first = 1.6 / 255  # of 2.0: the range is too short
@@ -327,7 +340,7 @@ def test_a_learned_range_keeps_the_input_itself_the_range_and_the_scale(per_chan
     assert [t.shape for t in saved] == [x.shape, amax.shape, amax.shape]
 
 
-@pytest.mark.parametrize("number_format", [INT8, AFFINE, Float(4, 3)], ids=lambda f: f.name)
+@pytest.mark.parametrize("number_format", [INT8, AFFINE, Float(4, 3)], ids=name_of)
 def test_where_a_range_is_learned_gradients_of_gradients_and_batched_ones_are_those_of_single_ones(
     number_format,
 ):
@@ -398,7 +411,7 @@ def test_activation_checkpoints_and_hooks_on_saved_tensors_see_all_that_is_kept(
     assert torch.equal(found, inside)
 
 
-@pytest.mark.parametrize("number_format", [INT8, UINT8, AFFINE, Float(4, 3)], ids=lambda f: f.name)
+@pytest.mark.parametrize("number_format", [INT8, UINT8, AFFINE, Float(4, 3)], ids=name_of)
 @pytest.mark.parametrize("axis", [None, 0])
 def test_without_a_gradient_nothing_but_the_result_is_allocated(number_format, axis):
     x = torch.randn(50, 2000)
@@ -454,7 +467,7 @@ def test_gradients_of_each_sample_equal_a_loop(shape):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("format", [INT8, Integer(4), Blocked(Integer(4), 4)], ids=lambda f: f.name)
+@pytest.mark.parametrize("format", [INT8, Integer(4), Blocked(Integer(4), 4)], ids=name_of)
 def test_a_learned_range_that_a_function_refers_to_has_the_gradients_of_lsq(format):
     """Which are others at the ends of the range: inside is what rounds to less than the ends of the grid."""
     amax = torch.tensor(1.0, requires_grad=True)
@@ -476,7 +489,7 @@ ignore_jit = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 
 
 @ignore_jit
-@pytest.mark.parametrize("format", [Integer(4), UINT8, AFFINE], ids=lambda f: f.name)
+@pytest.mark.parametrize("format", [Integer(4), UINT8, AFFINE], ids=name_of)
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("learned", [False, True])
 def test_forward_mode_agrees_with_reverse_mode(format, per_row, learned):

@@ -18,7 +18,6 @@ from quantpatch.numerics.formats import (
     Integer,
     NumberFormat,
     OnnxCodes,
-    affine_format,
 )
 
 ML_DTYPES = {
@@ -67,9 +66,6 @@ def test_every_format_the_documentation_names_is_built_in():
         (Integer(8, unsigned=True), 0, 255),
         (Integer(2), -2, 1),
         (Integer(4, unsigned=True), 0, 15),
-        (Integer(8, unsigned=True, zero_point=37), -37, 218),
-        (Integer(8, unsigned=True, zero_point=254), -254, 1),
-        (Integer(2, unsigned=True, zero_point=1), -1, 2),
         (Float(4, 3), -448, 448),
         (Float(5, 2), -57344, 57344),
         (Float(2, 1), -6, 6),
@@ -138,13 +134,6 @@ def test_rounding_is_in_place():
         (lambda: Integer(9), "bits"),
         (lambda: Integer(True), "bits"),
         (lambda: Integer(8, unsigned=True, narrow_range=True), "narrow_range"),
-        (lambda: Integer(8, zero_point=128), "zero_point"),
-        (lambda: Integer(8, unsigned=True, zero_point=255), "zero_point"),
-        (lambda: Integer(8, unsigned=True, zero_point=-1), "zero_point"),
-        (lambda: Integer(8, unsigned=True, zero_point=3.0), "zero_point"),
-        (lambda: Integer(8, unsigned=True, zero_point=True), "zero_point"),
-        (lambda: Blocked(Integer(4, unsigned=True, zero_point=3), 32), "element"),
-        (lambda: affine_format("uint4_z15"), "zero_point"),
         (lambda: Float(3, 4), "exponent_bits"),
         (lambda: Blocked(Integer(4), 0), "block_size"),
         (lambda: Blocked(Integer(4), 32, "int8"), "scale"),
@@ -176,21 +165,6 @@ def test_only_a_value_of_a_wrong_type_is_a_type_error(make, wrong):
     with pytest.raises(ArgumentError) as error:
         make()
     assert isinstance(error.value, TypeError) is wrong
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_names_of_formats_with_a_zero_point_lead_back_to_them(bits):
-    for z in range(1, 2**bits - 1):
-        number_format = Integer(bits, unsigned=True, zero_point=z)
-        assert number_format.name == f"uint{bits}_z{z}"
-        assert affine_format(number_format.name) == number_format
-    for name in ("int8_z3", "uint8", "uint9_z1", "uint8_z", "uint8_z-1", "uint8_z1 "):
-        assert affine_format(name) is None
-
-
-def test_with_128_as_the_zero_point_the_grid_is_that_of_int8():
-    number_format, values = Integer(8, unsigned=True, zero_point=128), np.linspace(-200, 200, 4001)
-    np.testing.assert_array_equal(rounded(number_format, values), rounded(Integer(8), values))
 
 
 def test_blocks_of_unusual_size_are_named_after_it():

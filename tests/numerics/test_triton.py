@@ -56,13 +56,13 @@ def test_the_kernel_leaves_to_plain_operations_what_it_does_not_do(interpreted):
 def test_its_machine_code_rounds_each_operation_as_written(capability, dtype, name):
     floats = (4, 3) if name.startswith("fp8") else (0, 0)
     pointers = {f"{p}_pointer": f"*{dtype}" for p in "xy"} | {"inside_pointer": "*i1"}
-    pointers |= {"scale_pointer": "*fp32", "amax_pointer": "*fp32"}
+    pointers |= {"scale_pointer": "*fp32", "amax_pointer": "*fp32", "zero_point_pointer": "*u8"}
     numbers = dict.fromkeys(("count", "row", "scales"), "i32")
     constants = {
-        "exponent_bits": floats[0], "mantissa_bits": floats[1], "masked": True, "has_amax": True,
-        "one_amax": True, "short_row": 0, "block": 1024,
+        "exponent_bits": floats[0], "mantissa_bits": floats[1], "masked": True,
+        "has_zero_point": False, "has_amax": True, "one_amax": True, "short_row": 0, "block": 1024,
     }  # fmt: skip
-    numbers |= dict.fromkeys(("low", "high", "lower_end"), "fp32")
+    numbers |= dict.fromkeys(("low", "high", "lower_end", "steps"), "fp32")
     signature = {**pointers, **numbers, **dict.fromkeys(constants, "constexpr")}
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(7)}
     source = ASTSource(round_trip_kernel, signature, constexprs=constants, attrs=aligned)

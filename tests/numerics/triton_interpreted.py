@@ -15,10 +15,11 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from quantpatch.numerics import gradients
+from quantpatch.numerics import fake_quant, gradients
 from quantpatch.numerics.backends import select, triton
 from quantpatch.numerics.fake_quant import fake_quantize
-from quantpatch.numerics.formats import BUILTIN_FORMATS, affine_format
+from quantpatch.numerics.formats import BUILTIN_FORMATS
+from quantpatch.numerics.modes import is_in_memory
 from quantpatch.numerics.qparams import QParams
 
 INTEGERS = ("int8", "int8_narrow", "uint8", "uint8_z37", "uint8_z254", "int4", "uint3", "uint3_z5", "int2")
@@ -64,8 +65,10 @@ def mismatches(a, b, dtype):
     return int((differ & ~(a.isnan() & b.isnan())).sum())
 
 
-def format_of(name):
-    return affine_format(name) or BUILTIN_FORMATS[name]
+def grid_of(name):
+    """The format, and the zero point of a name such as "uint8_z37"."""
+    name, _, zero_point = name.partition("_z")
+    return QParams(BUILTIN_FORMATS[name], None, zero_point=int(zero_point) if zero_point else None)
 
 
 def the_kernel(x, q):
@@ -80,11 +83,13 @@ triton._works = lambda device: True
 
 def both(x, amax, name, axis=None):
     """Result and gradient by the CPU's operations and by the kernel."""
-    results = []
+    results, q = [], grid_of(name)
+    zero_point = None if q.zero_point is None else torch.tensor(q.zero_point, dtype=torch.uint8)
     for chosen in (select, the_kernel):
         gradients.select = chosen
+        fake_quant.is_in_memory = is_in_memory if chosen is select else lambda x: False  # the kernel reads it
         leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        y = fake_quantize(leaf, amax, format_of(name), axis=axis)
+        y = fake_quantize(leaf, amax, q.format, axis=axis, zero_point=zero_point)
         upstream = torch.linspace(-1, 1, x.numel()).to(x.dtype).view(x.shape)
         (g,) = torch.autograd.grad(y, leaf, upstream)
         results.append((y.detach(), g))
@@ -101,11 +106,11 @@ def compare(x, amax, name, dtype, axis=None):
 
 def cases():
     for name, dtype in itertools.product(INTEGERS + FLOATS, DTYPES):
-        number_format = format_of(name)
-        high = max(number_format.max, -number_format.min)
+        q = grid_of(name)
+        high = q.longer_side()
         for amax in (2.7182817, 0.0, float("inf")):
-            scale = max(amax, 0.5) / number_format.max if amax < 1e30 else 1.0
-            x = hard_values(scale, high, DTYPES[dtype], number_format.lower_end)
+            scale = max(amax, 0.5) / q.max() if amax < 1e30 else 1.0
+            x = hard_values(scale, high, DTYPES[dtype], q.lower_end())
             yield f"{name} {dtype} amax={amax}", compare(x, torch.tensor(amax), name, dtype)
         x = hard_values(1.0, high, DTYPES[dtype])
         x = x[x.isfinite()][:4000]

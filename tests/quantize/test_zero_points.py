@@ -16,8 +16,7 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.errors import ArgumentError, ArgumentTypeError, CalibrationError, ExportError
-from quantpatch.numerics.affine import longer_side
-from quantpatch.numerics.formats import Integer
+from quantpatch.numerics.zero_point import of_longer_side
 
 X = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 SKEWED = 3 * X - 0.5  # from -0.5 to 2.5
@@ -46,7 +45,8 @@ def test_what_is_never_negative_has_the_zero_point_0_and_its_range() -> None:
     assert qp.fit_zero_points(model, [X])["0.input_quantizer"] == 0
     quantizer = model[0].input_quantizer
     assert quantizer.format.name == "uint8"
-    assert quantizer.descriptor == qp.QuantDescriptor(unsigned=True)
+    assert quantizer.zero_point == 0
+    assert quantizer.descriptor == qp.QuantDescriptor()
     assert torch.equal(quantizer.amax, amax)
     assert qp.fit_zero_points(model, lambda m: m(X)) == {}
 
@@ -60,10 +60,10 @@ def test_the_longer_side_stays_and_the_shorter_one_becomes_as_long_as_the_data(s
     error = (model[0].input_quantizer(x) - x).square().mean()
     found = qp.fit_zero_points(model, [x])
     quantizer = model[0].input_quantizer
-    format = quantizer.format
-    assert format.zero_point == found["0.input_quantizer"]
-    low, high = quantizer.amax.item() * format.lower_end, quantizer.amax.item()
-    scale = high / format.max
+    q = quantizer.qparams
+    assert q.zero_point == found["0.input_quantizer"]
+    low, high = quantizer.amax.item() * q.lower_end(), quantizer.amax.item()
+    scale = high / q.max()
     assert abs(high - x.max()) <= scale / 2 * 1.001
     assert abs(low - x.min()) <= scale / 2 * 1.001
     gain = 2 * before / (x.max() - x.min())
@@ -77,7 +77,9 @@ def test_clipping_by_calibration_stays() -> None:
     qp.fit_zero_points(model, [SKEWED])
     quantizer = model[0].input_quantizer
     assert quantizer.amax.item() == pytest.approx(1.0, rel=0.01)
-    assert quantizer.amax.item() * quantizer.format.lower_end == pytest.approx(SKEWED.min().item(), rel=0.01)
+    assert quantizer.amax.item() * quantizer.qparams.lower_end() == pytest.approx(
+        SKEWED.min().item(), rel=0.01
+    )
 
 
 def test_a_range_that_gains_little_is_left() -> None:
@@ -92,7 +94,7 @@ def test_fewer_bits_have_zero_points_as_well() -> None:
     recipe = qp.Recipe(name="w8a4", input=qp.QuantDescriptor(format="int4"))
     model = calibrated(SKEWED, recipe)
     assert qp.fit_zero_points(model, [SKEWED])["0.input_quantizer"] in (2, 3)
-    assert model[0].input_quantizer.format.name.startswith("uint4_z")
+    assert model[0].input_quantizer.format.name == "uint4"
 
 
 def test_what_has_no_zero_point_is_left_alone() -> None:
@@ -112,8 +114,11 @@ def test_a_range_given_in_the_descriptor_moves_with_its_longer_side() -> None:
     model = calibrated(-SKEWED, recipe)
     qp.fit_zero_points(model, [-SKEWED])
     quantizer = model[0].input_quantizer
-    assert quantizer.amax.item() * quantizer.format.lower_end == pytest.approx(-2.5, rel=0.01)
-    assert quantizer.descriptor.amax == pytest.approx(quantizer.amax.item())
+    assert quantizer.amax.item() * quantizer.qparams.lower_end() == pytest.approx(-2.5, rel=0.01)
+    assert quantizer.descriptor == qp.QuantDescriptor(amax=2.5)
+    before = copy.deepcopy(model)
+    qp.calibrate(model, -SKEWED, zero_points=True, existing="overwrite", progress=False)
+    assert_same(model, before)
 
 
 def test_a_shared_quantizer_is_fitted_to_all_that_it_sees_and_stays_shared() -> None:
@@ -190,12 +195,13 @@ def test_a_threshold_is_that_for_the_integers_that_the_longer_side_gets(sign: in
     qp.calibrate(one, x, method=method, zero_points=True, progress=False)
     qp.calibrate(two, x, method=method, progress=False)
     qp.fit_zero_points(two, x)
-    format, before = one[0].input_quantizer.format, two[0].input_quantizer.format
-    calibrator = qp.registry.calibrator(method)(longer_side(before))
-    calibrator.collect(x)
-    longer = one[0].input_quantizer.amax * max(1.0, -format.lower_end)
+    q, before = one[0].input_quantizer.qparams, two[0].input_quantizer
+    calibrator = qp.registry.calibrator(method)(before.format)
+    calibrator.zero_point = of_longer_side(before.zero_point, 8)
+    calibrator.collect(x.abs())
+    longer = one[0].input_quantizer.amax * max(1.0, -q.lower_end())
     assert longer == pytest.approx(calibrator.compute_amax().item(), rel=0.005)
-    assert 2 < min(format.zero_point, 255 - format.zero_point) < 20
+    assert 2 < min(q.zero_point, 255 - q.zero_point) < 20
     if method == "mse":
         error, of_two = ((m[0].input_quantizer(x) - x).square().mean() for m in (one, two))
         assert error < 0.8 * of_two
@@ -204,10 +210,10 @@ def test_a_threshold_is_that_for_the_integers_that_the_longer_side_gets(sign: in
 def test_the_descriptors_own_range_gets_a_zero_point_and_what_saw_no_data_none() -> None:
     given, model = uncalibrated(qp.QuantDescriptor(amax=2.5)), uncalibrated()
     qp.calibrate(given, SKEWED, zero_points=True, progress=False)
-    assert given[0].input_quantizer.format.zero_point > 0
+    assert given[0].input_quantizer.zero_point > 0
     with pytest.warns(qp.QuantPatchWarning, match=r"saw no data.*2\.input_quantizer"):
         qp.calibrate(model, lambda m: m[0](SKEWED), zero_points=True, strict=False, progress=False)
-    assert model[0].input_quantizer.format.zero_point > 0
+    assert model[0].input_quantizer.zero_point > 0
     assert (model[2].input_quantizer.format.name, model[2].input_quantizer.amax) == ("int8", None)
 
 
@@ -215,9 +221,7 @@ class NoRangeForUnsigned(qp.calibrators.MaxCalibrator):
     """It fails where the range for the zero point is looked for, which is the last step."""
 
     def _range(self) -> torch.Tensor:
-        integers = self.format
-        assert isinstance(integers, Integer)
-        return self._amax * (float("nan") if integers.unsigned else 1.0)
+        return self._amax * (1.0 if self.zero_point is None else float("nan"))
 
 
 @pytest.mark.parametrize("fails", ["data", "range"])
@@ -256,7 +260,7 @@ def test_zero_points_that_were_found_are_found_anew_in_other_data(way: str, tmp_
         qp.fit_zero_points(model, SKEWED)
     else:
         qp.calibrate(model, SKEWED, zero_points=True, progress=False)
-    first = model[0].input_quantizer.format
+    first = model[0].input_quantizer.zero_point
     if way == "state_dict":
         model, before = uncalibrated(), model
         model.load_state_dict(before.state_dict())
@@ -270,22 +274,23 @@ def test_zero_points_that_were_found_are_found_anew_in_other_data(way: str, tmp_
         qp.calibrate(fresh, data, zero_points=True, progress=False)
         qp.calibrate(model, data, zero_points=True, existing="overwrite", progress=False)
         assert_same(model, fresh)
-    assert model[0].input_quantizer.format == first
+    assert model[0].input_quantizer.zero_point == first
 
 
 def test_without_being_asked_for_they_stay_with_new_ranges() -> None:
     model = uncalibrated()
     qp.calibrate(model, SKEWED, zero_points=True, progress=False)
-    format = model[0].input_quantizer.format
+    zero_point = model[0].input_quantizer.zero_point
+    assert zero_point
     qp.calibrate(model, BOTH_SIDES, existing="overwrite", progress=False)
-    assert model[0].input_quantizer.format == format
+    assert model[0].input_quantizer.zero_point == zero_point
 
 
 def test_a_zero_point_that_a_descriptor_asks_for_stays() -> None:
     model = uncalibrated(qp.QuantDescriptor(unsigned=True, zero_point=37))
     for existing in ("error", "overwrite"):
         qp.calibrate(model, SKEWED, zero_points=True, existing=existing, progress=False)
-        assert model[0].input_quantizer.format.zero_point == 37
+        assert model[0].input_quantizer.zero_point == 37
 
 
 @pytest.mark.parametrize("learn", [False, True])
@@ -305,7 +310,7 @@ def test_found_ones_are_back_with_their_ranges_where_no_others_are_found(learn: 
             strict=False,
             progress=False,
         )
-    assert model[0].input_quantizer.format != before[0].input_quantizer.format
+    assert model[0].input_quantizer.zero_point != before[0].input_quantizer.zero_point
     assert_same(model[2], before[2])
 
 
@@ -385,8 +390,7 @@ def test_every_rank_has_the_zero_point_of_the_data_of_all(by_ranks: Callable[...
 
 def test_reports_name_it() -> None:
     model = fitted()
-    name = model[0].input_quantizer.format.name
-    assert name.startswith("uint8_z")
+    name = f"uint8, zero_point={model[0].input_quantizer.zero_point}"
     for text in (repr(model), str(qp.summary(model))):
         assert name in text
 
@@ -420,7 +424,7 @@ def test_the_state_has_the_zero_point_and_gives_it_to_whoever_loads_it() -> None
     model = fitted()
     expected = model(SKEWED)
     state = model.state_dict()
-    zero_point = model[0].input_quantizer.format.zero_point
+    zero_point = model[0].input_quantizer.zero_point
     assert state["0.input_quantizer._zero_point"] == zero_point
     with qp.quantize_modules():
         fresh = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU(), nn.Conv2d(4, 2, 1)).eval()
@@ -466,7 +470,8 @@ def test_integers_from_0_on_are_loaded_as_such() -> None:
 def test_copies_casts_and_files_keep_it(tmp_path: Path) -> None:
     model = fitted()
     expected = model(SKEWED)
-    name = model[0].input_quantizer.format.name
+    zero_point = model[0].input_quantizer.zero_point
+    assert zero_point
     qp.save(model, tmp_path / "m.safetensors", packed=True)
 
     def build() -> nn.Module:
@@ -474,22 +479,23 @@ def test_copies_casts_and_files_keep_it(tmp_path: Path) -> None:
 
     loaded = qp.load(build, tmp_path / "m.safetensors").eval()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
-        assert other[0].input_quantizer.format.name == name
+        assert other[0].input_quantizer.format.name == "uint8"
+        assert other[0].input_quantizer.zero_point == zero_point
         assert torch.equal(other(SKEWED), expected)
     moved = copy.deepcopy(model).half().float()
     assert moved[0].input_quantizer.amax == model[0].input_quantizer.amax
     assert moved.state_dict()["0.input_quantizer._zero_point"].dtype == torch.uint8
     emptied = copy.deepcopy(model).to_empty(device="cpu")
-    assert emptied.state_dict()["0.input_quantizer._zero_point"] == model[0].input_quantizer.format.zero_point
+    assert emptied.state_dict()["0.input_quantizer._zero_point"] == model[0].input_quantizer.zero_point
     model[0].input_quantizer.amax = None
     assert model[0].input_quantizer.state_dict()["_amax"].isnan()
 
 
 def test_calibrating_again_keeps_the_zero_point() -> None:
     model = fitted()
-    format, amax = model[0].input_quantizer.format, model[0].input_quantizer.amax.clone()
+    zero_point, amax = model[0].input_quantizer.zero_point, model[0].input_quantizer.amax.clone()
     qp.calibrate(model, [2 * SKEWED], existing="overwrite", progress=False)
-    assert model[0].input_quantizer.format == format
+    assert model[0].input_quantizer.zero_point == zero_point
     assert model[0].input_quantizer.amax == pytest.approx(2 * amax.item(), rel=0.01)
 
 
@@ -539,8 +545,8 @@ def test_a_model_of_zero_points_computes_the_same_integers_in_onnxruntime(bits: 
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) + 0.5
     qp.prepare(model, x)
     qp.calibrate(model, [x], method="mse", zero_points=True, progress=False)
-    formats = {name: q.format for name, q in qp.layers.quantizer.named_quantizers(model).items()}
-    found = {n: f.zero_point for n, f in formats.items() if isinstance(f, Integer) and f.unsigned}
+    every = qp.layers.quantizer.named_quantizers(model)
+    found = {name: q.zero_point for name, q in every.items() if q.zero_point is not None}
     assert len(set(found.values()) - {0}) >= 2
     report = qp.export_onnx(model, x, tmp_path / "m.onnx")
     assert report.comparison is not None
@@ -554,7 +560,7 @@ def test_a_model_of_zero_points_computes_the_same_integers_in_onnxruntime(bits: 
     if bits == 8:
         refused = tmp_path / "trt.onnx"
         with pytest.raises(
-            ExportError, match=r"uint8_z\d+ has a zero point, and TensorRT's.*fit_zero_points"
+            ExportError, match=r"its integers have the zero point \d+, and TensorRT's.*fit_zero_points"
         ) as e:
             qp.export_onnx(model, x, refused, runtime="tensorrt")
         assert set(found) <= set(e.value.quantizers)

@@ -87,8 +87,8 @@ def test_formats():
     assert QuantDescriptor(num_bits=4, unsigned=True).number_format == Integer(4, unsigned=True)
     assert QuantDescriptor(num_bits=4, narrow_range=True).number_format == Integer(4, narrow_range=True)
     affine = QuantDescriptor(unsigned=True, zero_point=37)
-    assert affine.number_format == Integer(8, unsigned=True, zero_point=37)
-    assert registry.format(QuantDescriptor(format="uint8_z37")) == affine.number_format
+    assert affine.number_format == Integer(8, unsigned=True)
+    assert registry.format(QuantDescriptor(format="uint8", zero_point=37)) == affine.number_format
     assert QuantDescriptor(num_bits=(5, 2)).number_format == Float(5, 2)
     assert QuantDescriptor(num_bits=[5, 2]).number_format == Float(5, 2)
     assert QuantDescriptor(format=BUILTIN_FORMATS["mxfp4"]).number_format is BUILTIN_FORMATS["mxfp4"]

@@ -331,15 +331,15 @@ def _outgrown(model: nn.Module) -> Iterator[tuple[str, float]]:
         amax, kept = quantizer.own_range, quantizer.descriptor.kept_axes
         if amax is None or quantizer.disabled or not quantizer.quantizing or not weight.numel():
             continue
-        x = weight.detach().float()
+        x, format, zero_point = weight.detach().float(), quantizer.format, quantizer.held_zero_point
         now, best = (
-            (fake_quantize(x, range_, quantizer.format, axis=kept) - x).square().sum().item()
+            (fake_quantize(x, range_, format, axis=kept, zero_point=zero_point) - x).square().sum().item()
             for range_ in (amax.detach().to(x.device), None)
         )
-        if quantizer.format.block_size is None:
+        if format.block_size is None:
             # A channel of one element, or of two alike, has no error of its own, and yet need not be
             # better known than to a step.
-            steps = reduce_amax(x, kept) / quantizer.format.max
+            steps = reduce_amax(x, kept) / quantizer.qparams.max()
             steps = kept.spread(steps, x.shape[0]) if isinstance(kept, GroupedAxes) else steps
             best = max(best, steps.square().expand_as(x).sum().item() / 12)
         if now > _OUTGROWN * best and now > 0:

@@ -156,7 +156,7 @@ def descriptor_of(described: Mapping[str, Any]) -> QuantDescriptor:
 def _describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Each quantizer by name: its descriptor, what is switched off, and whether its range is known.
 
-    Also whether its zero point was found, if it was.
+    Also its zero point, if data was found to need another than the descriptor's.
 
     Raises:
         CheckpointError: One has a format that no file can name.
@@ -171,7 +171,7 @@ def _describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
             "known": quantizer.amax is not None,
         }
         if quantizer.zero_point_is_found:
-            described[name]["zero_point_is_found"] = True
+            described[name]["zero_point"] = quantizer.zero_point
     return described
 
 

@@ -18,6 +18,7 @@ from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.numerics.fake_quant import dequantize, fake_quantize, own_range, quantize
 from quantpatch.numerics.formats import Blocked, Integer, NumberFormat
 from quantpatch.numerics.grouped_axes import GroupedAxes
+from quantpatch.numerics.qparams import QParams
 
 
 def integer_element(format: NumberFormat) -> Integer | None:
@@ -84,8 +85,11 @@ def packed_weight(weight: Tensor, quantizer: TensorQuantizer) -> tuple[Tensor, T
     """The codes of a weight, and its range where the quantizer has none of its own."""
     own = quantizer.own_range
     axis = quantizer.descriptor.kept_axes
-    codes, _ = quantize(weight, None if own is None else own.detach(), quantizer.format, axis=axis)
-    return codes, None if own is not None else own_range(weight, quantizer.format, axis)
+    format, zero_point = quantizer.format, quantizer.held_zero_point
+    codes, _ = quantize(
+        weight, None if own is None else own.detach(), format, axis=axis, zero_point=zero_point
+    )
+    return codes, None if own is not None else own_range(weight, format, axis, zero_point)
 
 
 def unpacked_weight(
@@ -96,6 +100,7 @@ def unpacked_weight(
     dtype: torch.dtype,
     *,
     own_range: bool,
+    zero_point: int | None = None,
 ) -> Tensor:
     """A weight that is quantized to these codes.
 
@@ -106,17 +111,20 @@ def unpacked_weight(
         amax: The range.
         dtype: Of the weight.
         own_range: Whether the range is the quantizer's own, not the weight's.
+        zero_point: The quantizer's.
     """
-    scale = format.block_scale(amax.clone()) if isinstance(format, Blocked) else amax / format.max
-    values = dequantize(codes, scale, format, axis=axis)
+    highest = QParams(format, None, zero_point=zero_point).max()
+    scale = format.block_scale(amax.clone()) if isinstance(format, Blocked) else amax / highest
+    values = dequantize(codes, scale, format, axis=axis, zero_point=zero_point)
     if not own_range:
         # amax / max * max need not be amax; the quantizer shall find amax again.
         ends = axis.spread(amax, codes.shape[0]) if isinstance(axis, GroupedAxes) else amax
         if isinstance(format, Blocked):
             dim = (-1 if axis is None else axis if isinstance(axis, int) else axis[0]) % codes.dim()
             ends = amax.repeat_interleave(format.block_size, dim).narrow(dim, 0, codes.shape[dim])
-        top = codes.float().abs() >= format.max
-        values = torch.where(top, ends * codes.sign().float(), values)
+        steps = codes.float() - (zero_point or 0)
+        top = (steps if zero_point else steps.abs()) >= highest
+        values = torch.where(top, ends * steps.sign(), values)
     return values.to(dtype)
 
 
@@ -125,7 +133,13 @@ def same_when_quantized(weight: Tensor, other: Tensor, quantizer: TensorQuantize
     own = quantizer.own_range
     with torch.no_grad():
         first, second = (
-            fake_quantize(w.detach(), own, quantizer.format, axis=quantizer.descriptor.kept_axes)
+            fake_quantize(
+                w.detach(),
+                own,
+                quantizer.format,
+                axis=quantizer.descriptor.kept_axes,
+                zero_point=quantizer.held_zero_point,
+            )
             for w in (weight, other)
         )
     return torch.equal(first, second)

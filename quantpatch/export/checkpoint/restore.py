@@ -123,6 +123,7 @@ class Plan(StructurePlan):
                 amax,
                 how.dtype,
                 own_range=how.own,
+                zero_point=self._quantizers[name].zero_point,
             )
 
     def _quantizer_of(self, key: str) -> str:

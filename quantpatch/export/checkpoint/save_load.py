@@ -199,6 +199,8 @@ def _pack_into(
         return f"its format is {format.name}, a {type(format).__name__}, and only integers are packed"
     twin = TensorQuantizer(quantizer.descriptor)
     twin.amax = None if quantizer.own_range is None else quantizer.own_range.detach().cpu()
+    if quantizer.zero_point is not None and quantizer.zero_point_is_found:
+        twin.use_zero_point(quantizer.zero_point)
     codes, own = packing.packed_weight(weight, twin)
     amax = twin.amax if own is None else own
     assert amax is not None
@@ -212,6 +214,7 @@ def _pack_into(
         amax.detach(),
         weight.dtype,
         own_range=own is None,
+        zero_point=twin.zero_point,
     )
     if not packing.same_when_quantized(weight, back, twin):
         return f"as {weight.dtype} its codes do not come back exactly"

@@ -24,6 +24,7 @@ from quantpatch.layers.placed import can_hold, placed_in, quantize_output_of, ta
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.layers.range_state import RANGE_KEY, ZERO_POINT_KEY
 from quantpatch.layers.subclass import combine, replacement_of
+from quantpatch.numerics.zero_point import check_zero_point
 from quantpatch.recipes.descriptor import EVERY_OPERAND
 from quantpatch.torch_tools.class_swap import change_class, dotted, own_class
 from quantpatch.torch_tools.fast_paths import allow_fast_paths
@@ -38,7 +39,7 @@ class _Quantizer:
     made: TensorQuantizer
     disabled: bool
     quantizing: bool
-    zero_point_is_found: bool
+    zero_point: int | None
     amax: Tensor | None
 
 
@@ -154,13 +155,14 @@ class StructurePlan:
             try:
                 descriptor = descriptor_of(saved.descriptor)
                 made = TensorQuantizer(descriptor)
-                amax = self._range_of(name, made, amax, known=saved.known)
+                if saved.zero_point is not None:
+                    check_zero_point(saved.zero_point, made.format)
+                zero_point = made.zero_point if saved.zero_point is None else saved.zero_point
+                amax = self._range_of(name, made, amax, zero_point, known=saved.known)
             except QuantPatchError as error:
                 self._refuse(name, error)
                 continue
-            self._quantizers[name] = _Quantizer(
-                made, saved.disabled, saved.quantizing, saved.zero_point_is_found, amax
-            )
+            self._quantizers[name] = _Quantizer(made, saved.disabled, saved.quantizing, zero_point, amax)
         for alias, of in self._description.shared.items():
             # Further names of quantizers that several layers share.
             if of not in self._quantizers or alias in self._quantizers or not has_place(alias):
@@ -186,7 +188,7 @@ class StructurePlan:
         return found
 
     def _range_of(
-        self, name: str, made: TensorQuantizer, amax: Tensor | None, *, known: bool
+        self, name: str, made: TensorQuantizer, amax: Tensor | None, own: int | None, *, known: bool
     ) -> Tensor | None:
         """A quantizer's range, as the file has it.
 
@@ -204,7 +206,6 @@ class StructurePlan:
         problem = self._range_problem(name, made, amax)
         if problem:
             raise CheckpointError(problem)
-        own = made._zero_point_of_format
         if zero_point is not None and (zero_point.numel() != 1 or zero_point.item() != own):
             raise CheckpointError(f"its zero point is {own} in the description, and another beside its range")
         return amax
@@ -272,7 +273,7 @@ class StructurePlan:
         for name, saved in self._quantizers.items():
             quantizer = self.model.get_submodule(name)
             assert isinstance(quantizer, TensorQuantizer)
-            self._set_range(quantizer, saved.amax, device_near(self._modules[name.rpartition(".")[0]]))
+            self._set_range(quantizer, saved, device_near(self._modules[name.rpartition(".")[0]]))
 
     def _put(self, name: str, saved: _Quantizer, names: dict[int, list[str]]) -> None:
         """Makes a quantizer what the file says.
@@ -293,7 +294,6 @@ class StructurePlan:
                 self._place(place, quantizer)
             quantizer.train(self._modules[parent].training)
         quantizer.disabled, quantizer.quantizing = saved.disabled, saved.quantizing
-        quantizer.zero_point_is_found = saved.zero_point_is_found
         quantizer.calibrating, quantizer.calibrator = False, None
 
     def _place(self, name: str, quantizer: Any) -> None:
@@ -305,9 +305,13 @@ class StructurePlan:
             module._modules[own] = quantizer
 
     @staticmethod
-    def _set_range(quantizer: TensorQuantizer, amax: Tensor | None, device: torch.device) -> None:
+    def _set_range(quantizer: TensorQuantizer, saved: _Quantizer, device: torch.device) -> None:
         quantizer.make_room(device)
-        known = quantizer.amax
+        if quantizer.held is not None and quantizer.zero_point != saved.zero_point:
+            quantizer.forget_zero_point()
+            if saved.zero_point is not None and quantizer.zero_point != saved.zero_point:
+                quantizer.use_zero_point(saved.zero_point)
+        known, amax = quantizer.amax, saved.amax
         if amax is None or (known is not None and (known.shape != amax.shape or known.is_meta)):
             quantizer.amax = None
         if amax is not None:

@@ -157,24 +157,26 @@ def _beside(x: Tensor, constant: Tensor) -> Tensor:
     return constant if constant.device == x.device else constant.to(x.device)
 
 
-def _zero_point(element: Any, *, as_uint8: bool) -> Tensor:
+def _zero_point(operand: ExportedQuantizer, *, as_uint8: bool) -> Tensor:
+    element: Any = operand.element
     if isinstance(element, Float):
         kind = torch.float8_e4m3fn if element.mantissa_bits == 3 else torch.float8_e5m2
         return torch.zeros((), dtype=kind)
     if element.unsigned:
-        return torch.tensor(element.zero_point, dtype=torch.uint8)
+        return torch.tensor(operand.zero_point or 0, dtype=torch.uint8)
     return torch.tensor(128, dtype=torch.uint8) if as_uint8 else torch.zeros((), dtype=torch.int8)
 
 
 def _activation(operand: ExportedQuantizer, runtime: str) -> Callable[[Tensor], Tensor]:
     element, amax, axis = operand.element, operand.amax, operand.axis
     assert amax is not None
-    scale = operand.joined(amax) / operand.format.max
-    zero = _zero_point(element, as_uint8=runtime == "onnxruntime")
+    q = operand.quantizer.qparams
+    scale = operand.joined(amax) / q.max()
+    zero = _zero_point(operand, as_uint8=runtime == "onnxruntime")
     bounds = None
     if operand.is_clipped or bool((scale == 0).any()):
         # The grid is smaller than what the type holds, down to nothing where the range is 0.
-        bounds = (scale * operand.format.min, scale * operand.format.max)
+        bounds = (scale * q.min(), scale * q.max())
     # The quotient by 0 would be NaN; by anything else it is 0, since the value is.
     scale = scale.masked_fill(scale == 0, 1.0)
     flat = scale if axis is None else scale.flatten()
@@ -211,14 +213,14 @@ def _weight(operand: ExportedQuantizer, runtime: str) -> Callable[[Tensor], Tens
     if not blocks and axis is not None:
         scale = scale.flatten()
     if isinstance(element, Float):
-        codes = codes.to(_zero_point(element, as_uint8=False).dtype)
+        codes = codes.to(_zero_point(operand, as_uint8=False).dtype)
     # Kernels that take 4 bits are of blocks; what is none of these is stored in 4 bits by the passes.
     held = element.onnx
     four_bits = bool(blocks) and held is not None and held.type.endswith("INT4")
     name = codes_name(operand.name, 0)
     if runtime == "tensorrt" and not blocks:
         values = dequantize(codes, scale, dim, 0, "")
-        zero = _zero_point(element, as_uint8=False).expand(scale.shape).clone()
+        zero = _zero_point(operand, as_uint8=False).expand(scale.shape).clone()
 
         def forward(x: Tensor) -> Tensor:
             given = (_beside(x, constant) for constant in (values, scale, zero))

@@ -174,8 +174,9 @@ def _feed(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 def _codes_of(operand: ExportedQuantizer, x: Tensor) -> Tensor:
     """The integers that a quantizer makes; that of 0 where its range is 0 and any integer means it."""
     amax = None if operand.amax is None else operand.amax.to(x.device)
-    integers, scale = quantize(x, amax, operand.format, axis=operand.quantizer.descriptor.kept_axes)
-    return integers.masked_fill(scale == 0, getattr(operand.element, "zero_point", 0)).cpu().int()
+    axis, zero_point = operand.quantizer.descriptor.kept_axes, operand.zero_point
+    integers, scale = quantize(x, amax, operand.format, axis=axis, zero_point=zero_point)
+    return integers.masked_fill(scale == 0, zero_point or 0).cpu().int()
 
 
 def _torch_results(
@@ -197,7 +198,7 @@ def _torch_results(
             if isinstance(operand.element, Integer):
                 codes[codes_name(operand.name, calls)] = (operand, _codes_of(operand, x))
             calls += 1
-            return fake_quantize(x, amax, operand.format, axis=axis)
+            return fake_quantize(x, amax, operand.format, axis=axis, zero_point=operand.zero_point)
 
         return forward
 

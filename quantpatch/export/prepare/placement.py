@@ -234,7 +234,7 @@ def _may_share(old: TensorQuantizer, new: TensorQuantizer) -> bool:
     """Whether one quantizer can stand for another that is not calibrated yet; its sign may differ."""
     if old.amax is not None or old.disabled or not old.quantizing or old.calibrating:
         return False
-    if old.descriptor.zero_point:
+    if old.zero_point:
         return False
     return bool(attrs.evolve(old.descriptor, unsigned=new.descriptor.unsigned) == new.descriptor)
 

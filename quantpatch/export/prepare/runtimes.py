@@ -54,6 +54,13 @@ class ExportedQuantizer:
         return self.quantizer.format
 
     @functools.cached_property
+    def zero_point(self) -> int | None:
+        """Which of the unsigned integers stands for 0; None of other formats, and of a plugin's."""
+        zero_point = self.quantizer.qparams.zero_point
+        assert not isinstance(zero_point, torch.Tensor)
+        return zero_point
+
+    @functools.cached_property
     def element(self) -> NumberFormat:
         """The format of the elements, of a format in blocks as of a plain one.
 
@@ -139,7 +146,11 @@ class ExportedQuantizer:
     def _own_codes(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.weight is not None
         return quantize(
-            self.weight.detach(), self.amax, self.format, axis=self.quantizer.descriptor.kept_axes
+            self.weight.detach(),
+            self.amax,
+            self.format,
+            axis=self.quantizer.descriptor.kept_axes,
+            zero_point=self.zero_point,
         )
 
 
@@ -202,10 +213,10 @@ def _common(operand: ExportedQuantizer, opset: int) -> str | None:
     if any(t.is_meta for t in tensors):
         return "it is on the meta device and has no values; load the model first"
     element, held = operand.element, format.onnx
-    if is_weight and isinstance(element, Integer) and element.zero_point:
+    if is_weight and operand.zero_point:
         return (
-            f"its format {element.name} has a zero point, which is exported for activations only; use "
-            f"QuantDescriptor(axis='channel', narrow_range=True) for weights"
+            f"its integers have the zero point {operand.zero_point}, which is exported for activations only; "
+            f"use QuantDescriptor(axis='channel', narrow_range=True) for weights"
         )
     if isinstance(format, Blocked):
         if not is_weight:
@@ -254,10 +265,11 @@ def _unlike_onnx(operand: ExportedQuantizer) -> str:
 def _tensorrt(operand: ExportedQuantizer) -> str | None:
     element, is_weight = operand.element, operand.weight is not None
     blocked = isinstance(operand.format, Blocked)
-    if isinstance(element, Integer) and element.zero_point:
+    if operand.zero_point:
         return (
-            f"{element.name} has a zero point, and TensorRT's integers are symmetric; leave out "
-            f"zero_points=True and fit_zero_points, or give it QuantDescriptor() and calibrate again"
+            f"its integers have the zero point {operand.zero_point}, and TensorRT's integers are symmetric; "
+            f"leave out zero_points=True and fit_zero_points, or give it QuantDescriptor() and calibrate "
+            f"again"
         )
     if isinstance(element, Integer) and element.unsigned:
         return (

@@ -16,9 +16,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from quantpatch.numerics.affine import bottom
 from quantpatch.numerics.backends.chunks import chunked
 from quantpatch.numerics.kernels.scale_layout import memory_order
+from quantpatch.numerics.zero_point import bottom
 
 __all__ = ["NOTHING", "ClipMask", "find_clipped", "is_clipped"]
 

@@ -18,7 +18,7 @@ from quantpatch.numerics.backends.clip_mask import ClipMask, find_clipped
 from quantpatch.numerics.backends.lsq import divided_by, lsq_gradients_of_whole, lsq_slopes
 from quantpatch.numerics.backends.scales import block_views, divisor, rescale_, spread
 from quantpatch.numerics.division import float32
-from quantpatch.numerics.formats import Blocked, Integer, NumberFormat
+from quantpatch.numerics.formats import Blocked, Integer
 from quantpatch.numerics.qparams import QParams
 
 __all__ = ["amax", "lsq_gradients", "round_and_mask", "round_trip", "serves", "zero_clipped"]
@@ -45,15 +45,15 @@ def serves(x: Tensor, q: QParams | None = None) -> bool:
 
 def round_trip(x: Tensor, q: QParams, *, trains: bool = False) -> Tensor:
     """``x`` to the grid and back."""
-    amax, scale = _range_and_scale(q)
-    return _rounded(x, scale, q, all_inside=amax is None and q.format.min < 0)
+    _, scale = _range_and_scale(q)
+    return _rounded(x, scale, q, all_inside=not q.clips())
 
 
 def round_and_mask(x: Tensor, q: QParams) -> tuple[Tensor, ClipMask]:
     """The same, and what was clipped."""
     amax, scale = _range_and_scale(q)
     wide = spread(amax, x, q.format, q.dim) if isinstance(amax, Tensor) else amax
-    mask = find_clipped(x, wide, lower_end=q.format.lower_end)
+    mask = find_clipped(x, wide, lower_end=q.lower_end())
     return _rounded(x, scale, q, all_inside=mask.kind == "nothing"), mask
 
 
@@ -78,10 +78,10 @@ def lsq_gradients(grad: Tensor, x: Tensor, q: QParams, batch_axis: int | None) -
     out = torch.empty_like(x)
     sums = torch.zeros(scale.shape, dtype=torch.float64, device="cpu")
     for source, upstream, target, factor, total in chunked(_LSQ_CHUNK, x, grad, out, scale, sums):
-        outside, slope = lsq_slopes(source, factor, q.format, None)
+        outside, slope = lsq_slopes(source, factor, q._replace(dim=None))
         total.add_((slope * upstream).sum_to_size(total.shape))
         target.copy_(upstream).masked_fill_(outside, 0.0)
-    divided = divided_by(x, q.amax, q.format, batch_axis)
+    divided = divided_by(x, q, batch_axis)
     return out, sums.div_(divided).float().reshape(q.amax.shape)
 
 
@@ -131,7 +131,7 @@ def _range_and_scale(q: QParams) -> tuple[Range | None, Range]:
     if q.amax.dim():
         return q.amax, q.scales()
     end = q.amax.item()
-    scale = float32(end / q.format.max)
+    scale = float32(end / q.max())
     if 0.0 < scale < _SMALLEST_NORMAL:  # which tensors may have flushed to 0
         scale = q.scales().item()
     return end, scale
@@ -154,7 +154,7 @@ def _rounded(x: Tensor, scale: Range, q: QParams, *, all_inside: bool) -> Tensor
     exact = not isinstance(format, Blocked) or format.scale == "float32"
     clamps = not (all_inside and exact and type(element) is Integer and divisors is factors)
     if dim is None or format.block_size is None or not isinstance(factors, Tensor):
-        _write(x, out, factors, divisors, element, clamps)
+        _write(x, out, factors, divisors, q, clamps)
         return out
     assert isinstance(divisors, Tensor)
     sources, targets = (block_views(t, dim, format.block_size) for t in (x, out))
@@ -164,18 +164,17 @@ def _rounded(x: Tensor, scale: Range, q: QParams, *, all_inside: bool) -> Tensor
         for t in (factors, divisors)
     )
     for source, target, factor, by in zip(sources, targets, *parts, strict=False):
-        _write(source, target, factor, by, element, clamps)
+        _write(source, target, factor, by, q, clamps)
     return out
 
 
-def _write(
-    x: Tensor, out: Tensor, factors: Range, divisors: Range, format: NumberFormat, clamps: bool
-) -> None:
+def _write(x: Tensor, out: Tensor, factors: Range, divisors: Range, q: QParams, clamps: bool) -> None:
     """``round(x / divisors) * factors``, clamped between, into ``out``."""
     same = x.dtype == torch.float32
-    round_: Callable[[Tensor], Tensor] = format.round_ if clamps else Tensor.round_
+    round_: Callable[[Tensor], Tensor] = q.round_ if clamps else Tensor.round_
+    element = q.element()
     if same and x.numel() <= _WHOLE:
-        rescale_(round_(torch.div(x, divisors, out=out)), factors, format)
+        rescale_(round_(torch.div(x, divisors, out=out)), factors, element)
         return
     scratch = None if same else torch.empty(min(x.numel(), _CHUNK), dtype=torch.float32)
     several = (factors, divisors) if isinstance(factors, Tensor) and isinstance(divisors, Tensor) else ()
@@ -188,6 +187,6 @@ def _write(
             y = torch.div(source, by, out=target)
         else:
             y = scratch[: source.numel()].view(source.shape).copy_(source).div_(by)
-        rescale_(round_(y), factor, format)
+        rescale_(round_(y), factor, element)
         if scratch is not None:
             target.copy_(y)

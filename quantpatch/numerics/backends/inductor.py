@@ -3,8 +3,8 @@
 Nothing is read back to the host, so ``torch.compile``, ``torch.export``, ``torch.jit.trace`` and
 ``torch.func`` can record them, and they run on any device. By themselves they fuse with their neighbours;
 three things have to be asked for to have few graphs and good C++ code, and no value depends on them. A number
-of a layer's is a constant of its graph: zero points are tensors here, or each block of a model would be
-compiled anew. Bools are not vectorised: what lies outside a range is kept for the backward pass as int8. And
+of a layer's is a constant of its graph: zero points are tensors, or each block of a model would be compiled
+anew. Bools are not vectorised: what lies outside a range is kept for the backward pass as int8. And
 convolutions are computed channels last, so weights and their gradients are reordered: that can be done in the
 same pass over memory as the arithmetic.
 """
@@ -12,7 +12,6 @@ same pass over memory as the arithmetic.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +21,11 @@ from quantpatch.numerics.backends.clip_mask import ClipMask, is_clipped
 from quantpatch.numerics.backends.lsq import lsq_gradients_of_whole
 from quantpatch.numerics.backends.scales import block_views, divisor, rescale_, spread
 from quantpatch.numerics.division import quotient
-from quantpatch.numerics.formats import Integer
 from quantpatch.numerics.modes import is_compiled
 from quantpatch.numerics.qparams import QParams
 from quantpatch.torch_tools.sharded import is_sharded
 
 __all__ = [
-    "ZeroPointAsData",
     "amax",
     "is_clipped_by",
     "lsq_gradients",
@@ -58,7 +55,7 @@ def round_trip(x: Tensor, q: QParams, *, trains: bool = False) -> Tensor:
         counts = [s.shape[dim] for s in sources]
         scales = [*torch.split(scale, counts, dim)] if scale.shape[dim] > 1 else [scale] * len(sources)
     parts = [
-        rescale_(element.round_(quotient(source.float(), divisor(s))), s, element)
+        rescale_(q.round_(quotient(source.float(), divisor(s))), s, element)
         for source, s in zip(sources, scales, strict=True)
     ]
     if len(sources[0].shape) > x.dim() and dim is not None:
@@ -72,7 +69,7 @@ def round_trip(x: Tensor, q: QParams, *, trains: bool = False) -> Tensor:
 def round_and_mask(x: Tensor, q: QParams) -> tuple[Tensor, ClipMask]:
     """The same, and what was clipped."""
     scale = q.scales()
-    y = round_trip(x, QParams(q.format, q.amax, scale, q.dim), trains=True)
+    y = round_trip(x, QParams(q.format, q.amax, scale, q.dim, q.zero_point), trains=True)
     order = [0, 1, 2, 3] if _is_of_convolution(x, scale) else None
     if not q.clips():
         return y, ClipMask(order=order)
@@ -121,10 +118,13 @@ def amax(x: Tensor, shape: Sequence[int], dim: int | None = None, block_size: in
 def is_clipped_by(x: Tensor, q: QParams) -> Tensor:
     """Which elements lie outside their range: bool of ``x``'s shape."""
     amax = None if q.amax is None else spread(q.amax, x, q.format, q.dim)
-    if amax is None or not isinstance(q.format, ZeroPointAsData):
-        return is_clipped(x, amax, lower_end=q.format.lower_end)
-    values, bottom = x.float(), torch.mul(amax, q.format.lower_end)
-    return (values > amax) | (values < bottom)
+    zero_point = q.zero_point
+    if not isinstance(zero_point, Tensor):
+        return is_clipped(x, amax, lower_end=q.lower_end())
+    values = x.float()
+    if amax is None:
+        return (values < 0) & (zero_point == 0)
+    return (values > amax) | (values < torch.mul(amax, q.lower_end()))
 
 
 def _masked_by_bits(grad: Tensor, mask: Tensor) -> Tensor:
@@ -132,37 +132,6 @@ def _masked_by_bits(grad: Tensor, mask: Tensor) -> Tensor:
     if grad.dtype == torch.float64:
         return (grad.view(torch.int64) & mask.long()).view(torch.float64)
     return (grad.float().view(torch.int32) & mask.int()).view(torch.float32).to(grad.dtype)
-
-
-class ZeroPointAsData(Integer):
-    """Unsigned integers whose zero point is in a tensor, so that one graph serves layers that differ in it.
-
-    The ends of the grid are then tensors too.
-
-    Args:
-        bits: 2 to 8.
-        zero_point: 0-dim, of any dtype.
-    """
-
-    def __init__(self, bits: int, zero_point: Tensor) -> None:
-        for name, value in (("bits", bits), ("unsigned", True), ("narrow_range", False)):
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "zero_point", zero_point.float())
-
-    @property
-    def max(self) -> Any:
-        """float32, 0-dim."""
-        return 2.0**self.bits - 1.0 - self.zero_point
-
-    @property
-    def min(self) -> Any:
-        """float32, 0-dim."""
-        return -self.zero_point
-
-    @property
-    def lower_end(self) -> Any:
-        """float32, 0-dim."""
-        return quotient(self.min, self.max)
 
 
 # --- The order of a convolution's weight in memory --------------------------------------------------------

@@ -87,7 +87,7 @@ def serves(x: Tensor, q: QParams | None = None) -> bool:
         _WANTED
         and x.numel() >= _SMALLEST
         and x.dtype in _NAMES
-        and (q is None or (_grid(q.format) is not None and (q.amax is None or q.amax.is_cpu)))
+        and (q is None or (_grid(q.format, q.zero_point) is not None and (q.amax is None or q.amax.is_cpu)))
         and (x.is_contiguous() or x.permute(memory_order(x)).is_contiguous())
         and _load(x.dtype) is not None
     )
@@ -112,7 +112,7 @@ def _rounded(x: Tensor, q: QParams, trains: bool) -> tuple[Tensor, bool]:
     """
     out = buffers.like(x, trains=trains)
     layout, scales, ranges, step, lower_end = _laid_out(x, q)
-    grid = _grid(q.format)
+    grid = _grid(q.format, q.zero_point)
     assert grid is not None
     kernel, at_x, at_out, size = _kernels(x)["round_trip"], x.data_ptr(), out.data_ptr(), x.element_size()
     numbers = (
@@ -131,7 +131,7 @@ def _laid_out(x: Tensor, q: QParams) -> tuple[ScaleLayout, Tensor, Tensor, int, 
     if scale is None:  # the kernel divides the ranges
         assert amax is not None
         layout, ranges = _ordered(x, amax, q)
-        return layout, ranges, ranges, 1, q.format.lower_end
+        return layout, ranges, ranges, 1, q.lower_end()
     if amax is not None and amax.numel() > 1:
         shape = [max(sizes) for sizes in zip(amax.shape, scale.shape, strict=True)]
         amax, scale = amax.expand(shape), scale.expand(shape)
@@ -176,7 +176,7 @@ def lsq_gradients(grad: Tensor, x: Tensor, q: QParams, batch_axis: int | None) -
     kernels = _load(x.dtype, "lsq")
     if kernels is None:
         return eager.lsq_gradients(grad, x, q, batch_axis)
-    kernel, grid, scale = kernels["lsq"], _grid(q.format), q.scales()
+    kernel, grid, scale = kernels["lsq"], _grid(q.format, q.zero_point), q.scales()
     assert q.amax is not None
     assert grid is not None
     order = ordered_scales(x, scale.shape if scale.numel() > 1 else (), q.dim, q.format.block_size or 0)
@@ -207,7 +207,7 @@ def lsq_gradients(grad: Tensor, x: Tensor, q: QParams, batch_axis: int | None) -
         for first, sums in in_steps(x.numel(), step, part):
             total[first : first + sums.numel()] += sums
     to_scale = order.gather(total, torch.sum).reshape(scale.shape)
-    return out, to_scale.div_(divided_by(x, q.amax, q.format, batch_axis)).float()
+    return out, to_scale.div_(divided_by(x, q, batch_axis)).float()
 
 
 def amax(x: Tensor, shape: Sequence[int], dim: int | None = None, block_size: int = 0) -> Tensor:
@@ -254,11 +254,12 @@ def count(x: Tensor, factors: Tensor, counts: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _grid(format: NumberFormat) -> Grid | None:
+def _grid(format: NumberFormat, zero_point: int | None) -> Grid | None:
     """Ends of the grid, bits of the mantissa (-1: integers), and the bits of the smallest normal number."""
     element = element_of(format)
     if type(element) is Integer:
-        return element.min, element.max, -1, 0
+        q = QParams(format, None, zero_point=zero_point)
+        return q.min(), q.max(), -1, 0
     if type(element) is Float:
         return element.min, element.max, element.mantissa_bits, element.min_exponent + 127 << 23
     return None
@@ -274,7 +275,7 @@ def _ordered(x: Tensor, t: Tensor, q: QParams) -> tuple[ScaleLayout, Tensor]:
 
 def _ranges(x: Tensor, q: QParams) -> tuple[ScaleLayout, Tensor, int, float]:
     """How ranges lie over a tensor, they, how far they are apart (0: one for all), and where one begins."""
-    lower_end = float32(q.format.lower_end)
+    lower_end = float32(q.lower_end())
     if q.amax is None:  # nothing lies outside but, of unsigned integers, what is negative
         return flat(x.numel()), _INFINITE, 0, 0.0 if lower_end == 0.0 else -1.0
     return *_ordered(x, q.amax, q), int(q.amax.numel() > 1), lower_end

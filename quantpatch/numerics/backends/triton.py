@@ -58,7 +58,7 @@ def _rounded(x: Tensor, q: QParams, *, masked: bool) -> tuple[Tensor, Tensor | N
     dense = x if _is_dense(x) else torch.empty_like(x).copy_(x)
     count = _elements_per_scale(dense, q)
     assert count is not None
-    return launch(dense, q.amax, q.scales(), count, q.element(), masked=masked)
+    return launch(dense, q.amax, q.scales(), count, q, masked=masked)
 
 
 def _elements_per_scale(x: Tensor, q: QParams) -> int | None:
@@ -93,7 +93,7 @@ def _works(device: int) -> bool:
         return False  # a CUDA build of torch without Triton: on Windows, for one
     try:
         x = torch.ones(1, device=torch.device("cuda", device))
-        launch(x, None, x, 1, Integer(8), masked=False)
+        launch(x, None, x, 1, QParams(Integer(8), None), masked=False)
     except Exception as error:
         warnings.warn(
             f"quantpatch's CUDA kernel does not work here, so slower operations are used instead: {error!r}",

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantpatch.numerics.formats import Float, NumberFormat
+from quantpatch.numerics.formats import Float
+from quantpatch.numerics.qparams import QParams
 
 __all__ = ["launch", "round_trip_kernel"]
 
@@ -41,9 +42,12 @@ def round_trip_kernel(  # type: ignore[no-untyped-def]
     low,
     high,
     lower_end,
+    zero_point_pointer,
+    steps,
     exponent_bits: tl.constexpr,  # 0: integers
     mantissa_bits: tl.constexpr,
     masked: tl.constexpr,
+    has_zero_point: tl.constexpr,
     has_amax: tl.constexpr,
     one_amax: tl.constexpr,
     short_row: tl.constexpr,  # 0: a program stays within one row
@@ -63,6 +67,10 @@ def round_trip_kernel(  # type: ignore[no-untyped-def]
         which = number % scales
     x = tl.load(x_pointer + offset, mask=valid).to(tl.float32)
     scale = tl.load(scale_pointer + which)
+    if has_zero_point:  # which the host does not know
+        low = 0.0 - tl.load(zero_point_pointer).to(tl.float32)
+        high = steps + low
+        lower_end = tl.div_rn(low, high)
     # Whatever is divided by the smallest normal number here is multiplied by 0 below.
     y = tl.div_rn(x, tl.where(scale == 0.0, 1.1754943508222875e-38, scale))
     # Not tl.clamp, which loses NaN.
@@ -81,7 +89,10 @@ def round_trip_kernel(  # type: ignore[no-untyped-def]
         y = ((rounded & 0x7FFFFFFF) | (bits & -0x80000000)).to(tl.float32, bitcast=True) * scale
     tl.store(y_pointer + offset, y.to(y_pointer.dtype.element_ty), mask=valid)
     if masked:
-        outside = x < 0.0
+        bottom = 0.0
+        if has_zero_point:
+            bottom = tl.where(low == 0.0, 0.0, float("-inf"))
+        outside = x < bottom
         if has_amax:
             amax = tl.load(amax_pointer + (which * 0 if one_amax else which))
             outside = (x > amax) | (x < amax * lower_end)
@@ -89,7 +100,7 @@ def round_trip_kernel(  # type: ignore[no-untyped-def]
 
 
 def launch(
-    x: Tensor, amax: Tensor | None, scale: Tensor, count: int, element: NumberFormat, *, masked: bool
+    x: Tensor, amax: Tensor | None, scale: Tensor, count: int, q: QParams, *, masked: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``x`` to the grid and back.
 
@@ -98,7 +109,7 @@ def launch(
         amax: float32, one element or as many as ``scale``; None where nothing is above the range.
         scale: float32.
         count: How many elements in a row, in the order of memory, share a scale.
-        element: Integers or floats.
+        q: Integers or floats, and their zero point.
         masked: Whether to say what was in the range.
 
     Returns:
@@ -108,6 +119,9 @@ def launch(
     inside = torch.empty_like(x, dtype=torch.bool) if masked else None
     if x.numel() == 0:
         return y, inside
+    element, zero_point = q.element(), q.zero_point
+    read = isinstance(zero_point, Tensor)
+    ends = (0.0, 0.0, 0.0) if read else (q.min(), q.max(), q.lower_end())
     scale, amax = scale.contiguous(), None if amax is None else amax.contiguous()
     float_bits = (element.exponent_bits, element.mantissa_bits) if isinstance(element, Float) else (0, 0)
     # One program of the first kind for elements of one scale, or programs of the second that take elements as
@@ -117,7 +131,8 @@ def launch(
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         round_trip_kernel[(programs,)](
             x, y, y if inside is None else inside, scale, scale if amax is None else amax, x.numel(), count,
-            scale.numel(), element.min, element.max, element.lower_end, *float_bits, masked, amax is not None,
+            scale.numel(), *ends, zero_point if read else scale, 2.0**element.bits - 1.0, *float_bits, masked,
+            read, amax is not None,
             amax is not None and amax.numel() == 1, 0 if long else count, _BLOCK,
         )  # fmt: skip
     return y, inside

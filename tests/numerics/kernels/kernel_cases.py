@@ -13,7 +13,6 @@ PLAIN = "int8", "uint8", "int4", "int8_narrow", "fp8_e4m3", "fp8_e5m2", "fp4_e2m
 BLOCKS = "mxfp8_e4m3", "mxfp6_e3m2", "mxfp4", "mxint8", "nvfp4", "int4_g32", "int4_g128"
 FORMATS = [
     *(BUILTIN_FORMATS[name] for name in PLAIN + BLOCKS),
-    Integer(8, unsigned=True, zero_point=37),
     Blocked(Integer(4), 5),
 ]
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-45, 3e38, 0.5, 1.5, 2.5, -2.5]

@@ -15,6 +15,7 @@ from quantpatch.numerics.backends.scales import spread
 from quantpatch.numerics.fake_quant import fake_quantize, reduce_amax
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Blocked, Integer
 from quantpatch.numerics.kernels import buffers, threads
+from quantpatch.numerics.qparams import QParams
 
 pytest.importorskip("numba")
 
@@ -27,8 +28,9 @@ def assert_exact(found, x, grad, amax, number_format, axis):
     """That a gradient to the range is that of sums in float64, but for its own rounding."""
     x, amax = x.detach(), amax.detach()
     dim = axis % x.dim() if isinstance(number_format, Blocked) else None
-    _, slope = lsq_slopes(x, amax / number_format.max, number_format, dim)
-    products = slope.double() * grad.double() / divided_by(x, amax, number_format)
+    q = QParams(number_format, amax, None, dim)
+    _, slope = lsq_slopes(x, amax / number_format.max, q)
+    products = slope.double() * grad.double() / divided_by(x, q)
     # Which range is whose, by numbering them.
     which = torch.arange(amax.numel()).view(amax.shape)
     which = spread(which, x, number_format, dim).expand(x.shape).reshape(-1)

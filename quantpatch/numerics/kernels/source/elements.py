@@ -88,7 +88,7 @@ def magnitude(memory, i):
 
 @jit
 def bottom(high, lower_end):
-    """Where a range begins, as :func:`quantpatch.numerics.affine.bottom` has it."""
+    """Where a range begins, as :func:`quantpatch.numerics.zero_point.bottom` has it."""
     return high * lower_end if lower_end != ZERO else ZERO
 
 

@@ -26,7 +26,7 @@ from quantpatch.numerics.fake_quant import check_operand, fake_quantize, what_is
 from quantpatch.numerics.formats import Integer
 from quantpatch.numerics.modes import is_traced
 from quantpatch.numerics.qparams import QParams
-from quantpatch.numerics.zero_point import check_zero_point, magnitudes, of_longer_side, upper_end
+from quantpatch.numerics.zero_point import check_given, magnitudes, of_longer_side, upper_end
 from quantpatch.plugins.registry import registry
 from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools.fast_paths import refuse_fast_paths
@@ -102,7 +102,7 @@ class TensorQuantizer(HeldRange):
             )
         format = registry.format(descriptor)
         if descriptor.zero_point:
-            check_zero_point(descriptor.zero_point, format)
+            check_given(descriptor.zero_point, format)
         # Straight into the dictionary: nn.Module's own __setattr__ looks for tensors and modules first,
         # and a model has hundreds of these objects.
         self.__dict__.update(

@@ -18,8 +18,6 @@ from quantpatch.numerics.division import float32, quotient
 from quantpatch.numerics.formats import Integer, NumberFormat
 from quantpatch.numerics.qparams import QParams
 
-__all__ = ["bottom", "check_zero_point", "fitted_zero_point", "magnitudes", "of_longer_side", "upper_end"]
-
 
 def check_zero_point(zero_point: Any, format: NumberFormat) -> None:
     """Checks that a format has such a zero point.
@@ -46,6 +44,22 @@ def check_zero_point(zero_point: Any, format: NumberFormat) -> None:
         raise (ArgumentError if is_int else ArgumentTypeError)(
             f"of {format.bits} bits a zero point is an integer from 0 to {highest}, so that 0 and "
             f"something above it are on the grid; got {zero_point!r}",
+            argument="zero_point",
+            value=zero_point,
+        )
+
+
+def check_given(zero_point: Any, format: NumberFormat) -> None:
+    """Checks a zero point that stands beside a format in a descriptor.
+
+    Raises:
+        ArgumentError: The format has none such, or is one of signed integers, for which it is found.
+    """
+    check_zero_point(zero_point, format)
+    if zero_point and isinstance(format, Integer) and not format.unsigned:
+        raise ArgumentError(
+            f"signed integers have the zero point 0; a zero point says which unsigned one stands for 0. "
+            f"Write unsigned=True, zero_point={zero_point}.",
             argument="zero_point",
             value=zero_point,
         )

@@ -12,7 +12,7 @@ import attrs
 from quantpatch.errors import ArgumentError, ArgumentTypeError, UnknownNameError, shown
 from quantpatch.numerics.formats import Float, Integer, NumberFormat
 from quantpatch.numerics.grouped_axes import GroupedAxes
-from quantpatch.numerics.zero_point import check_zero_point
+from quantpatch.numerics.zero_point import check_given
 
 #: Stands in a descriptor for the axis of a layer's output channels, which each layer knows.
 CHANNEL: Literal["channel"] = "channel"
@@ -140,7 +140,7 @@ class QuantDescriptor:
             if isinstance(self.format, str):
                 return None
             if self.zero_point:
-                check_zero_point(self.zero_point, self.format)
+                check_given(self.zero_point, self.format)
             return self.format
         if isinstance(self.num_bits, (tuple, list)):
             self._demand(len(self.num_bits) == 2, "num_bits", "an int, or (exponent, mantissa) bits")
@@ -153,13 +153,7 @@ class QuantDescriptor:
             "an int from 2 to 8, or (exponent, mantissa) bits",
         )
         integers = Integer(self.num_bits, self.unsigned, self.narrow_range)
-        check_zero_point(self.zero_point, integers)
-        self._demand(
-            self.unsigned or not self.zero_point,
-            "zero_point",
-            f"0, as signed integers have it; a zero point says which unsigned one stands for 0. Write "
-            f"unsigned=True, zero_point={self.zero_point}",
-        )
+        check_given(self.zero_point, integers)
         return integers
 
     def replace(self, **changes: Any) -> QuantDescriptor:

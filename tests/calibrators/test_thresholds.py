@@ -19,6 +19,7 @@ from quantpatch.calibrators import (
     thresholds,
 )
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Integer, NumberFormat
+from quantpatch.numerics.qparams import QParams
 
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 E4M3 = [m / 8 * 2.0**-6 for m in range(8)] + [
@@ -170,7 +171,7 @@ def test_entropy_equals_the_reference_loop_for_floating_point(counts, start_bin,
 @pytest.mark.parametrize(("name", "magnitudes"), [("fp4_e2m1", FP4), ("fp8_e4m3", E4M3)])
 @pytest.mark.parametrize("candidate", [1, 2, 12, 48, 129, 300])
 def test_every_bin_lies_in_the_level_nearest_to_its_centre(name, magnitudes, candidate):
-    starts = thresholds._level_starts(torch.tensor([candidate]), BUILTIN_FORMATS[name])[0]
+    starts = thresholds._level_starts(torch.tensor([candidate]), QParams(BUILTIN_FORMATS[name], None))[0]
     assert starts[0] == 0
     assert starts[-1] == candidate
     found = torch.searchsorted(starts[:-1].contiguous(), torch.arange(candidate), right=True) - 1
@@ -385,10 +386,10 @@ def test_a_start_bin_below_one_is_an_error(threshold):
 
 @pytest.mark.parametrize(("name", "magnitudes"), [("fp4_e2m1", FP4), ("fp8_e4m3", E4M3)])
 def test_the_magnitudes_of_a_format_are_found(name, magnitudes):
-    assert list(thresholds._magnitudes(BUILTIN_FORMATS[name])) == magnitudes
+    assert list(thresholds._magnitudes(QParams(BUILTIN_FORMATS[name], None))) == magnitudes
 
 
 @pytest.mark.parametrize("name", ["int2", "int8", "uint8", "uint2", "int8_narrow"])
 def test_the_magnitudes_of_integers_are_all_up_to_the_largest(name):
     format = BUILTIN_FORMATS[name]
-    assert thresholds._magnitudes(format) == tuple(range(int(format.max) + 1))
+    assert thresholds._magnitudes(QParams(format, None)) == tuple(range(int(format.max) + 1))

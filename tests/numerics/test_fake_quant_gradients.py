@@ -31,6 +31,13 @@ def fake_quantize(x, amax, format, **options):
     return fake_quant.fake_quantize(x, amax, format, **options)
 
 
+def ends_of(format):
+    """The ends of the grid."""
+    if isinstance(format, QParams):
+        return format.min(), format.max()
+    return format.min, format.max
+
+
 def name_of(format):
     return "zero point" if isinstance(format, QParams) else format.name
 
@@ -111,7 +118,7 @@ def test_a_learned_range_has_the_gradient_of_lsq():
 )
 def test_of_a_learned_range_one_rule_decides_both_gradients(number_format):
     # Equations 3 and 5 of LSQ: inside is format.min < v < format.max, without the ends.
-    low, high = number_format.min, number_format.max
+    low, high = ends_of(number_format)
     v = torch.tensor([low - 1, low, low + 0.25, low + 0.75, 0.3, high - 0.25, high, high + 1])
     inside = (v > low) & (v < high)
     for value, is_inside in zip(v, inside, strict=True):
@@ -148,7 +155,7 @@ def lsq(x, scale, number_format, steps):
     """The paper's forward (its appendix A), in operations that have gradients of their own."""
     factor = 1 / math.sqrt(x.numel() * steps)
     scale = (scale - scale * factor).detach() + scale * factor
-    v = (x / scale).clamp(number_format.min, number_format.max)
+    v = (x / scale).clamp(*ends_of(number_format))
     return ((v.round() - v).detach() + v) * scale
 
 
@@ -156,10 +163,11 @@ def lsq(x, scale, number_format, steps):
 def test_gradient_descent_moves_a_range_as_it_moves_the_scale_of_lsq_whatever_the_zero_point(z):
     number_format = INT8 if z is None else QParams(INT8, None, zero_point=z)
     steps = 127 if z is None else max(z - 1, 255 - z)
-    x = 2 * torch.rand(64, 32, generator=torch.Generator().manual_seed(0)) + 2 * number_format.min / 255
+    low, high = ends_of(number_format)
+    x = 2 * torch.rand(64, 32, generator=torch.Generator().manual_seed(0)) + 2 * low / 255
     first = 1.6 / 255  # of 2.0: the range is too short
     scale = torch.tensor(first, dtype=torch.float64, requires_grad=True)
-    amax = torch.tensor(first * number_format.max, requires_grad=True)
+    amax = torch.tensor(first * high, requires_grad=True)
     for _ in range(20):
         lsq(x.double(), scale, number_format, steps).sub(x).square().sum().backward()
         fake_quantize(x, amax, number_format).sub(x).square().sum().backward()
@@ -167,7 +175,7 @@ def test_gradient_descent_moves_a_range_as_it_moves_the_scale_of_lsq_whatever_th
             for parameter in (scale, amax):
                 parameter -= 2e-5 * parameter.grad
                 parameter.grad = None
-    assert amax.item() / number_format.max == pytest.approx(scale.item(), rel=0.01)
+    assert amax.item() / high == pytest.approx(scale.item(), rel=0.01)
     assert 1.1 < scale.item() / first < 1.5
 
 

@@ -153,8 +153,6 @@ def test_impossible_formats_are_refused_and_the_error_names_the_argument(make, a
         (lambda: Integer("8"), True),
         (lambda: Integer(9), False),
         (lambda: Integer(8, unsigned=1), True),
-        (lambda: Integer(8, unsigned=True, zero_point=3.0), True),
-        (lambda: Integer(8, unsigned=True, zero_point=255), False),
         (lambda: Blocked("int4", 32), True),
         (lambda: Blocked(BUILTIN_FORMATS["mxfp4"], 32), False),
         (lambda: Blocked(Integer(4), 32.0), True),

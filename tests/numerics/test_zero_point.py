@@ -123,6 +123,7 @@ def test_impossible_ones_are_refused_and_the_error_names_the_field(zero_point):
         with pytest.raises(ArgumentError, match="an integer from 0 to 254") as error:
             function(torch.ones(3), torch.tensor(1.0), Integer(8), zero_point=zero_point)
         assert error.value.argument == "zero_point"
+        assert isinstance(error.value, TypeError) is (type(zero_point) is not int)
 
 
 @pytest.mark.parametrize("name", ["fp8_e4m3", "int4_g32"])

@@ -89,6 +89,8 @@ def test_formats():
     affine = QuantDescriptor(unsigned=True, zero_point=37)
     assert affine.number_format == Integer(8, unsigned=True)
     assert registry.format(QuantDescriptor(format="uint8", zero_point=37)) == affine.number_format
+    with pytest.raises(ArgumentError, match="Write unsigned=True, zero_point=37"):
+        QuantDescriptor(format=Integer(8), zero_point=37)
     assert QuantDescriptor(num_bits=(5, 2)).number_format == Float(5, 2)
     assert QuantDescriptor(num_bits=[5, 2]).number_format == Float(5, 2)
     assert QuantDescriptor(format=BUILTIN_FORMATS["mxfp4"]).number_format is BUILTIN_FORMATS["mxfp4"]

@@ -168,7 +168,7 @@ def _zero_point(operand: ExportedQuantizer, *, as_uint8: bool) -> Tensor:
 
 
 def _activation(operand: ExportedQuantizer, runtime: str) -> Callable[[Tensor], Tensor]:
-    element, amax, axis = operand.element, operand.amax, operand.axis
+    amax, axis = operand.amax, operand.axis
     assert amax is not None
     q = operand.quantizer.qparams
     scale = operand.joined(amax) / q.max()

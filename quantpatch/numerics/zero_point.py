@@ -52,7 +52,7 @@ def check_zero_point(zero_point: Any, format: NumberFormat) -> None:
     is_int = isinstance(zero_point, int) and not isinstance(zero_point, bool)
     if not is_int or not 0 <= zero_point <= highest:
         raise (ArgumentError if is_int else ArgumentTypeError)(
-            f"of {format.bits} bits a zero point is an integer from 0 to {highest}, so that 0 and "
+            f"the zero point of {format.bits} bits is an integer from 0 to {highest}, so that 0 and "
             f"something above it are on the grid; got {zero_point!r}",
             argument="zero_point",
             value=zero_point,

@@ -246,3 +246,11 @@ def test_the_architecture_names_every_room_from_the_ground_up_and_only_files_tha
     there = [f"/{path.relative_to(ROOT).as_posix()}" for path in MODULES.values()]
     files = {file for file in re.findall(r"`([a-z_/]+\.py)`", page) if not file.startswith("tests/")}
     assert [file for file in files if not any(path.endswith(f"/{file}") for path in there)] == []
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Pytest imports them by it: of two it collects one."""
+    files = [
+        path.name for folder in ("tests", "plugins") for path in (ROOT.parent / folder).rglob("test_*.py")
+    ]
+    assert [name for name in files if files.count(name) > 1] == []

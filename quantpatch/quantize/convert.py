@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import attrs
+import rich.table
 import torch
 
 from quantpatch.errors import ConversionError
@@ -27,7 +28,7 @@ from quantpatch.quantize.reasons import Pattern
 from quantpatch.quantize.resolve import Decision, Table, resolver
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
-from quantpatch.report.report import ChangeReport, Report
+from quantpatch.report.report import ChangeReport, Report, table_of
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import change_class, dotted, own_class, written_name
 from quantpatch.torch_tools.fast_paths import allow_fast_paths
@@ -45,6 +46,14 @@ class Conversion(Report):
 
     replaced: tuple[Replaced, ...]
     skipped: tuple[Skipped, ...]
+
+    def __rich__(self) -> rich.table.Table:
+        table = table_of("class", "layers", "what became of them", right=("layers",))
+        for row in self.replaced:
+            table.add_row(row.target, str(row.count), row.replacement)
+        for line in self.skipped:
+            table.add_row(line.target, str(line.count), f"float: {line.reason}")
+        return table
 
 
 def convert(

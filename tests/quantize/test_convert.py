@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -388,3 +389,15 @@ def test_revert_reports_the_layers_that_are_float_again_and_the_quantizers_that_
     report = qp.revert(model)
     assert report.changed == dict.fromkeys(["0", "2"], "torch.nn.modules.linear.Linear")
     assert report.skipped == {"1.mine": "int8, dynamic (not calibrated)"}
+
+
+def test_what_convert_did_prints_and_is_json():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return x
+
+    report = qp.convert(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), Own(2, 2)))
+    text = " ".join(str(report).split())
+    assert "torch.nn.Linear 2 quantpatch.layers.linear.QuantLinear" in text
+    assert "Own 1 float: " in text
+    assert [row["count"] for row in json.loads(report.to_json())["replaced"]] == [2]

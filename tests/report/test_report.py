@@ -56,3 +56,12 @@ def test_changes_print_a_line_for_each_outcome_with_a_count_and_the_first_names(
         "changed": dict(report.changed),
         "skipped": {"stem": "int8"},
     }
+
+
+def test_every_report_says_how_it_prints() -> None:
+    import quantpatch.cli.demo
+
+    reports = [cls for cls in Report.__subclasses__() if cls is not Found]
+    assert quantpatch.cli.demo.DemoReport in reports
+    own = [{"__rich__", "__str__"} & set(vars(cls)) for cls in reports]
+    assert [cls.__name__ for cls, ways in zip(reports, own, strict=True) if len(ways) != 1] == []

@@ -144,11 +144,11 @@ class TensorQuantizer(HeldRange):
 
         Args:
             calibrator: What collects them. Default: the one at hand if there is one, else a new one of
-                the descriptor's ``calib_method``.
+                the descriptor's ``method``.
 
         Raises:
             CalibrationError: The range is dynamic, so that there is nothing to calibrate.
-            UnknownNameError: No calibrator has the name of the descriptor's ``calib_method``.
+            UnknownNameError: No calibrator has the name of the descriptor's ``method``.
         """
         if self.descriptor.dynamic:
             raise CalibrationError(f"{self} takes its range from each tensor; there is nothing to calibrate")
@@ -166,14 +166,14 @@ class TensorQuantizer(HeldRange):
         """A new calibrator for what this quantizer sees.
 
         Args:
-            method: Its name; default: the descriptor's ``calib_method``.
+            method: Its name; default: the descriptor's ``method``.
             **options: Handed to it.
 
         Raises:
             CalibrationError: The calibrator has no such option.
             UnknownNameError: There is no such calibrator.
         """
-        method = method or self.descriptor.calib_method
+        method = method or self.descriptor.method
         kind = registry.calibrator(method)
         parameters = inspect.signature(kind).parameters.values()
         takes = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -219,6 +219,11 @@ class TensorQuantizer(HeldRange):
         return amax
 
     # --- passing tensors -----------------------------------------------------------------------
+
+    @property
+    def lasting(self) -> dict[str, Any]:
+        """What it holds, as it is outside of ``in_float``: what copies and files have of it."""
+        return {**self.__dict__, **_outside.get(self, {})}
 
     @property
     def is_active(self) -> bool:
@@ -363,7 +368,7 @@ class TensorQuantizer(HeldRange):
 
     def __getstate__(self) -> dict[str, Any]:
         copied.add(self)
-        return {**self.__dict__, **_outside.get(self, {})}
+        return self.lasting
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -419,11 +424,16 @@ def named_quantizers(model: nn.Module, *, every_name: bool = False) -> dict[str,
 def in_float(model: nn.Module) -> Iterator[None]:
     """A block in which no quantizer of a model quantizes; afterwards each is at the stage it was at.
 
-    So are copies of the model that are made inside, from the beginning.
+    So are copies of the model that are made inside, from the beginning, and they have no hook that a
+    quantizer got inside: what watches these does not watch them.
     """
     names = ("calibrating", "quantizing", "calibrator")
     stages = {q: {name: getattr(q, name) for name in names} for q in named_quantizers(model).values()}
-    outermost = {q: stage for q, stage in stages.items() if q not in _outside}
+    outermost = {
+        q: {**stage, "_forward_pre_hooks": q._forward_pre_hooks.copy()}
+        for q, stage in stages.items()
+        if q not in _outside
+    }
     try:
         _outside.update(outermost)
         for quantizer in stages:

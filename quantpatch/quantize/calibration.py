@@ -123,9 +123,9 @@ class Calibration:
     def _opened(self) -> Iterator[None]:
         model, quantizers, calibrators = self._model, self.quantizers, self._calibrators
         with contextlib.ExitStack() as stack:
+            stack.enter_context(in_float(model))
             first = None if self._passive else stack.enter_context(FirstCall(model))
             calls = None if self._passive else stack.enter_context(CallRanges(model))
-            stack.enter_context(in_float(model))
             with Ranks(self._group) as ranks, _naming(quantizers):
                 quantizers.update(to_calibrate(model, self._existing))
                 if not (quantizers or self._passive):

@@ -75,7 +75,7 @@ def fit_zero_points(
     demand_model(model, "fit_zero_points")
     found = {name: q for name, q in to_fit(model).items() if q.amax is not None}
     with Ranks(group) as ranks:
-        with watching_ends(found) as seen, in_float(model), evaluating(model), torch.no_grad():
+        with in_float(model), watching_ends(found) as seen, evaluating(model), torch.no_grad():
             run_over(model, data, progress=progress)
         ends = ends_on_all(ranks, seen)
     if found and not ends:

@@ -59,7 +59,7 @@ class QuantDescriptor:
         amax: A range known beforehand, in the tensor's own units.
         learn_amax: Train the range, once it is known, with the gradient of LSQ.
         scale_amax: Factor on every range that calibration finds.
-        calib_method: Name of the calibrator that ``calibrate`` uses by default.
+        method: Name of the calibrator that ``calibrate`` uses by default.
         format: A number format or the name of one (``"fp8_e4m3"``), instead of ``num_bits``, ``unsigned``
             and ``narrow_range``.
         dynamic: Take the range from each tensor as it comes; never calibrated.
@@ -80,7 +80,7 @@ class QuantDescriptor:
     amax: float | None = None
     learn_amax: bool = False
     scale_amax: float | None = None
-    calib_method: str = "max"
+    method: str = "max"
     format: NumberFormat | str | None = None
     dynamic: bool = False
     #: The format itself; None while it is only a name, which the registry knows.
@@ -103,8 +103,7 @@ class QuantDescriptor:
             self._demand(value is None or _is_finite_positive(value), field, expected)
         for field in ("unsigned", "narrow_range", "learn_amax", "dynamic"):
             self._demand_type(isinstance(getattr(self, field), bool), field, "True or False")
-        method = "a calibrator's name, such as 'max'"
-        self._demand_type(isinstance(self.calib_method, str), "calib_method", method)
+        self._demand_type(isinstance(self.method, str), "method", "a calibrator's name, such as 'max'")
         self._demand_type(
             self.format is None or isinstance(self.format, (str, NumberFormat)),
             "format",

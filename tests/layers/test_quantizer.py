@@ -196,7 +196,7 @@ def test_calibration_errors():
     with pytest.raises(CalibrationError, match="enable_calib"):
         quantizer().load_calib_amax()
     with pytest.raises(UnknownNameError, match="'max'"):
-        quantizer(calib_method="maxx").enable_calib()
+        quantizer(method="maxx").enable_calib()
     with pytest.raises(UnknownNameError, match="format"):
         quantizer(format="int9")
     q = quantizer()
@@ -501,7 +501,7 @@ def forget_range(layer):
 def other_descriptor(layer):
     q = layer.weight_quantizer
     q.descriptor = QuantDescriptor(num_bits=3, axis=0)
-    q.format = Integer(3)
+    q._format = Integer(3)
 
 
 def swapped_tensors(layer):

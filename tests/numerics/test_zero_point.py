@@ -88,7 +88,7 @@ def test_calibrators_find_the_range_of_a_format_with_a_zero_point(zero_point, me
     x = torch.randn(20000, generator=torch.Generator().manual_seed(0)).abs() * 10
     x = torch.where(torch.arange(20000) % 10 == 0, -0.01 * x, x)  # a little below 0, and far above
     x = x if zero_point == 20 else -x
-    quantizer = TensorQuantizer(QuantDescriptor(unsigned=True, zero_point=zero_point, calib_method=method))
+    quantizer = TensorQuantizer(QuantDescriptor(unsigned=True, zero_point=zero_point, method=method))
     quantizer.enable_calib()
     quantizer(x)
     quantizer.load_calib_amax()

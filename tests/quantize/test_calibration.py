@@ -118,3 +118,17 @@ def test_a_model_in_float_has_no_mark_and_copies_of_it_quantize():
     assert {name: vars(q) for name, q in named_quantizers(model).items()} == before
     model[0].weight_quantizer.disable_quant()
     assert not next(copies(model))[0].weight_quantizer.quantizing  # set by hand, so that a copy has it too
+
+
+def test_copies_made_during_a_calibration_are_not_watched_by_it_and_can_be_pickled():
+    with qp.quantize_modules():
+        model = nn.Sequential(nn.Linear(4, 4))
+    with Calibration(model, zero_points=True, passive=True) as calibration:
+        model(X.abs())
+        made = list(copies(model))
+        for each in made:
+            each(-X.abs())
+            assert each[0].input_quantizer.calibrator is None
+    assert calibration.report.zero_points == {"0.input_quantizer": 0}
+    for each in (model, *made):
+        assert set(each[0].input_quantizer._forward_pre_hooks) <= {"quantpatch"}

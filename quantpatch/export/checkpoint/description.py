@@ -166,8 +166,7 @@ def _describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
         described[name] = {
             "descriptor": _describe_descriptor(quantizer.descriptor, name),
             "disabled": quantizer.disabled,
-            # As of a copy: a file may be written while the model is in float for its calibration.
-            "quantizing": quantizer.__getstate__()["quantizing"],
+            "quantizing": quantizer.lasting["quantizing"],  # a file may be written during a calibration
             "known": quantizer.amax is not None,
         }
         if quantizer.zero_point_is_found:

@@ -582,3 +582,38 @@ def test_a_range_of_0_gives_the_zero_point_in_the_file(tmp_path: Path) -> None:
     report = qp.export_onnx(model, torch.randn(50), tmp_path / "m.onnx")
     assert report.comparison is not None
     assert (report.comparison.mismatching, report.comparison.largest_difference) == (0, 0)
+
+
+def test_quantizers_that_differ_in_a_zero_point_alone_do_not_stand_in_for_each_other() -> None:
+    first, second = (qp.TensorQuantizer(qp.QuantDescriptor(amax=1.0)) for _ in range(2))
+    assert first.agrees_with(second)
+    first.use_zero_point(37)
+    assert not first.agrees_with(second)
+    second.use_zero_point(38)
+    assert not first.agrees_with(second)
+    second.use_zero_point(37)
+    assert first.agrees_with(second)
+
+
+def test_a_zero_point_needs_a_range_to_stand_beside() -> None:
+    quantizer = qp.TensorQuantizer(qp.QuantDescriptor(axis=1))
+    with pytest.raises(qp.errors.RangeError, match="no range yet"):
+        quantizer.use_zero_point(3)
+    assert quantizer.zero_point is None
+    assert quantizer.format.name == "int8"
+
+
+def test_one_that_was_found_gives_way_to_what_the_descriptor_says() -> None:
+    for descriptor, own in (
+        (qp.QuantDescriptor(narrow_range=True), None),
+        (qp.QuantDescriptor(unsigned=True, zero_point=5), 5),
+    ):
+        quantizer = qp.TensorQuantizer(descriptor)
+        quantizer.amax = 1.0
+        name = quantizer.format.name
+        quantizer.use_zero_point(37)
+        assert quantizer.zero_point_is_found
+        assert (quantizer.format.name, quantizer.descriptor) == ("uint8", descriptor)
+        quantizer.forget_zero_point()
+        assert not quantizer.zero_point_is_found
+        assert (quantizer.zero_point, quantizer.format.name) == (own, name)

@@ -130,7 +130,11 @@ class _TraceBuilder:
                 self.trace.opaque.add(operator.name)
             self._origins.note(operator)
         self._done = len(flow.operators)
-        self.trace.reached.update(self._origins.name_of(quantizer) for quantizer in flow.quantized)
+
+    def finish(self) -> None:
+        """Notes what is known only when all has run."""
+        self.catch_up()
+        self.trace.reached.update(map(self._origins.name_of, self._recorder.flow.quantized))
 
     def _origin_of(self, tensor: Tensor) -> str | None:
         self.catch_up()
@@ -301,7 +305,7 @@ def tracing(model: nn.Module) -> Iterator[Trace]:
         try:
             yield tracer.trace
         finally:
-            tracer.catch_up()
+            tracer.finish()
 
 
 def trace(model: nn.Module, run: Callable[[], Any]) -> Trace:

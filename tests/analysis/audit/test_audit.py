@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import quantpatch as qp
 import quantpatch.layers
+from quantpatch.analysis.audit import trace
 from quantpatch.errors import ArgumentError, ArgumentTypeError, CheckError, InputError, PluginError
 from quantpatch.plugins.registry import registry
 
@@ -835,3 +836,17 @@ def test_operands_have_the_names_that_their_layer_has_for_them(recipe):
 def test_no_hook_of_all_modules_is_left():
     qp.audit(nn.Linear(2, 2), torch.ones(1, 2))
     assert not nn.modules.module._has_any_global_hook()
+
+
+def test_twice_as_many_layers_are_twice_the_work(monkeypatch):
+    asked = []
+    name_of = trace._Origins.name_of
+    monkeypatch.setattr(
+        trace._Origins, "name_of", lambda self, quantizer: (asked.append(1), name_of(self, quantizer))[1]
+    )
+    counts = []
+    for layers in (20, 40):
+        asked.clear()
+        qp.audit(quantized(*(nn.Linear(4, 4) for _ in range(layers))), torch.randn(2, 4))
+        counts.append(len(asked))
+    assert counts[1] == 2 * counts[0]

@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 os.environ.setdefault("QUANTPATCH_KERNELS", "0")
 
 from quantpatch.numerics.backends import numba
+from quantpatch.plugins.plugin import discover
 from quantpatch.plugins.registry import registry
 
 # Tensors are tiny here: threads would only wait for each other, the more so in several processes.
@@ -156,3 +157,18 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     yield make
     for module in modules:
         sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def take_part(install: Callable[..., str]) -> Iterator[Callable[[str], None]]:
+    """Has an installed plugin take part in every block of this process, whatever was asked before."""
+    added: list[str] = []
+
+    def add(plugin: str) -> None:
+        registry._plugins[plugin] = discover()[plugin]
+        registry._answers.clear()
+        added.append(plugin)
+
+    yield add
+    for plugin in added:
+        registry.unregister(plugin)

@@ -14,7 +14,7 @@ import torch
 import quantpatch as qp
 from quantpatch.errors import EntryError, PluginError, QuantPatchWarning, UnknownNameError
 from quantpatch.plugins import hookspecs
-from quantpatch.plugins.plugin import BUILTIN, discover
+from quantpatch.plugins.plugin import BUILTIN
 from quantpatch.plugins.registry import Registry
 from quantpatch.plugins.registry import registry as shared
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
@@ -378,39 +378,32 @@ class QuantTanh(quantpatch.QuantizedLayer, torch.nn.Tanh):
 """
 
 
-def test_a_class_that_cannot_be_pickled_is_refused_with_what_to_write(install) -> None:
+def test_a_class_that_cannot_be_pickled_is_refused_with_what_to_write(install, take_part) -> None:
     module = install("local", UNFIT.replace("REPLACEMENT", "make()"), "local-dist")
-    qp.registry._plugins |= {"local": discover()["local"]}
-    qp.registry._answers.clear()
-    try:
-        with (
-            pytest.raises(
-                EntryError,
-                match=rf"plugin 'local': entry torch.nn.Tanh.*{module}.make.<locals>.QuantTanh is not found "
-                r"under that name, .* pickled. Define the class at the top of a module, .*:QuantTanh'",
-            ),
-            qp.quantize_modules(),
-        ):
-            pass
-    finally:
-        qp.registry.unregister("local")
+    take_part("local")
+    with (
+        pytest.raises(
+            EntryError,
+            match=rf"plugin 'local': entry torch.nn.Tanh.*{module}.make.<locals>.QuantTanh is not found "
+            r"under that name, .* pickled. Define the class at the top of a module, .*:QuantTanh'",
+        ),
+        qp.quantize_modules(),
+    ):
+        pass
 
 
-def test_a_replacement_that_changes_torch_when_it_is_imported_is_refused(install, package) -> None:
+def test_a_replacement_that_changes_torch_when_it_is_imported_is_refused(install, take_part, package) -> None:
     layers = package(layers=PATCHING)
     install("late", UNFIT.replace("REPLACEMENT", repr(f"{layers}.layers:QuantTanh")), "late-dist")
-    qp.registry._plugins |= {"late": discover()["late"]}
-    try:
-        with (
-            pytest.raises(
-                EntryError,
-                match="plugin 'late': .*importing it changes PyTorch: .*Linear.shiny: nothing became 1",
-            ),
-            qp.quantize_modules(),
-        ):
-            pass
-    finally:
-        qp.registry.unregister("late")
+    take_part("late")
+    with (
+        pytest.raises(
+            EntryError,
+            match="plugin 'late': .*importing it changes PyTorch: .*Linear.shiny: nothing became 1",
+        ),
+        qp.quantize_modules(),
+    ):
+        pass
 
 
 def test_plugins_by_hand() -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-import quantpatch as qp
 from quantpatch import QuantizedLayer, explain, quantize_modules
 from quantpatch.cli.main import app
 from quantpatch.errors import (
@@ -21,7 +20,7 @@ from quantpatch.errors import (
     PluginError,
     UnknownNameError,
 )
-from quantpatch.plugins.plugin import BUILTIN, discover
+from quantpatch.plugins.plugin import BUILTIN
 
 HERE = sys.modules[__name__]
 
@@ -194,19 +193,16 @@ def test_a_module_that_fails_to_import_is_named(package):
         explain(f"{name}.layers.Thing")
 
 
-def test_a_plugin_that_fails_keeps_every_block_from_opening(install):
+def test_a_plugin_that_fails_keeps_every_block_from_opening(install, take_part):
     install("broken", "raise OSError('no disk')", "broken-dist", "0.3")
-    qp.registry._plugins |= {"broken": discover()["broken"]}
-    try:
-        with pytest.raises(PluginError):
-            built()
-        found = explain("Linear")
-        assert (found.state, found.ways) == ("error", ("QUANTPATCH_BLOCK=broken switches it off",))
-        assert found.because == "no block opens as long as plugin 'broken' fails"
-        assert found.claims[0].distribution == "broken-dist 0.3"
-        assert "no disk" in found.claims[0].reason
-    finally:
-        qp.registry.unregister("broken")
+    take_part("broken")
+    with pytest.raises(PluginError):
+        built()
+    found = explain("Linear")
+    assert (found.state, found.ways) == ("error", ("QUANTPATCH_BLOCK=broken switches it off",))
+    assert found.because == "no block opens as long as plugin 'broken' fails"
+    assert found.claims[0].distribution == "broken-dist 0.3"
+    assert "no disk" in found.claims[0].reason
 
 
 def test_a_replacement_that_cannot_be_used_is_an_error_here_too(plugin):

@@ -127,7 +127,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """Remembers which test has left a block open, for ``torch_untouched`` of a later one to name it."""
     result = yield
     if "quantpatch.interception.block" in sys.modules:
-        from quantpatch.testing.untouched import open_here
+        from quantpatch.interception.block import open_here
 
         known = [block for block, _ in _left_open]
         _left_open.extend(
@@ -140,7 +140,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """What is open before a test's own code runs belongs to its fixtures, and may serve others as well."""
     if "quantpatch.interception.block" in sys.modules:
-        from quantpatch.testing.untouched import open_here
+        from quantpatch.interception.block import open_here
 
         _of_fixtures[:] = open_here()
     return (yield)
@@ -161,8 +161,9 @@ def torch_untouched() -> Iterator[None]:
     names that test.
     """
     from quantpatch.errors import QuantPatchWarning
+    from quantpatch.interception.block import open_here
     from quantpatch.interception.torch_state import Snapshot
-    from quantpatch.testing.untouched import close_blocks, import_hooks, open_here, warm_up
+    from quantpatch.testing.untouched import close_blocks, import_hooks, warm_up
 
     global _snapshot
     for block, test in _left_open:

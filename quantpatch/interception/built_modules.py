@@ -9,7 +9,7 @@ import weakref
 
 from torch import nn
 
-from quantpatch.interception import hooks
+from quantpatch.interception.slots import lock
 
 
 class Built:
@@ -25,13 +25,13 @@ class Built:
 
     def add(self, module: nn.Module) -> None:
         """Notes a module."""
-        with hooks.lock:
+        with lock:
             self._modules[self.count] = module
             self.count += 1
 
     def roots(self) -> list[nn.Module]:
         """Those that no other one contains."""
-        with hooks.lock:
+        with lock:
             modules = [module for _, module in sorted(self._modules.items())]
         inside: set[int] = set()
         for module in modules:

@@ -20,19 +20,10 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from quantpatch.interception import block as blocks
-from quantpatch.interception.block import (
-    Block,
-    current,
-    current_in_context,
-    is_being_replaced,
-    is_within,
-    within,
-)
+from quantpatch.interception.block import current, is_within, within
 from quantpatch.interception.fitness import check_class
 from quantpatch.interception.hooked_init import HookedInit, as_function
 from quantpatch.interception.slots import MISSING, HookedAttribute, lock
-
-__all__ = ["Block", "Slot", "current", "current_in_context", "is_being_replaced", "lock"]
 
 Hook = Callable[..., Any]
 

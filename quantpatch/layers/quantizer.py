@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from quantpatch.calibrators import Calibrator, warn_of_negatives
 from quantpatch.errors import ArgumentTypeError, CalibrationError, ExportError, RangeError
 from quantpatch.layers.lowering import lowering
-from quantpatch.layers.range_state import ZERO_POINT_KEY, HeldRange
+from quantpatch.layers.range_state import HeldRange
+from quantpatch.layers.range_tensor import ZERO_POINT_KEY
 from quantpatch.numerics.fake_quant import check_operand, fake_quantize, what_is_odd_about
 from quantpatch.numerics.formats import Integer
 from quantpatch.numerics.modes import is_traced
@@ -32,15 +33,6 @@ from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools.fast_paths import refuse_fast_paths
 from quantpatch.torch_tools.fx import leaf_in_fx
 from quantpatch.torch_tools.module_path import place_in_running_model
-
-__all__ = [
-    "PARALLELIZE_FIRST",
-    "TensorQuantizer",
-    "copied",
-    "in_float",
-    "named_quantizers",
-    "outside_of",
-]
 
 T = TypeVar("T")
 

@@ -26,8 +26,6 @@ from quantpatch.numerics.zero_point import check_zero_point
 from quantpatch.torch_tools.module_path import place_in_running_model
 from quantpatch.torch_tools.sharded import beside, is_in_checkpoint, is_replicated, local_part
 
-__all__ = ["RANGE_KEY", "ZERO_POINT_KEY", "HeldRange"]
-
 
 class HeldRange(RangeTensor):
     """The part of a quantizer that holds its range and its zero point."""

@@ -30,8 +30,6 @@ from quantpatch.numerics.modes import is_readable
 from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools.sharded import beside, is_in_checkpoint, is_sharded, local_part
 
-__all__ = ["RANGE_KEY", "ZERO_POINT_KEY", "RangeTensor", "fits", "outside_inference_mode"]
-
 #: Name of the range in a quantizer's state.
 RANGE_KEY = "_amax"
 #: Name of the zero point beside it, where the integers are unsigned.

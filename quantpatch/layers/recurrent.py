@@ -54,6 +54,7 @@ class QuantizedRecurrent(QuantizedLayer):
     training: bool
 
     def weight_axes(self) -> Mapping[str, Axis]:
+        """Those of every layer and direction."""
         return {name: 0 for name in self._flat_weights_names if name.startswith("weight")}
 
     def descriptors(self, recipe: Recipe) -> Iterable[tuple[str, QuantDescriptor]]:
@@ -114,6 +115,7 @@ class QuantizedRecurrent(QuantizedLayer):
         return self.quantize_output(output)
 
     def quantize_output(self, output: Any) -> Any:
+        """The sequence, quantized; the states at its end stay as they are."""
         return (self._quantize_sequence("output", output[0]), output[1])
 
     def _quantize_sequence(self, operand: str, sequence: Any) -> Any:

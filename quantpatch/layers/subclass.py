@@ -19,7 +19,7 @@ from typing import Any
 import attrs
 
 from quantpatch.errors import LayerError
-from quantpatch.interception import hooks
+from quantpatch.interception.slots import lock
 from quantpatch.layers.base import QuantizedLayer, make_replacement
 from quantpatch.layers.stand_ins import is_stand_in
 from quantpatch.recipes.descriptor import Recipe
@@ -120,7 +120,7 @@ def take_over(layer: Any, replacement: type[QuantizedLayer], recipe: Recipe) -> 
 
 
 def _combined_now(replacement: type[QuantizedLayer], subclass: type[Any]) -> type[QuantizedLayer]:
-    with hooks.lock:
+    with lock:
         known = _combined.get((replacement, subclass))
         if known is None:
             members = {

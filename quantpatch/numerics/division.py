@@ -13,8 +13,6 @@ import ctypes
 import torch
 from torch import Tensor
 
-__all__ = ["float32", "quotient"]
-
 
 def quotient(a: Tensor, b: Tensor | float) -> Tensor:
     """``a / b`` of float32, rounded once, to nearest, ties to even."""

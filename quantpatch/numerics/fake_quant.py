@@ -33,16 +33,6 @@ from quantpatch.numerics.qparams import QParams
 from quantpatch.numerics.zero_point import check_zero_point, magnitudes, upper_end
 from quantpatch.torch_tools.sharded import beside
 
-__all__ = [
-    "check_operand",
-    "dequantize",
-    "fake_quantize",
-    "own_range",
-    "quantize",
-    "reduce_amax",
-    "what_is_odd_about",
-]
-
 #: The axes that are kept, each index along them with a range of its own.
 Axis = int | tuple[int, ...] | None
 ZeroPoint = Tensor | int | None

@@ -23,16 +23,6 @@ from torch import Tensor
 from quantpatch.errors import ArgumentError, ArgumentTypeError
 from quantpatch.numerics.division import quotient
 
-__all__ = [
-    "BUILTIN_FORMATS",
-    "Blocked",
-    "Float",
-    "Integer",
-    "NumberFormat",
-    "OnnxCodes",
-    "element_of",
-]
-
 ScaleKind = Literal["float32", "e8m0", "e4m3"]
 
 

@@ -20,8 +20,6 @@ from quantpatch.numerics.formats import NumberFormat
 from quantpatch.numerics.modes import is_plain_gradient
 from quantpatch.numerics.qparams import QParams
 
-__all__ = ["round_trip"]
-
 
 def round_trip(x: Tensor, q: QParams, batch_axis: int | None = None) -> Tensor:
     """``x`` to the grid and back, with its gradient.

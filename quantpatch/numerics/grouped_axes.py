@@ -14,8 +14,6 @@ from torch import Tensor
 
 from quantpatch.errors import RangeError
 
-__all__ = ["GroupedAxes"]
-
 
 class GroupedAxes(tuple[int, ...]):
     """The axes ``(0, 1)``, of which the first is made of groups that share ranges.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["is_compiled", "is_in_memory", "is_jit_traced", "is_plain_gradient", "is_readable", "is_traced"]
-
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # came with torch 2.7
 
 # Modes that make tensors up or write operations down. Others, such as FlopCounterMode, see real values go

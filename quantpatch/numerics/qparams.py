@@ -10,8 +10,6 @@ from torch import Tensor
 from quantpatch.numerics.division import quotient
 from quantpatch.numerics.formats import NumberFormat, element_of
 
-__all__ = ["QParams"]
-
 
 class QParams(NamedTuple):
     """The parameters of quantization of a tensor ``x``.

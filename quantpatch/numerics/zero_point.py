@@ -18,16 +18,6 @@ from quantpatch.numerics.division import float32, quotient
 from quantpatch.numerics.formats import Integer, NumberFormat
 from quantpatch.numerics.qparams import QParams
 
-__all__ = [
-    "bottom",
-    "check_given",
-    "check_zero_point",
-    "fitted_zero_point",
-    "magnitudes",
-    "of_longer_side",
-    "upper_end",
-]
-
 
 def check_zero_point(zero_point: Any, format: NumberFormat) -> None:
     """Checks that a format has such a zero point.

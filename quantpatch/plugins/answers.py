@@ -15,7 +15,7 @@ import attrs
 import pluggy
 
 from quantpatch.errors import EntryError, PluginError, listed
-from quantpatch.interception.hooks import lock
+from quantpatch.interception.slots import lock
 from quantpatch.plugins.entry import Entry, EntryLike
 from quantpatch.plugins.example import Example
 from quantpatch.plugins.plugin import Plugin

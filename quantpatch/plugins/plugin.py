@@ -16,7 +16,7 @@ from typing import Any
 import pluggy
 
 from quantpatch.errors import PluginError, listed, shown, warn_caller
-from quantpatch.interception.hooks import lock
+from quantpatch.interception.slots import lock
 from quantpatch.interception.torch_state import Trace, protected
 from quantpatch.plugins import hookspecs
 from quantpatch.torch_tools import debug_trace

@@ -17,7 +17,7 @@ import pluggy
 
 from quantpatch.calibrators import Calibrator
 from quantpatch.errors import PluginError, QuantPatchWarning, UnknownNameError, near_misses
-from quantpatch.interception.hooks import lock
+from quantpatch.interception.slots import lock
 from quantpatch.numerics.formats import NumberFormat
 from quantpatch.plugins import hookspecs
 from quantpatch.plugins.answers import advice_of, entries_of, examples_of, names_of

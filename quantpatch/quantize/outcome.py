@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from quantpatch.interception import hooks
+from quantpatch.interception.slots import lock
 from quantpatch.plugins.entry import Entry
 from quantpatch.quantize.reasons import Reason
 from quantpatch.quantize.resolve import Decision
@@ -62,7 +62,7 @@ class Outcome:
 
     def count(self, decision: Decision) -> None:
         """Counts one object that came out as was decided."""
-        with hooks.lock:
+        with lock:
             count = self._counts[decision] = self._counts.get(decision, 0) + 1
         if count == 1 and debug_trace.is_on():
             debug_trace.say(f"  {decision}")
@@ -86,5 +86,5 @@ class Outcome:
         )
 
     def _items(self) -> list[tuple[Decision, int]]:
-        with hooks.lock:
+        with lock:
             return list(self._counts.items())

@@ -12,11 +12,12 @@ import attrs
 from torch import nn
 
 from quantpatch.errors import ArgumentError, EntryError, QuantPatchWarning, warn_caller
-from quantpatch.interception import hooks
+from quantpatch.interception.block import Block, is_being_replaced
 from quantpatch.interception.built_modules import Built
 from quantpatch.interception.construction import when_constructed
-from quantpatch.interception.hooks import Block, Slot
+from quantpatch.interception.hooks import Slot
 from quantpatch.interception.import_watch import ImportWatch
+from quantpatch.interception.slots import lock
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.subclass import own_ways, take_over
 from quantpatch.quantize.configure import apply_rules
@@ -134,7 +135,7 @@ class QuantizingBlock(Block):
                 decision = attrs.evolve(decision, reason=BuiltDirectly(obstacle))
 
         def late(thing: Any) -> None:
-            if slot is not None and hooks.is_being_replaced(slot):
+            if slot is not None and is_being_replaced(slot):
                 return
             if decision.reason is not None:
                 self.outcome.count(decision)
@@ -156,7 +157,7 @@ class QuantizingBlock(Block):
 
         The replacement is imported at its first use: at this moment its own imports may be half done.
         """
-        with hooks.lock:
+        with lock:
             decisions = {key: found for key, found in self.table.items() if key != instead_of}
             decisions[slot] = attrs.evolve(decision, target=slot.target, replacement=None)
             self._use(self.table.with_all(decisions.items()))

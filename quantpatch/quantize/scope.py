@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantpatch.errors import ArgumentTypeError, BlockError, warn_caller
-from quantpatch.interception import hooks
+from quantpatch.interception.block import current, current_in_context
 from quantpatch.interception.built_modules import Built
+from quantpatch.interception.slots import lock
 from quantpatch.interception.statements import Exit, Statement
 from quantpatch.plugins.entry import EntryLike
 from quantpatch.plugins.registry import registry
@@ -44,7 +45,7 @@ class Scope:
     # --- opening and closing -------------------------------------------------------------------
 
     def _new_block(self) -> QuantizingBlock:
-        around: Any = hooks.current()
+        around: Any = current()
         options = self._options
         if options.recipe is None and around is not None:
             # What is built in here belongs to the models of the block whose recipe it is.
@@ -69,7 +70,7 @@ class Scope:
         try:
             block.install()
             if not statement.is_real:
-                with hooks.lock:
+                with lock:
                     self._blocks.append(block)
             block.enter()
         except BaseException:
@@ -98,9 +99,9 @@ class Scope:
 
         What is closed in another context than it was opened in, is the one opened last.
         """
-        with hooks.lock:
+        with lock:
             opened = [block for block in self._blocks if not block.closed]
-        block: Any = hooks.current_in_context()
+        block: Any = current_in_context()
         while block is not None:
             if not block.closed and block in opened:
                 found: QuantizingBlock = block
@@ -113,7 +114,7 @@ class Scope:
     def _close(self, block: QuantizingBlock, *, failed: bool) -> None:
         displaced = sorted(map(block.name_of, block.close()))
         if self._blocks:
-            with hooks.lock:  # with those whose closing was interrupted
+            with lock:  # with those whose closing was interrupted
                 self._blocks = [other for other in self._blocks if not other.closed]
         if failed:  # nothing gets in the way of an exception of the body
             return

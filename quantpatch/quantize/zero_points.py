@@ -23,15 +23,6 @@ from quantpatch.torch_tools.distributed import Ranks
 from quantpatch.torch_tools.forward import demand_model, evaluating, run_over
 from quantpatch.torch_tools.sharded import whole
 
-__all__ = [
-    "ends_on_all",
-    "fit_zero_points",
-    "fitted",
-    "to_fit",
-    "watching_ends",
-    "without_those_found",
-]
-
 #: Of a range that is symmetric but for the noise of a few batches nothing is to be had.
 LEAST_GAIN = 1.1
 

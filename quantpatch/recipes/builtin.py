@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from quantpatch.interception import hooks
+from quantpatch.interception.block import current
 from quantpatch.recipes.descriptor import CHANNEL, REDUCTION, QuantDescriptor, Recipe
 
 _WEIGHT8 = QuantDescriptor(axis=CHANNEL, narrow_range=True)
@@ -67,5 +67,5 @@ BUILTIN_RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 def active_recipe() -> Recipe:
     """The recipe of the block in force here; ``int8`` outside any block."""
-    block: Any = hooks.current()
+    block: Any = current()
     return DEFAULT_RECIPE if block is None else block.recipe

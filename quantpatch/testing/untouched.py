@@ -11,8 +11,6 @@ import torch.onnx
 
 from quantpatch.interception.block import Block, open_here
 
-__all__ = ["close_blocks", "import_hooks", "open_here", "warm_up"]
-
 
 def warm_up() -> None:
     """Has torch do what it does by itself, for good, when something is first compiled."""

@@ -10,7 +10,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from quantpatch.interception.hooks import Block, Slot, current
+from quantpatch.interception.block import Block, current
+from quantpatch.interception.hooks import Slot
 
 
 class ByTable(Block):

@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.interception.hooks import lock
+from quantpatch.interception.slots import lock
 
 ENTRY = ("not_imported_by_anybody", "Thing", "not_imported_by_anybody:QuantThing")
 

@@ -28,7 +28,6 @@ def test_each_has_the_functions_of_the_interface() -> None:
     wanted = [name for name in vars(Backend) if not name.startswith("_")]
     assert len(wanted) == 6
     for backend in (eager, inductor, numba, triton):
-        assert set(wanted) <= set(backend.__all__)
         assert all(callable(getattr(backend, name)) for name in wanted)
 
 

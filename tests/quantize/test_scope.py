@@ -736,7 +736,7 @@ def test_fork_while_another_thread_holds_the_lock() -> None:
 import os, threading, time, warnings
 warnings.simplefilter("ignore")  # newer Pythons warn of forking with threads
 import quantpatch as qp
-from quantpatch.interception.hooks import lock
+from quantpatch.interception.slots import lock
 from torch import nn
 held = threading.Event()
 def hold():

@@ -22,7 +22,7 @@ from quantpatch.export.checkpoint.saved import Description, Layer
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.placed import can_hold, placed_in, quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer
-from quantpatch.layers.range_state import RANGE_KEY, ZERO_POINT_KEY
+from quantpatch.layers.range_tensor import RANGE_KEY, ZERO_POINT_KEY
 from quantpatch.layers.subclass import combine, replacement_of
 from quantpatch.numerics.zero_point import check_zero_point
 from quantpatch.recipes.descriptor import EVERY_OPERAND

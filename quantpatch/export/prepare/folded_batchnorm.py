@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.layers.range_state import RANGE_KEY
+from quantpatch.layers.range_tensor import RANGE_KEY
 from quantpatch.torch_tools import nn
 
 #: The axis of the output channels of each layer's weight.

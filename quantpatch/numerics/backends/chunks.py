@@ -9,8 +9,6 @@ from torch import Tensor
 
 from quantpatch.numerics.kernels.scale_layout import memory_order
 
-__all__ = ["chunked"]
-
 
 def chunked(size: int, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cuts tensors along the slowest axes of the first.

@@ -20,8 +20,6 @@ from quantpatch.numerics.backends.chunks import chunked
 from quantpatch.numerics.kernels.scale_layout import memory_order
 from quantpatch.numerics.zero_point import bottom
 
-__all__ = ["NOTHING", "ClipMask", "find_clipped", "is_clipped"]
-
 # Elements in a row whose extremes are sought; of shorter ones that takes longer than to look at each.
 _SHORTEST_ROW = 16
 # Elements at a time: those whose extremes are sought stay in a CPU's shared cache, those that bytes are made

@@ -21,8 +21,6 @@ from quantpatch.numerics.division import float32
 from quantpatch.numerics.formats import Blocked, Integer
 from quantpatch.numerics.qparams import QParams
 
-__all__ = ["amax", "lsq_gradients", "round_and_mask", "round_trip", "serves", "zero_clipped"]
-
 Range = Tensor | float
 
 # Elements worked on at a time: 4 MiB of float32, which stay in the cache from one operation to the next.

@@ -25,16 +25,6 @@ from quantpatch.numerics.modes import is_compiled
 from quantpatch.numerics.qparams import QParams
 from quantpatch.torch_tools.sharded import is_sharded
 
-__all__ = [
-    "amax",
-    "is_clipped_by",
-    "lsq_gradients",
-    "round_and_mask",
-    "round_trip",
-    "serves",
-    "zero_clipped",
-]
-
 
 def serves(x: Tensor, q: QParams | None = None) -> bool:
     """See :class:`quantpatch.numerics.backends.Backend`, like the rest."""

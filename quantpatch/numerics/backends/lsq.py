@@ -11,8 +11,6 @@ from quantpatch.numerics.backends.scales import block_views, divisor, spread
 from quantpatch.numerics.division import quotient
 from quantpatch.numerics.qparams import QParams
 
-__all__ = ["divided_by", "lsq_gradients_of_whole", "lsq_slopes"]
-
 
 def lsq_gradients_of_whole(
     grad: Tensor, x: Tensor, q: QParams, batch_axis: int | None

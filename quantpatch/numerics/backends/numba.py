@@ -28,16 +28,6 @@ from quantpatch.numerics.kernels.scale_layout import ScaleLayout, flat, memory_o
 from quantpatch.numerics.kernels.threads import for_parts, in_steps
 from quantpatch.numerics.qparams import QParams
 
-__all__ = [
-    "amax",
-    "count",
-    "lsq_gradients",
-    "round_and_mask",
-    "round_trip",
-    "serves",
-    "zero_clipped",
-]
-
 Kernels: TypeAlias = dict[str, Callable[..., Any]]
 Grid: TypeAlias = tuple[float, float, int, int]
 

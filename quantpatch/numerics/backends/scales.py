@@ -7,8 +7,6 @@ from torch import Tensor
 
 from quantpatch.numerics.formats import Integer, NumberFormat
 
-__all__ = ["block_views", "divisor", "rescale_", "spread"]
-
 _ZERO = torch.zeros((), device="cpu")
 
 

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from quantpatch.numerics.backends.clip_mask import ClipMask
-from quantpatch.numerics.backends.inductor import amax, lsq_gradients
+from quantpatch.numerics.backends.inductor import amax as amax
+from quantpatch.numerics.backends.inductor import lsq_gradients as lsq_gradients
 from quantpatch.numerics.formats import Float, Integer
 from quantpatch.numerics.qparams import QParams
-
-__all__ = ["amax", "lsq_gradients", "round_and_mask", "round_trip", "serves", "zero_clipped"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -22,8 +22,6 @@ from torch import Tensor
 from quantpatch.numerics.formats import Float
 from quantpatch.numerics.qparams import QParams
 
-__all__ = ["launch", "round_trip_kernel"]
-
 _BLOCK = 1024
 # Fewer elements in a row with one scale are not worth a program of their own.
 _LONG_ROW = 256

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["like"]
-
 _SMALLEST = 2**20  # bytes; the allocator keeps smaller ones itself
 
 _of_parameter: MutableMapping[Tensor, torch.UntypedStorage] = WeakIdKeyDictionary()

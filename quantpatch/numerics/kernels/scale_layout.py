@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["OrderedScales", "ScaleLayout", "flat", "memory_order", "ordered_scales"]
-
 
 class ScaleLayout(NamedTuple):
     """Which of the scales is that of which element of a tensor's memory.

@@ -9,8 +9,6 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["for_parts", "in_steps"]
-
 T = TypeVar("T")
 
 _SMALLEST = 2**17  # elements that are worth a thread

@@ -18,8 +18,6 @@ from quantpatch.numerics.kernels.source.compilation import (
 from quantpatch.numerics.kernels.source.elements import TILE, bottom, load
 from quantpatch.numerics.kernels.source.scale_layout import end_of_scale, next_row, scale_of
 
-__all__: list[str] = []
-
 
 @jit
 def _note(x, notes, low, high):

@@ -11,21 +11,6 @@ from typing import Any
 
 from numba import cfunc, njit, types  # type: ignore[attr-defined,unused-ignore]
 
-__all__ = [
-    "BITS",
-    "DOUBLES",
-    "DTYPES",
-    "ELEMENTS",
-    "FLOAT",
-    "FLOATS",
-    "INTS",
-    "KERNELS",
-    "LONG",
-    "LONGS",
-    "inlined",
-]
-__all__ += ["jit", "kernel", "register"]
-
 jit = njit(error_model="numpy", nogil=True)
 inlined = njit(error_model="numpy", nogil=True, forceinline=True)  # where a call costs as much as the work
 

@@ -12,19 +12,6 @@ from numba.extending import overload
 
 from quantpatch.numerics.kernels.source.compilation import jit
 
-__all__ = [
-    "TILE",
-    "ZERO",
-    "bottom",
-    "from_bits",
-    "load",
-    "magnitude",
-    "quotient",
-    "store",
-    "to_grid_and_back",
-]
-__all__ += ["to_grid"]
-
 ZERO = np.float32(0.0)
 _TINY = np.float32(1.1754943508222875e-38)  # stands in for a scale of 0, see rounding.scales.divisor
 # Elements at a time, noted in a core's own cache before eight marks become a byte, or bins a count.

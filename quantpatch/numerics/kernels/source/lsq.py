@@ -29,8 +29,6 @@ from quantpatch.numerics.kernels.source.scale_layout import (
     scale_of,
 )
 
-__all__: list[str] = []
-
 
 @inlined
 def _element(x, grad, out, i, scale, grid):

@@ -27,8 +27,6 @@ from quantpatch.numerics.kernels.source.scale_layout import (
     scale_of,
 )
 
-__all__: list[str] = []
-
 
 @jit
 def _peak(x):

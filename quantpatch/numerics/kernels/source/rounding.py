@@ -26,8 +26,6 @@ from quantpatch.numerics.kernels.source.scale_layout import (
     scale_of,
 )
 
-__all__: list[str] = []
-
 
 @jit
 def _one_scale(x, out, scale, low, high, grid):

@@ -8,8 +8,6 @@ from __future__ import annotations
 from quantpatch.numerics.kernels.source.compilation import jit
 from quantpatch.numerics.kernels.source.elements import TILE
 
-__all__ = ["after", "end_of_scale", "halves", "is_short", "next_block", "next_half", "next_row", "scale_of"]
-
 
 @jit
 def end_of_scale(i, stop, length, block):

@@ -19,7 +19,7 @@ from quantpatch.export import (
 )
 from quantpatch.layers import QuantizedLayer
 from quantpatch.layers.quantizer import TensorQuantizer
-from quantpatch.plugins import Entry, Example, hookimpl
+from quantpatch.plugins import Entry, Example, Runtime, hookimpl
 from quantpatch.plugins.registry import recipe, registry
 from quantpatch.quantize import (
     calibrate,
@@ -46,6 +46,7 @@ __all__ = [
     "QuantPatchWarning",
     "QuantizedLayer",
     "Recipe",
+    "Runtime",
     "TensorQuantizer",
     "audit",
     "calibrate",

@@ -1,4 +1,4 @@
-"""The built-in plugin: quantpatch's own layers, recipes, formats and calibrators, by the public hooks."""
+"""The built-in plugin: quantpatch's own layers, recipes, formats, calibrators and runtimes, by the hooks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from quantpatch.numerics.formats import BUILTIN_FORMATS, NumberFormat
 from quantpatch.plugins.entry import Entry
 from quantpatch.plugins.example import Example
 from quantpatch.plugins.hookspecs import API_VERSION, hookimpl
+from quantpatch.plugins.runtime import Runtime
 from quantpatch.recipes.builtin import BUILTIN_RECIPES
 from quantpatch.recipes.descriptor import Recipe
 
@@ -47,6 +48,24 @@ ON_REQUEST = frozenset(
     if "Max" in name or family == "embedding"
 )
 
+RUNTIMES = {
+    "onnxruntime": Runtime(
+        placement=("slow_float", "convolutions", "joins"),
+        signed_as_uint8=True,
+        passes="quantpatch.export.onnx.fast_kernels:for_onnxruntime",
+        is_onnxruntime=True,
+    ),
+    "tensorrt": Runtime(
+        fold_batchnorm=False,  # it does that itself, and its documentation asks not to do it before
+        placement="skips",
+        unsigned=False,
+        zero_points=False,
+        transposed_axis=0,
+        weight_pairs=True,
+        refuses="quantpatch.export.onnx.tensorrt:why_refused",
+    ),
+}
+
 
 @hookimpl
 def quantpatch_entries() -> Iterable[Entry]:
@@ -84,3 +103,9 @@ def quantpatch_formats() -> Mapping[str, NumberFormat]:
 def quantpatch_calibrators() -> Mapping[str, type[Calibrator]]:
     """The calibrators of ``quantpatch.calibrators``."""
     return BUILTIN_CALIBRATORS
+
+
+@hookimpl
+def quantpatch_runtimes() -> Mapping[str, Runtime]:
+    """ONNX Runtime and TensorRT."""
+    return RUNTIMES

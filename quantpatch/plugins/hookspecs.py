@@ -3,8 +3,8 @@
 A plugin is a module (or any object) with functions marked ``@quantpatch.hookimpl``, named in its
 distribution's entry-point group ``quantpatch``; the entry point's name is the plugin's name. It states
 the versions of the plugin API it works with, ``quantpatch_api = (oldest, newest)``. Hooks return values
-and change nothing. quantpatch's own layers, recipes, formats and calibrators come in
-through these same hooks, from the plugin ``quantpatch.builtin``.
+and change nothing. quantpatch's own layers, recipes, formats, calibrators and runtimes
+come in through these same hooks, from the plugin ``quantpatch.builtin``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from quantpatch.numerics.formats import NumberFormat
     from quantpatch.plugins.entry import EntryLike
     from quantpatch.plugins.example import Example
+    from quantpatch.plugins.runtime import Runtime
     from quantpatch.recipes.descriptor import Recipe
 
 __all__ = [
@@ -31,13 +32,14 @@ __all__ = [
     "quantpatch_examples",
     "quantpatch_formats",
     "quantpatch_recipes",
+    "quantpatch_runtimes",
 ]
 
 PROJECT = "quantpatch"
 
 #: Version of the plugin API: of the hooks below, and of what plugins build on (``QuantizedLayer``, ``Entry``,
-#: ``Recipe``, ``NumberFormat``, ``Calibrator``). It rises when a plugin written for the version before may
-#: no longer work; a new hook alone does not raise it.
+#: ``Recipe``, ``NumberFormat``, ``Calibrator``, ``Runtime``). It rises when a plugin written for the version
+#: before may no longer work; a new hook alone does not raise it.
 API_VERSION = 1
 
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -143,6 +145,23 @@ def quantpatch_calibrators() -> Mapping[str, type[Calibrator]]:
     Returns:
         Subclass of ``quantpatch.calibrators.Calibrator`` by name. A name that another plugin uses
         already is an error that names both.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def quantpatch_runtimes() -> Mapping[str, Runtime]:
+    """Runtimes that users can prepare and export a model for by name: ``prepare(model, x, runtime="name")``.
+
+    Called once, when a runtime is first looked up::
+
+        @quantpatch.hookimpl
+        def quantpatch_runtimes():
+            npu = quantpatch.Runtime(zero_points=False, refuses="quantpatch_mylib.npu:why_refused")
+            return {"npu": npu}
+
+    Returns:
+        Runtime by name. A name that another plugin uses already is an error that names both.
     """
     raise NotImplementedError
 

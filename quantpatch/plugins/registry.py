@@ -25,6 +25,7 @@ from quantpatch.plugins.entry import Entry
 from quantpatch.plugins.environment import ALLOW_VARIABLE, Environment
 from quantpatch.plugins.example import Example
 from quantpatch.plugins.plugin import BLOCK_VARIABLE, BUILTIN, Plugin, discover
+from quantpatch.plugins.runtime import Runtime
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 
 T = TypeVar("T")
@@ -291,6 +292,18 @@ class Registry:
         except (KeyError, TypeError):
             raise UnknownNameError.of("calibrator", name, calibrators) from None
 
+    def runtime(self, name: str) -> Runtime:
+        """The runtime of a name.
+
+        Raises:
+            UnknownNameError: There is no such runtime.
+        """
+        runtimes: dict[str, Runtime] = self.named("quantpatch_runtimes", Runtime)
+        try:
+            return attrs.evolve(runtimes[name], name=name)
+        except (KeyError, TypeError):
+            raise UnknownNameError.of("runtime", name, runtimes) from None
+
     def plugins(self) -> list[PluginInfo]:
         """Every plugin that is installed or registered, with its state. Blocked ones are not imported."""
         environment = Environment.read()
@@ -317,9 +330,9 @@ class Registry:
 
 def _indispensable(what: str) -> PluginError:
     return PluginError(
-        f"the plugin {BUILTIN!r} {what}: recipes, formats and calibrators come from it, besides the layers "
-        f"of torch.nn. To leave such layers float, write quantize_modules(skip=['torch.nn.*']), or build "
-        f"them in keep_float(); to use no other plugin, write plugins=[]",
+        f"the plugin {BUILTIN!r} {what}: recipes, formats, calibrators and runtimes come from it, besides "
+        f"the layers of torch.nn. To leave such layers float, write quantize_modules(skip=['torch.nn.*']), "
+        f"or build them in keep_float(); to use no other plugin, write plugins=[]",
         plugin=BUILTIN,
     )
 

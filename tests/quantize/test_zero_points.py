@@ -560,7 +560,7 @@ def test_a_model_of_zero_points_computes_the_same_integers_in_onnxruntime(bits: 
     if bits == 8:
         refused = tmp_path / "trt.onnx"
         with pytest.raises(
-            ExportError, match=r"its integers have the zero point \d+, and TensorRT's.*fit_zero_points"
+            ExportError, match=r"its integers have the zero point \d+, and those of tensorrt.*fit_zero_points"
         ) as e:
             qp.export_onnx(model, x, refused, runtime="tensorrt")
         assert set(found) <= set(e.value.quantizers)

@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 from quantpatch.errors import ExportError
 from quantpatch.export.onnx.operators import dequantize, quantize_dequantize, translations
 from quantpatch.export.onnx.recurrent_operators import kernels_as_operators, projecting, written_out
-from quantpatch.export.prepare.runtimes import ExportedQuantizer, codes_name
+from quantpatch.export.prepare.exported import ExportedQuantizer, codes_name
 from quantpatch.layers.lowering import Lowering, lowered
 from quantpatch.numerics.formats import Float
+from quantpatch.plugins.runtime import Runtime
 from quantpatch.torch_tools import nn
 
 
@@ -24,7 +25,7 @@ def captured(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     found: list[ExportedQuantizer],
-    runtime: str,
+    runtime: Runtime,
     opset: int,
     **options: Any,
 ) -> Any:
@@ -35,7 +36,7 @@ def captured(
         args: Its arguments.
         kwargs: Its keyword arguments.
         found: Its quantizers, which compute through operators that the exporter knows.
-        runtime: As in ``export_onnx``.
+        runtime: What will run the file.
         opset: The same.
         **options: What ``torch.onnx.export`` takes besides, ``dynamic_shapes`` among it.
 
@@ -70,7 +71,7 @@ def captured(
                 f"{type(model).__name__} cannot be traced for ONNX: {_innermost(error)}\n"
                 f"{_of_steps(model, options['dynamic_shapes'])}Try "
                 f"torch.onnx.export(model, ..., dynamo=True) on the float model first, which says more",
-                runtime=runtime,
+                runtime=runtime.name,
             ) from error
 
 
@@ -131,13 +132,13 @@ def _of_steps(model: nn.Module, dynamic_shapes: Any) -> str:
 # --- what quantizers compute through meanwhile: operators, of constants -------------------------
 
 
-def lowering_for(model: nn.Module, found: list[ExportedQuantizer], runtime: str) -> Lowering:
+def lowering_for(model: nn.Module, found: list[ExportedQuantizer], runtime: Runtime) -> Lowering:
     """What a model's layers compute through while the exporter traces it: operators that it knows.
 
     Args:
         model: The model.
         found: Its quantizers.
-        runtime: As in ``export_onnx``.
+        runtime: What will run the file.
     """
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {
         operand.quantizer: (_activation if operand.weight is None else _weight)(operand, runtime)
@@ -167,12 +168,12 @@ def _zero_point(operand: ExportedQuantizer, *, as_uint8: bool) -> Tensor:
     return torch.tensor(128, dtype=torch.uint8) if as_uint8 else torch.zeros((), dtype=torch.int8)
 
 
-def _activation(operand: ExportedQuantizer, runtime: str) -> Callable[[Tensor], Tensor]:
+def _activation(operand: ExportedQuantizer, runtime: Runtime) -> Callable[[Tensor], Tensor]:
     amax, axis = operand.amax, operand.axis
     assert amax is not None
     q = operand.quantizer.qparams
     scale = operand.joined(amax) / q.max()
-    zero = _zero_point(operand, as_uint8=runtime == "onnxruntime")
+    zero = _zero_point(operand, as_uint8=runtime.signed_as_uint8)
     bounds = None
     if operand.is_clipped or bool((scale == 0).any()):
         # The grid is smaller than what the type holds, down to nothing where the range is 0.
@@ -199,7 +200,7 @@ def _activation(operand: ExportedQuantizer, runtime: str) -> Callable[[Tensor], 
     return forward
 
 
-def _weight(operand: ExportedQuantizer, runtime: str) -> Callable[[Tensor], Tensor]:
+def _weight(operand: ExportedQuantizer, runtime: Runtime) -> Callable[[Tensor], Tensor]:
     format, element, axis = operand.format, operand.element, operand.axis
     codes, scale = (operand.joined(tensor) for tensor in operand.codes())
     dim = 0 if axis is None else axis % codes.dim()
@@ -218,7 +219,7 @@ def _weight(operand: ExportedQuantizer, runtime: str) -> Callable[[Tensor], Tens
     held = element.onnx
     four_bits = bool(blocks) and held is not None and held.type.endswith("INT4")
     name = codes_name(operand.name, 0)
-    if runtime == "tensorrt" and not blocks:
+    if runtime.weight_pairs and not blocks:
         values = dequantize(codes, scale, dim, 0, "")
         zero = _zero_point(operand, as_uint8=False).expand(scale.shape).clone()
 

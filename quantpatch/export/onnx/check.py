@@ -20,7 +20,7 @@ from quantpatch.export.onnx.comparison import Comparison, Latency
 from quantpatch.export.onnx.latency import measure
 from quantpatch.export.onnx.optimized_check import check_optimized
 from quantpatch.export.onnx.sessions import changed, session_options
-from quantpatch.export.prepare.runtimes import ExportedQuantizer, codes_name
+from quantpatch.export.prepare.exported import ExportedQuantizer, codes_name
 from quantpatch.layers.lowering import Lowering, lowered
 from quantpatch.numerics.fake_quant import fake_quantize, quantize
 from quantpatch.numerics.formats import Integer

@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from quantpatch.errors import ExportError, MissingExtraError, UnknownNameError, listed, warn_caller
+from quantpatch.errors import ExportError, MissingExtraError, listed, warn_caller
 from quantpatch.export.checkpoint.description import describe
 from quantpatch.export.onnx.comparison import ExportReport
-from quantpatch.export.prepare.runtimes import RUNTIMES, ExportedQuantizer, Runtime, operands, problems
+from quantpatch.export.onnx.limits import problems
+from quantpatch.export.prepare.exported import ExportedQuantizer, operands
+from quantpatch.plugins.registry import registry
+from quantpatch.plugins.runtime import Runtime
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.atomic_files import written_whole
 from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, telling, uncompiled
@@ -43,7 +46,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     kwargs: Mapping[str, Any] | None = None,
-    runtime: Runtime = "onnxruntime",
+    runtime: str = "onnxruntime",
     dynamic_shapes: Any = None,
     input_names: list[str] | None = None,
     output_names: list[str] | None = None,
@@ -64,7 +67,7 @@ def export_onnx(
         kwargs: Keyword arguments to run it on.
         runtime: What will run the file. ``"onnxruntime"``: weights are stored as integers, signed activations
             as uint8 with zero point 128, which are the same values. ``"tensorrt"``: signed INT8 with zero
-            point 0, weights as floats with a pair behind them.
+            point 0, weights as floats with a pair behind them. Or the name of a plugin's.
         dynamic_shapes: As ``torch.export.export`` takes it, such as ``({0: "batch"},)``.
         input_names: Names of the file's inputs.
         output_names: Names of the file's outputs.
@@ -86,6 +89,7 @@ def export_onnx(
         ExportError: The runtime cannot take some of the quantizers, the model cannot be traced, or the file
             does not run. Nothing was written.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+        UnknownNameError: There is no such runtime.
 
     Warns:
         QuantPatchWarning: The file is slower than it would be in float, with the layers that make it so.
@@ -103,23 +107,24 @@ def export_onnx(
     args, kwargs = _each_on_its_own(*arguments(args, kwargs))
     with _EXPORTING, _quiet(), evaluating(model), telling(progress) as tell:
         # While another thread traces, its tensors stand in for the parameters of a model that both export.
-        found = _checked_operands(model, runtime, opset)
+        target = registry.runtime(runtime)
+        found = _checked_operands(model, target, opset)
         tell(f"tracing {type(model).__name__}")
         named = {"input_names": input_names, "output_names": output_names}
-        program = captured(model, args, kwargs, found, runtime, opset, dynamic_shapes=dynamic_shapes, **named)
+        program = captured(model, args, kwargs, found, target, opset, dynamic_shapes=dynamic_shapes, **named)
         names = [operand.name for operand in found]
         program.model.ir_version = _ir_version(opset)
         with written_whole(path, companion=f"{path.name}.data") as folder:
             beside = None
-            is_measured = latency and check and found and runtime == "onnxruntime" and not has_bfloat16
+            is_measured = latency and check and found and target.is_onnxruntime and not has_bfloat16
             if is_measured and _weight_bytes(program.model) <= _LARGE // 4:
                 from quantpatch.export.onnx.latency import float_twin
 
                 beside = folder / f"{path.name}.float"
                 _write(float_twin(program.model, found), beside)
             tell("rewriting the graph")
-            tidy(program.model, runtime)
-            program.model.metadata_props.update(_metadata(model, runtime))
+            tidy(program.model, target)
+            program.model.metadata_props.update(_metadata(model, target))
             nodes = Counter(node.op_type for node in program.model.graph)
             size = _write(program.model, folder / path.name)
             del program
@@ -131,9 +136,9 @@ def export_onnx(
             if check:
                 from quantpatch.export.onnx.check import compare_with_torch
 
-                is_optimized = runtime == "onnxruntime"
+                optimized = target.is_onnxruntime
                 compared = compare_with_torch(
-                    model, args, kwargs, folder / path.name, found, optimized=is_optimized, float_path=beside
+                    model, args, kwargs, folder / path.name, found, optimized=optimized, float_path=beside
                 )
             if beside is not None:
                 beside.unlink()
@@ -199,24 +204,22 @@ def _ir_version(opset: int) -> int:
     return version
 
 
-def _checked_operands(model: nn.Module, runtime: str, opset: int) -> list[ExportedQuantizer]:
+def _checked_operands(model: nn.Module, runtime: Runtime, opset: int) -> list[ExportedQuantizer]:
     import onnx
 
     from quantpatch.export.onnx.recurrent_operators import demand_operators
 
-    if runtime not in RUNTIMES:
-        raise UnknownNameError.of("runtime", runtime, RUNTIMES)
     newest = onnx.defs.onnx_opset_version()
     if isinstance(opset, bool) or not isinstance(opset, int) or not 19 <= opset <= newest:
         raise ExportError(
             f"opset is a number from 19 to {newest} here, got {opset!r}; leave it out for {_OPSET}",
-            runtime=runtime,
+            runtime=runtime.name,
         )
     if isinstance(model, (nn.DataParallel, torch.jit.ScriptModule)):
         raise ExportError(
-            f"a {type(model).__name__} cannot be traced; export the module inside it", runtime=runtime
+            f"a {type(model).__name__} cannot be traced; export the module inside it", runtime=runtime.name
         )
-    demand_operators(model, runtime)
+    demand_operators(model, runtime.name)
     found = operands(model)
     if not found:
         warn_caller(
@@ -227,9 +230,9 @@ def _checked_operands(model: nn.Module, runtime: str, opset: int) -> list[Export
     if refused:
         lines = listed((f"{name}: {why}" for name, why in refused.items()), 12, "\n  ")
         raise ExportError(
-            f"{len(refused)} of {len(found)} quantizers cannot be exported for {runtime}:\n  {lines}",
+            f"{len(refused)} of {len(found)} quantizers cannot be exported for {runtime.name}:\n  {lines}",
             quantizers=tuple(refused),
-            runtime=runtime,
+            runtime=runtime.name,
         )
     return found
 
@@ -237,7 +240,7 @@ def _checked_operands(model: nn.Module, runtime: str, opset: int) -> list[Export
 # --- The file ---------------------------------------------------------------------------------------------
 
 
-def _metadata(model: nn.Module, runtime: str) -> dict[str, str]:
+def _metadata(model: nn.Module, runtime: Runtime) -> dict[str, str]:
     description = describe(model)
     recipe = {
         name: described["descriptor"]
@@ -246,7 +249,7 @@ def _metadata(model: nn.Module, runtime: str) -> dict[str, str]:
     }
     return {
         "quantpatch.version": description["quantpatch"],
-        "quantpatch.runtime": runtime,
+        "quantpatch.runtime": runtime.name,
         "quantpatch.recipe": json.dumps(recipe),
         "quantpatch.plugins": json.dumps(description["plugins"]),
     }

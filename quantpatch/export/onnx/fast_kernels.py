@@ -21,14 +21,17 @@ from quantpatch.export.onnx.weights import biases_as_integers, pack_four_bits, w
 _PACKS = 21
 
 
-def for_onnxruntime(graph: Any, opset: int) -> None:
+def for_onnxruntime(model: Any) -> None:
     """Runs the passes below.
 
+    With operators of an opset below 21 the file is written for runtimes before 1.23: they run convolutions on
+    integers only if biases are integers, and cast no 4 bits.
+
     Args:
-        graph: An ``onnx_ir.Graph``, tidied; changed in place.
-        opset: Version of its operators. Below 21 the file is written for runtimes before 1.23: they run
-            convolutions on integers only if biases are integers, and cast no 4 bits.
+        model: An ``onnx_ir.Model``, tidied; changed in place.
     """
+    graph = model.graph
+    _clip_apart_from_float8(graph)
     _split_constants(graph)
     _turn_weights(graph)
     _move_integers(graph)
@@ -36,10 +39,35 @@ def for_onnxruntime(graph: Any, opset: int) -> None:
     _keep_norms_apart(graph)
     convolutions_for_onnxruntime(graph)
     weights_for_onnxruntime(graph)
-    if opset < _PACKS:
+    if model.opset_imports[""] < _PACKS:
         biases_as_integers(graph)
     else:
         pack_four_bits(graph)
+
+
+def _clip_apart_from_float8(graph: Any) -> None:
+    """Relu and Clip become Max and Min, the same values, in a graph that quantizes to FP8.
+
+    ONNX Runtime's optimizations (1.32) take the zero point of FP8 for one of unsigned integers: they leave
+    out a Relu before it, and fail at a Clip.
+    """
+    quantizing = (node for node in graph if node.op_type == "QuantizeLinear" and len(node.inputs) > 2)
+    if not any(is_float8(node.inputs[2]) for node in quantizing):
+        return
+    for node in list(graph):
+        if node.op_type == "Relu":
+            kind = node.inputs[0].dtype
+            bounds = [("Max", constant(graph, f"zero.{kind.name.lower()}", np.zeros((), kind.numpy())))]
+        elif node.op_type == "Clip":
+            bounds = [(n, v) for n, v in zip(("Max", "Min"), node.inputs[1:], strict=False) if v is not None]
+        else:
+            continue
+        steps: list[Any] = []
+        for kind_of_step, bound in bounds:
+            x = steps[-1].outputs[0] if steps else node.inputs[0]
+            steps.append(ir.node(kind_of_step, [x, bound]))
+        if steps:
+            replaced(graph, node, steps)
 
 
 # --- Matrix products ----------------------------------------------------------------------------------------

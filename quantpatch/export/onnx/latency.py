@@ -19,7 +19,7 @@ from onnx_ir.passes import common
 from quantpatch.export.onnx.graph import constant_of, maker, store_four_bits
 from quantpatch.export.onnx.kernel_check import is_kernel
 from quantpatch.export.onnx.weights import fold_weight
-from quantpatch.export.prepare.runtimes import ExportedQuantizer
+from quantpatch.export.prepare.exported import ExportedQuantizer
 
 # Rounds to measure at most and at least, and after how many seconds no other one begins.
 _ROUNDS, _LEAST, _SECONDS = 21, 3, 0.5

@@ -16,7 +16,7 @@ from quantpatch.errors import ExportError
 from quantpatch.export.onnx.kernel_check import KernelCheck, check_kernels
 from quantpatch.export.onnx.latency import on_floats
 from quantpatch.export.onnx.sessions import session, session_options
-from quantpatch.export.prepare.runtimes import ExportedQuantizer
+from quantpatch.export.prepare.exported import ExportedQuantizer
 
 
 def _largest(x: Tensor) -> float:

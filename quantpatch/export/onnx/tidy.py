@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from quantpatch.export.onnx.fast_kernels import for_onnxruntime
-from quantpatch.export.onnx.graph import attributes_of, constant, is_float8, maker, replaced, store_four_bits
+from quantpatch.export.onnx.graph import attributes_of, maker, store_four_bits
+from quantpatch.plugins.runtime import Runtime
 
 
-def tidy(model: Any, runtime: str) -> None:
+def tidy(model: Any, runtime: Runtime) -> None:
     """Stores 4-bit codes as such, writes the graph as the runtime is fast at, shares duplicates.
 
     Args:
         model: An ``onnx_ir.Model``; changed in place.
-        runtime: As in ``export_onnx``.
+        runtime: What will run the file.
     """
     shared = ir.passes.Sequential(
         common.ClearMetadataAndDocStringPass(),  # stack traces, with the paths of the machine that exports
@@ -32,9 +31,7 @@ def tidy(model: Any, runtime: str) -> None:
     store_four_bits(model.graph)
     shared(model)
     _quantize_once(model.graph)
-    if runtime == "onnxruntime":
-        _clip_apart_from_float8(model.graph)
-        for_onnxruntime(model.graph, model.opset_imports[""])
+    runtime.call("passes", model)
     shared(model)
 
 
@@ -55,28 +52,3 @@ def _quantize_once(graph: Any) -> None:
             continue
         ir.convenience.replace_all_uses_with(second.outputs[0], first.outputs[0])
         graph.remove(second, safe=True)
-
-
-def _clip_apart_from_float8(graph: Any) -> None:
-    """Relu and Clip become Max and Min, the same values, in a graph that quantizes to FP8.
-
-    ONNX Runtime's optimizations (1.32) take the zero point of FP8 for one of unsigned integers: they leave
-    out a Relu before it, and fail at a Clip.
-    """
-    quantizing = (node for node in graph if node.op_type == "QuantizeLinear" and len(node.inputs) > 2)
-    if not any(is_float8(node.inputs[2]) for node in quantizing):
-        return
-    for node in list(graph):
-        if node.op_type == "Relu":
-            kind = node.inputs[0].dtype
-            bounds = [("Max", constant(graph, f"zero.{kind.name.lower()}", np.zeros((), kind.numpy())))]
-        elif node.op_type == "Clip":
-            bounds = [(n, v) for n, v in zip(("Max", "Min"), node.inputs[1:], strict=False) if v is not None]
-        else:
-            continue
-        steps: list[Any] = []
-        for kind_of_step, bound in bounds:
-            x = steps[-1].outputs[0] if steps else node.inputs[0]
-            steps.append(ir.node(kind_of_step, [x, bound]))
-        if steps:
-            replaced(graph, node, steps)

@@ -13,14 +13,14 @@ import attrs
 from torch import Tensor
 
 from quantpatch.dataflow import Dataflow, Value, dataflow, traits
-from quantpatch.errors import UnknownNameError, warn_caller
+from quantpatch.errors import warn_caller
 from quantpatch.export.prepare.batchnorm import FoldedBatchNorm, fold_batchnorm
 from quantpatch.export.prepare.placement_rules import Rules
-from quantpatch.export.prepare.runtimes import RUNTIMES, Runtime
 from quantpatch.export.prepare.verified import apply_if_same, run_of
 from quantpatch.layers.base import named_layers, quantizer_name
 from quantpatch.layers.placed import quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.plugins.registry import registry
 from quantpatch.quantize.call_ranges import CallRanges
 from quantpatch.report.report import Report
 from quantpatch.torch_tools import nn
@@ -65,7 +65,7 @@ def prepare(
     args: tuple[Any, ...] | Tensor = (),
     *,
     kwargs: Mapping[str, Any] | None = None,
-    runtime: Runtime = "onnxruntime",
+    runtime: str = "onnxruntime",
     outputs: bool = True,
 ) -> Preparation:
     """Places the quantizers that a runtime's integer kernels want, and folds batch norm where it wants that.
@@ -83,7 +83,8 @@ def prepare(
             residual additions and concatenations get quantized results, what is never negative becomes
             unsigned, and a small convolution of images is left float, its quantizers switched off, if its
             activation has no integer kernel. ``"tensorrt"``: of an addition to a convolution the other
-            operand is quantized, and weights of transposed convolutions get their scales on axis 0.
+            operand is quantized, and weights of transposed convolutions get their scales on axis 0. Or the
+            name of a plugin's.
         outputs: Whether, for ``"onnxruntime"``, a result of a convolution is quantized also where the model
             returns it. Without that ONNX Runtime runs this convolution on floats, slower than in a float
             file; ``left`` names it then.
@@ -101,33 +102,25 @@ def prepare(
         QuantPatchWarning: Something changed what the model computes in float, and was undone.
     """
     demand_model(model, "prepare")
-    if runtime not in RUNTIMES:
-        raise UnknownNameError.of("runtime", runtime, RUNTIMES)
+    target = registry.runtime(runtime)
     model = uncompiled(model)
     args, kwargs = arguments(args, kwargs)
     with explaining_devices(model, (args, kwargs)):
-        # TensorRT folds batch norm by itself, and its documentation asks not to do it before.
-        fold = runtime == "onnxruntime"
-        folded = fold_batchnorm(model, args, kwargs=kwargs) if fold else FoldedBatchNorm({}, {})
+        folded = FoldedBatchNorm({}, {})
+        if target.fold_batchnorm:
+            folded = fold_batchnorm(model, args, kwargs=kwargs)
         run = run_of(model, args, kwargs)
         with CallRanges(model) as calls:
             flow = dataflow(model, run)
         rules = Rules(model, flow, outputs=outputs)
         skipped = rules.skipped
-        unsigned: tuple[str, ...] = ()
-        turned: tuple[str, ...] = ()
-        if runtime == "onnxruntime":
-            rules.leave_slow_float()
-            rules.quantize_convolutions()
-            rules.quantize_joins()
-            unsigned = tuple(_never_negative(model, flow))
-        else:
-            rules.quantize_skips()
-            turned = tuple(_turn_transposed(model, skipped))
+        rules.plan(target.placement)
+        unsigned = tuple(_never_negative(model, flow)) if target.unsigned else ()
+        turned = () if target.transposed_axis is None else tuple(_turn_transposed(model, skipped))
         for layer in rules.float_layers:
             for quantizer in layer.quantizers().values():
                 quantizer.disable()
-        changes = _changes(model, rules, allow_unsigned=runtime == "onnxruntime")
+        changes = _changes(model, rules, allow_unsigned=target.unsigned)
         for place, how in apply_if_same(model, run, changes).items():
             del changes[place]
             skipped[place] = f"{how} with its output quantized, so that was undone"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import attrs
 
@@ -72,6 +72,11 @@ class Rules:
             elif traits(operator.name).moves:
                 for output in operator.outputs:
                     yield from self.takers(output)
+
+    def plan(self, names: Iterable[str]) -> None:
+        """Applies rules by their names, which a ``Runtime`` has as its ``placement``."""
+        for name in names:
+            RULES[name](self)
 
     # --- rules ---------------------------------------------------------------------------------
 
@@ -244,6 +249,15 @@ class Rules:
             return False
         self.plans[spot] = (place, descriptor)
         return True
+
+
+#: The rules by the names in ``Runtime.placement``.
+RULES: Mapping[str, Callable[[Rules], None]] = {
+    "slow_float": Rules.leave_slow_float,
+    "convolutions": Rules.quantize_convolutions,
+    "joins": Rules.quantize_joins,
+    "skips": Rules.quantize_skips,
+}
 
 
 def _why_slow_on_images(layer: nn.Conv2d, operator: Operator) -> str | None:

@@ -411,7 +411,7 @@ def test_outputs_that_kernels_compute_otherwise_are_told_of(
 def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = linear()
     with pytest.raises(UnknownNameError, match="tensorrt"):
-        export_onnx(model, X, tmp_path / "m.onnx", runtime="tensortr")  # type: ignore[arg-type]
+        export_onnx(model, X, tmp_path / "m.onnx", runtime="tensortr")
     for opset in (17, 99, "21", True):
         assert "opset is a number from 19 to" in str(refused(model, tmp_path / "m.onnx", opset=opset))
     with pytest.raises(FileError, match="is a folder"):

@@ -448,7 +448,7 @@ def test_tensorrt_wants_the_skip_quantized_and_nothing_unsigned() -> None:
 
 def test_wrong_arguments() -> None:
     with pytest.raises(UnknownNameError, match="onnxruntime"):
-        prepare(built(residual), X, runtime="onnx")  # type: ignore[arg-type]
+        prepare(built(residual), X, runtime="onnx")
     model = built(residual).train()
     with pytest.raises(qp.QuantPatchError, match=r"model\.eval"):
         prepare(model, X)

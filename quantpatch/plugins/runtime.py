@@ -1,0 +1,98 @@
+"""What runs an exported model, as a value: what it takes, and where it wants quantizers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import attrs
+
+from quantpatch.errors import ArgumentTypeError, PluginError, UnknownNameError
+
+#: The rules of ``prepare`` that a runtime may ask for; ``export/prepare/placement_rules.py`` has them.
+PLACEMENT = ("slow_float", "convolutions", "joins", "skips")
+
+
+def _known_rules(runtime: Any, attribute: Any, rules: tuple[str, ...]) -> None:
+    for rule in rules:
+        if rule not in PLACEMENT:
+            raise UnknownNameError.of("placement rule", rule, PLACEMENT)
+
+
+def _function(runtime: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    is_named = isinstance(value, str) and all(value.partition(":"))
+    if value is not None and not is_named and (isinstance(value, str) or not callable(value)):
+        raise ArgumentTypeError(
+            f"{attribute.name} of a runtime is {value!r}, expected a function or where one is, "
+            f"'package.module:function'",
+            argument=attribute.name,
+            value=value,
+        )
+
+
+def _as_tuple(rules: Iterable[str] | str) -> tuple[str, ...]:
+    return (rules,) if isinstance(rules, str) else tuple(rules)
+
+
+@attrs.frozen(kw_only=True)
+class Runtime:
+    """What will run an exported model: what it takes, and where it wants quantizers.
+
+    Functions may be given as ``"package.module:function"``, which is imported when it is first needed.
+
+    Attributes:
+        fold_batchnorm: Whether ``prepare`` folds batch norm.
+        placement: The rules by which ``prepare`` places quantizers, in their order. ``"slow_float"`` leaves
+            small convolutions float where ONNX Runtime is slower on integers; ``"convolutions"`` quantizes
+            what convolutions give, and ``"joins"`` operands and results of additions and concatenations of
+            that; ``"skips"`` quantizes the other operand of an addition to what a convolution gives.
+        unsigned: Whether activations may be unsigned integers: ``prepare`` makes those so that are never
+            negative, and quantizers that are unsigned are refused otherwise.
+        zero_points: Whether integers of activations may have zero points.
+        transposed_axis: The axis on which weights of transposed convolutions have their scales; None for
+            that of their output channels.
+        signed_as_uint8: Whether a file has signed 8-bit activations as uint8 with zero point 128, the same
+            values.
+        weight_pairs: Whether a file has weights as floats with a QuantizeLinear/DequantizeLinear pair behind
+            them, and not as integers.
+        refuses: Takes an ``ExportedQuantizer`` and returns why the runtime does not support it and what to
+            change, as a clause; None if it does.
+        passes: Takes the ``onnx_ir.Model`` and rewrites it in place as the runtime is fast at; it must not
+            change values.
+        is_onnxruntime: Whether ONNX Runtime is what will run the file: the check then runs it with its
+            optimizations on as well, and measures its latency.
+        name: Its name, which is noted when it is looked up.
+    """
+
+    fold_batchnorm: bool = True
+    placement: tuple[str, ...] = attrs.field(
+        default=("convolutions", "joins"), converter=_as_tuple, validator=_known_rules
+    )
+    unsigned: bool = True
+    zero_points: bool = True
+    transposed_axis: int | None = attrs.field(default=None, validator=attrs.validators.in_((None, 0)))
+    signed_as_uint8: bool = False
+    weight_pairs: bool = False
+    refuses: Callable[[Any], str | None] | str | None = attrs.field(default=None, validator=_function)
+    passes: Callable[[Any], None] | str | None = attrs.field(default=None, validator=_function)
+    is_onnxruntime: bool = False
+    name: str = ""
+
+    def call(self, name: str, argument: Any) -> Any:
+        """Calls ``refuses`` or ``passes``, imported if it is given by name; None if there is none.
+
+        Raises:
+            PluginError: It cannot be imported.
+        """
+        function = getattr(self, name)
+        if isinstance(function, str):
+            module, _, attribute = function.partition(":")
+            try:
+                function = getattr(importlib.import_module(module), attribute)
+            except (ImportError, AttributeError) as error:
+                raise PluginError(
+                    f"{name}={function!r} of a runtime cannot be imported: {type(error).__name__}: {error}",
+                    hook="quantpatch_runtimes",
+                ) from error
+        return None if function is None else function(argument)

@@ -104,6 +104,10 @@ class PluginError(QuantPatchError):
 class ArgumentError(QuantPatchError, ValueError):
     """An argument has an impossible value, or two arguments contradict each other; nothing was changed.
 
+    Args:
+        message: As in :class:`QuantPatchError`.
+        **given: The argument, by its name, as it was given.
+
     Attributes:
         argument: Name of the argument, where it is known: a parameter of the function that was called, or a
             field of the value that was made, such as ``"num_bits"``.
@@ -112,6 +116,11 @@ class ArgumentError(QuantPatchError, ValueError):
 
     argument: str = ""
     value: Any = None
+
+    def __init__(self, message: str, **given: Any) -> None:
+        super().__init__(message)
+        if given:
+            [(self.argument, self.value)] = given.items()
 
 
 class ArgumentTypeError(ArgumentError, TypeError):
@@ -145,7 +154,9 @@ class UnknownNameError(ArgumentError, LookupError):
         """The error for an unknown name, with near misses (or, of a short list, all names)."""
         names = tuple(sorted(set(known)))
         message = f"unknown {kind} {name!r}. {near_misses(str(name), names)}{hint}"
-        return cls(message.rstrip(), kind=kind, name=str(name), known=names, value=name)
+        error = cls(message.rstrip())
+        error.__dict__.update(kind=kind, name=str(name), known=names, value=name)
+        return error
 
 
 class BlockError(QuantPatchError, RuntimeError):

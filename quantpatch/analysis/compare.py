@@ -109,7 +109,7 @@ def compare(model: nn.Module, float_model: nn.Module, data: Iterable[Any]) -> Co
         raise ArgumentError(
             "both are the same model, so there is nothing to compare. convert() changes a model in "
             "place: keep a float one, float_model = copy.deepcopy(model), before it",
-            argument="float_model",
+            float_model=model,
         )
     references = dict(float_model.named_modules())
     layers = {
@@ -119,13 +119,13 @@ def compare(model: nn.Module, float_model: nn.Module, data: Iterable[Any]) -> Co
         raise ArgumentError(
             "the second model has quantized layers and the first has none: write compare(quantized_model, "
             "float_model, data)",
-            argument="model",
+            model=model,
         )
     if not layers:
         raise ArgumentError(
             f"{written_name(type(model))} has no quantized layer by a name that "
             f"{type(float_model).__name__} has; compare a model with its own quantized version",
-            argument="model",
+            model=model,
         )
     sums = {name: _Sums() for name in layers}
     ran: set[str] = set()
@@ -148,7 +148,7 @@ def compare(model: nn.Module, float_model: nn.Module, data: Iterable[Any]) -> Co
                     ran.add(name)
                     _add_all(name, sums[name], expected.get(name, []), got[name])
     if not ran:
-        raise ArgumentError("no batch of the data reaches a quantized layer", argument="data")
+        raise ArgumentError("no batch of the data reaches a quantized layer", data=data)
     rows = [
         ComparisonRow(name, written_name(type(layers[name])), sums[name].sqnr(), sums[name].cosine())
         for name in layers
@@ -179,7 +179,7 @@ def _add_all(name: str, sums: _Sums, expected: list[Tensor], got: list[Tensor]) 
             f"layer {name!r} ran {len(expected)} times with outputs of shapes "
             f"{[tuple(t.shape) for t in expected]} in the float model, and {len(got)} times with "
             f"{[tuple(t.shape) for t in got]} in the quantized one",
-            argument="float_model",
+            float_model=expected,
         )
     for f, q in zip(expected, got, strict=True):
         sums.add(f, q)

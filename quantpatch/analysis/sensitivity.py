@@ -117,20 +117,18 @@ def sensitivity(
         raise ArgumentTypeError(
             f"evaluate is a {type(evaluate).__name__}, expected a function that gets the model and returns a "
             f"metric: sensitivity(model, lambda model: accuracy(model, loader))",
-            argument="evaluate",
+            evaluate=evaluate,
         )
     demand_model(model, "sensitivity")
     if mode not in get_args(Mode):
-        raise ArgumentError(
-            f"mode={mode!r}: expected {' or '.join(map(repr, get_args(Mode)))}", argument="mode", value=mode
-        )
+        raise ArgumentError(f"mode={mode!r}: expected {' or '.join(map(repr, get_args(Mode)))}", mode=mode)
     groups: dict[str, list[TensorQuantizer]] = {}
     for name, quantizer in named_quantizers(model).items():
         if not quantizer.disabled:
             groups.setdefault(name.rpartition(".")[0], []).append(quantizer)
     if not groups:
         raise ArgumentError(
-            f"{type(model).__name__} has no quantized layer whose quantizers are enabled", argument="model"
+            f"{type(model).__name__} has no quantized layer whose quantizers are enabled", model=model
         )
     results = _Results(resume, mode, "" if resume is None else _fingerprint(model))
     everything = {quantizer for quantizers in groups.values() for quantizer in quantizers}
@@ -141,9 +139,7 @@ def sensitivity(
             switch(quantized)
             metric = _as_number(evaluate(model))
             if math.isnan(metric):
-                raise ArgumentError(
-                    f"evaluate returned NaN while measuring {key!r}", argument="evaluate", value=metric
-                )
+                raise ArgumentError(f"evaluate returned NaN while measuring {key!r}", evaluate=metric)
             changes.tell()
             results.put(key, metric)
         return results[key]
@@ -174,8 +170,7 @@ def _as_number(metric: Any) -> float:
         shape = f" of shape {tuple(metric.shape)}" if isinstance(metric, Tensor) else ""
         raise ArgumentTypeError(
             f"evaluate returned a {type(metric).__name__}{shape}, expected one number, such as an accuracy",
-            argument="evaluate",
-            value=metric,
+            evaluate=metric,
         ) from error
 
 

@@ -87,9 +87,7 @@ class HistogramCalibrator(Calibrator):
     ) -> None:
         # Fewer bins of the largest floats would be so wide that the reciprocal of the width is subnormal.
         if num_bins is not None and not 8 <= num_bins <= 1 << 24:
-            raise ArgumentError(
-                f"num_bins must be from 8 to 2**24, got {num_bins!r}", argument="num_bins", value=num_bins
-            )
+            raise ArgumentError(f"num_bins must be from 8 to 2**24, got {num_bins!r}", num_bins=num_bins)
         super().__init__(format, axis)
         self.num_bins = _BINS if num_bins is None else num_bins
         self._chooses_bins = num_bins is None
@@ -216,9 +214,7 @@ class _SearchingCalibrator(HistogramCalibrator):
     ) -> None:
         super().__init__(format, axis, num_bins=num_bins)
         if start_bin < 1:  # before the data is collected, not after
-            raise ArgumentError(
-                f"start_bin must be at least 1, got {start_bin!r}", argument="start_bin", value=start_bin
-            )
+            raise ArgumentError(f"start_bin must be at least 1, got {start_bin!r}", start_bin=start_bin)
         self.start_bin = start_bin
 
 
@@ -304,9 +300,7 @@ class SQNRCalibrator(_SearchingCalibrator):
         super().__init__(format, axis, num_bins=num_bins, start_bin=start_bin)
         if not 0.0 <= clip_weight < math.inf:
             raise ArgumentError(
-                f"clip_weight must be finite and not negative, got {clip_weight!r}",
-                argument="clip_weight",
-                value=clip_weight,
+                f"clip_weight must be finite and not negative, got {clip_weight!r}", clip_weight=clip_weight
             )
         self.clip_weight = clip_weight
 
@@ -347,8 +341,7 @@ class PercentileCalibrator(HistogramCalibrator):
         if not 1.0 < percentile <= 100.0:  # a share of 1 would leave next to nothing of a range
             raise ArgumentError(
                 f"percentile is a percentage, such as 99.9, above 1 and up to 100; got {percentile!r}",
-                argument="percentile",
-                value=percentile,
+                percentile=percentile,
             )
         super().__init__(format, axis, num_bins=num_bins)
         self.percentile = percentile

@@ -55,8 +55,7 @@ class MovingAverageCalibrator(Calibrator):
         if not 0.0 < averaging_constant <= 1.0:
             raise ArgumentError(
                 f"averaging_constant must be above 0 and at most 1, got {averaging_constant!r}",
-                argument="averaging_constant",
-                value=averaging_constant,
+                averaging_constant=averaging_constant,
             )
         super().__init__(format, axis)
         self.averaging_constant = averaging_constant

@@ -170,9 +170,7 @@ def percentile_threshold(counts: Tensor, bin_width: Tensor | float, *, percentil
         ArgumentError: The percentage is out of range.
     """
     if not 0.0 <= percentile <= 100.0:
-        raise ArgumentError(
-            f"percentile must be from 0 to 100, got {percentile!r}", argument="percentile", value=percentile
-        )
+        raise ArgumentError(f"percentile must be from 0 to 100, got {percentile!r}", percentile=percentile)
     b = counts.reshape(-1, counts.shape[-1])
     below = b.cumsum(1).double()
     # Both sides times 100, so that whole percentages of whole counts are compared exactly.
@@ -189,9 +187,7 @@ def _top(b: Tensor) -> Tensor:
 def _candidates(start_bin: int, bins: int, device: torch.device) -> Tensor:
     """The upper edges to try, in bins."""
     if start_bin < 1:
-        raise ArgumentError(
-            f"start_bin must be at least 1, got {start_bin!r}", argument="start_bin", value=start_bin
-        )
+        raise ArgumentError(f"start_bin must be at least 1, got {start_bin!r}", start_bin=start_bin)
     return torch.arange(min(start_bin, bins), bins + 1, device=device)
 
 

@@ -337,12 +337,12 @@ def _build(path: str) -> Any:
     """The function (or model) that ``package.module:name`` means."""
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
-        raise ArgumentError(f"{path!r} does not name a function; write package.module:build", value=path)
+        raise ArgumentError(f"{path!r} does not name a function; write package.module:build", build=path)
     _look_here()
     try:
         return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise ArgumentError(f"cannot find {path!r}: {type(error).__name__}: {error}", value=path) from error
+        raise ArgumentError(f"cannot find {path!r}: {type(error).__name__}: {error}", build=path) from error
 
 
 def _tensor(text: str) -> torch.Tensor:
@@ -355,8 +355,7 @@ def _tensor(text: str) -> torch.Tensor:
         raise ArgumentError(
             f"--input {text!r} is not a shape; write sizes with commas, such as 1,3,224,224, or "
             f"1,128:int for indices",
-            argument="--input",
-            value=text,
+            input=text,
         ) from None
     if kind:
         return torch.zeros(shape, dtype=torch.int64)
@@ -391,7 +390,7 @@ def audit_command(
         model = function() if callable(function) else function
     if not isinstance(model, torch.nn.Module):
         raise ArgumentTypeError(
-            f"{build} gave {model!r}, expected a model; name a function that builds one", value=build
+            f"{build} gave {model!r}, expected a model; name a function that builds one", build=build
         )
     try:
         report = audit(model, tuple(tensors), minimum=minimum)

@@ -89,8 +89,7 @@ class TensorQuantizer(HeldRange):
             raise ArgumentTypeError(
                 f"a TensorQuantizer takes a QuantDescriptor, such as QuantDescriptor(format='int8'), not "
                 f"{descriptor!r}",
-                argument="descriptor",
-                value=descriptor,
+                descriptor=descriptor,
             )
         format = registry.format(descriptor)
         if descriptor.zero_point:
@@ -257,7 +256,7 @@ class TensorQuantizer(HeldRange):
             why = what_is_odd_about(x)
             if why is None:
                 raise
-            odd = ArgumentTypeError(why, argument="x", value=x.layout)
+            odd = ArgumentTypeError(why, x=x.layout)
             self._say_where(odd)
             raise odd from error
 

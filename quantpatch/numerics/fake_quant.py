@@ -276,8 +276,7 @@ def _qparams_of_blocks(x: Tensor, amax: Tensor | None, format: Blocked, dim: int
         if amax.requires_grad and format.scale != "float32":
             raise ArgumentError(
                 f"a learned range needs float32 scales; those of {format.name} are {format.scale}",
-                argument="format",
-                value=format,
+                format=format,
             )
         # That of the whole tensor, where the scales of blocks share one of its own.
         wanted = () if format.scale == "e4m3" else _shape_of_blocks(x, format, dim)
@@ -320,7 +319,7 @@ def _axes(x: Tensor, axis: Axis) -> tuple[int, ...]:
 def _block_axis(x: Tensor, axis: Axis) -> int:
     """The one axis that blocks run along."""
     if isinstance(axis, tuple) and len(axis) != 1:
-        raise ArgumentError(f"blocks run along one axis, got {axis}", argument="axis", value=axis)
+        raise ArgumentError(f"blocks run along one axis, got {axis}", axis=axis)
     return _axes(x, -1 if axis is None else axis)[0]
 
 
@@ -331,12 +330,10 @@ def check_operand(x: Any) -> None:
         ArgumentTypeError: It is not a tensor of real floating-point numbers.
     """
     if not isinstance(x, Tensor):
-        raise ArgumentTypeError(
-            f"only tensors can be quantized, got {type(x).__name__}", argument="x", value=type(x)
-        )
+        raise ArgumentTypeError(f"only tensors can be quantized, got {type(x).__name__}", x=type(x))
     if not x.is_floating_point():
         raise ArgumentTypeError(
-            f"only real floating-point tensors can be quantized, got {x.dtype}", argument="x", value=x.dtype
+            f"only real floating-point tensors can be quantized, got {x.dtype}", x=x.dtype
         )
 
 

@@ -53,8 +53,7 @@ class OnnxCodes:
         if value not in _ONNX_TYPES:
             raise ArgumentError(
                 f"the type of codes in an ONNX file is one of {', '.join(_ONNX_TYPES)}, got {value!r}",
-                argument="type",
-                value=value,
+                type=value,
             )
 
     @opset.default
@@ -158,22 +157,19 @@ class Integer(NumberFormat):
             raise (ArgumentError if _is_int(self.bits) else ArgumentTypeError)(
                 f"an integer format has 2 to 8 bits, got {self.bits!r}. To keep a layer exact leave "
                 "it float: None in the place of its descriptor",
-                argument="bits",
-                value=self.bits,
+                bits=self.bits,
             )
         for field in ("unsigned", "narrow_range"):
             if not isinstance(getattr(self, field), bool):
                 raise ArgumentTypeError(
                     f"{field} of an integer format is True or False, got {getattr(self, field)!r}",
-                    argument=field,
-                    value=getattr(self, field),
+                    **{field: getattr(self, field)},
                 )
         if self.unsigned and self.narrow_range:
             raise ArgumentError(
                 "narrow_range leaves out the lowest signed value; an unsigned format has none. "
                 "Write Integer(bits, unsigned=True).",
-                argument="narrow_range",
-                value=True,
+                narrow_range=True,
             )
 
     @property
@@ -232,9 +228,7 @@ class Float(NumberFormat):
         pair = (self.exponent_bits, self.mantissa_bits)
         if pair not in _FLOATS or not all(type(bits) is int for bits in pair):
             known = ", ".join(f"Float{p}" for p in _FLOATS)
-            raise ArgumentError(
-                f"there is no format Float{pair}. There are: {known}.", argument="exponent_bits", value=pair
-            )
+            raise ArgumentError(f"there is no format Float{pair}. There are: {known}.", exponent_bits=pair)
 
     @property
     def name(self) -> str:
@@ -311,20 +305,16 @@ class Blocked(NumberFormat):
         if not is_format or self.element.block_size is not None:
             raise (ArgumentError if is_format else ArgumentTypeError)(
                 f"the elements of blocks have a plain format such as Integer(4), got {self.element!r}",
-                argument="element",
-                value=self.element,
+                element=self.element,
             )
         if not _is_int(self.block_size) or self.block_size < 1:
             raise (ArgumentError if _is_int(self.block_size) else ArgumentTypeError)(
                 f"block_size is a positive number of elements, got {self.block_size!r}",
-                argument="block_size",
-                value=self.block_size,
+                block_size=self.block_size,
             )
         if self.scale not in get_args(ScaleKind):
             raise ArgumentError(
-                f"the scale of a block is one of {get_args(ScaleKind)}, got {self.scale!r}",
-                argument="scale",
-                value=self.scale,
+                f"the scale of a block is one of {get_args(ScaleKind)}, got {self.scale!r}", scale=self.scale
             )
 
     @property

@@ -33,8 +33,7 @@ def check_zero_point(zero_point: Any, format: NumberFormat) -> None:
         raise ArgumentError(
             f"only Integer formats have zero points, and {format.name} is a "
             f"{type(format).__name__}; use QuantDescriptor(unsigned=True)",
-            argument="zero_point",
-            value=zero_point,
+            zero_point=zero_point,
         )
     if isinstance(zero_point, Tensor):
         return
@@ -44,8 +43,7 @@ def check_zero_point(zero_point: Any, format: NumberFormat) -> None:
         raise (ArgumentError if is_int else ArgumentTypeError)(
             f"the zero point of {format.bits} bits is an integer from 0 to {highest}, so that 0 and "
             f"something above it are on the grid; got {zero_point!r}",
-            argument="zero_point",
-            value=zero_point,
+            zero_point=zero_point,
         )
 
 
@@ -60,8 +58,7 @@ def check_given(zero_point: Any, format: NumberFormat) -> None:
         raise ArgumentError(
             f"signed integers have the zero point 0; a zero point says which unsigned one stands for 0. "
             f"Write unsigned=True, zero_point={zero_point}.",
-            argument="zero_point",
-            value=zero_point,
+            zero_point=zero_point,
         )
 
 

@@ -38,8 +38,7 @@ class Example:
                 raise ArgumentTypeError(
                     f"{name} of the example for {self.target} is {value!r}, expected a function without "
                     f"parameters. Write: {name}=lambda: ...",
-                    argument=name,
-                    value=value,
+                    **{name: value},
                 )
 
     def __str__(self) -> str:

@@ -148,8 +148,7 @@ def _matching(table: Table, patterns: Sequence[Pattern], argument: str) -> dict[
             raise ArgumentTypeError(
                 f"{argument} takes class names, dotted names, globs or classes, not {pattern!r}; "
                 f"write, for instance: {argument}=['Linear', 'torch.nn.Conv2d', 'AvgPool*', nn.LSTM]",
-                argument=argument,
-                value=pattern,
+                **{argument: pattern},
             )
         keys = [key for key, decision in table.items() if _is_meant(pattern, decision)]
         if not keys and not (argument == "skip" and _means_a_subclass(table, pattern)):

@@ -101,7 +101,7 @@ def apply_rules(models: Sequence[nn.Module], rules: Rules) -> None:
         raise ArgumentError(
             f"{shown} holds no quantized layer; build it inside `with quantize_modules():` or convert(model) "
             f"first",
-            argument="model",
+            model=models,
         )
     decided: dict[_Place, Value] = {}
     for matcher, value in checked_rules(rules):
@@ -119,8 +119,7 @@ def apply_rules(models: Sequence[nn.Module], rules: Rules) -> None:
                 raise ArgumentError(
                     f"the pattern {shown_matcher(matcher)!r} matches only what is float, such as "
                     f"{floats[0]!r}; a rule makes no quantized layers: build it in a block, or convert it",
-                    argument="rules",
-                    value=matcher,
+                    rules=matcher,
                 )
         decided.update(dict.fromkeys(matched, value))
     made: dict[Any, TensorQuantizer] = {}
@@ -200,9 +199,7 @@ def _unmatched(matcher: Matcher, places: list[_Place]) -> ArgumentError:
         layers = list(dict.fromkeys(place.holder_name or "'' (the model)" for place in places))
         hint = f"The quantized layers are {listed(layers)}"
     return ArgumentError(
-        f"the pattern {given!r} matches no layer or quantizer. {hint}".rstrip(),
-        argument="rules",
-        value=matcher,
+        f"the pattern {given!r} matches no layer or quantizer. {hint}".rstrip(), rules=matcher
     )
 
 

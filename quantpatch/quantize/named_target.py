@@ -28,9 +28,7 @@ def find_target(target: Any, known: Sequence[Entry]) -> tuple[str, Any]:
     if not isinstance(target, str):
         if not callable(target) or not hasattr(target, "__qualname__"):
             raise ArgumentTypeError(
-                f"explain takes a class, a function or its dotted name, not {target!r}",
-                argument="target",
-                value=target,
+                f"explain takes a class, a function or its dotted name, not {target!r}", target=target
             )
         return dotted(target), target
     target = target.replace(":", ".")
@@ -39,9 +37,7 @@ def find_target(target: Any, known: Sequence[Entry]) -> tuple[str, Any]:
         same = sorted(name for name, entry in entries.items() if entry.name == target)
         if len(same) > 1:
             raise ArgumentError(
-                f"{target!r} means several targets: {', '.join(same)}; write one of these",
-                argument="target",
-                value=target,
+                f"{target!r} means several targets: {', '.join(same)}; write one of these", target=target
             )
         if not same:
             raise UnknownNameError.of("layer", target, entries)
@@ -76,13 +72,11 @@ def _imported(name: str, known: Iterable[str]) -> Any:
             found: Any = importlib.import_module(".".join(parts[:end]))
         except ModuleNotFoundError as error:
             if error.name is None or not name.startswith(error.name):
-                raise ArgumentError(
-                    f"{name} cannot be imported: {error}", argument="target", value=name
-                ) from error
+                raise ArgumentError(f"{name} cannot be imported: {error}", target=name) from error
             continue
         except Exception as error:
             raise ArgumentError(
-                f"{name} cannot be imported: {type(error).__name__}: {error}", argument="target", value=name
+                f"{name} cannot be imported: {type(error).__name__}: {error}", target=name
             ) from error
         for part in parts[end:]:
             found = getattr(found, part, None)

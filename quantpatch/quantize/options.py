@@ -123,9 +123,7 @@ def _several(given: Any, argument: str, single: tuple[type, ...]) -> tuple[Any, 
         return (given,)
     if isinstance(given, Iterable) and not isinstance(given, (bytes, dict, nn.Module)):
         return tuple(given)
-    raise ArgumentTypeError(
-        f"{argument} takes a list, not {reprlib.repr(given)}", argument=argument, value=given
-    )
+    raise ArgumentTypeError(f"{argument} takes a list, not {reprlib.repr(given)}", **{argument: given})
 
 
 def _demand_recipe(given: Any) -> None:
@@ -136,7 +134,7 @@ def _demand_recipe(given: Any) -> None:
         raise ArgumentTypeError(
             f"quantize_modules takes a recipe, not a model ({type(given).__name__}). It is for code that "
             f"builds a model; one that is there already is quantized by qp.convert(model)",
-            argument="recipe",
+            recipe=given,
         )
     if inspect.isfunction(given):
         hint = "write @quantize_modules() with parentheses"
@@ -145,9 +143,7 @@ def _demand_recipe(given: Any) -> None:
     else:
         hint = "such as recipe='int8', or Recipe(name='mine', input=QuantDescriptor(...))"
     raise ArgumentTypeError(
-        f"recipe takes a recipe or its name, not {reprlib.repr(given)}: {hint}",
-        argument="recipe",
-        value=given,
+        f"recipe takes a recipe or its name, not {reprlib.repr(given)}: {hint}", recipe=given
     )
 
 

@@ -227,7 +227,5 @@ class QuantizingBlock(Block):
         except ArgumentError as error:
             built = " and ".join(dict.fromkeys(type(root).__name__ for root in roots))
             raise ArgumentError(
-                f"the rules of recipe {recipe.name!r} were not applied to {built}: {error}",
-                argument="rules",
-                value=error.value,
+                f"the rules of recipe {recipe.name!r} were not applied to {built}: {error}", rules=error.value
             ) from error

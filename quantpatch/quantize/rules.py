@@ -32,45 +32,36 @@ def checked_rules(rules: Rules) -> list[tuple[Matcher, Value]]:
     for pair in rules.items() if isinstance(rules, Mapping) else rules:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ArgumentTypeError(
-                f"{pair!r} is not a rule; write ('encoder.*', 'int8') or ('head', None)",
-                argument="rules",
-                value=pair,
+                f"{pair!r} is not a rule; write ('encoder.*', 'int8') or ('head', None)", rules=pair
             )
         matcher, value = pair
         if not (isinstance(matcher, (str, type)) or callable(matcher)):
             raise ArgumentTypeError(
                 f"rule {pair!r}: a pattern is a glob, 're:' and a regular expression, a class or a function "
                 f"of a layer's name and the layer",
-                argument="rules",
-                value=pair,
+                rules=pair,
             )
         if isinstance(value, str):
             value = registry.recipe(value)
         if not (value is None or isinstance(value, (QuantDescriptor, Recipe))):
             raise ArgumentTypeError(
                 f"rule {pair!r}: a value is None (float), a QuantDescriptor, a Recipe or a recipe's name",
-                argument="rules",
-                value=pair,
+                rules=pair,
             )
         if isinstance(value, Recipe) and value.rules:
             raise ArgumentError(
                 f"rule {pair!r}: the recipe {value.name!r} has rules of its own, which cannot be part of "
                 f"a rule; write recipe.replace(rules=())",
-                argument="rules",
-                value=pair,
+                rules=pair,
             )
         if isinstance(matcher, str) and matcher.startswith(":") and matcher not in EDGES:
-            raise ArgumentError(
-                f"{matcher!r} is not a pattern; write ':first' or ':last'", argument="rules", value=pair
-            )
+            raise ArgumentError(f"{matcher!r} is not a pattern; write ':first' or ':last'", rules=pair)
         if isinstance(matcher, str):
             fits(matcher, "")  # so that a malformed one is reported even if there is nothing to match
         for earlier, other in checked:
             if earlier == matcher and other != value:
                 raise ArgumentError(
-                    f"two rules for {matcher!r} contradict each other: {other!r} and {value!r}",
-                    argument="rules",
-                    value=pair,
+                    f"two rules for {matcher!r} contradict each other: {other!r} and {value!r}", rules=pair
                 )
         checked.append((matcher, value))
     return checked
@@ -83,9 +74,7 @@ def fits(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern[3:], name) is not None
     except re.error as error:
-        raise ArgumentError(
-            f"{pattern!r} is not a regular expression: {error}", argument="rules", value=pattern
-        ) from error
+        raise ArgumentError(f"{pattern!r} is not a regular expression: {error}", rules=pattern) from error
 
 
 def shown_matcher(matcher: Matcher) -> str:

@@ -178,7 +178,7 @@ class Scope:
                 f"code should run in the block. Decorate the function that builds it, or its __init__"
             )
         if not callable(function):
-            raise ArgumentTypeError(f"{self!r} decorates functions, not {function!r}", argument="function")
+            raise ArgumentTypeError(f"{self!r} decorates functions, not {function!r}", function=function)
         # Of an object that is called like a function, its class has the code.
         calls = (function, type(function).__call__)
         if any(inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call) for call in calls):

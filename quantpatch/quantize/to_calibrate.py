@@ -23,8 +23,7 @@ def checked_existing(existing: Existing) -> Existing:
         raise ArgumentError(
             f"existing={existing!r}: expected 'error', 'keep' (keep the ranges that are known and find the "
             f"missing ones) or 'overwrite' (find all of them again)",
-            argument="existing",
-            value=existing,
+            existing=existing,
         )
     return existing
 

@@ -116,8 +116,7 @@ class QuantDescriptor:
                 raise ArgumentError(
                     f"QuantDescriptor(dynamic=True, {clash[0]}={getattr(self, clash[0])!r}): a dynamic range "
                     f"comes from each tensor; leave out {clash[0]} or dynamic",
-                    argument=clash[0],
-                    value=getattr(self, clash[0]),
+                    **{clash[0]: getattr(self, clash[0])},
                 )
 
     def _demand_type(self, condition: bool, field: str, expected: str) -> None:
@@ -129,9 +128,7 @@ class QuantDescriptor:
         if not condition:
             value = getattr(self, field)
             raise error(
-                f"QuantDescriptor({field}={shown(repr(value))}): expected {expected}",
-                argument=field,
-                value=value,
+                f"QuantDescriptor({field}={shown(repr(value))}): expected {expected}", **{field: value}
             )
 
     def _make_format(self) -> NumberFormat | None:
@@ -253,8 +250,7 @@ class Recipe:
             if not (value is None or isinstance(value, QuantDescriptor)):
                 raise ArgumentTypeError(
                     f"Recipe({field}={value!r}): expected a QuantDescriptor, or None to leave it float",
-                    argument=field,
-                    value=value,
+                    **{field: value},
                 )
 
     def replace(self, **changes: Any) -> Recipe:

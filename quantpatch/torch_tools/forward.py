@@ -36,18 +36,17 @@ def demand_model(model: Any, function: str) -> None:
                     f"{function} does not know the quantizers in {type(model).__name__}, such as {name!r}, a "
                     f"{type(module).__name__} of {type(module).__module__.partition('.')[0]}. Instead write: "
                     f"{instead[function]}",
-                    argument="model",
+                    model=model,
                 )
         return
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise ArgumentTypeError(
-            f"{function} takes a model, not its class: write {function}({model.__name__}(...))",
-            argument="model",
+            f"{function} takes a model, not its class: write {function}({model.__name__}(...))", model=model
         )
     shown = repr(model)
     if len(shown) > 60 or "\n" in shown:
         shown = f"a {type(model).__name__}"
-    raise ArgumentTypeError(f"{function} takes a model (an nn.Module), not {shown}", argument="model")
+    raise ArgumentTypeError(f"{function} takes a model (an nn.Module), not {shown}", model=model)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -114,7 +113,7 @@ def as_batches(data: Any) -> Iterable[Any]:
         return data
     raise ArgumentTypeError(
         f"data is {type(data).__name__}, expected batches: tensors, tuples of arguments or dicts of keywords",
-        argument="data",
+        data=data,
     )
 
 
@@ -129,8 +128,7 @@ def arguments(
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise ArgumentTypeError(
             f"kwargs is a {type(kwargs).__name__}, expected the model's keywords: kwargs={{'name': value}}",
-            argument="kwargs",
-            value=kwargs,
+            kwargs=kwargs,
         )
     # A named tuple, such as a PackedSequence, is one argument.
     return args if type(args) is tuple else (args,), dict(kwargs or {})

@@ -255,15 +255,13 @@ def audit(
     demand_model(model, "audit")
     if minimum is not None and not 0 <= minimum <= 1:
         raise ArgumentError(
-            f"minimum={minimum!r}: expected a share from 0 to 1, such as 0.95",
-            argument="minimum",
-            value=minimum,
+            f"minimum={minimum!r}: expected a share from 0 to 1, such as 0.95", minimum=minimum
         )
     # What torch.compile wraps, since a compiled graph hides its modules.
     runner = uncompiled(model)
     if isinstance(runner, nn.DataParallel):
         raise ArgumentError(
-            "nn.DataParallel runs copies of the layers: write audit(model.module, ...)", argument="model"
+            "nn.DataParallel runs copies of the layers: write audit(model.module, ...)", model=model
         )
     args, kwargs = arguments(args, kwargs)
     with explaining_devices(runner, (args, kwargs)), CallRanges(runner) as calls:

@@ -120,7 +120,7 @@ def _entries(checkpoint: Any) -> tuple[str, dict[str, tuple[int, ...] | None]]:
             f"expect_ranges takes the folder of a checkpoint of torch.distributed.checkpoint, a "
             f"StorageReader or a state_dict, not {type(checkpoint).__name__}. Write: "
             f"qp.expect_ranges(model, 'checkpoint')",
-            argument="checkpoint",
+            checkpoint=checkpoint,
         )
     try:
         found = checkpoint.read_metadata().state_dict_metadata

@@ -256,8 +256,7 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
     """
     if isinstance(path, nn.Module) or isinstance(model, (str, os.PathLike)):
         raise ArgumentTypeError(
-            "load takes the model first: write load(model, path), or load(MyModel, path)",
-            argument="model",
+            "load takes the model first: write load(model, path), or load(MyModel, path)", model=model
         )
     build = None if isinstance(model, nn.Module) or not callable(model) else model
     if build is None:

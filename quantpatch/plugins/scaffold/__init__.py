@@ -68,8 +68,7 @@ def _check(name: str) -> None:
         raise ArgumentError(
             f"{name!r} is not a name for a plugin: expected small letters, digits and single hyphens, "
             f"starting with a letter, without '{_PREFIX}'. Write: quantpatch new-plugin {plain or 'mylib'}",
-            argument="name",
-            value=name,
+            name=name,
         )
     for info in registry.plugins():
         if info.name == name:
@@ -77,8 +76,7 @@ def _check(name: str) -> None:
             raise ArgumentError(
                 f"a plugin named {name!r} is installed already{whose}, and two cannot have one name. Write, "
                 f"for instance: quantpatch new-plugin my-{name}",
-                argument="name",
-                value=name,
+                name=name,
             )
 
 

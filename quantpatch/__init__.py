@@ -10,6 +10,7 @@ from quantpatch.errors import QuantPatchError, QuantPatchWarning
 from quantpatch.export import (
     expect_ranges,
     export_onnx,
+    export_program,
     float_state_dict,
     fold_batchnorm,
     folded_weights,
@@ -57,6 +58,7 @@ __all__ = [
     "expect_ranges",
     "explain",
     "export_onnx",
+    "export_program",
     "fit_zero_points",
     "float_state_dict",
     "fold_batchnorm",

@@ -27,7 +27,7 @@ FLOORS = [
     {"dataflow", "report"},
     {"quantize"},
     {"analysis", "export.checkpoint", "export.prepare"},
-    {"export.onnx", "run"},
+    {"export.onnx", "export.program", "run"},
     {"export"},
     {"__init__"},
     {"cli", "testing"},

@@ -18,6 +18,7 @@ from quantpatch.export.prepare import (
     folded_weights,
     prepare,
 )
+from quantpatch.export.program import export_program
 
 __all__ = [
     "Comparison",
@@ -30,6 +31,7 @@ __all__ = [
     "describe",
     "expect_ranges",
     "export_onnx",
+    "export_program",
     "float_state_dict",
     "fold_batchnorm",
     "folded_weights",

@@ -7,14 +7,12 @@ pair behind them (TensorRT), as ``numerics/fake_quant.py`` rounds them, so no ot
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
-import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +30,11 @@ from quantpatch.plugins.runtime import Runtime
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.atomic_files import written_whole
 from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, telling, uncompiled
+from quantpatch.torch_tools.quiet import quiet
 
 _OPSET = 21
 _OPSET_OF_BFLOAT16 = 22  # before, some operators have no such type, convolutions among them
 _EXPORTING = threading.RLock()  # torch traces for one thread at a time, and fails in the others
-_TALKATIVE = ("torch.onnx", "torch.export", "torch.fx.experimental", "onnxscript", "onnx_ir")
 _LARGE = 2**31 - 2**27  # a protobuf file ends at 2 GiB
 
 
@@ -105,7 +103,7 @@ def export_onnx(
     has_bfloat16 = _has_bfloat16(model, args, kwargs)
     opset = opset if opset is not None else _OPSET_OF_BFLOAT16 if has_bfloat16 else _OPSET
     args, kwargs = _each_on_its_own(*arguments(args, kwargs))
-    with _EXPORTING, _quiet(), evaluating(model), telling(progress) as tell:
+    with _EXPORTING, quiet(), evaluating(model), telling(progress) as tell:
         # While another thread traces, its tensors stand in for the parameters of a model that both export.
         target = registry.runtime(runtime)
         found = _checked_operands(model, target, opset)
@@ -167,20 +165,6 @@ def _each_on_its_own(
 
     made: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(own, (args, dict(kwargs)))
     return made
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A block in which exporter and passes log errors alone, not what they skip, nor whole graphs."""
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(max(logger.level, logging.ERROR))
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _demand_extra(check: bool) -> None:

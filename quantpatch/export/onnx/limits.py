@@ -26,26 +26,12 @@ def problems(found: list[ExportedQuantizer], runtime: Runtime, opset: int) -> di
 
 
 def _common(operand: ExportedQuantizer, opset: int) -> str | None:
-    quantizer, format = operand.quantizer, operand.format
+    format = operand.format
     is_weight = operand.weight is not None
-    if quantizer.calibrating:
-        return "it is being calibrated; end the calibration first"
-    if operand.amax is None and not (is_weight and quantizer.descriptor.dynamic):
-        if quantizer.descriptor.dynamic:
-            return (
-                "it takes its range from each tensor, which a file of constants cannot; use a "
-                "static recipe such as 'int8'"
-            )
-        return "its range is not known; write qp.calibrate(model, batches), or disable it"
-    tensors = [t for t in (operand.amax, operand.weight) if t is not None]
-    if any(t.is_meta for t in tensors):
-        return "it is on the meta device and has no values; load the model first"
+    why = operand.why_not_constant()
+    if why:
+        return why
     element, held = operand.element, format.onnx
-    if is_weight and operand.zero_point:
-        return (
-            f"its integers have the zero point {operand.zero_point}, which is exported for activations only; "
-            f"use QuantDescriptor(axis='channel', narrow_range=True) for weights"
-        )
     if isinstance(format, Blocked):
         if not is_weight:
             return (

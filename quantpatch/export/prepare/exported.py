@@ -112,6 +112,27 @@ class ExportedQuantizer:
             codes = codes.to(torch.uint8 if self.element.unsigned else torch.int8)
         return codes, scale
 
+    def why_not_constant(self) -> str | None:
+        """Why no file of constants can say what it does, and what to change; None if one can."""
+        quantizer, is_weight = self.quantizer, self.weight is not None
+        if quantizer.calibrating:
+            return "it is being calibrated; end the calibration first"
+        if self.amax is None and not (is_weight and quantizer.descriptor.dynamic):
+            if quantizer.descriptor.dynamic:
+                return (
+                    "it takes its range from each tensor, which a file of constants cannot; use a "
+                    "static recipe such as 'int8'"
+                )
+            return "its range is not known; write qp.calibrate(model, batches), or disable it"
+        if any(t.is_meta for t in (self.amax, self.weight) if t is not None):
+            return "it is on the meta device and has no values; load the model first"
+        if is_weight and self.zero_point:
+            return (
+                f"its integers have the zero point {self.zero_point}, which is exported for activations "
+                f"only; use QuantDescriptor(axis='channel', narrow_range=True) for weights"
+            )
+        return None
+
     @property
     def is_clipped(self) -> bool:
         """Whether its integers are fewer than what the type holds."""

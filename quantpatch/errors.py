@@ -33,6 +33,7 @@ __all__ = [
     "QuantPatchError",
     "QuantPatchWarning",
     "RangeError",
+    "SearchError",
     "UnknownNameError",
     "listed",
     "near_misses",
@@ -247,6 +248,16 @@ class CheckError(QuantPatchError, AssertionError):
     entry: Any = None
     checks: tuple[str, ...] = ()
     report: Any = None
+
+
+class SearchError(QuantPatchError, RuntimeError):
+    """No configuration that was tried keeps the metric that was asked for; the model is as it was.
+
+    Attributes:
+        result: The ``SearchResult`` of the configuration with the best metric.
+    """
+
+    result: Any = None
 
 
 class FileError(QuantPatchError, OSError):

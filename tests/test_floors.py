@@ -29,6 +29,7 @@ FLOORS = [
     {"analysis", "export.checkpoint", "export.prepare"},
     {"export.onnx", "export.program", "run"},
     {"export"},
+    {"mixed_precision"},
     {"__init__"},
     {"cli", "testing"},
     {"__main__"},
@@ -38,7 +39,7 @@ PUBLIC = {"quantpatch"} | {
     f"quantpatch.{name}"
     for name in (
         *("analysis", "calibrators", "errors", "export", "layers", "numerics", "plugins", "quantize"),
-        *("recipes", "report", "testing"),
+        *("mixed_precision", "recipes", "report", "testing"),
     )
 }
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

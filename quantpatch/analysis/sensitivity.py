@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import attrs
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from quantpatch.errors import ArgumentError, ArgumentTypeError, FileError, listed, shown, warn_caller
+from quantpatch.analysis.measuring import Changes, Results, as_number, demand_evaluate, fingerprint
+from quantpatch.errors import ArgumentError
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.report.report import Report, table_of
-from quantpatch.torch_tools.atomic_files import written_whole
 from quantpatch.torch_tools.forward import demand_model, evaluating, progress_over
 
 Mode = Literal["quantize_one", "float_one"]
@@ -113,12 +109,7 @@ def sensitivity(
         QuantPatchWarning: ``evaluate`` changes weights or buffers, so that each layer is measured in another
             model.
     """
-    if not callable(evaluate):
-        raise ArgumentTypeError(
-            f"evaluate is a {type(evaluate).__name__}, expected a function that gets the model and returns a "
-            f"metric: sensitivity(model, lambda model: accuracy(model, loader))",
-            evaluate=evaluate,
-        )
+    demand_evaluate(evaluate, "sensitivity(model, lambda model: accuracy(model, loader))")
     demand_model(model, "sensitivity")
     if mode not in get_args(Mode):
         raise ArgumentError(f"mode={mode!r}: expected {' or '.join(map(repr, get_args(Mode)))}", mode=mode)
@@ -130,22 +121,24 @@ def sensitivity(
         raise ArgumentError(
             f"{type(model).__name__} has no quantized layer whose quantizers are enabled", model=model
         )
-    results = _Results(resume, mode, "" if resume is None else _fingerprint(model))
+    model_is = "" if resume is None else fingerprint(model)
+    results = Results(resume, "sensitivity", {"mode": mode, "model": model_is})
     everything = {quantizer for quantizers in groups.values() for quantizer in quantizers}
     quantizing_one = mode == "quantize_one"
 
     def measure(key: str, quantized: set[TensorQuantizer]) -> float:
         if key not in results:
             switch(quantized)
-            metric = _as_number(evaluate(model))
+            metric = as_number(evaluate(model))
             if math.isnan(metric):
                 raise ArgumentError(f"evaluate returned NaN while measuring {key!r}", evaluate=metric)
             changes.tell()
             results.put(key, metric)
-        return results[key]
+        found: float = results[key]
+        return found
 
     rows = []
-    changes = _Changes(model)
+    changes = Changes(model)
     with (
         evaluating(model),
         _switching(model, everything) as switch,
@@ -159,19 +152,6 @@ def sensitivity(
             rows.append(SensitivityRow(name, metric, loss))
     rows.sort(key=lambda row: (-row.loss, row.layer))
     return SensitivityReport(mode, float_metric, all_metric, tuple(rows))
-
-
-def _as_number(metric: Any) -> float:
-    if isinstance(metric, Tensor):
-        metric = metric.detach()
-    try:
-        return float(metric)
-    except (TypeError, ValueError, RuntimeError) as error:
-        shape = f" of shape {tuple(metric.shape)}" if isinstance(metric, Tensor) else ""
-        raise ArgumentTypeError(
-            f"evaluate returned a {type(metric).__name__}{shape}, expected one number, such as an accuracy",
-            evaluate=metric,
-        ) from error
 
 
 @contextlib.contextmanager
@@ -195,94 +175,3 @@ def _switching(
     finally:
         for quantizer in everything:
             quantizer.disabled = False
-
-
-class _Changes:
-    """What ``evaluate`` does to a model's weights and buffers, which should be nothing."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = type(model).__name__
-        state = model.state_dict(keep_vars=True).items()
-        self._tensors = {k: t for k, t in state if isinstance(t, Tensor) and not t.is_inference()}
-        self._versions = [tensor._version for tensor in self._tensors.values()]
-
-    def tell(self) -> None:
-        """Warns of what was written to, once for each tensor."""
-        versions = [tensor._version for tensor in self._tensors.values()]
-        if versions == self._versions:
-            return
-        pairs = zip(self._tensors, self._versions, versions, strict=True)
-        changed = [name for name, before, after in pairs if before != after]
-        self._tensors = {name: t for name, t in self._tensors.items() if name not in changed}
-        self._versions = [tensor._version for tensor in self._tensors.values()]
-        warn_caller(
-            f"evaluate changed {listed(changed, 4)} of {self._model}, so each "
-            f"layer is measured in another model. Leave the model in eval mode, in which evaluate gets it, "
-            f"and train a copy"
-        )
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """A digest of all that results depend on: the quantizers' settings, and every tensor of the model."""
-    digest = hashlib.sha256()
-    for name, quantizer in named_quantizers(model).items():
-        settings = (name, quantizer.descriptor, quantizer.disabled, quantizer.quantizing)
-        digest.update(repr(settings).encode())
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            tensor = value.detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            size = tensor.numel() * tensor.element_size()
-            if size:
-                digest.update((ctypes.c_ubyte * size).from_address(tensor.data_ptr()))
-    return digest.hexdigest()
-
-
-def _result(value: Any) -> float:
-    """A number from a file; not NaN, text or a truth value."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        raise ValueError(f"{value!r} is not a result")
-    return float(value)
-
-
-class _Results(dict[str, float]):
-    """Results by key, kept in a file if there is one; the file is replaced whole each time."""
-
-    def __init__(self, path: str | os.PathLike[str] | None, mode: Mode, model: str) -> None:
-        super().__init__()
-        self._path = None if path is None else Path(path)
-        self._mode = mode
-        self._model = model
-        if self._path is not None and self._path.exists():
-            try:
-                data = json.loads(self._path.read_text())
-                mode_found, model_found = data["mode"], data["model"]
-                self.update((str(key), _result(value)) for key, value in data["results"].items())
-            except IsADirectoryError:
-                raise FileError(
-                    f"resume={str(self._path)!r} is a folder: name a file in it", path=str(self._path)
-                ) from None
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-                raise FileError(
-                    f"{self._path} holds no results of sensitivity: {type(error).__name__}: {shown(error)}",
-                    path=str(self._path),
-                ) from error
-            if mode_found != mode:
-                raise FileError(
-                    f"{self._path} holds results of mode {shown(repr(mode_found))}, not {mode!r}",
-                    path=str(self._path),
-                )
-            if model_found != model:
-                raise FileError(
-                    f"{self._path} holds results of another model, or of other weights, ranges or settings; "
-                    f"delete it to measure again",
-                    path=str(self._path),
-                )
-
-    def put(self, key: str, value: float) -> None:
-        self[key] = value
-        if self._path is None:
-            return
-        with written_whole(self._path) as folder:
-            text = json.dumps({"mode": self._mode, "model": self._model, "results": self})
-            (folder / self._path.name).write_text(text)

@@ -134,17 +134,17 @@ def arguments(
     return args if type(args) is tuple else (args,), dict(kwargs or {})
 
 
-def run_batch(model: nn.Module, batch: Any) -> None:
-    """Runs a model on a batch: a tensor, a tuple of arguments or a dict of keywords.
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """What a model gives for a batch: a tensor, a tuple of arguments or a dict of keywords.
 
     Raises:
         InputError: It failed, and the batch is on a device where the model is not.
     """
     with explaining_devices(model, batch):
-        _run_batch(model, batch)
+        return _run_batch(model, batch)
 
 
-def _run_batch(model: nn.Module, batch: Any) -> None:
+def _run_batch(model: nn.Module, batch: Any) -> Any:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = {}
     if isinstance(batch, Mapping):
@@ -154,7 +154,7 @@ def _run_batch(model: nn.Module, batch: Any) -> None:
     else:
         args = (batch,)
     try:
-        model(*args, **kwargs)
+        return model(*args, **kwargs)
     except TypeError as error:
         why = _unfit(model, args, kwargs)
         if why:

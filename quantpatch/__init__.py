@@ -37,6 +37,7 @@ from quantpatch.quantize import (
 )
 from quantpatch.recipes import QuantDescriptor, Recipe
 from quantpatch.report import summary
+from quantpatch.tune import tune
 
 __version__ = "0.1.0"
 
@@ -77,4 +78,5 @@ __all__ = [
     "search",
     "sensitivity",
     "summary",
+    "tune",
 ]

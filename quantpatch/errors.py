@@ -34,6 +34,7 @@ __all__ = [
     "QuantPatchWarning",
     "RangeError",
     "SearchError",
+    "TuningError",
     "UnknownNameError",
     "listed",
     "near_misses",
@@ -210,6 +211,18 @@ class CalibrationError(QuantPatchError, RuntimeError):
     quantizers: tuple[str, ...] = ()
     quantizer: Any = None
     ranks: tuple[int, ...] = ()
+
+
+class TuningError(QuantPatchError, RuntimeError):
+    """A model cannot be tuned; it is as it was before.
+
+    Attributes:
+        method: Name of the method.
+        layers: Qualified names of the layers concerned.
+    """
+
+    method: str = ""
+    layers: tuple[str, ...] = ()
 
 
 class CheckpointError(QuantPatchError, RuntimeError):

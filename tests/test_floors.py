@@ -26,6 +26,7 @@ FLOORS = [
     {"layers"},
     {"dataflow", "report"},
     {"quantize"},
+    {"tune"},
     {"analysis", "export.checkpoint", "export.prepare"},
     {"export.onnx", "export.program", "run"},
     {"export"},
@@ -39,7 +40,7 @@ PUBLIC = {"quantpatch"} | {
     f"quantpatch.{name}"
     for name in (
         *("analysis", "calibrators", "errors", "export", "layers", "numerics", "plugins", "quantize"),
-        *("mixed_precision", "recipes", "report", "testing"),
+        *("mixed_precision", "recipes", "report", "testing", "tune"),
     )
 }
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -1,4 +1,4 @@
-"""The built-in plugin: quantpatch's own layers, recipes, formats, calibrators and runtimes, by the hooks."""
+"""The built-in plugin: what quantpatch itself offers by the public hooks, from layers to tuning methods."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ FAMILIES = {
 
 # Modules of quantpatch's own, for operations that no layer of torch owns.
 OPERATIONS = ("Add", "Cat", "MatMul", "Mul", "ScaledDotProductAttention")
+
+# Methods of quantpatch.tune, a file each, and their classes.
+TUNERS = {
+    "bias_correction": "BiasCorrection",
+    "gptq": "GPTQ",
+}
 
 # Max pooling picks a value that is quantized already in most networks, and embedding tables are often
 # kept in full precision: both are there for those who ask.
@@ -109,3 +115,9 @@ def quantpatch_calibrators() -> Mapping[str, type[Calibrator]]:
 def quantpatch_runtimes() -> Mapping[str, Runtime]:
     """ONNX Runtime and TensorRT."""
     return RUNTIMES
+
+
+@hookimpl
+def quantpatch_tuners() -> Mapping[str, str]:
+    """The methods of ``quantpatch.tune``, a file each; imported when they are asked for."""
+    return {name: f"quantpatch.tune.{name}:{cls}" for name, cls in TUNERS.items()}

@@ -6,6 +6,7 @@ Nothing is remembered here: the registry does that.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -72,13 +73,16 @@ def examples_of(plugin: Plugin, manager: pluggy.PluginManager) -> tuple[Example,
     return found
 
 
-def names_of(plugin: Plugin, manager: pluggy.PluginManager, hook: str, kind: type) -> Mapping[str, Any]:
+def names_of(
+    plugin: Plugin, manager: pluggy.PluginManager, hook: str, kind: type | tuple[type, ...]
+) -> Mapping[str, Any]:
     """What it offers by name through a hook that returns a mapping.
 
     Raises:
         PluginError: Its hook failed or returned something else.
     """
     found: dict[str, Any] = {}
+    kinds = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
     with _answers(plugin, manager, hook) as (returned, shown):
         for given in returned:
             if not isinstance(given, Mapping):
@@ -87,13 +91,29 @@ def names_of(plugin: Plugin, manager: pluggy.PluginManager, hook: str, kind: typ
                 good = isinstance(value, kind) or (isinstance(value, type) and issubclass(value, kind))
                 if not isinstance(name, str) or not good:
                     raise plugin.error(
-                        f"returned {name!r}: {value!r} from {hook}, expected a name and a {kind.__name__}",
+                        f"returned {name!r}: {value!r} from {hook}, expected a name and a {kinds}",
                         hook,
                     )
                 if name in found:
                     raise plugin.error(f"returned {name!r} from {hook} twice", hook)
                 found[name] = value
         shown += found
+    return found
+
+
+def imported(plugin: Plugin, hook: str, where: str, base: type) -> type[Any]:
+    """The class of which it said only where it is, ``"package.module:ClassName"``.
+
+    Raises:
+        PluginError: It is not there, or no subclass of what is asked for.
+    """
+    module, _, name = where.partition(":")
+    with _asking(plugin, hook):
+        found = getattr(importlib.import_module(module), name)
+    if not isinstance(found, type) or not issubclass(found, base):
+        raise plugin.error(
+            f"returned {where!r} from {hook}, which is {found!r}, expected a {base.__name__}", hook
+        )
     return found
 
 

@@ -3,7 +3,7 @@
 A plugin is a module (or any object) with functions marked ``@quantpatch.hookimpl``, named in its
 distribution's entry-point group ``quantpatch``; the entry point's name is the plugin's name. It states
 the versions of the plugin API it works with, ``quantpatch_api = (oldest, newest)``. Hooks return values
-and change nothing. quantpatch's own layers, recipes, formats, calibrators and runtimes
+and change nothing. quantpatch's own layers, recipes, formats, calibrators, runtimes and tuners
 come in through these same hooks, from the plugin ``quantpatch.builtin``.
 """
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quantpatch.plugins.example import Example
     from quantpatch.plugins.runtime import Runtime
     from quantpatch.recipes.descriptor import Recipe
+    from quantpatch.tune import Tuner
 
 __all__ = [
     "API_VERSION",
@@ -33,13 +34,14 @@ __all__ = [
     "quantpatch_formats",
     "quantpatch_recipes",
     "quantpatch_runtimes",
+    "quantpatch_tuners",
 ]
 
 PROJECT = "quantpatch"
 
 #: Version of the plugin API: of the hooks below, and of what plugins build on (``QuantizedLayer``, ``Entry``,
-#: ``Recipe``, ``NumberFormat``, ``Calibrator``, ``Runtime``). It rises when a plugin written for the version
-#: before may no longer work; a new hook alone does not raise it.
+#: ``Recipe``, ``NumberFormat``, ``Calibrator``, ``Runtime``, ``Tuner``). It rises when a plugin written for
+#: the version before may no longer work; a new hook alone does not raise it.
 API_VERSION = 1
 
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -162,6 +164,24 @@ def quantpatch_runtimes() -> Mapping[str, Runtime]:
 
     Returns:
         Runtime by name. A name that another plugin uses already is an error that names both.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def quantpatch_tuners() -> Mapping[str, type[Tuner] | str]:
+    """Methods that users can ask for by name: ``tune(model, batches, method="name")``.
+
+    Called once, when a method is first looked up::
+
+        @quantpatch.hookimpl
+        def quantpatch_tuners():
+            return {"stochastic": "my_plugin.stochastic:Stochastic"}
+
+    Returns:
+        Subclass of ``quantpatch.tune.Tuner`` by name, or where it is: ``"package.module:ClassName"``, which
+        is imported when that name is asked for. A name that another plugin uses already is an error that
+        names both.
     """
     raise NotImplementedError
 

@@ -215,7 +215,9 @@ class Plugin:
                     f"Write @quantpatch.hookimpl above its `def {name}`"
                 )
                 raise self.failure
-            near = difflib.get_close_matches(name, HOOKS, 1, 0.8)
+            # Without what all have in common, which would make any two alike.
+            own, prefix = {hook.partition("_")[2]: hook for hook in HOOKS}, f"{hookspecs.PROJECT}_"
+            near = [own[n] for n in difflib.get_close_matches(name.removeprefix(prefix), own, 1, 0.8)]
             if near:
                 warn_caller(
                     f"{self!r} has a function {name}, which is not called: there is no such hook, and it is "

@@ -20,7 +20,7 @@ from quantpatch.errors import PluginError, QuantPatchWarning, UnknownNameError, 
 from quantpatch.interception.slots import lock
 from quantpatch.numerics.formats import NumberFormat
 from quantpatch.plugins import hookspecs
-from quantpatch.plugins.answers import advice_of, entries_of, examples_of, names_of
+from quantpatch.plugins.answers import advice_of, entries_of, examples_of, imported, names_of
 from quantpatch.plugins.entry import Entry
 from quantpatch.plugins.environment import ALLOW_VARIABLE, Environment
 from quantpatch.plugins.example import Example
@@ -193,19 +193,19 @@ class Registry:
         known[plugin].load(self._manager)
         return self._once((plugin, "quantpatch_examples"), lambda: examples_of(known[plugin], self._manager))
 
-    def named(self, hook: str, kind: type) -> dict[str, Any]:
+    def named(self, hook: str, kind: type | tuple[type, ...]) -> dict[str, Any]:
         """What the active plugins offer under a name through a hook that returns a mapping.
 
         Args:
             hook: Name of the hook.
-            kind: Type that every value is an instance of (or, if it is a class, a subclass of).
+            kind: Type that every value is an instance of (or, if it is a class, a subclass of); or several.
 
         Raises:
             PluginError: A plugin failed, returned something else, or uses another's name.
         """
         return {name: value for name, (value, _) in self._named(hook, kind).items()}
 
-    def _named(self, hook: str, kind: type) -> dict[str, tuple[Any, str]]:
+    def _named(self, hook: str, kind: type | tuple[type, ...]) -> dict[str, tuple[Any, str]]:
         """The same, each with the name of its plugin."""
 
         def find() -> dict[str, tuple[Any, str]]:
@@ -222,7 +222,7 @@ class Registry:
 
         return self._of_all(hook, find)
 
-    def _names_of(self, plugin: Plugin, hook: str, kind: type) -> Mapping[str, Any]:
+    def _names_of(self, plugin: Plugin, hook: str, kind: type | tuple[type, ...]) -> Mapping[str, Any]:
         return self._once((plugin.name, hook), lambda: names_of(plugin, self._manager, hook, kind))
 
     def advice(self, layer: Any) -> str | None:
@@ -303,6 +303,27 @@ class Registry:
             return attrs.evolve(runtimes[name], name=name)
         except (KeyError, TypeError):
             raise UnknownNameError.of("runtime", name, runtimes) from None
+
+    def tuner(self, name: str, base: type) -> type[Any]:
+        """The tuner of a name, which is imported if its plugin says only where it is.
+
+        Args:
+            name: Its name.
+            base: What it has to be a subclass of.
+
+        Raises:
+            PluginError: It cannot be imported, or is another kind of thing.
+            UnknownNameError: There is no such tuner.
+        """
+        hook = "quantpatch_tuners"
+        tuners = self._named(hook, (base, str))
+        if name not in tuners:
+            raise UnknownNameError.of("tuning method", name, tuners)
+        found, owner = tuners[name]
+        if isinstance(found, str):
+            plugin = self._all()[owner]
+            found = self._once((owner, hook, name), lambda: imported(plugin, hook, found, base))
+        return found  # type: ignore[no-any-return]
 
     def plugins(self) -> list[PluginInfo]:
         """Every plugin that is installed or registered, with its state. Blocked ones are not imported."""

@@ -16,6 +16,7 @@ import torch
 
 from quantpatch.errors import ConversionError
 from quantpatch.layers.base import QuantizedLayer, named_layers, quantizers_of
+from quantpatch.layers.before_tuning import put_back
 from quantpatch.layers.placed import placed_in, take_out
 from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.layers.subclass import take_over
@@ -172,11 +173,12 @@ def _unconvert(layer: Any, cls: type, children: tuple[str, ...]) -> None:
 def revert(model: nn.Module) -> ChangeReport:
     """Takes a quantized model back to float: the same classes, attributes and weights, bit for bit.
 
-    Works on models that ``convert`` quantized and on those built inside a block.
+    Works on models that ``convert`` quantized and on those built inside a block. Tensors that ``tune`` has
+    changed are what they were before, but for those that have changed again since.
 
     Returns:
-        The layers that are float again, and the quantizers that stay, which are neither a layer's nor placed
-        by quantpatch.
+        The layers and tensors that are float again, and what stays: quantizers that are neither a layer's nor
+        placed by quantpatch, tensors that have changed since they were tuned.
 
     Raises:
         ConversionError: The model holds no quantized layer.
@@ -194,6 +196,9 @@ def revert(model: nn.Module) -> ChangeReport:
     changed = {name: dotted(own_class(layer)) for name, layer in layers.items()}
     changed |= {name: "without a quantizer at its output" for name in placed if name not in changed}
     left = {name: quantizer.extra_repr() for name, quantizer in named_quantizers(model).items()}
+    changed_since = put_back(model)
+    changed |= dict.fromkeys(changed_since[True], "what it was before it was tuned")
+    left |= dict.fromkeys(changed_since[False], "tuned, since it has changed after that")
     return ChangeReport(written_name(type(model)), changed, left)
 
 

@@ -212,6 +212,10 @@ def _names(given: Any) -> Any:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
+def _several(given: Any) -> Any:
+    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
+
+
 def _pairs(given: Any) -> Any:
     return tuple(given.items() if isinstance(given, Mapping) else given)
 
@@ -232,6 +236,8 @@ class Recipe:
         rules: What differs by name, as ``configure`` takes it: ``{"conv1": None, ":last": "int8"}``. Names
             are those within the model, which is complete when a block ends: the rules are applied then, to
             each outermost module that was built in it (``convert`` applies them at once).
+        tune: Methods that :func:`quantpatch.tune` uses when it is given this recipe, in their order: names,
+            or methods with options.
     """
 
     name: str
@@ -243,6 +249,7 @@ class Recipe:
     hidden: QuantDescriptor | None = None
     include: tuple[str, ...] = attrs.field(default=(), converter=_names)
     rules: tuple[tuple[Any, Any], ...] = attrs.field(default=(), converter=_pairs)
+    tune: tuple[Any, ...] = attrs.field(default=(), converter=_several)
 
     def __attrs_post_init__(self) -> None:
         for field in ("input", "weight", "output", "hidden"):

@@ -233,13 +233,26 @@ def progress_over(
         yield bar.track(items, total=total, description=description)
 
 
-def run_over(model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], Any], *, progress: bool) -> None:
+class EnoughOfBatch(BaseException):
+    """Ends the run of a model on a batch, since nothing that comes is of interest."""
+
+
+def run_over(
+    model: nn.Module,
+    data: Iterable[Any] | Callable[[nn.Module], Any],
+    *,
+    progress: bool,
+    description: str = "Calibrating",
+) -> None:
     """Runs a model over data; of what wraps it the module inside.
+
+    Where data is batches, what watches the model may raise ``EnoughOfBatch``.
 
     Args:
         model: The model.
         data: As ``calibrate`` takes it.
         progress: Whether to show a progress bar (on a terminal only).
+        description: Stands before the bar.
 
     Raises:
         CalibrationError: There is no batch.
@@ -254,9 +267,10 @@ def run_over(model: nn.Module, data: Iterable[Any] | Callable[[nn.Module], Any],
     data = as_batches(data)
     total = len(data) if isinstance(data, Sized) else None
     count = 0
-    with progress_over(data, "Calibrating", progress=progress, total=total) as shown:
+    with progress_over(data, description, progress=progress, total=total) as shown:
         for batch in shown:
-            run_batch(runner, batch)
+            with contextlib.suppress(EnoughOfBatch):
+                run_batch(runner, batch)
             count += 1
     if not count:
-        raise CalibrationError("the data holds no batch, so there is nothing to calibrate from")
+        raise CalibrationError("the data holds no batch, so there is nothing to run the model on")

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.nn.utils import parametrize
 
 from quantpatch.dataflow import BATCHNORM, Dataflow, Value, dataflow, traits
+from quantpatch.dataflow.verified import apply_if_same, run_of
 from quantpatch.errors import ExportError, listed, warn_caller
 from quantpatch.export.prepare.folded_batchnorm import (
     LAYERS,
@@ -26,7 +27,6 @@ from quantpatch.export.prepare.folded_batchnorm import (
     computes_as_torch,
     is_per_channel,
 )
-from quantpatch.export.prepare.verified import apply_if_same, run_of
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.report.report import Report
 from quantpatch.torch_tools import nn

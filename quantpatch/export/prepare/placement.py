@@ -13,10 +13,10 @@ import attrs
 from torch import Tensor
 
 from quantpatch.dataflow import Dataflow, Value, dataflow, traits
+from quantpatch.dataflow.verified import apply_if_same, run_of
 from quantpatch.errors import warn_caller
 from quantpatch.export.prepare.batchnorm import FoldedBatchNorm, fold_batchnorm
 from quantpatch.export.prepare.placement_rules import Rules
-from quantpatch.export.prepare.verified import apply_if_same, run_of
 from quantpatch.layers.base import named_layers, quantizer_name
 from quantpatch.layers.placed import quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers

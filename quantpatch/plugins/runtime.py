@@ -26,8 +26,7 @@ def _function(runtime: Any, attribute: attrs.Attribute[Any], value: Any) -> None
         raise ArgumentTypeError(
             f"{attribute.name} of a runtime is {value!r}, expected a function or where one is, "
             f"'package.module:function'",
-            argument=attribute.name,
-            value=value,
+            **{attribute.name: value},
         )
 
 

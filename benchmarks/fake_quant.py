@@ -16,8 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.peers import FakeQuantize, peers
 from benchmarks.timing import medians
-from quantpatch.numerics.fake_quant import fake_quantize, reduce_amax
+from quantpatch.numerics.fake_quant import fake_quantize
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Integer
+from quantpatch.numerics.ranges import reduce_amax
 
 INT8 = Integer(8)
 ROUNDS = 40
@@ -45,7 +46,7 @@ def rows() -> list[dict[str, Any]]:
         return [
             *_speed("activation, fixed range", activation, reduce_amax(activation), None, (2.0, 1.6)),
             *_speed("activation, dynamic range", activation, None, None, (3.0, 1.3)),
-            *_speed("weight per channel", weight, reduce_amax(weight, 0), 0, (2.3, 1.5)),
+            *_speed("weight per channel", weight, reduce_amax(weight, axis=0), 0, (2.3, 1.5)),
             *_speed("large activation, fixed range", large, reduce_amax(large), None, (None, None), 5),
             *_learned("activation, learned range", activation, None),
             *_learned("weight per channel, learned ranges", weight, 0),
@@ -56,7 +57,7 @@ def rows() -> list[dict[str, Any]]:
             *_memory(
                 "activation, 1 % outside", activation, _range_with_outside(activation, None, 0.01), None
             ),
-            *_memory("weight per channel", weight, reduce_amax(weight, 0), 0),
+            *_memory("weight per channel", weight, reduce_amax(weight, axis=0), 0),
         ]
     finally:
         torch.set_num_threads(threads)
@@ -73,7 +74,7 @@ def _speed(
     aims: tuple[float | None, float | None],
     rounds: int = ROUNDS,
 ) -> list[dict[str, Any]]:
-    scale = (reduce_amax(x, axis) if amax is None else amax) / INT8.max
+    scale = (reduce_amax(x, axis=axis) if amax is None else amax) / INT8.max
     others, missing = peers(scale, axis, tuple(x.shape))
     functions = {"ours": _ours(amax, axis)}
     for peer, function in others.items():
@@ -104,7 +105,7 @@ def _with_its_range(function: FakeQuantize, x: Tensor) -> Tensor:
 
 def _learned(name: str, x: Tensor, axis: int | None) -> list[dict[str, Any]]:
     """Both passes, with a gradient for the range as well."""
-    amax = reduce_amax(x, axis).requires_grad_()
+    amax = reduce_amax(x, axis=axis).requires_grad_()
     scale = (amax.detach() / INT8.max).requires_grad_()
     others, missing = peers(scale, axis, tuple(x.shape))
     grad = torch.randn_like(x)

@@ -132,10 +132,10 @@ class ArgumentTypeError(ArgumentError, TypeError):
         argument: Name of the argument, where it is known.
         value: What was given for it. Of a tensor that cannot be quantized: its dtype, or its layout if that
             is at fault; of anything else that was to be quantized: its type.
-        quantizer: Name of the quantizer that was given it, where it is known.
+        quantizer: The quantizer that was given it, if one was.
     """
 
-    quantizer: str | None = None
+    quantizer: Any = None
 
 
 class UnknownNameError(ArgumentError, LookupError):
@@ -181,11 +181,11 @@ class RangeError(QuantPatchError, ValueError):
     """A range (amax) that is negative, not finite, or of the wrong shape.
 
     Attributes:
-        quantizer: Name of the quantizer, where it is known.
+        quantizer: The quantizer that was to use it, if one was.
         value: What was given.
     """
 
-    quantizer: str | None = None
+    quantizer: Any = None
     value: Any = None
 
 

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from quantpatch.errors import CalibrationError, listed, warn_caller
-from quantpatch.numerics.fake_quant import reduce_amax
 from quantpatch.numerics.formats import NumberFormat
 from quantpatch.numerics.grouped_axes import GroupedAxes
 from quantpatch.numerics.qparams import QParams
+from quantpatch.numerics.ranges import reduce_amax
 from quantpatch.torch_tools.distributed import Ranks
 from quantpatch.torch_tools.sharded import whole
 
@@ -228,7 +228,7 @@ class Calibrator(abc.ABC):
             raise CalibrationError(
                 f"batch {self.batches} has shape {tuple(x.shape)}, which has no axis {self.axis!r} to keep"
             )
-        amax = reduce_amax(x, axis)
+        amax = reduce_amax(x, axis=axis)
         if self._shape is not None and amax.shape != self._shape:
             raise CalibrationError(
                 f"batch {self.batches} of shape {tuple(x.shape)} gives ranges of shape {tuple(amax.shape)} "

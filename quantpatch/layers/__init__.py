@@ -24,9 +24,10 @@ from quantpatch.layers.norm import *  # noqa: F403
 from quantpatch.layers.operations import *  # noqa: F403
 from quantpatch.layers.pooling import *  # noqa: F403
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.layers.range_tensor import RANGE_KEY, ZERO_POINT_KEY
+from quantpatch.layers.range_tensor import RANGE_KEY
 from quantpatch.layers.recurrent import *  # noqa: F403
 from quantpatch.layers.stand_ins import call_with
+from quantpatch.layers.zero_point_state import ZERO_POINT_KEY
 from quantpatch.torch_tools.fast_paths import refuse_fast_paths
 
 __all__ = [

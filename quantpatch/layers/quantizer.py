@@ -22,17 +22,14 @@ from quantpatch.calibrators import Calibrator, warn_of_negatives
 from quantpatch.errors import ArgumentTypeError, CalibrationError, ExportError, RangeError
 from quantpatch.layers.lowering import lowering
 from quantpatch.layers.range_state import HeldRange
-from quantpatch.layers.range_tensor import ZERO_POINT_KEY
-from quantpatch.numerics.fake_quant import check_operand, fake_quantize, what_is_odd_about
-from quantpatch.numerics.formats import Integer
+from quantpatch.numerics.fake_quant import fake_quantize
 from quantpatch.numerics.modes import is_traced
-from quantpatch.numerics.qparams import QParams
-from quantpatch.numerics.zero_point import check_given, magnitudes, of_longer_side, upper_end
+from quantpatch.numerics.qparams import check_given, of_longer_side
+from quantpatch.numerics.ranges import check_operand, what_is_odd_about
 from quantpatch.plugins.registry import registry
 from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools.fast_paths import refuse_fast_paths
 from quantpatch.torch_tools.fx import leaf_in_fx
-from quantpatch.torch_tools.module_path import place_in_running_model
 
 T = TypeVar("T")
 
@@ -198,7 +195,7 @@ class TensorQuantizer(HeldRange):
         Raises:
             CalibrationError: It saw no data, or what it gives is not a range.
         """
-        amax = upper_end(calibrator.compute_amax(), self.qparams)
+        amax = self.qparams.upper_end(calibrator.compute_amax())
         if self.descriptor.scale_amax is not None:
             amax = amax * self.descriptor.scale_amax
         try:
@@ -248,7 +245,7 @@ class TensorQuantizer(HeldRange):
             check_operand(x)
             return x
         except (ArgumentTypeError, RangeError) as error:
-            self._say_where(error)
+            self._note_it(error)
             raise
         except (RuntimeError, TypeError) as error:
             # Looked for only now: in every call it would cost time, and torch can do more with some of them
@@ -257,7 +254,7 @@ class TensorQuantizer(HeldRange):
             if why is None:
                 raise
             odd = ArgumentTypeError(why, x=x.layout)
-            self._say_where(odd)
+            self._note_it(odd)
             raise odd from error
 
     def _collect(self, x: Tensor) -> None:
@@ -266,66 +263,29 @@ class TensorQuantizer(HeldRange):
         try:
             x = x.detach()
             q = self.qparams
-            self.calibrator.collect(magnitudes(x, q) if q.zero_point else x)
+            self.calibrator.collect(q.magnitudes(x) if q.zero_point else x)
         except CalibrationError as error:
             error.quantizer = self
             raise
 
-    @property
-    def qparams(self) -> QParams:
-        """The format and, read, the zero point that integers are rounded with."""
-        return QParams(self._format, None, zero_point=self._read_zero_point)
-
-    @property
-    def _read_zero_point(self) -> int | None:
-        # A subclass of integers rounds as it says.
-        return self.zero_point if type(self._format) is Integer else None
-
-    @property
-    def format_name(self) -> str:
-        """What reports call the format, with its zero point."""
-        zero_point = self._buffers.get(ZERO_POINT_KEY)
-        if zero_point is None or zero_point.is_meta or not self.zero_point:
-            return self.format.name
-        return f"{self.format.name}, zero_point={self.zero_point}"
-
-    def _say_where(self, error: ArgumentTypeError | RangeError) -> None:
-        """Adds this quantizer's name in the model that is running to an error that came out of it."""
+    def _note_it(self, error: ArgumentTypeError | RangeError) -> None:
+        """Notes in an error that came out of this quantizer that it was this one."""
         if torch.compiler.is_compiling() or error.quantizer is not None:
             return
-        name = place_in_running_model(self)
-        if name is None:
-            return
-        error.quantizer = name
-        message = f"{name}: {error}"
+        error.quantizer = self
         if isinstance(error, ArgumentTypeError) and isinstance(error.value, (torch.dtype, torch.layout)):
-            layer = name.rpartition(".")[0] or name
-            message += f". To leave its layer float write: qp.configure(model, {{{layer!r}: None}})"
-        error.args = (message,)
+            error.args = (f"{error}. To leave a layer float write: qp.configure(model, {{name: None}})",)
 
     def _quantized(self, x: Tensor, batch_axis: int | None) -> Tensor:
-        descriptor = self.descriptor
-        amax = None if descriptor.dynamic else self.held
-        if not self._known and not descriptor.dynamic:
-            amax = self._settled(x, is_weight=batch_axis is None)
         check_operand(x)
-        in_memory = amax is not None and amax.is_cpu and x.is_cpu
-        if (
-            amax is not None and not in_memory and amax.device != x.device
-        ):  # a checkpoint loaded it before any tensor came
-            # To the meta device it does not go along: it would be lost.
-            amax = amax.to(x.device) if x.is_meta else self._follow(x.device)
-        if batch_axis is None and amax is not None:
-            amax = self._unless_of_another_weight(x, amax)
-        if not descriptor.learn_amax or x.dim() < 2:
-            batch_axis = None
+        descriptor = self.descriptor
         return fake_quantize(
             x,
-            self._magnitude(amax),
+            None if descriptor.dynamic else self._range_for(x, is_weight=batch_axis is None),
             self._format,
             axis=descriptor.kept_axes,
             zero_point=self.held_zero_point,
-            batch_axis=batch_axis,
+            batch_axis=batch_axis if descriptor.learn_amax and x.dim() > 1 else None,
         )
 
     def agrees_with(self, other: TensorQuantizer) -> bool:
@@ -350,12 +310,6 @@ class TensorQuantizer(HeldRange):
             return False
         # Elsewhere than in main memory a comparison would make the host wait: there it is not known.
         return mine.is_cpu and others.is_cpu and torch.equal(mine, others)
-
-    def _has_same_zero_point(self, other: TensorQuantizer) -> bool:
-        mine, others = (q._buffers.get(ZERO_POINT_KEY) for q in (self, other))
-        if mine is None or others is None:
-            return mine is others
-        return mine.is_cpu and others.is_cpu and not is_traced() and torch.equal(mine, others)
 
     def __getstate__(self) -> dict[str, Any]:
         copied.add(self)

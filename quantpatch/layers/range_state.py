@@ -1,6 +1,7 @@
-"""A quantizer's range and zero point, as the state of a module: known or not, set, saved, loaded.
+"""A quantizer's range, as the state of a module: known or not, set, saved, loaded.
 
-The tensor of the range is held by :mod:`quantpatch.layers.range_tensor`.
+Its tensor is held by :mod:`quantpatch.layers.range_tensor`, the zero point beside it by
+:mod:`quantpatch.layers.zero_point_state`.
 """
 
 from __future__ import annotations
@@ -12,23 +13,17 @@ import torch
 from torch import Tensor
 
 from quantpatch.errors import ArgumentError, RangeError, warn_caller
-from quantpatch.layers.range_tensor import (
-    RANGE_KEY,
-    ZERO_POINT_KEY,
-    RangeTensor,
-    fits,
-    outside_inference_mode,
-)
-from quantpatch.numerics.fake_quant import own_range, reduce_amax
-from quantpatch.numerics.formats import Blocked, Integer
+from quantpatch.layers.range_tensor import RANGE_KEY, RangeTensor, fits
+from quantpatch.layers.zero_point_state import ZERO_POINT_KEY, outside_inference_mode
+from quantpatch.numerics.formats import Blocked
 from quantpatch.numerics.modes import is_in_memory, is_jit_traced, is_traced
-from quantpatch.numerics.zero_point import check_zero_point
-from quantpatch.torch_tools.module_path import place_in_running_model
+from quantpatch.numerics.qparams import check_zero_point
+from quantpatch.numerics.ranges import own_range, reduce_amax
 from quantpatch.torch_tools.sharded import beside, is_in_checkpoint, is_replicated, local_part
 
 
 class HeldRange(RangeTensor):
-    """The part of a quantizer that holds its range and its zero point."""
+    """The part of a quantizer that knows its range."""
 
     def replace_range(self, amax: Tensor) -> None:
         """Sets the range, whatever shape the one known so far has; in place where it is the same.
@@ -71,14 +66,25 @@ class HeldRange(RangeTensor):
         magnitude = amax.abs()
         return magnitude.reshape(()) if magnitude.shape == (1,) else magnitude
 
+    def _range_for(self, x: Tensor, *, is_weight: bool) -> Tensor | None:
+        """The range that a tensor is quantized by, on its device; None: its own."""
+        amax = self.held if self._known else self._settled(x, is_weight=is_weight)
+        if amax is None:
+            return None
+        if not (amax.is_cpu and x.is_cpu) and amax.device != x.device:
+            # A checkpoint loaded it before any tensor came. To the meta device it does not go along: it would
+            # be lost.
+            amax = amax.to(x.device) if x.is_meta else self._follow(x.device)
+        if is_weight and (amax := self._unless_of_another_weight(x, amax)) is None:
+            return None
+        return self._magnitude(amax) if self.descriptor.learn_amax else amax
+
     def _settled(self, x: Tensor, *, is_weight: bool) -> Tensor | None:
         """The range, if it has become known; None if not.
 
         Where it cannot be looked at, as its values are on an accelerator or recorded operations are to find
         them, these take the range if it is known, and that of the tensor at hand if not.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return None
         held, traced = self.held, is_traced()
         if not traced and not x.is_meta:
             if held is None or held.is_meta:
@@ -99,11 +105,10 @@ class HeldRange(RangeTensor):
             return None
         if held.device != x.device:
             held = held.to(x.device) if x.is_meta else self._follow(x.device)
-        known, format = self._magnitude(held), self._format
-        assert known is not None
+        format = self._format
         one = isinstance(format, Blocked) and (format.scale == "e4m3" or not x.dim())
         own = reduce_amax(x) if one else own_range(x, format, self.descriptor.kept_axes, self.held_zero_point)
-        known = beside(known, own)
+        known = beside(held, own)
         return torch.where(known.isnan(), own, known)
 
     def _unless_of_another_weight(self, weight: Tensor, amax: Tensor) -> Tensor | None:
@@ -115,40 +120,12 @@ class HeldRange(RangeTensor):
             return amax
         self.amax = None
         self.make_room(amax.device, weight)
-        name = place_in_running_model(self) or str(self)
         warn_caller(
-            f"{name}: its weight has the shape {tuple(weight.shape)} now, and its range, of shape "
-            f"{tuple(amax.shape)}, was found for another one: it is dropped. Until you calibrate again, "
-            f"qp.calibrate(model, batches, existing='keep'), each tensor is quantized by its own range"
+            f"a weight has the shape {tuple(weight.shape)} now, and its range, of shape {tuple(amax.shape)}, "
+            f"was found for another one: it is dropped (qp.summary(model) shows where). Until you calibrate "
+            f"again, qp.calibrate(model, batches, existing='keep'), each tensor is quantized by its own range"
         )
         return None
-
-    @property
-    def is_symmetric(self) -> bool:
-        """Whether it is of signed integers with one range found beforehand, which another could replace.
-
-        That is one of unsigned integers, with a zero point if there are negative values.
-        """
-        format, descriptor = self.format, self.descriptor
-        signed = type(format) is Integer and not format.unsigned
-        return signed and descriptor.kept_axes is None and not descriptor.dynamic
-
-    @property
-    def held_zero_point(self) -> Tensor | int | None:
-        """The zero point for computing with tensors: nothing is read."""
-        held = self._buffers.get(ZERO_POINT_KEY)
-        if held is None:
-            return self.descriptor.zero_point or None
-        return held if type(self._format) is Integer else None
-
-    @property
-    def zero_point_is_found(self) -> bool:
-        """Whether the zero point is what data was found to need, so that other data may need another.
-
-        One that the descriptor asks for stays.
-        """
-        held = self._buffers.get(ZERO_POINT_KEY)
-        return held is not None and not held.is_meta and self.zero_point != self._given_zero_point
 
     def use_zero_point(self, zero_point: int, amax: Tensor | float | None = None) -> None:
         """Makes the integers unsigned ones, one of which stands for 0.
@@ -179,8 +156,9 @@ class HeldRange(RangeTensor):
 
     def forget_zero_point(self) -> None:
         """Makes integers and range what the descriptor says; a range that it does not give stays."""
+        held = self.held
         self._buffers.pop(ZERO_POINT_KEY, None)
-        self._place_zero_point()
+        self._place_zero_point(None if held is None else held.device)
         if self.descriptor.amax is not None:
             self._forget()
 
@@ -238,28 +216,6 @@ class HeldRange(RangeTensor):
             self._hold(held.detach().float())
         if len(error_msgs) == problems and not (held is not None and held.is_meta and not saved.is_meta):
             self.__dict__["_known"] = True
-
-    def _take_zero_point(self, saved: Tensor | None) -> str | None:
-        """Makes room for the zero point beside a checkpoint's range; says why if there cannot be one."""
-        own = self._buffers.get(ZERO_POINT_KEY)
-        if saved is None:
-            if own is None or own.is_meta or not (number := self.zero_point):
-                return None
-            return (
-                f"{self} has the zero point {number}, and the checkpoint's range is of integers without one; "
-                f"load it into a model whose quantizers have none"
-            )
-        if saved.is_meta:
-            return None
-        number = int(saved)
-        if own is not None and not own.is_meta and number == self.zero_point:
-            return None
-        try:
-            check_zero_point(number, self._format)
-        except ArgumentError as error:
-            return f"the checkpoint has {number}; {self}: {error}"
-        self._hold_zero_point(number, saved.device if own is None else own.device)
-        return None
 
 
 def _is_unknown(saved: Tensor) -> bool:

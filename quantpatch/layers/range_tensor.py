@@ -1,4 +1,4 @@
-"""A quantizer's range and zero point, as the state of a module: known or not, set, saved, loaded, moved.
+"""The tensor of a quantizer's range, as the state of a module: its room, its values, its device.
 
 A range has its tensor from construction on, so that whatever lists a model's tensors then (an optimizer, an
 average of weights, ``DistributedDataParallel``, a loader that asks what there is) has it too: a parameter if
@@ -9,42 +9,30 @@ along an axis shows only with data, and so does its tensor.
 On the meta device nothing of an unknown range is in the ``state_dict``: libraries that build models there
 fill what a checkpoint lacks with anything. It comes with the layer's first tensor elsewhere.
 
-A range stays float32 whatever the model is cast to. Beside that of unsigned integers the state has their zero
-point: without it the range would mean another one.
+A range stays float32 whatever the model is cast to.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantpatch.errors import RangeError
-from quantpatch.numerics.formats import Integer, NumberFormat
-from quantpatch.numerics.grouped_axes import GroupedAxes
+from quantpatch.layers.zero_point_state import ZERO_POINT_KEY, ZeroPointState, outside_inference_mode
 from quantpatch.numerics.modes import is_readable
-from quantpatch.recipes.descriptor import QuantDescriptor
+from quantpatch.numerics.ranges import range_shape
 from quantpatch.torch_tools.sharded import beside, is_in_checkpoint, is_sharded, local_part
 
 #: Name of the range in a quantizer's state.
 RANGE_KEY = "_amax"
-#: Name of the zero point beside it, where the integers are unsigned.
-ZERO_POINT_KEY = "_zero_point"
 
 
-class RangeTensor(nn.Module):
-    """The part of a quantizer that holds the tensor of its range.
-
-    Attributes:
-        descriptor: How to quantize.
-    """
-
-    descriptor: QuantDescriptor
-    _format: NumberFormat  # that the descriptor means
+class RangeTensor(ZeroPointState):
+    """The part of a quantizer that holds the tensor of its range."""
 
     #: Whether the range was seen to be known. If not it may be, as others can fill it in: see ``_look``.
     _known: bool = False
@@ -129,7 +117,7 @@ class RangeTensor(nn.Module):
         else:
             self._buffers[RANGE_KEY] = amax
         self.__dict__.update(_known=known, _seen=None, _own=amax)
-        self._place_zero_point()
+        self._place_zero_point(amax.device)
 
     def _note_own(self) -> None:
         # So that both are one in a copy, too.
@@ -178,7 +166,7 @@ class RangeTensor(nn.Module):
         if held is not None and held.is_meta:
             self._parameters.pop(RANGE_KEY, None)
             self._buffers.pop(RANGE_KEY, None)
-            self._place_zero_point()
+            self._place_zero_point(None)
 
     def _fill_room(self, shape: tuple[int, ...], device: torch.device) -> None:
         given = self.descriptor.amax
@@ -199,7 +187,8 @@ class RangeTensor(nn.Module):
 
     def _range_of(self, weight: Tensor) -> tuple[int, ...] | None:
         kept = self.descriptor.kept_axes
-        return None if kept is None or self._format.block_size is not None else _kept(weight.shape, kept)
+        one = kept is None or self._format.block_size is not None
+        return None if one else _range_shape(weight.shape, kept)
 
     def _look(self, held: Tensor, *, again: bool = False) -> bool:
         """Whether the range, which was not known, has been filled in: by an average, a broadcast, a file.
@@ -232,7 +221,7 @@ class RangeTensor(nn.Module):
         if not held.is_meta:
             self._write(torch.nan if given is None else given)
         self.__dict__["_known"] = given is not None and not held.is_meta
-        self._place_zero_point()
+        self._place_zero_point(held.device)
 
     def _write(self, value: Tensor | float) -> None:
         held = self.held
@@ -272,52 +261,6 @@ class RangeTensor(nn.Module):
         if held is not None and held.shape == shape:
             return True
         return self.amax is None and (wanted is None or fits(shape, wanted))
-
-    @property
-    def format(self) -> NumberFormat:
-        """The number format: that of the descriptor; with a zero point its unsigned integers."""
-        own = self._format
-        if type(own) is not Integer or own.unsigned or ZERO_POINT_KEY not in self._buffers:
-            return own
-        return Integer(own.bits, unsigned=True)
-
-    @property
-    def zero_point(self) -> int | None:
-        """Which of the unsigned integers stands for 0; None: the format is none of such.
-
-        Raises:
-            RangeError: It is on the meta device, and has no value.
-        """
-        held = self._buffers.get(ZERO_POINT_KEY)
-        if held is None:
-            return self._given_zero_point
-        if held.is_meta:
-            raise RangeError(f"{self}: its zero point is on the meta device, and has no value", value=held)
-        return int(local_part(held).item())
-
-    @property
-    def _given_zero_point(self) -> int | None:
-        """The descriptor's, of unsigned integers; others have none."""
-        unsigned = isinstance(self._format, Integer) and self._format.unsigned
-        return self.descriptor.zero_point if unsigned else None
-
-    def _place_zero_point(self) -> None:
-        """Puts the zero point beside the range, on its device; the descriptor's if there was none."""
-        held, zero_point = self.held, self._buffers.get(ZERO_POINT_KEY)
-        if held is None:
-            self._buffers.pop(ZERO_POINT_KEY, None)
-        elif zero_point is None:
-            if (given := self._given_zero_point) is not None:
-                self._hold_zero_point(given, held.device)
-        elif zero_point.device != held.device:
-            # On the meta device it loses its value; the descriptor's is there again when the model leaves it.
-            self._hold_zero_point(
-                self._given_zero_point or 0 if zero_point.is_meta else zero_point, held.device
-            )
-
-    def _hold_zero_point(self, zero_point: Tensor | int, device: torch.device) -> None:
-        with outside_inference_mode():
-            self._buffers[ZERO_POINT_KEY] = torch.as_tensor(zero_point, dtype=torch.uint8, device=device)
 
     def _follow(self, device: torch.device) -> Tensor:
         self._apply(lambda tensor: tensor.to(device))
@@ -371,29 +314,14 @@ class RangeTensor(nn.Module):
                 destination.pop(prefix + key, None)
 
 
-def outside_inference_mode() -> AbstractContextManager[Any]:
-    """A block whose tensors can be trained, wherever it runs."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
-
-
 def _default_device() -> torch.device:
     """Torch's, as a tensor on it says it: there is only one "meta"."""
     device = torch.get_default_device()
     return _META if device.type == "meta" else device
 
 
-_NOTHING = nullcontext()
 _META = torch.device("meta")  # compared with sooner than by its type
-
-
-@functools.lru_cache(maxsize=1024)
-def _kept(shape: tuple[int, ...], axis: int | tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the ranges of a tensor of this shape: only the kept axes are longer than 1."""
-    count = len(shape)
-    if isinstance(axis, GroupedAxes):  # neighbours along the first share a range
-        shape = (axis.groups, *shape[1:])
-    axes = {a % count for a in (axis if isinstance(axis, tuple) else (axis,)) if -count <= a < count}
-    return tuple(n if d in axes else 1 for d, n in enumerate(shape))
+_range_shape = functools.lru_cache(maxsize=1024)(range_shape)
 
 
 def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -4,8 +4,9 @@
 scales, ``gradients.py`` differentiates, one of ``backends/`` computes; ``kernels/`` has the code for CPUs.
 """
 
-from quantpatch.numerics.fake_quant import dequantize, fake_quantize, quantize, reduce_amax
+from quantpatch.numerics.fake_quant import dequantize, fake_quantize, quantize
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Blocked, Float, Integer, NumberFormat, OnnxCodes
+from quantpatch.numerics.ranges import reduce_amax
 
 __all__ = [
     "BUILTIN_FORMATS",

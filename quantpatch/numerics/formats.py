@@ -78,6 +78,7 @@ class NumberFormat(abc.ABC):
         lower_end: Where a range begins that ends at 1: gradients pass from ``amax * lower_end`` to ``amax``.
         block_size: Number of neighbours that share a scale found from themselves, or None where
             the scale of a tensor or channel comes from outside.
+        element: The format of single elements: of blocks another, else the same.
         onnx: How an ONNX file holds the codes, such as ``OnnxCodes("INT8")``; None if it cannot.
     """
 
@@ -110,6 +111,11 @@ class NumberFormat(abc.ABC):
     def block_size(self) -> int | None:
         """Elements that share a scale, or None."""
         return None
+
+    @property
+    def element(self) -> NumberFormat:
+        """The format of single elements."""
+        return self
 
     @property
     def onnx(self) -> OnnxCodes | None:
@@ -386,11 +392,6 @@ class Blocked(NumberFormat):
             divisor = tensor_scale.masked_fill(tensor_scale == 0, 1.0)
             scale = _E4M3.round_(quotient(scale, divisor)) * tensor_scale
         return scale
-
-
-def element_of(format: NumberFormat) -> NumberFormat:
-    """The format of the elements of blocks; others as they are."""
-    return format.element if isinstance(format, Blocked) else format
 
 
 _E4M3, _E5M2, _E2M3, _E3M2, _E2M1 = Float(4, 3), Float(5, 2), Float(2, 3), Float(3, 2), Float(2, 1)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from quantpatch.numerics.backends import inductor, select
+from quantpatch.numerics.backends import Backend, inductor, select
 from quantpatch.numerics.backends.clip_mask import ClipMask
 from quantpatch.numerics.backends.lsq import divided_by, lsq_slopes
 from quantpatch.numerics.backends.scales import spread
 from quantpatch.numerics.formats import NumberFormat
-from quantpatch.numerics.modes import is_plain_gradient
+from quantpatch.numerics.modes import is_jit_traced, is_plain_gradient
 from quantpatch.numerics.qparams import QParams
 
 
@@ -29,14 +29,10 @@ def round_trip(x: Tensor, q: QParams, batch_axis: int | None = None) -> Tensor:
         q: What it is rounded by. A range that requires a gradient is learned.
         batch_axis: The axis of examples, see :func:`quantpatch.numerics.backends.lsq.divided_by`.
     """
-    amax = q.amax
+    amax, backend = q.amax, select(x, q)
     learned = amax is not None and amax.requires_grad
     needs_gradient = (x.requires_grad or learned) and torch.is_grad_enabled()
-    if torch.compiler.is_compiling():
-        if needs_gradient:
-            return _RoundTrip.apply(x, amax, q.scale, q.zero_point, q.format, q.dim, batch_axis)  # type: ignore[no-any-return,no-untyped-call]
-        return inductor.round_trip(x, q)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or (backend is inductor and _is_transformed()):
         if not torch.is_grad_enabled():
             return inductor.round_trip(x, q)
         learned = learned or (amax is not None and _is_learned(amax))
@@ -45,9 +41,15 @@ def round_trip(x: Tensor, q: QParams, batch_axis: int | None = None) -> Tensor:
         )
         return result
     # A model traced by torch.jit.trace is for inference: its graph cannot hold a function of Python's.
-    if needs_gradient and not torch._C._is_tracing():
-        return _apply(x, amax, q.scale, q.zero_point, q.format, q.dim, batch_axis)
-    return select(x, q).round_trip(x, q)
+    if not needs_gradient or is_jit_traced():
+        return backend.round_trip(x, q)
+    apply = _RoundTrip.apply if torch.compiler.is_compiling() else _apply
+    return apply(x, amax, q.scale, q.zero_point, q.format, q.dim, batch_axis, backend)
+
+
+def _is_transformed() -> bool:
+    """Whether ``torch.func`` transforms what runs, and does not have it compiled, which follows it itself."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _is_learned(amax: Tensor) -> bool:
@@ -73,9 +75,9 @@ class _RoundTrip(Function):
         format: NumberFormat,
         dim: int | None,
         batch_axis: int | None,
+        backend: Backend,
     ) -> Tensor:
         q = QParams(format, amax, scale, dim, zero_point)
-        backend = select(x, q)
         # One of the two: a number is kept as it is.
         of_host, on_device = (None, zero_point) if isinstance(zero_point, Tensor) else (zero_point, None)
         ctx.call = backend, format, dim, batch_axis, of_host
@@ -98,7 +100,7 @@ class _RoundTrip(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask = ctx.mask
         if mask is not None and mask.kind == "nothing" and mask.order is None:
-            return grad, *[None] * 6
+            return grad, *[None] * 7
         backend, format, dim, batch_axis, zero_point = ctx.call
         if backend is not inductor and not is_plain_gradient(grad):
             backend = inductor
@@ -109,8 +111,8 @@ class _RoundTrip(Function):
         q = QParams(format, amax, scale, dim, zero_point if on_device is None else on_device)
         if mask is None:
             grad_x, grad_amax = backend.lsq_gradients(grad, kept, q, batch_axis)
-            return grad_x if ctx.needs_input_grad[0] else None, grad_amax, *[None] * 5
-        return backend.zero_clipped(grad, ClipMask(mask.kind, kept, mask.order), q), *[None] * 6
+            return grad_x if ctx.needs_input_grad[0] else None, grad_amax, *[None] * 6
+        return backend.zero_clipped(grad, ClipMask(mask.kind, kept, mask.order), q), *[None] * 7
 
 
 # What Function.apply does beside is for torch.func, which has the other one.

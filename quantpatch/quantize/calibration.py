@@ -20,7 +20,7 @@ from quantpatch.calibrators import Calibrator, warn_of_negatives
 from quantpatch.errors import CalibrationError, listed, warn_caller
 from quantpatch.layers.base import weight_quantizers
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
-from quantpatch.numerics.zero_point import of_longer_side
+from quantpatch.numerics.qparams import of_longer_side
 from quantpatch.quantize.call_ranges import CallRanges
 from quantpatch.quantize.late_ranges import telling_of_late_ranges
 from quantpatch.quantize.to_calibrate import Existing, checked_existing, patterns, to_calibrate, why_none
@@ -29,7 +29,7 @@ from quantpatch.quantize.zero_points import ends_on_all, fitted, to_fit, watchin
 from quantpatch.report.report import CalibrationReport
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.distributed import Ranks
-from quantpatch.torch_tools.forward import evaluating
+from quantpatch.torch_tools.forward import evaluating, naming_quantizers
 
 _LOGGER = logging.getLogger("quantpatch")
 
@@ -126,7 +126,7 @@ class Calibration:
             stack.enter_context(in_float(model))
             first = None if self._passive else stack.enter_context(FirstCall(model))
             calls = None if self._passive else stack.enter_context(CallRanges(model))
-            with Ranks(self._group) as ranks, _naming(quantizers):
+            with Ranks(self._group) as ranks, naming_quantizers(model):
                 quantizers.update(to_calibrate(model, self._existing))
                 if not (quantizers or self._passive):
                     # By logging: a warning would stop those who make warnings errors, and one script serves
@@ -146,7 +146,7 @@ class Calibration:
                 _demand_same(ranks, tuple(watched), "looks for the zero points of")
             for calibrator in calibrators.values():  # the same order on every rank
                 calibrator.synchronize(self._group)
-            with Ranks(self._group) as ranks, _naming(quantizers):
+            with Ranks(self._group) as ranks, naming_quantizers(model):
                 ranges, report = self._found(first)
                 fits = _fits(watched, ends_on_all(ranks, seen), ranges, calibrators)
             coming_back.difference_update(ranges)
@@ -268,18 +268,6 @@ def _demand_still_there(model: nn.Module, quantizers: Mapping[str, TensorQuantiz
             f"range was set. Configure or load a model before that or after",
             quantizers=tuple(replaced),
         )
-
-
-@contextlib.contextmanager
-def _naming(quantizers: Mapping[str, TensorQuantizer]) -> Iterator[None]:
-    """A block whose errors give the qualified name of the quantizer that they come from."""
-    try:
-        yield
-    except CalibrationError as error:
-        names = tuple(name for name, q in quantizers.items() if q is error.quantizer)
-        if not names:
-            raise
-        raise CalibrationError(f"{names[0]}: {error}", quantizers=names) from error
 
 
 def _demand_same(ranks: Ranks, names: tuple[str, ...], doing: str) -> None:

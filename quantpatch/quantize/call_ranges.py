@@ -18,7 +18,7 @@ from quantpatch.errors import listed, warn_caller
 from quantpatch.layers.base import named_layers, weight_quantizers
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.layers.recurrent import QuantizedRecurrent
-from quantpatch.numerics.fake_quant import what_is_odd_about
+from quantpatch.numerics.ranges import what_is_odd_about
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import unwrapped
 

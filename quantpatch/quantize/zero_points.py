@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from quantpatch.errors import CalibrationError, listed
 from quantpatch.layers.base import weight_quantizers
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
-from quantpatch.numerics.zero_point import fitted_zero_point
 from quantpatch.torch_tools.distributed import Ranks
 from quantpatch.torch_tools.forward import demand_model, evaluating, run_over
 from quantpatch.torch_tools.sharded import whole
@@ -195,3 +194,28 @@ def fitted(
     if 2 * amax < least_gain * (amax + shorter):
         return None
     return fitted_zero_point(*((-amax, shorter) if -low > high else (-shorter, amax)), bits)
+
+
+def fitted_zero_point(low: float, high: float, bits: int) -> tuple[int, float]:
+    """The zero point and the upper end of the range that fits an interval best.
+
+    ``scale = (high - low) / (2**bits - 1)``, and the zero point is ``-low / scale``, rounded: so an end lies
+    at most half a step outside of the range, and what is there rounds to the grid as it would otherwise.
+
+    Args:
+        low: 0 or negative.
+        high: 0 or positive.
+        bits: Of the integers.
+
+    Returns:
+        The zero point, and ``amax``.
+    """
+    steps = 2**bits - 1
+    if low == 0:
+        return 0, high
+    scale = (high - low) / steps
+    zero_point = round(-low / scale)
+    if zero_point == steps:  # a range has a step above 0
+        zero_point = steps - 1
+        scale = -low / zero_point
+    return zero_point, scale * (steps - zero_point)

@@ -12,7 +12,7 @@ import attrs
 from quantpatch.errors import ArgumentError, ArgumentTypeError, UnknownNameError, shown
 from quantpatch.numerics.formats import Float, Integer, NumberFormat
 from quantpatch.numerics.grouped_axes import GroupedAxes
-from quantpatch.numerics.zero_point import check_given
+from quantpatch.numerics.qparams import check_given
 
 #: Stands in a descriptor for the axis of a layer's output channels, which each layer knows.
 CHANNEL: Literal["channel"] = "channel"
@@ -85,6 +85,8 @@ class QuantDescriptor:
     dynamic: bool = False
     #: The format itself; None while it is only a name, which the registry knows.
     number_format: NumberFormat | None = attrs.field(init=False, eq=False, repr=False)
+    #: ``axis``, once a layer has filled in ``"channel"`` or ``"reduction"`` (before that: None).
+    kept_axes: Axis = attrs.field(init=False, eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
@@ -110,6 +112,8 @@ class QuantDescriptor:
             "a NumberFormat, the name of one, or None",
         )
         object.__setattr__(self, "number_format", self._make_format())
+        kept = None if isinstance(self.axis, str) else self.axis
+        object.__setattr__(self, "kept_axes", GroupedAxes(self.groups) if self.groups > 1 else kept)
         if self.dynamic:
             clash = [f for f in ("amax", "learn_amax", "scale_amax") if getattr(self, f)]
             if clash:
@@ -161,13 +165,6 @@ class QuantDescriptor:
             UnknownNameError: There is no such field.
         """
         return _replaced(self, changes)
-
-    @property
-    def kept_axes(self) -> Axis:
-        """``axis``, once a layer has filled in ``"channel"`` or ``"reduction"`` (before that: None)."""
-        if self.groups > 1:
-            return GroupedAxes(self.groups)
-        return None if isinstance(self.axis, str) else self.axis
 
     def for_axes(self, channel: Axis, reduction: int | None) -> QuantDescriptor:
         """This descriptor with ``"channel"`` and ``"reduction"`` replaced by a layer's axes.

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from quantpatch.errors import ArgumentTypeError, CalibrationError, InputError
+from quantpatch.errors import ArgumentTypeError, CalibrationError, InputError, QuantPatchError
 
 T = TypeVar("T")
 
@@ -77,18 +77,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explaining_devices(model: nn.Module, inputs: Any) -> Iterator[None]:
-    """A block that runs a model; if it fails, and the inputs are on a device where the model is not, says so.
+def explaining(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """A block that runs a model; of what fails in it it says where in the model, and on which device.
 
     Args:
         model: The model.
         inputs: Its inputs, nested as they may be.
 
     Raises:
-        InputError: That is so.
+        InputError: It failed, and the inputs are on a device where the model is not.
     """
     try:
-        yield
+        with naming_quantizers(model):
+            yield
     except Exception as error:
         model_on = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
         inputs_on = sorted({str(leaf.device) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)})
@@ -99,6 +100,21 @@ def explaining_devices(model: nn.Module, inputs: Any) -> Iterator[None]:
             f"{' and '.join(inputs_on)}: move them with .to({model_on[0]!r}) first ({error})",
             devices=(" ".join(inputs_on), " ".join(model_on)),
         ) from error
+
+
+@contextlib.contextmanager
+def naming_quantizers(model: nn.Module) -> Iterator[None]:
+    """A block whose errors begin with the name of the quantizer that they come from: none knows its own."""
+    try:
+        yield
+    except QuantPatchError as error:
+        own = getattr(error, "quantizer", None)
+        names = [name for name, module in model.named_modules() if module is own]
+        if names and not str(error).startswith(f"{names[0]}: "):  # by a block inside
+            error.args = (f"{names[0]}: {error}",)
+        if names and isinstance(error, CalibrationError):
+            error.quantizers = (names[0],)
+        raise
 
 
 def as_batches(data: Any) -> Iterable[Any]:
@@ -140,7 +156,7 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     Raises:
         InputError: It failed, and the batch is on a device where the model is not.
     """
-    with explaining_devices(model, batch):
+    with explaining(model, batch):
         return _run_batch(model, batch)
 
 

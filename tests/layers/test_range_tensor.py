@@ -510,9 +510,7 @@ def test_a_range_goes_with_the_weight_that_it_was_found_for():
     head = model[2]
     head.weight = nn.Parameter(torch.randn(7, 8))
     head.bias = nn.Parameter(torch.zeros(7))
-    with pytest.warns(
-        qp.QuantPatchWarning, match=r"^2\.weight_quantizer: its weight has the shape \(7, 8\) now"
-    ):
+    with pytest.warns(qp.QuantPatchWarning, match=r"^a weight has the shape \(7, 8\) now"):
         output = model(X)
     assert output.shape == (16, 7)
     assert head.weight_quantizer.held.shape == (7, 1)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from quantpatch.errors import ArgumentError, ArgumentTypeError, RangeError
-from quantpatch.numerics.fake_quant import dequantize, fake_quantize, quantize, reduce_amax
+from quantpatch.numerics.fake_quant import dequantize, fake_quantize, quantize
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Blocked, Float, Integer
+from quantpatch.numerics.ranges import reduce_amax
 
 # Both in torch's operations and in kernels of our own.
 pytestmark = pytest.mark.parametrize("kernels", [False, True], ids=["operations", "kernels"], indirect=True)
@@ -309,7 +310,7 @@ def test_the_kept_axes_have_ranges_of_their_own(axis):
     expected = torch.as_tensor(
         np.abs(x.numpy()).max(axis=tuple(d for d in range(3) if d not in kept), keepdims=axis is not None)
     )
-    amax = reduce_amax(x, axis)
+    amax = reduce_amax(x, axis=axis)
     assert amax.dtype == torch.float32
     assert amax.shape == expected.shape
     assert torch.equal(amax, expected)
@@ -375,7 +376,7 @@ def test_impossible_arguments_are_refused():
         with pytest.raises(ArgumentTypeError, match="floating-point"):
             call(torch.arange(3))
     with pytest.raises(RangeError, match="axis 2"):
-        reduce_amax(torch.randn(2, 4), 2)
+        reduce_amax(torch.randn(2, 4), axis=2)
     with pytest.raises(ArgumentError, match="one axis"):
         fake_quantize(torch.randn(2, 4), None, BUILTIN_FORMATS["mxfp4"], axis=(0, 1))
     with pytest.raises(RangeError, match="whole tensor"):
@@ -442,7 +443,7 @@ def test_large_tensors_of_any_strides_equal_small_ones(monkeypatch, dtype, axis,
         "sliced": x[::2, :, 1:],
         "expanded": x[:1].expand(6, 10, 14),
     }[layout]
-    amax = reduce_amax(x, axis) * 0.7
+    amax = reduce_amax(x, axis=axis) * 0.7
     whole = fake_quantize(x, amax, INT8, axis=axis)
     monkeypatch.setattr("quantpatch.numerics.backends.eager._CHUNK", 16)
     monkeypatch.setattr("quantpatch.numerics.backends.eager._WHOLE", 16)

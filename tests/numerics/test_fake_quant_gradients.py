@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from quantpatch.numerics import fake_quant
-from quantpatch.numerics.fake_quant import reduce_amax
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Blocked, Float, Integer
 from quantpatch.numerics.qparams import QParams
+from quantpatch.numerics.ranges import reduce_amax
 
 # Both in torch's operations and in kernels of our own.
 pytestmark = pytest.mark.parametrize("kernels", [False, True], ids=["operations", "kernels"], indirect=True)
@@ -212,7 +212,7 @@ def sizes(request, monkeypatch):
 def test_whatever_lies_outside_the_gradient_is_zero_there_and_passes_elsewhere(layout, axis, share):
     torch.manual_seed(0)
     x = laid_out(torch.randn(4, 6, 9, 8).clamp_(-1.9, 1.9), layout).clone(memory_format=torch.preserve_format)
-    amax = torch.full_like(reduce_amax(x, axis), 2.0)
+    amax = torch.full_like(reduce_amax(x, axis=axis), 2.0)
     x = torch.where(torch.rand_like(x) < share, 3.0 * x.sign(), x)
     assert torch.equal(gradient(x, amax, INT8, axis), 3.0 * (x.abs() <= 2))
     assert torch.equal(gradient(x, amax, UINT8, axis), 3.0 * ((x >= 0) & (x <= 2)))
@@ -381,7 +381,7 @@ def test_a_learned_ranges_gradients_are_the_same_in_chunks_as_of_the_whole(monke
     monkeypatch.setattr("quantpatch.numerics.backends.eager._LSQ_CHUNK", 50)
     torch.manual_seed(0)
     x = laid_out(torch.randn(4, 6, 9, 8, dtype=dtype), layout).requires_grad_()
-    amax = (0.5 * reduce_amax(x, axis)).requires_grad_()
+    amax = (0.5 * reduce_amax(x, axis=axis)).requires_grad_()
     y, upstream = (
         fake_quantize(x, amax, INT8, axis=axis),
         torch.randn(8, 9, 6, 4, dtype=dtype).permute(3, 2, 1, 0),

@@ -12,11 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import join
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import quantpatch as qp
 from quantpatch.errors import ArgumentError, ArgumentTypeError, CalibrationError, ExportError
-from quantpatch.numerics.zero_point import of_longer_side
+from quantpatch.numerics.fake_quant import fake_quantize
+from quantpatch.numerics.formats import Integer
+from quantpatch.numerics.qparams import QParams, of_longer_side
+from quantpatch.quantize.zero_points import fitted_zero_point
 
 X = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 SKEWED = 3 * X - 0.5  # from -0.5 to 2.5
@@ -617,3 +622,30 @@ def test_one_that_was_found_gives_way_to_what_the_descriptor_says() -> None:
         quantizer.forget_zero_point()
         assert not quantizer.zero_point_is_found
         assert (quantizer.zero_point, quantizer.format.name) == (own, name)
+
+
+@given(
+    low=st.one_of(st.just(0.0), st.floats(-1e6, -1e-6)),
+    high=st.one_of(st.just(0.0), st.floats(1e-6, 1e6)),
+    bits=st.integers(2, 8),
+)
+def test_a_fitted_range_reaches_both_ends_within_half_a_step_and_has_the_steps_for_them(low, high, bits):
+    zero_point, amax = fitted_zero_point(low, high, bits)
+    q = QParams(Integer(bits), None, zero_point=zero_point)
+    scale = amax / q.max()
+    assert q.max() * scale >= high - 0.5001 * scale
+    assert q.min() * scale <= low + 0.5001 * scale
+    # One step more than the interval has, where that lies below 0 alone.
+    assert scale <= (high - low) / (2**bits - 2) * 1.0001
+    if high - low:
+        ends = torch.tensor([low, high])
+        error = fake_quantize(ends, torch.tensor(amax), Integer(bits), zero_point=zero_point) - ends
+        assert error.abs().max() <= 0.501 * scale
+
+
+def test_the_usual_cases():
+    assert fitted_zero_point(0.0, 7.0, 8) == (0, 7.0)
+    assert fitted_zero_point(-1.0, 1.0, 8)[0] == 128  # of two that are as good the even one
+    assert fitted_zero_point(-85.0, 170.0, 8) == (85, 170.0)
+    assert fitted_zero_point(-254.0, 0.0, 8) == (254, 1.0)
+    assert fitted_zero_point(0.0, 0.0, 8) == (0, 0.0)

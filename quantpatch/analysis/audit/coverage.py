@@ -24,8 +24,9 @@ from quantpatch.layers.base import (
     quantizer_name,
 )
 from quantpatch.layers.quantizer import TensorQuantizer
-from quantpatch.numerics.fake_quant import fake_quantize, reduce_amax
+from quantpatch.numerics.fake_quant import fake_quantize
 from quantpatch.numerics.grouped_axes import GroupedAxes
+from quantpatch.numerics.ranges import reduce_amax
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.call_ranges import CallRanges
 from quantpatch.quantize.compose import compose
@@ -36,7 +37,7 @@ from quantpatch.report.render import as_percent
 from quantpatch.report.report import Report, table_of
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import dotted, own_class, written_name
-from quantpatch.torch_tools.forward import arguments, demand_model, explaining_devices, uncompiled
+from quantpatch.torch_tools.forward import arguments, demand_model, explaining, uncompiled
 from quantpatch.torch_tools.sharded import is_sharded
 
 # How many times the squared error of its own range a weight has with a range that is not its own any more:
@@ -264,7 +265,7 @@ def audit(
             "nn.DataParallel runs copies of the layers: write audit(model.module, ...)", model=model
         )
     args, kwargs = arguments(args, kwargs)
-    with explaining_devices(runner, (args, kwargs)), CallRanges(runner) as calls:
+    with explaining(runner, (args, kwargs)), CallRanges(runner) as calls:
         seen = trace(runner, lambda: runner(*args, **kwargs))
     calls.warn()
     report = report_of(runner, seen)
@@ -337,7 +338,7 @@ def _outgrown(model: nn.Module) -> Iterator[tuple[str, float]]:
         if format.block_size is None:
             # A channel of one element, or of two alike, has no error of its own, and yet need not be
             # better known than to a step.
-            steps = reduce_amax(x, kept) / quantizer.qparams.max()
+            steps = reduce_amax(x, axis=kept) / quantizer.qparams.max()
             steps = kept.spread(steps, x.shape[0]) if isinstance(kept, GroupedAxes) else steps
             best = max(best, steps.square().expand_as(x).sum().item() / 12)
         if now > _OUTGROWN * best and now > 0:

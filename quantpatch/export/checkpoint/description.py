@@ -26,7 +26,6 @@ from quantpatch.torch_tools.class_swap import dotted, own_class
 
 _BUILTIN = "quantpatch.builtin"
 _FORMATS: Mapping[str, type[Any]] = {"integer": Integer, "float": Float, "blocked": Blocked}
-_LATER = ("format", "number_format")
 _FIELDS = {a.name for a in attrs.fields(QuantDescriptor) if a.init}
 
 
@@ -123,7 +122,7 @@ def _describe_descriptor(descriptor: QuantDescriptor, where: str) -> dict[str, A
     described = {
         a.name: getattr(descriptor, a.name)
         for a in attrs.fields(QuantDescriptor)
-        if a.name not in _LATER and getattr(descriptor, a.name) != a.default
+        if a.init and a.name != "format" and getattr(descriptor, a.name) != a.default
     }
     if descriptor.format is not None:
         described["format"] = _describe_format(descriptor.format, where)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from quantpatch.errors import ArgumentTypeError, CheckpointError, listed, warn_caller
 from quantpatch.export.checkpoint.structure import device_near
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.layers.range_tensor import RANGE_KEY, ZERO_POINT_KEY
+from quantpatch.layers.range_tensor import RANGE_KEY
+from quantpatch.layers.zero_point_state import ZERO_POINT_KEY
 from quantpatch.quantize.late_ranges import telling_of_late_ranges
 from quantpatch.torch_tools.forward import demand_model
 from quantpatch.torch_tools.sharded import sharding_of

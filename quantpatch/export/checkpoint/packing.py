@@ -8,17 +8,15 @@ found again exactly.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from quantpatch.layers.quantizer import TensorQuantizer
-from quantpatch.numerics.fake_quant import dequantize, fake_quantize, own_range, quantize
+from quantpatch.numerics.fake_quant import dequantize, fake_quantize, quantize
 from quantpatch.numerics.formats import Blocked, Integer, NumberFormat
 from quantpatch.numerics.grouped_axes import GroupedAxes
 from quantpatch.numerics.qparams import QParams
+from quantpatch.numerics.ranges import own_range
 
 
 def integer_element(format: NumberFormat) -> Integer | None:
@@ -56,29 +54,6 @@ def unpack(data: Tensor, shape: tuple[int, ...], element: Integer) -> Tensor:
         if not element.unsigned:  # the sign is bit 3
             codes = torch.where(codes > 7, codes | 0xF0, codes)
     return codes.contiguous().view(torch.uint8 if element.unsigned else torch.int8).reshape(shape)
-
-
-def shape_of_range(
-    shape: Sequence[int], format: NumberFormat, axis: int | tuple[int, ...] | None
-) -> tuple[int, ...] | None:
-    """The shape of the range of a weight, as its quantizer finds it; None if the weight has no such axis.
-
-    Args:
-        shape: The weight's.
-        format: Its quantizer's format.
-        axis: The descriptor's ``kept_axes``.
-    """
-    kept = axis if axis is not None else -1 if format.block_size is not None else ()
-    axes = kept if isinstance(kept, tuple) else (kept,)
-    if not all(-len(shape) <= a < len(shape) for a in axes):
-        return None
-    if isinstance(axis, GroupedAxes):
-        return (axis.groups, shape[1], *(1 for _ in shape[2:])) if shape[0] % axis.groups == 0 else None
-    places = {a % len(shape) for a in axes}
-    if format.block_size is not None:
-        dim = axes[0] % len(shape)
-        return tuple(math.ceil(n / format.block_size) if d == dim else n for d, n in enumerate(shape))
-    return tuple(n if d in places else 1 for d, n in enumerate(shape)) if axes else ()
 
 
 def packed_weight(weight: Tensor, quantizer: TensorQuantizer) -> tuple[Tensor, Tensor | None]:

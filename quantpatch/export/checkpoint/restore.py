@@ -14,6 +14,7 @@ from quantpatch.export.checkpoint import packing
 from quantpatch.export.checkpoint.structure import StructurePlan
 from quantpatch.layers.base import quantizer_name, weight_owner
 from quantpatch.layers.quantizer import named_quantizers, outside_of
+from quantpatch.numerics.ranges import range_shape
 
 _CHANGED = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 
@@ -111,7 +112,7 @@ class Plan(StructurePlan):
                 or how.shape != tuple(wanted[key].shape)
                 or codes.dtype != torch.uint8
                 or codes.shape != (math.ceil(math.prod(how.shape) / per_byte),)
-                or (not how.own and amax.shape != packing.shape_of_range(how.shape, quantizer.format, axis))
+                or (not how.own and amax.shape != range_shape(how.shape, axis, quantizer.format.block_size))
                 or (not how.own and self._range_problem(name, quantizer, amax))
             ):
                 self._refuse(key, f"its codes do not fit its shape {how.shape} or its quantizer")

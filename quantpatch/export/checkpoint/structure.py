@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from quantpatch.errors import CheckpointError, LayerError, QuantPatchError, shown
 from quantpatch.export.checkpoint.description import descriptor_of, missing_plugins
 from quantpatch.export.checkpoint.known_classes import KnownClasses
-from quantpatch.export.checkpoint.packing import shape_of_range
 from quantpatch.export.checkpoint.saved import Description, Layer
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.placed import can_hold, placed_in, quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer
-from quantpatch.layers.range_tensor import RANGE_KEY, ZERO_POINT_KEY
+from quantpatch.layers.range_tensor import RANGE_KEY
 from quantpatch.layers.subclass import combine, replacement_of
-from quantpatch.numerics.zero_point import check_zero_point
+from quantpatch.layers.zero_point_state import ZERO_POINT_KEY
+from quantpatch.numerics.qparams import check_zero_point
+from quantpatch.numerics.ranges import range_shape
 from quantpatch.recipes.descriptor import EVERY_OPERAND
 from quantpatch.torch_tools.class_swap import change_class, dotted, own_class
 from quantpatch.torch_tools.fast_paths import allow_fast_paths
@@ -224,7 +225,7 @@ class StructurePlan:
         weight = getattr(self._modules.get(parent), own.removesuffix("_quantizer"), None)
         if not isinstance(weight, Tensor) or amax.dim() == 0:
             return None  # an activation: its shape shows when it comes
-        wanted = shape_of_range(weight.shape, format, descriptor.kept_axes)
+        wanted = range_shape(weight.shape, descriptor.kept_axes, format.block_size)
         if wanted is None:
             return f"its axis {descriptor.kept_axes} is not one of a weight of shape {tuple(weight.shape)}"
         if amax.dim() == len(wanted) and all(a in (1, w) for a, w in zip(amax.shape, wanted, strict=True)):

@@ -24,7 +24,7 @@ from quantpatch.plugins.registry import registry
 from quantpatch.quantize.call_ranges import CallRanges
 from quantpatch.report.report import Report
 from quantpatch.torch_tools import nn
-from quantpatch.torch_tools.forward import arguments, demand_model, explaining_devices, uncompiled
+from quantpatch.torch_tools.forward import arguments, demand_model, explaining, uncompiled
 
 
 @attrs.frozen
@@ -105,7 +105,7 @@ def prepare(
     target = registry.runtime(runtime)
     model = uncompiled(model)
     args, kwargs = arguments(args, kwargs)
-    with explaining_devices(model, (args, kwargs)):
+    with explaining(model, (args, kwargs)):
         folded = FoldedBatchNorm({}, {})
         if target.fold_batchnorm:
             folded = fold_batchnorm(model, args, kwargs=kwargs)

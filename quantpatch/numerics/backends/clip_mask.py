@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from quantpatch.numerics.backends.chunks import chunked
+from quantpatch.numerics.division import float32
 from quantpatch.numerics.kernels.scale_layout import memory_order
-from quantpatch.numerics.zero_point import bottom
 
 # Elements in a row whose extremes are sought; of shorter ones that takes longer than to look at each.
 _SHORTEST_ROW = 16
@@ -93,6 +93,26 @@ def is_clipped(x: Tensor, amax: Tensor | float | None, *, lower_end: float) -> T
     if lower_end == -1.0:
         return values.abs() > amax
     return (values > amax) | (values < bottom(amax, lower_end))
+
+
+@overload
+def bottom(amax: float | None, lower_end: float) -> float: ...
+@overload
+def bottom(amax: Tensor | float | None, lower_end: float) -> Tensor | float: ...
+def bottom(amax: Tensor | float | None, lower_end: float) -> Tensor | float:
+    """Where a range begins that ends at ``amax``: float32, as the product of the two.
+
+    Args:
+        amax: The upper end; None: there is none, nor a lower one but 0 if that is the format's.
+        lower_end: Of a range that ends at 1.
+    """
+    if lower_end == 0.0:
+        return 0.0
+    if amax is None:
+        return -math.inf
+    if lower_end == -1.0:
+        return -amax
+    return amax * lower_end if isinstance(amax, Tensor) else float32(amax * float32(lower_end))
 
 
 def _is_all_inside(x: Tensor, amax: Tensor | float | None, lower_end: float) -> bool:

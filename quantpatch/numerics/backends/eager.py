@@ -140,7 +140,7 @@ def _rounded(x: Tensor, scale: Range, q: QParams, *, all_inside: bool) -> Tensor
     if not x.numel():
         return torch.empty_like(x)
     out = torch.empty_like(x)
-    format, element, dim = q.format, q.element(), q.dim
+    format, element, dim = q.format, q.format.element, q.dim
     factors: Range = scale
     if isinstance(scale, Tensor):
         factors = scale.item() if scale.numel() == 1 else scale
@@ -149,8 +149,8 @@ def _rounded(x: Tensor, scale: Range, q: QParams, *, all_inside: bool) -> Tensor
     # What is inside the range stays on the grid without a clamp: quotients of normal numbers are too near the
     # ends of the grid to round past them. Scales of blocks that are rounded themselves are another matter,
     # and a subclass rounds as it says.
-    exact = not isinstance(format, Blocked) or format.scale == "float32"
-    clamps = not (all_inside and exact and type(element) is Integer and divisors is factors)
+    stays = all_inside and type(element) is Integer and divisors is factors
+    clamps = not stays or (isinstance(format, Blocked) and format.scale != "float32")
     if dim is None or format.block_size is None or not isinstance(factors, Tensor):
         _write(x, out, factors, divisors, q, clamps)
         return out
@@ -170,7 +170,7 @@ def _write(x: Tensor, out: Tensor, factors: Range, divisors: Range, q: QParams, 
     """``round(x / divisors) * factors``, clamped between, into ``out``."""
     same = x.dtype == torch.float32
     round_: Callable[[Tensor], Tensor] = q.round_ if clamps else Tensor.round_
-    element = q.element()
+    element = q.format.element
     if same and x.numel() <= _WHOLE:
         rescale_(round_(torch.div(x, divisors, out=out)), factors, element)
         return

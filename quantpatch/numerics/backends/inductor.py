@@ -33,7 +33,7 @@ def serves(x: Tensor, q: QParams | None = None) -> bool:
 
 def round_trip(x: Tensor, q: QParams, *, trains: bool = False) -> Tensor:
     """``x`` to the grid and back."""
-    x, scale, dim, element = x.detach(), q.scales(), q.dim, q.element()
+    x, scale, dim, element = x.detach(), q.scales(), q.dim, q.format.element
     if _is_of_convolution(x, scale):
         scale = _apart(scale)
         if trains:

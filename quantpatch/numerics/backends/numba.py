@@ -22,7 +22,7 @@ from quantpatch.numerics.backends import eager
 from quantpatch.numerics.backends.clip_mask import NOTHING, ClipMask
 from quantpatch.numerics.backends.lsq import divided_by
 from quantpatch.numerics.division import float32
-from quantpatch.numerics.formats import Float, Integer, NumberFormat, element_of
+from quantpatch.numerics.formats import Float, Integer, NumberFormat
 from quantpatch.numerics.kernels import buffers
 from quantpatch.numerics.kernels.scale_layout import ScaleLayout, flat, memory_order, ordered_scales
 from quantpatch.numerics.kernels.threads import for_parts, in_steps
@@ -246,7 +246,7 @@ def count(x: Tensor, factors: Tensor, counts: Tensor) -> bool:
 @functools.lru_cache(maxsize=256)
 def _grid(format: NumberFormat, zero_point: int | None) -> Grid | None:
     """Ends of the grid, bits of the mantissa (-1: integers), and the bits of the smallest normal number."""
-    element = element_of(format)
+    element = format.element
     if type(element) is Integer:
         q = QParams(format, None, zero_point=zero_point)
         return q.min(), q.max(), -1, 0

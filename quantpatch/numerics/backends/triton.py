@@ -29,7 +29,7 @@ def serves(x: Tensor, q: QParams | None = None) -> bool:
     return (
         q is not None
         and x.dtype in _DTYPES
-        and type(q.element()) in (Integer, Float)
+        and type(q.format.element) in (Integer, Float)
         and _elements_per_scale(x if _is_dense(x) else torch.empty_like(x, device="meta"), q) is not None
         and _works(x.get_device())
     )

@@ -117,7 +117,7 @@ def launch(
     inside = torch.empty_like(x, dtype=torch.bool) if masked else None
     if x.numel() == 0:
         return y, inside
-    element, zero_point = q.element(), q.zero_point
+    element, zero_point = q.format.element, q.zero_point
     read = isinstance(zero_point, Tensor)
     ends = (0.0, 0.0, 0.0) if read else (q.min(), q.max(), q.lower_end())
     scale, amax = scale.contiguous(), None if amax is None else amax.contiguous()

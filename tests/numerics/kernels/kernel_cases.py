@@ -6,8 +6,8 @@ import torch
 from hypothesis import strategies as st
 
 from quantpatch.numerics.backends import numba
-from quantpatch.numerics.fake_quant import reduce_amax
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Blocked, Integer
+from quantpatch.numerics.ranges import reduce_amax
 
 PLAIN = "int8", "uint8", "int4", "int8_narrow", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"
 BLOCKS = "mxfp8_e4m3", "mxfp6_e3m2", "mxfp4", "mxint8", "nvfp4", "int4_g32", "int4_g128"
@@ -77,4 +77,9 @@ def cases(draw, formats=FORMATS):
         amax = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * finite.abs().max()
         return x, number_format, axis, amax
     axis = draw(st.one_of(st.none(), kept, st.just(tuple(axes[:2]))))
-    return x, number_format, axis, reduce_amax(finite, axis) * draw(st.sampled_from([0.0, 0.3, 1.0, 2.0]))
+    return (
+        x,
+        number_format,
+        axis,
+        reduce_amax(finite, axis=axis) * draw(st.sampled_from([0.0, 0.3, 1.0, 2.0])),
+    )

@@ -12,10 +12,11 @@ from torch import nn
 from quantpatch.numerics.backends import numba
 from quantpatch.numerics.backends.lsq import divided_by, lsq_slopes
 from quantpatch.numerics.backends.scales import spread
-from quantpatch.numerics.fake_quant import fake_quantize, reduce_amax
+from quantpatch.numerics.fake_quant import fake_quantize
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Blocked, Integer
 from quantpatch.numerics.kernels import buffers, threads
 from quantpatch.numerics.qparams import QParams
+from quantpatch.numerics.ranges import reduce_amax
 
 pytest.importorskip("numba")
 
@@ -95,7 +96,7 @@ def laid_out(x, layout):
 def test_tensors_and_upstream_gradients_lie_as_they_like(layout, upstream, axis):
     torch.manual_seed(0)
     x = laid_out(torch.randn(20, 6, 5, 7), layout).requires_grad_()
-    amax = (0.5 * reduce_amax(x, axis)).requires_grad_()
+    amax = (0.5 * reduce_amax(x, axis=axis)).requires_grad_()
     grad = torch.randn(20, 6, 5, 7)
     grad = grad[:1, :1, :1, :1].expand(grad.shape) if upstream == "one number" else laid_out(grad, upstream)
 
@@ -116,7 +117,7 @@ def test_threads_give_the_bits_of_one(monkeypatch, layout):
     x, grad = torch.randn(48, 16, 160), torch.randn(48, 16, 160)
     axis = {"tensor": None, "channel": 0, "second axis": 1, "last axis": -1, "blocks": -1}[layout]
     number_format = BUILTIN_FORMATS["int4_g32" if layout == "blocks" else "int8"]
-    amax = x.abs().view(48, 16, 5, 32).amax(3) if layout == "blocks" else reduce_amax(x, axis)
+    amax = x.abs().view(48, 16, 5, 32).amax(3) if layout == "blocks" else reduce_amax(x, axis=axis)
     monkeypatch.setattr(numba, "_PART", 4096)
     used = []
 
@@ -138,7 +139,7 @@ def test_threads_give_the_bits_of_one(monkeypatch, layout):
 
 def test_both_passes_hold_the_result_and_the_gradient_alone():
     x, grad = torch.randn(64, 4000, requires_grad=True), torch.randn(64, 4000)
-    amax = reduce_amax(x, 0).requires_grad_()
+    amax = reduce_amax(x, axis=0).requires_grad_()
 
     def passes():
         return torch.autograd.grad(fake_quantize(x, amax, Integer(8), axis=0), (x, amax), grad)
@@ -152,7 +153,7 @@ def test_both_passes_hold_the_result_and_the_gradient_alone():
 
 def test_a_weight_with_a_learned_range_has_the_memory_of_the_step_before():
     weight = nn.Parameter(torch.randn(512, 1024))
-    amax = nn.Parameter(reduce_amax(weight, 0))
+    amax = nn.Parameter(reduce_amax(weight, axis=0))
 
     def step():
         y = fake_quantize(weight, amax, Integer(8), axis=0)

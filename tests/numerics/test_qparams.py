@@ -1,46 +1,16 @@
-"""Zero points: which one fits, and what calibrators see of ranges that have one."""
+"""What calibrators see of ranges that have a zero point."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from quantpatch.errors import ArgumentError
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.numerics.fake_quant import fake_quantize, quantize
 from quantpatch.numerics.formats import BUILTIN_FORMATS, Integer
-from quantpatch.numerics.qparams import QParams
-from quantpatch.numerics.zero_point import fitted_zero_point, magnitudes, of_longer_side, upper_end
+from quantpatch.numerics.qparams import QParams, of_longer_side
 from quantpatch.recipes.descriptor import QuantDescriptor
-
-
-@given(
-    low=st.one_of(st.just(0.0), st.floats(-1e6, -1e-6)),
-    high=st.one_of(st.just(0.0), st.floats(1e-6, 1e6)),
-    bits=st.integers(2, 8),
-)
-def test_a_fitted_range_reaches_both_ends_within_half_a_step_and_has_the_steps_for_them(low, high, bits):
-    zero_point, amax = fitted_zero_point(low, high, bits)
-    q = QParams(Integer(bits), None, zero_point=zero_point)
-    scale = amax / q.max()
-    assert q.max() * scale >= high - 0.5001 * scale
-    assert q.min() * scale <= low + 0.5001 * scale
-    # One step more than the interval has, where that lies below 0 alone.
-    assert scale <= (high - low) / (2**bits - 2) * 1.0001
-    if high - low:
-        ends = torch.tensor([low, high])
-        error = fake_quantize(ends, torch.tensor(amax), Integer(bits), zero_point=zero_point) - ends
-        assert error.abs().max() <= 0.501 * scale
-
-
-def test_the_usual_cases():
-    assert fitted_zero_point(0.0, 7.0, 8) == (0, 7.0)
-    assert fitted_zero_point(-1.0, 1.0, 8)[0] == 128  # of two that are as good the even one
-    assert fitted_zero_point(-85.0, 170.0, 8) == (85, 170.0)
-    assert fitted_zero_point(-254.0, 0.0, 8) == (254, 1.0)
-    assert fitted_zero_point(0.0, 0.0, 8) == (0, 0.0)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
@@ -51,24 +21,24 @@ def test_magnitudes_are_what_the_longer_side_must_reach(zero_point, as_tensor):
     assert side == q.longer_side() == max(q.max(), -q.min())
     scale = 0.1
     values = torch.tensor([q.max(), 1.0, q.min(), -1.0], dtype=torch.bfloat16) * scale
-    numbers = magnitudes(values, q)
+    numbers = q.magnitudes(values)
     if as_tensor:
         q = q._replace(zero_point=torch.tensor(zero_point, dtype=torch.uint8))
-    found = magnitudes(values, q)
+    found = q.magnitudes(values)
     assert torch.equal(found, numbers)
     assert (found.dtype, (found >= 0).all()) == (torch.float32, True)
     # Both ends of the range need the whole of the longer side, which leads back to its upper end.
     ends = found[[0, 2]]
     torch.testing.assert_close(ends, torch.full((2,), side * scale), rtol=0.01, atol=0)
-    torch.testing.assert_close(upper_end(ends, q), torch.full((2,), high * scale), rtol=0.01, atol=0)
+    torch.testing.assert_close(q.upper_end(ends), torch.full((2,), high * scale), rtol=0.01, atol=0)
 
 
 def test_integers_from_0_on_hold_what_is_above_it_be_the_zero_point_a_number_or_a_tensor():
     x = torch.tensor([-2.0, -0.0, 0.0, 3.0])
     for zero_point in (0, torch.tensor(0, dtype=torch.uint8)):
         q = QParams(Integer(8), None, zero_point=zero_point)
-        assert magnitudes(x, q).tolist() == [0, 0, 0, 3]
-        assert torch.equal(upper_end(x, q), x)
+        assert q.magnitudes(x).tolist() == [0, 0, 0, 3]
+        assert torch.equal(q.upper_end(x), x)
         assert (float(q.min()), float(q.max()), q.lower_end() == 0) == (0, 255, True)
 
 
@@ -77,9 +47,9 @@ def test_formats_without_a_zero_point_are_left_alone(name):
     number_format, x = BUILTIN_FORMATS[name], torch.randn(5)
     # What unsigned ones cannot hold is none of their range's business.
     assert torch.equal(
-        magnitudes(x, QParams(number_format, None)), x if number_format.min < 0 else x.clamp(min=0)
+        QParams(number_format, None).magnitudes(x), x if number_format.min < 0 else x.clamp(min=0)
     )
-    assert upper_end(x, QParams(number_format, None)) is x
+    assert QParams(number_format, None).upper_end(x) is x
 
 
 @pytest.mark.parametrize("method", ["max", "mse", "entropy", "percentile", "sqnr", "moving_average"])

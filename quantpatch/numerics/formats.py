@@ -191,9 +191,7 @@ class Integer(NumberFormat):
     @property
     def min(self) -> float:
         """-128 for int8, -127 if narrow, 0 if unsigned."""
-        if self.unsigned:
-            return 0.0
-        return -self.max if self.narrow_range else -self.max - 1
+        return 0.0 if self.unsigned else float(self.narrow_range - 2 ** (self.bits - 1))
 
     @property
     def onnx(self) -> OnnxCodes | None:

@@ -44,7 +44,7 @@ def serves(x: Tensor, q: QParams | None = None) -> bool:
 def round_trip(x: Tensor, q: QParams, *, trains: bool = False) -> Tensor:
     """``x`` to the grid and back."""
     _, scale = _range_and_scale(q)
-    return _rounded(x, scale, q, all_inside=not q.clips())
+    return _rounded(x, scale, q, all_inside=q.amax is None and not q.clips())
 
 
 def round_and_mask(x: Tensor, q: QParams) -> tuple[Tensor, ClipMask]:
@@ -139,22 +139,19 @@ def _rounded(x: Tensor, scale: Range, q: QParams, *, all_inside: bool) -> Tensor
     """``x`` to the grid and back; ``all_inside`` says that nothing lies outside, as far as that is known."""
     if not x.numel():
         return torch.empty_like(x)
-    out = torch.empty_like(x)
-    format, element, dim = q.format, q.format.element, q.dim
-    factors: Range = scale
-    if isinstance(scale, Tensor):
-        factors = scale.item() if scale.numel() == 1 else scale
-    smallest = factors if not isinstance(factors, Tensor) else factors.min().item()
+    format, dim = q.format, q.dim
+    factors: Range = scale.item() if isinstance(scale, Tensor) and scale.numel() == 1 else scale
+    smallest = factors.min().item() if isinstance(factors, Tensor) else factors
     divisors = factors if smallest >= _SMALLEST_NORMAL else divisor(factors)
     # What is inside the range stays on the grid without a clamp: quotients of normal numbers are too near the
     # ends of the grid to round past them. Scales of blocks that are rounded themselves are another matter,
     # and a subclass rounds as it says.
-    stays = all_inside and type(element) is Integer and divisors is factors
+    stays = all_inside and type(format.element) is Integer and divisors is factors
     clamps = not stays or (isinstance(format, Blocked) and format.scale != "float32")
     if dim is None or format.block_size is None or not isinstance(factors, Tensor):
-        _write(x, out, factors, divisors, q, clamps)
-        return out
+        return _written(x, None, factors, divisors, q, clamps)
     assert isinstance(divisors, Tensor)
+    out = torch.empty_like(x)
     sources, targets = (block_views(t, dim, format.block_size) for t in (x, out))
     counts = [source.shape[dim] for source in sources]
     parts = (
@@ -162,18 +159,20 @@ def _rounded(x: Tensor, scale: Range, q: QParams, *, all_inside: bool) -> Tensor
         for t in (factors, divisors)
     )
     for source, target, factor, by in zip(sources, targets, *parts, strict=False):
-        _write(source, target, factor, by, q, clamps)
+        _written(source, target, factor, by, q, clamps)
     return out
 
 
-def _write(x: Tensor, out: Tensor, factors: Range, divisors: Range, q: QParams, clamps: bool) -> None:
-    """``round(x / divisors) * factors``, clamped between, into ``out``."""
+def _written(
+    x: Tensor, out: Tensor | None, factors: Range, divisors: Range, q: QParams, clamps: bool
+) -> Tensor:
+    """``round(x / divisors) * factors``, clamped between; in ``out``, if there is one."""
     same = x.dtype == torch.float32
     round_: Callable[[Tensor], Tensor] = q.round_ if clamps else Tensor.round_
     element = q.format.element
     if same and x.numel() <= _WHOLE:
-        rescale_(round_(torch.div(x, divisors, out=out)), factors, element)
-        return
+        return rescale_(round_(torch.div(x, divisors, out=out)), factors, element)
+    out = torch.empty_like(x) if out is None else out
     scratch = None if same else torch.empty(min(x.numel(), _CHUNK), dtype=torch.float32)
     several = (factors, divisors) if isinstance(factors, Tensor) and isinstance(divisors, Tensor) else ()
     factor: Range = factors
@@ -188,3 +187,4 @@ def _write(x: Tensor, out: Tensor, factors: Range, divisors: Range, q: QParams, 
         rescale_(round_(y), factor, element)
         if scratch is not None:
             target.copy_(y)
+    return out

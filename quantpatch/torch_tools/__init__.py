@@ -2,7 +2,6 @@
 
 ===================  ============================================================================
 forward.py           a model run on a batch
-module_path.py       names of modules inside a model
 nn.py                torch's classes, whatever stands under their names
 class_swap.py        classes made on demand, and modules that change class
 fast_paths.py        computations of torch's that read weights past their layers

@@ -12,9 +12,10 @@ from quantpatch.layers.base import quantized_weights
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.layers.stand_ins import without_stand_in
 from quantpatch.numerics.backends.scales import divisor, rescale_, spread
-from quantpatch.numerics.fake_quant import fake_quantize, own_range, quantize
+from quantpatch.numerics.fake_quant import fake_quantize, quantize
 from quantpatch.numerics.grouped_axes import GroupedAxes
 from quantpatch.numerics.qparams import QParams
+from quantpatch.numerics.ranges import own_range
 from quantpatch.tune.reasons import NotQuantized, Parametrized, Reason, Tied
 
 # Scales that follow from what was rounded may be off by a unit of the last place the first time.
@@ -128,7 +129,7 @@ class Grid:
 
     def nearest(self, x: Tensor) -> Tensor:
         """The nearest values on the grid, float32."""
-        element = self.qparams.element()
+        element = self.qparams.format.element
         y = rescale_(self.qparams.round_(x / divisor(self.scales)), self.scales, element)
         return y if self.limits is None else torch.minimum(torch.maximum(y, self.limits[0]), self.limits[1])
 

@@ -14,7 +14,7 @@ from quantpatch.export.prepare.exported import ExportedQuantizer, operands
 from quantpatch.export.program.capture import captured
 from quantpatch.numerics.formats import Blocked, Integer
 from quantpatch.torch_tools import nn
-from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, explaining_devices, uncompiled
+from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, explaining, uncompiled
 
 
 def export_program(
@@ -50,7 +50,7 @@ def export_program(
     demand_model(model, "export_program")
     model = uncompiled(model)
     args, kwargs = arguments(args, kwargs)
-    with evaluating(model), explaining_devices(model, (args, kwargs)):
+    with evaluating(model), explaining(model, (args, kwargs)):
         found = checked_operands(model)
         return captured(model, args, kwargs, found, dynamic_shapes=dynamic_shapes)
 

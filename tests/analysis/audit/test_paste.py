@@ -125,7 +125,9 @@ def test_what_is_pasted_raises_the_share_and_disabled_computes_what_it_did(layer
 
 def test_a_product_of_probabilities_that_stays_float_is_named_with_the_module_for_it(layers):
     ((_, code),) = qp.audit(built(layers, "Attention"), torch.randn(2, 5, 8)).to_paste
-    assert "# Stays float: matrix product (left)." in code
+    # Which of the two torch runs depends on its version.
+    named = ("matrix product (left)", "attention output (probabilities)")
+    assert any(f"# Stays float: {product}." in code for product in named)
     assert "quantpatch.layers.ScaledDotProductAttention" in code
 
 

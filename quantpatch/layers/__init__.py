@@ -3,6 +3,7 @@
 ===================  ============================================================================
 base.py              ``QuantizedLayer``: what a layer says of itself, and what it owes its float class
 quantizer.py         ``TensorQuantizer``; its range and zero point: range_state.py, range_tensor.py
+late_ranges.py       ranges that come too late for an optimizer or an average
 stand_ins.py         a forward that finds quantized tensors in the place of its parameters
 call_sites.py        operands of operations inside a forward
 subclass.py          users' subclasses of float layers: when one can be quantized

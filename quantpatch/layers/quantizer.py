@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from quantpatch.calibrators import Calibrator, warn_of_negatives
 from quantpatch.errors import ArgumentTypeError, CalibrationError, ExportError, RangeError
+from quantpatch.layers.late_ranges import copied
 from quantpatch.layers.lowering import lowering
 from quantpatch.layers.range_state import HeldRange
 from quantpatch.numerics.fake_quant import fake_quantize
@@ -41,9 +42,6 @@ PARALLELIZE_FIRST = (
 
 _DEFAULT = QuantDescriptor()
 
-
-#: Quantizers that were copied or pickled. Kept beside them: what is in a model is as it was after a copy.
-copied: Final[weakref.WeakSet[TensorQuantizer]] = weakref.WeakSet()
 
 #: What quantizers did before the outermost ``in_float`` that is open: copies do that, from the beginning.
 _outside: Final[weakref.WeakKeyDictionary[TensorQuantizer, dict[str, Any]]] = weakref.WeakKeyDictionary()

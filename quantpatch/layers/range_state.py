@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantpatch.errors import ArgumentError, RangeError, warn_caller
+from quantpatch.layers.late_ranges import warn_of_loaded_range
 from quantpatch.layers.range_tensor import RANGE_KEY, RangeTensor, fits
 from quantpatch.layers.zero_point_state import ZERO_POINT_KEY, outside_inference_mode
 from quantpatch.numerics.formats import Blocked
@@ -182,7 +183,7 @@ class HeldRange(RangeTensor):
                     f"before loading"
                 )
             return
-        unknown = _is_unknown(saved)
+        had, unknown = self._shapes(), _is_unknown(saved)
         try:
             if not unknown:
                 self._check_range(saved.abs() if self.descriptor.learn_amax else saved)
@@ -216,6 +217,13 @@ class HeldRange(RangeTensor):
             self._hold(held.detach().float())
         if len(error_msgs) == problems and not (held is not None and held.is_meta and not saved.is_meta):
             self.__dict__["_known"] = True
+        if self._shapes() != had:
+            warn_of_loaded_range(self, prefix, error_msgs)
+
+    def _shapes(self) -> list[torch.Size | None]:
+        """The shapes of its tensors: another one is another tensor."""
+        held = (self.held, self._buffers.get(ZERO_POINT_KEY))
+        return [None if tensor is None else tensor.shape for tensor in held]
 
 
 def _is_unknown(saved: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quantpatch.errors import ArgumentError, RangeError
 from quantpatch.numerics.formats import Integer, NumberFormat
 from quantpatch.numerics.modes import is_traced
-from quantpatch.numerics.qparams import QParams, check_zero_point
+from quantpatch.numerics.qparams import QParams, read_zero_point
 from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools.sharded import local_part
 
@@ -52,7 +52,7 @@ class ZeroPointState(nn.Module):
             return self._given_zero_point
         if held.is_meta:
             raise RangeError(f"{self}: its zero point is on the meta device, and has no value", value=held)
-        return int(local_part(held).item())
+        return round(local_part(held).item())
 
     @property
     def _given_zero_point(self) -> int | None:
@@ -128,8 +128,9 @@ class ZeroPointState(nn.Module):
             self._hold_zero_point(self._given_zero_point or 0 if zero_point.is_meta else zero_point, device)
 
     def _hold_zero_point(self, zero_point: Tensor | int, device: torch.device) -> None:
+        # As float32, whose average with itself it is: of integers that would be cut down to the one below.
         with outside_inference_mode():
-            self._buffers[ZERO_POINT_KEY] = torch.as_tensor(zero_point, dtype=torch.uint8, device=device)
+            self._buffers[ZERO_POINT_KEY] = torch.as_tensor(zero_point, dtype=torch.float32, device=device)
 
     def _take_zero_point(self, saved: Tensor | None) -> str | None:
         """Makes room for the zero point beside a checkpoint's range; says why if there cannot be one."""
@@ -143,13 +144,12 @@ class ZeroPointState(nn.Module):
             )
         if saved.is_meta:
             return None
-        number = int(saved)
+        try:
+            number = read_zero_point(local_part(saved), self._format)
+        except ArgumentError as error:
+            return f"the checkpoint has {error.value}; {self}: {error}"
         if own is not None and not own.is_meta and number == self.zero_point:
             return None
-        try:
-            check_zero_point(number, self._format)
-        except ArgumentError as error:
-            return f"the checkpoint has {number}; {self}: {error}"
         self._hold_zero_point(number, saved.device if own is None else own.device)
         return None
 

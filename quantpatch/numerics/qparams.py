@@ -7,6 +7,7 @@ from the zero point.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -148,6 +149,23 @@ def check_zero_point(zero_point: Any, format: NumberFormat) -> None:
             f"something above it are on the grid; got {zero_point!r}",
             zero_point=zero_point,
         )
+
+
+def read_zero_point(saved: Tensor, format: NumberFormat) -> int:
+    """The zero point that a checkpoint has for a format.
+
+    Raises:
+        ArgumentError: It has none that such a format could have.
+    """
+    if saved.numel() != 1 or saved.is_complex():
+        raise ArgumentError(
+            f"a zero point is one number; got {saved.dtype} of shape {tuple(saved.shape)}", zero_point=saved
+        )
+    value = saved.item()
+    # An average of it with itself may be off by a rounding.
+    number = round(value) if math.isfinite(value) else value
+    check_zero_point(number, format)
+    return int(number)
 
 
 def check_given(zero_point: Any, format: NumberFormat) -> None:

@@ -109,10 +109,10 @@ def zero_point_for(x: Tensor, format: NumberFormat, zero_point: ZeroPoint) -> Ze
     if not isinstance(zero_point, Tensor):
         return zero_point
     if is_in_memory(x):
-        return int(zero_point.item())
+        return round(zero_point.item())
     if zero_point.device != x.device and not is_jit_traced():
         zero_point = zero_point.to(x.device)
-    return beside(zero_point, x)
+    return beside(zero_point.round(), x)
 
 
 # --- What is given ----------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ convert.py, explain.py  the same for models that exist, and in words
 configure.py            quantizers by name; rules.py checks the rules
 calibrate.py            ranges from data; calibration.py is one calibration, to_calibrate.py of what
 call_ranges.py          what a calibration reports: layers called on tensors of several ranges,
-weight_reads.py         weights that a forward reads itself,
-late_ranges.py          and ranges that come too late for an optimizer
+weight_reads.py         and weights that a forward reads itself
 zero_points.py          ``fit_zero_points``
 ======================  ===========================================================================
 """

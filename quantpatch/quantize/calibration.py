@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from quantpatch.calibrators import Calibrator, warn_of_negatives
 from quantpatch.errors import CalibrationError, listed, warn_caller
 from quantpatch.layers.base import weight_quantizers
+from quantpatch.layers.late_ranges import warning_of_late_ranges
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.numerics.qparams import of_longer_side
 from quantpatch.quantize.call_ranges import CallRanges
-from quantpatch.quantize.late_ranges import telling_of_late_ranges
 from quantpatch.quantize.to_calibrate import Existing, checked_existing, patterns, to_calibrate, why_none
 from quantpatch.quantize.weight_reads import FirstCall
 from quantpatch.quantize.zero_points import ends_on_all, fitted, to_fit, watching_ends, without_those_found
@@ -150,11 +150,11 @@ class Calibration:
                 ranges, report = self._found(first)
                 fits = _fits(watched, ends_on_all(ranks, seen), ranges, calibrators)
             coming_back.difference_update(ranges)
-        with telling_of_late_ranges([model]):
+        with warning_of_late_ranges([model]):
             for name, amax in ranges.items():
                 quantizers[name].replace_range(amax)
-        for name, fit in fits.items():
-            watched[name].use_zero_point(*fit)
+            for name, fit in fits.items():
+                watched[name].use_zero_point(*fit)
         if first is not None:
             first.switch_off()
         self.report = attrs.evolve(report, zero_points={name: zero for name, (zero, _) in fits.items()})

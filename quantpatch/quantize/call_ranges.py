@@ -18,7 +18,7 @@ from quantpatch.errors import listed, warn_caller
 from quantpatch.layers.base import named_layers, weight_quantizers
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.layers.recurrent import QuantizedRecurrent
-from quantpatch.numerics.ranges import what_is_odd_about
+from quantpatch.numerics.ranges import reduce_amax, what_is_odd_about
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import unwrapped
 
@@ -105,7 +105,7 @@ class CallRanges:
             return  # nothing to measure, or what the quantizer refuses, and names
         # A recorder of the model's operators is to see its own only.
         with _disable_current_modes(), torch.no_grad():
-            range_ = torch.stack(torch.aminmax(x.detach())).abs().amax().float()
+            range_ = reduce_amax(x.detach())
         # Several tensors in one call of the layer are steps of its own, as of a scan; no copy parts them.
         number = self._calls.get(quantizer, -1) + (quantizer in self._begun)
         self._begun.discard(quantizer)

@@ -10,8 +10,8 @@ from torch import nn
 
 from quantpatch.errors import ArgumentError, listed, near_misses
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
+from quantpatch.layers.late_ranges import warning_of_late_ranges
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.quantize.late_ranges import telling_of_late_ranges
 from quantpatch.quantize.rules import EDGES, Matcher, Rules, Value, checked_rules, fits, shown_matcher
 from quantpatch.recipes.descriptor import EVERY_OPERAND, QuantDescriptor, Recipe
 from quantpatch.report.report import ChangeReport
@@ -124,7 +124,7 @@ def apply_rules(models: Sequence[nn.Module], rules: Rules) -> None:
         decided.update(dict.fromkeys(matched, value))
     made: dict[Any, TensorQuantizer] = {}
     new = [(place, _quantizer_for(place, value, made)) for place, value in decided.items()]
-    with telling_of_late_ranges(models):
+    with warning_of_late_ranges(models):
         before = [(place.quantizer, quantizer) for place, quantizer in new]
         for place, quantizer in new:
             _put(place, quantizer)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from quantpatch.errors import CalibrationError, listed
 from quantpatch.layers.base import weight_quantizers
+from quantpatch.layers.late_ranges import warning_of_late_ranges
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.torch_tools.distributed import Ranks
 from quantpatch.torch_tools.forward import demand_model, evaluating, run_over
@@ -71,13 +72,14 @@ def fit_zero_points(
     if found and not ends:
         raise CalibrationError("the data reached none of the quantizers", quantizers=tuple(found))
     zero_points: dict[str, int] = {}
-    for name, quantizer in found.items():
-        own = quantizer.own_range
-        assert own is not None
-        fit = fitted(own.item(), ends[name], quantizer.format.bits, least_gain) if name in ends else None
-        if fit is not None:
-            quantizer.use_zero_point(*fit)
-            zero_points[name] = fit[0]
+    with warning_of_late_ranges([model]):
+        for name, quantizer in found.items():
+            own = quantizer.own_range
+            assert own is not None
+            fit = fitted(own.item(), ends[name], quantizer.format.bits, least_gain) if name in ends else None
+            if fit is not None:
+                quantizer.use_zero_point(*fit)
+                zero_points[name] = fit[0]
     return zero_points
 
 

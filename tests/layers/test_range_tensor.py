@@ -422,7 +422,7 @@ def test_an_average_made_before_data_showed_the_shape_of_ranges_is_named(learned
     with pytest.warns(qp.QuantPatchWarning) as caught:
         qp.calibrate(model, [X])
     assert len(caught) == 1
-    assert "made before data showed the shape of the ranges of 0.input_quantizer, 2.input" in str(
+    assert "before the ranges or zero points of 0.input_quantizer, 2.input_quantizer had" in str(
         caught[0].message
     )
     del average
@@ -459,6 +459,43 @@ def test_an_optimizer_that_misses_ranges_whose_shape_data_shows_is_named():
     )
     qp.calibrate(model, [X], existing="overwrite")  # they are there now
     del other
+
+
+@pytest.mark.parametrize("way", ["load_state_dict", "inside of another model", "file"])
+def test_an_optimizer_that_misses_ranges_whose_shape_a_checkpoint_shows_is_named_once(way, tmp_path):
+    gc.collect()
+    saved, model = calibrated(BY_FEATURE), build(BY_FEATURE)
+    late = torch.optim.SGD(model.parameters(), 0.1)
+    other = torch.optim.Adam(nn.Linear(2, 2).parameters())  # of something else
+    qp.save(saved, tmp_path / "model.safetensors")
+    whole, whole_saved = nn.ModuleDict({"net": model}), nn.ModuleDict({"net": saved})
+    load = {
+        "file": lambda: qp.load(model, tmp_path / "model.safetensors"),
+        "load_state_dict": lambda: model.load_state_dict(saved.state_dict()),
+        "inside of another model": lambda: whole.load_state_dict(whole_saved.state_dict()),
+    }[way]
+    with pytest.warns(qp.QuantPatchWarning) as caught:
+        load()
+    assert len(caught) == 1
+    prefix = "net." if way == "inside of another model" else ""
+    names = f"{prefix}0.input_quantizer, {prefix}2.input_quantizer"
+    assert f"of {names} became parameters after SGD was made" in str(caught[0].message)
+    assert torch.equal(model(X), saved(X))
+    model.load_state_dict(saved.state_dict())  # they are there now
+    build(BY_FEATURE).load_state_dict(saved.state_dict())  # before any optimizer is made
+    del late, other
+
+
+def test_an_average_that_lacks_ranges_of_a_checkpoint_is_named():
+    gc.collect()
+    recipe = qp.Recipe(name="by feature", input=qp.QuantDescriptor(axis=-1))
+    saved, model = calibrated(recipe), build(recipe)
+    average = AveragedModel(model)
+    with pytest.warns(qp.QuantPatchWarning) as caught:
+        model.load_state_dict(saved.state_dict())
+    assert len(caught) == 1
+    assert "zero points of 0.input_quantizer, 2.input_quantizer had tensors" in str(caught[0].message)
+    del average
 
 
 def test_a_rule_that_makes_ranges_learned_ones_names_the_optimizer_too():

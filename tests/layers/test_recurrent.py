@@ -503,6 +503,7 @@ def test_torch_compile_leaves_it_as_it_leaves_torchs(kind, training):
     torch._dynamo.reset()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="older compilers make more than one graph")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_where_torch_compile_may_trace_it_the_result_is_the_same():
     model = Tagger(QuantLSTM).eval()

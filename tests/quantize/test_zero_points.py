@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,13 @@ import torch.distributed as dist
 from gloo import join
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 import quantpatch as qp
-from quantpatch.errors import ArgumentError, ArgumentTypeError, CalibrationError, ExportError
+from quantpatch.errors import ArgumentError, ArgumentTypeError, CalibrationError, CheckpointError, ExportError
 from quantpatch.numerics.fake_quant import fake_quantize
 from quantpatch.numerics.formats import Integer
 from quantpatch.numerics.qparams import QParams, of_longer_side
@@ -472,6 +476,62 @@ def test_integers_from_0_on_are_loaded_as_such() -> None:
         floats.load_state_dict(model.state_dict())
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+@pytest.mark.parametrize("average_of", [get_ema_multi_avg_fn, get_ema_avg_fn])
+def test_an_average_of_models_with_buffers_keeps_it(decay: float, average_of: Any) -> None:
+    model = calibrated(SKEWED)
+    for zero_point in (3, 57, 113, 251):
+        model[0].input_quantizer.use_zero_point(zero_point, 2.0)
+        kind = "multi_avg_fn" if average_of is get_ema_multi_avg_fn else "avg_fn"
+        average = AveragedModel(model, use_buffers=True, **{kind: average_of(decay)})
+        for _ in range(4):
+            average.update_parameters(model)
+        assert average.module[0].input_quantizer.zero_point == zero_point
+        expected, averaged = model[0].input_quantizer(SKEWED), average.module[0].input_quantizer
+        for function in (
+            averaged,
+            torch.func.vmap(averaged),
+        ):  # one computes with a number, one with a tensor
+            torch.testing.assert_close(function(SKEWED), expected)
+
+
+@pytest.mark.parametrize("by", ["calibrate", "fit_zero_points"])
+def test_an_average_that_was_made_before_it_was_found_is_named(by: str) -> None:
+    gc.collect()
+    model = calibrated(SKEWED)
+    average = AveragedModel(model)
+    find = {
+        "calibrate": lambda: qp.calibrate(model, [SKEWED], zero_points=True, existing="overwrite"),
+        "fit_zero_points": lambda: qp.fit_zero_points(model, [SKEWED]),
+    }[by]
+    with pytest.warns(qp.QuantPatchWarning, match="before the ranges or zero points of 0.input_quantizer"):
+        find()
+    del average
+    average = AveragedModel(model)
+    qp.calibrate(model, [SKEWED], zero_points=True, existing="overwrite")
+    del average
+
+
+@pytest.mark.parametrize("damaged", [[300.0], [float("nan")], [1.0, 2.0]])
+def test_one_that_cannot_be_is_refused_by_name(damaged: list[float], tmp_path: Path) -> None:
+    model = fitted()
+    model[0].input_quantizer._buffers["_zero_point"] = torch.tensor(damaged)
+    with pytest.raises(RuntimeError, match=r"0\.input_quantizer\._zero_point: the checkpoint has"):
+        calibrated(SKEWED).load_state_dict(model.state_dict())
+    model[0].input_quantizer._buffers["_zero_point"] = torch.tensor(42.0)
+    qp.save(model, tmp_path / "m.safetensors")
+    tensors, notes = load_file(tmp_path / "m.safetensors"), metadata(tmp_path / "m.safetensors")
+    tensors["0.input_quantizer._zero_point"] = torch.tensor(damaged)
+    save_file(tensors, tmp_path / "m.safetensors", notes)
+    with pytest.raises(CheckpointError, match=r"0\.input_quantizer: (a|the) zero point "):
+        qp.load(calibrated(SKEWED), tmp_path / "m.safetensors")
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
 def test_copies_casts_and_files_keep_it(tmp_path: Path) -> None:
     model = fitted()
     expected = model(SKEWED)
@@ -489,7 +549,7 @@ def test_copies_casts_and_files_keep_it(tmp_path: Path) -> None:
         assert torch.equal(other(SKEWED), expected)
     moved = copy.deepcopy(model).half().float()
     assert moved[0].input_quantizer.amax == model[0].input_quantizer.amax
-    assert moved.state_dict()["0.input_quantizer._zero_point"].dtype == torch.uint8
+    assert moved.state_dict()["0.input_quantizer._zero_point"] == zero_point
     emptied = copy.deepcopy(model).to_empty(device="cpu")
     assert emptied.state_dict()["0.input_quantizer._zero_point"] == model[0].input_quantizer.zero_point
     model[0].input_quantizer.amax = None

@@ -155,8 +155,6 @@ def descriptor_of(described: Mapping[str, Any]) -> QuantDescriptor:
 def _describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Each quantizer by name: its descriptor, what is switched off, and whether its range is known.
 
-    Also its zero point, if data was found to need another than the descriptor's.
-
     Raises:
         CheckpointError: One has a format that no file can name.
     """
@@ -168,8 +166,6 @@ def _describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
             "quantizing": quantizer.lasting["quantizing"],  # a file may be written during a calibration
             "known": quantizer.amax is not None,
         }
-        if quantizer.zero_point_is_found:
-            described[name]["zero_point"] = quantizer.zero_point
     return described
 
 

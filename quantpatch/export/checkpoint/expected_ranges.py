@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from quantpatch.errors import ArgumentTypeError, CheckpointError, listed, warn_caller
 from quantpatch.export.checkpoint.structure import device_near
+from quantpatch.layers.late_ranges import warning_of_late_ranges
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.layers.range_tensor import RANGE_KEY
 from quantpatch.layers.zero_point_state import ZERO_POINT_KEY
-from quantpatch.quantize.late_ranges import telling_of_late_ranges
 from quantpatch.torch_tools.forward import demand_model
 from quantpatch.torch_tools.sharded import sharding_of
 
@@ -85,7 +85,7 @@ def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = Non
             problems=tuple(problems),
         )
     modules = dict(model.named_modules())
-    with telling_of_late_ranges([model]):
+    with warning_of_late_ranges([model]):
         for name, shape in shapes.items():
             assert shape is not None
             key = f"{prefix}{name}.{ZERO_POINT_KEY}" if name else f"{prefix}{ZERO_POINT_KEY}"

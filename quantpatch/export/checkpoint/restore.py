@@ -13,6 +13,7 @@ from quantpatch.errors import listed, shown
 from quantpatch.export.checkpoint import packing
 from quantpatch.export.checkpoint.structure import StructurePlan
 from quantpatch.layers.base import quantizer_name, weight_owner
+from quantpatch.layers.late_ranges import warning_of_late_ranges
 from quantpatch.layers.quantizer import named_quantizers, outside_of
 from quantpatch.numerics.ranges import range_shape
 
@@ -52,9 +53,10 @@ class Plan(StructurePlan):
         """
         before = [_Before(module) for module in self.model.modules()]
         try:
-            self.restructure()
-            self._fill()
-            self.set_ranges()
+            with warning_of_late_ranges([self.model]):
+                self.restructure()
+                self._fill()
+                self.set_ranges()
         except BaseException:
             for module in before:
                 module.restore()

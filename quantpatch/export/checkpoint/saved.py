@@ -60,7 +60,6 @@ class Quantizer:
     disabled: bool
     quantizing: bool
     known: bool
-    zero_point: int | None
 
 
 @attrs.frozen
@@ -165,7 +164,6 @@ def _quantizer(name: str, value: Any) -> Quantizer:
         fields.get("disabled", bool),
         fields.get("quantizing", bool),
         fields.get("known", bool),
-        fields.get("zero_point", int, None),
     )
 
 

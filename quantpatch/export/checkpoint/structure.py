@@ -24,7 +24,7 @@ from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.layers.range_tensor import RANGE_KEY
 from quantpatch.layers.subclass import combine, replacement_of
 from quantpatch.layers.zero_point_state import ZERO_POINT_KEY
-from quantpatch.numerics.qparams import check_zero_point
+from quantpatch.numerics.qparams import read_zero_point
 from quantpatch.numerics.ranges import range_shape
 from quantpatch.recipes.descriptor import EVERY_OPERAND
 from quantpatch.torch_tools.class_swap import change_class, dotted, own_class
@@ -156,14 +156,13 @@ class StructurePlan:
             try:
                 descriptor = descriptor_of(saved.descriptor)
                 made = TensorQuantizer(descriptor)
-                if saved.zero_point is not None:
-                    check_zero_point(saved.zero_point, made.format)
-                zero_point = made.zero_point if saved.zero_point is None else saved.zero_point
-                amax = self._range_of(name, made, amax, zero_point, known=saved.known)
+                zero_point = self._tensors.pop(f"{name}.{ZERO_POINT_KEY}", None)
+                number = made.zero_point if zero_point is None else read_zero_point(zero_point, made.format)
+                amax = self._range_of(name, made, amax, known=saved.known)
             except QuantPatchError as error:
                 self._refuse(name, error)
                 continue
-            self._quantizers[name] = _Quantizer(made, saved.disabled, saved.quantizing, zero_point, amax)
+            self._quantizers[name] = _Quantizer(made, saved.disabled, saved.quantizing, number, amax)
         for alias, of in self._description.shared.items():
             # Further names of quantizers that several layers share.
             if of not in self._quantizers or alias in self._quantizers or not has_place(alias):
@@ -189,14 +188,13 @@ class StructurePlan:
         return found
 
     def _range_of(
-        self, name: str, made: TensorQuantizer, amax: Tensor | None, own: int | None, *, known: bool
+        self, name: str, made: TensorQuantizer, amax: Tensor | None, *, known: bool
     ) -> Tensor | None:
         """A quantizer's range, as the file has it.
 
         Raises:
             QuantPatchError: It is missing, or not the range of such a quantizer.
         """
-        zero_point = self._tensors.pop(f"{name}.{ZERO_POINT_KEY}", None)
         if not known:
             if amax is not None and not bool(torch.isnan(amax).all()):
                 raise CheckpointError("it has a range, which the file says is not known")
@@ -207,8 +205,6 @@ class StructurePlan:
         problem = self._range_problem(name, made, amax)
         if problem:
             raise CheckpointError(problem)
-        if zero_point is not None and (zero_point.numel() != 1 or zero_point.item() != own):
-            raise CheckpointError(f"its zero point is {own} in the description, and another beside its range")
         return amax
 
     def _range_problem(self, name: str, made: TensorQuantizer, amax: Tensor) -> str | None:

@@ -18,6 +18,7 @@ from quantpatch.errors import warn_caller
 from quantpatch.export.prepare.batchnorm import FoldedBatchNorm, fold_batchnorm
 from quantpatch.export.prepare.placement_rules import Rules
 from quantpatch.layers.base import named_layers, quantizer_name
+from quantpatch.layers.late_ranges import warning_of_late_ranges
 from quantpatch.layers.placed import quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.plugins.registry import registry
@@ -132,8 +133,9 @@ def prepare(
     }
     every = named_quantizers(model, every_name=True)
     unsigned = tuple(name for name in unsigned if name not in shared and not every[name].disabled)
-    for name in unsigned:
-        every[name].use_zero_point(0)
+    with warning_of_late_ranges([model]):
+        for name in unsigned:
+            every[name].use_zero_point(0)
     unsigned += tuple(name for name in placed if getattr(every[name].format, "unsigned", False))
     return Preparation(runtime, folded, placed, shared, unsigned, skipped, turned)
 

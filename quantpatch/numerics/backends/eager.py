@@ -20,6 +20,7 @@ from quantpatch.numerics.backends.scales import block_views, divisor, rescale_, 
 from quantpatch.numerics.division import float32
 from quantpatch.numerics.formats import Blocked, Integer
 from quantpatch.numerics.qparams import QParams
+from quantpatch.torch_tools.sharded import is_sharded
 
 Range = Tensor | float
 
@@ -88,9 +89,10 @@ def amax(x: Tensor, shape: Sequence[int], dim: int | None = None, block_size: in
     if dim is not None:
         ranges = [_amax_along(blocks, dim + 1) for blocks in block_views(x, dim, block_size)]
         return (ranges[0] if len(ranges) == 1 else torch.cat(ranges, dim)).float()
-    # Two reductions rather than one of |x|, which would allocate as much as x again.
+    # Two reductions rather than one of |x|, which would allocate as much as x again. DTensors have no aminmax
+    # in torch 2.8.
     if not shape:
-        low, high = torch.aminmax(x)
+        low, high = (x.amin(), x.amax()) if is_sharded(x) else torch.aminmax(x)
     else:
         reduced = [d for d, n in enumerate(shape) if n == 1]
         low, high = x.amin(reduced, keepdim=True), x.amax(reduced, keepdim=True)

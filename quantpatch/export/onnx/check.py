@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from quantpatch.errors import ExportError
 from quantpatch.export.onnx.comparison import Comparison, Latency
-from quantpatch.export.onnx.latency import measure
+from quantpatch.export.onnx.latency import measure, without_kernels
 from quantpatch.export.onnx.optimized_check import check_optimized
 from quantpatch.export.onnx.sessions import changed, session_options
 from quantpatch.export.prepare.exported import ExportedQuantizer, codes_name
@@ -59,7 +59,8 @@ def compare_with_torch(
     within, kernels, left = check_optimized(path, runs, found) if optimized else (None, None, ())
     latency = None
     if float_path is not None:
-        latency = Latency(*measure(path, float_path, runs[0][0]), left)
+        times = measure(path, float_path, runs[0][0])
+        latency = Latency(*times, left, without_kernels(left, found))
     return Comparison(
         max(largest),
         max(relative),

@@ -22,11 +22,13 @@ class Latency:
         ms: Of the file, a median.
         float_ms: Of the same file in float.
         on_floats: Names of the layers whose weights are quantized, but run on float kernels.
+        without_kernels: The formats of activations that integer kernels do not take as they are.
     """
 
     ms: float
     float_ms: float
     on_floats: tuple[str, ...] = ()
+    without_kernels: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -46,17 +48,24 @@ class Latency:
         """What to do about a file that is slower than float."""
         times = f"{self.ms:.3g} and {self.float_ms:.3g} ms"
         text = f"{name} takes {self.ratio:.2f} times as long as in float here ({times})"
+        if self.without_kernels:
+            formats = listed(self.without_kernels)
+            advice = f"Integer kernels take activations of 8 bits as they are; here are {formats}. Use int8"
+        else:
+            advice = (
+                "qp.prepare(model, args) before calibration, if it was not called, puts quantizers where "
+            )
+            advice += "kernels want them"
         if self.on_floats:
             text += (
                 f". Of these layers the weights are quantized, but the kernels are float: "
-                f"{listed(self.on_floats)}. Leave them float (skip=[...], or disable() their quantizers)"
+                f"{listed(self.on_floats)}. {advice}; or leave them float (skip=[...], or disable() their "
+                f"quantizers)"
             )
         else:
-            text += ". Its layers run on integers, but what is between them costs more than that gains"
-        return (
-            f"{text}, or call qp.prepare(model, args) before calibration if you have not: it puts quantizers "
-            f"where kernels want them. export_onnx(..., latency=False) does not measure"
-        )
+            text += ". Its layers run on integers, but what is between them costs more than that gains. "
+            text += advice
+        return f"{text}. export_onnx(..., latency=False) does not measure"
 
 
 @attrs.frozen

@@ -20,6 +20,8 @@ from quantpatch.export.onnx.graph import constant_of, maker, store_four_bits
 from quantpatch.export.onnx.kernel_check import is_kernel
 from quantpatch.export.onnx.weights import fold_weight
 from quantpatch.export.prepare.exported import ExportedQuantizer
+from quantpatch.layers.base import quantizer_name
+from quantpatch.numerics.formats import Integer
 
 # Rounds to measure at most and at least, and after how many seconds no other one begins.
 _ROUNDS, _LEAST, _SECONDS = 21, 3, 0.5
@@ -109,6 +111,25 @@ def on_floats(file: Any, optimized: Any, found: Collection[ExportedQuantizer]) -
     left = stored - _named(quantizers, taken)
     layers = (name.rpartition(".")[0] or "the model" for name in quantizers if name in left)
     return tuple(dict.fromkeys(layers))
+
+
+def without_kernels(layers: Collection[str], found: Collection[ExportedQuantizer]) -> tuple[str, ...]:
+    """The formats of activations that integer kernels do not take, or only behind a float operator.
+
+    Args:
+        layers: Those that run on floats.
+        found: The quantizers in the file.
+    """
+    activations: dict[str, ExportedQuantizer] = {}
+    for operand in found:
+        if operand.weight is None and not operand.name.endswith(quantizer_name("output")):
+            activations.setdefault(operand.name.rpartition(".")[0] or "the model", operand)
+    formats = ["float" for layer in layers if layer not in activations]
+    for layer, operand in activations.items():
+        kernel = isinstance(operand.format, Integer) and operand.format.bits == 8
+        if operand.is_clipped or (layer in layers and not kernel):
+            formats.append(operand.format.name)
+    return tuple(dict.fromkeys(formats))
 
 
 def _named(quantizers: Collection[str], constants: Any) -> set[str]:

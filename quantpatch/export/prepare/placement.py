@@ -57,7 +57,9 @@ class Preparation(Report):
         ]
         lines += [f"{name} has its scales on axis 0 now" for name in self.turned]
         lines += [f"{name} is not folded: {why}" for name, why in self.batchnorm.skipped.items()]
-        lines += [f"{name or 'the model'} is left: {why}" for name, why in self.skipped.items()]
+        lines += [
+            f"{name or 'what the model itself computes'} is left: {why}" for name, why in self.skipped.items()
+        ]
         return "\n  ".join(lines)
 
 

@@ -97,10 +97,27 @@ def test_a_file_that_is_slower_than_float_is_warned_of_with_what_runs_on_floats(
     with pytest.warns(QuantPatchWarning, match=r"m\.onnx takes 1\.50 times as long as in float") as caught:
         report = export_onnx(quantized("int8"), X, tmp_path / "m.onnx")
     assert caught[0].filename == __file__
-    assert "kernels are float: up. Leave them float" in str(caught[0].message)
+    message = str(caught[0].message)
+    assert "kernels are float: up. qp.prepare(model, args) before calibration, if it was not" in message
+    assert "or leave them float (skip=[...], or disable() their quantizers)" in message
     assert report.comparison is not None
     assert report.comparison.latency is not None
     assert report.comparison.latency.on_floats == ("up",)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "formats"), [("int4", "int4"), ("fp8", "fp8_e4m3"), ("int8-weight-only", "float")]
+)
+def test_activations_that_no_integer_kernel_takes_are_named_and_preparing_is_not_advised(
+    recipe: str, formats: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if recipe == "fp8" and TorchVersion(onnxruntime.__version__) < "1.32":
+        pytest.skip("ONNX Runtime before 1.32 runs no average of FP8")
+    measuring(monkeypatch, 3.0, 2.0)
+    model = quantized(recipe)
+    with pytest.warns(QuantPatchWarning, match=f"as they are; here are {formats}. Use int8") as caught:
+        export_onnx(model, X, tmp_path / "m.onnx")
+    assert "qp.prepare" not in str(caught[0].message)
 
 
 def test_noise_and_the_smallest_of_models_are_not_warned_of() -> None:

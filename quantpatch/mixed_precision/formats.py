@@ -12,12 +12,12 @@ from torch import nn
 
 from quantpatch.errors import ArgumentError, ArgumentTypeError
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.late_ranges import warning_of_late_ranges
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.mixed_precision.layers import own_quantizers, pattern
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.calibrate import calibrate
 from quantpatch.quantize.configure import configure
-from quantpatch.quantize.late_ranges import telling_of_late_ranges
 from quantpatch.recipes.descriptor import Recipe
 
 #: A layer's quantizers, by their names in it.
@@ -146,7 +146,7 @@ class Formats:
     def settle(self, model: nn.Module, rules: Mapping[str, Any], chosen: Mapping[str, int]) -> None:
         """Configures a model, and gives its quantizers the ranges that were found."""
         configure(model, rules)
-        with telling_of_late_ranges([model]):
+        with warning_of_late_ranges([model]):
             for name, candidate in chosen.items():
                 known = self.of(name, candidate)
                 for own_name, quantizer in own_quantizers(self._layers[name]).items():

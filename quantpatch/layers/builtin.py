@@ -41,6 +41,8 @@ OPERATIONS = ("Add", "Cat", "MatMul", "Mul", "ScaledDotProductAttention")
 
 # Methods of quantpatch.tune, a file each, and their classes.
 TUNERS = {
+    "awq": "AWQ",
+    "smoothquant": "SmoothQuant",
     "bias_correction": "BiasCorrection",
     "gptq": "GPTQ",
 }

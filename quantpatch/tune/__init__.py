@@ -6,17 +6,32 @@ tuner.py            what a method is; a plugin's subclasses it
 tuning.py           what a method works on: the model, the data, changes that can be undone
 weights.py          the weights, and the grids that they are rounded to
 operands.py         what weights are multiplied by, seen in a run
+exchanges.py        which neighbours may exchange factors of channels; scaling.py does it and verifies it
+products.py         what is lost in products, for candidates of factors
 report.py           what was done; reasons.py why something was not
 ==================  ========================================================================
 
 Each other file is a method, registered in :mod:`quantpatch.layers.builtin`.
 """
 
+from quantpatch.tune.awq import AWQ
 from quantpatch.tune.bias_correction import BiasCorrection
 from quantpatch.tune.gptq import GPTQ
 from quantpatch.tune.report import Tuned, TuningReport, TuningStep
+from quantpatch.tune.smoothquant import SmoothQuant
 from quantpatch.tune.tune import tune
 from quantpatch.tune.tuner import Tuner
 from quantpatch.tune.tuning import Tuning
 
-__all__ = ["GPTQ", "BiasCorrection", "Tuned", "Tuner", "Tuning", "TuningReport", "TuningStep", "tune"]
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "BiasCorrection",
+    "SmoothQuant",
+    "Tuned",
+    "Tuner",
+    "Tuning",
+    "TuningReport",
+    "TuningStep",
+    "tune",
+]

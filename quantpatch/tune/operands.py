@@ -258,6 +258,14 @@ class Moments:
                 chosen = torch.randperm(count)[: self._most].to(x.device)
                 self._kept.append(x[:, chosen].clone())
 
+    def divide(self, factor: Tensor) -> None:
+        """Makes it what is known of the inputs with each channel divided by a factor."""
+        shape = self.largest.shape
+        by = factor.repeat_interleave(shape.numel() // factor.numel()).reshape(shape)
+        self.gram = self.gram / (by.unsqueeze(1) * by.unsqueeze(2))
+        self.magnitude, self.largest = self.magnitude / by, self.largest / by
+        self._kept = [rows / by.unsqueeze(1) for rows in self._kept]
+
     @property
     def rows(self) -> Tensor:
         """Some of the rows."""

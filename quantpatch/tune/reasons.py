@@ -98,3 +98,31 @@ class NotBetter(Reason):
 
     def __str__(self) -> str:
         return "nothing was better than what was there"
+
+
+@attrs.frozen
+class NoExchange(Reason):
+    """What it is multiplied by takes no factor for each channel.
+
+    Attributes:
+        why: What the value is, or where it comes from or goes to, as a clause.
+    """
+
+    why: str
+
+    def __str__(self) -> str:
+        return f"its input {self.why}, which takes no factor for a channel"
+
+
+@attrs.frozen
+class Different(Reason):
+    """The model computed something else with it, so it was undone.
+
+    Attributes:
+        how: How, as a clause.
+    """
+
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.how} with it, so that was undone"

@@ -15,7 +15,14 @@ from quantpatch.errors import CalibrationError, TuningError, listed
 from quantpatch.layers.before_tuning import held, remember, restore, rounded_by
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.quantize.calibrate import calibrate
-from quantpatch.torch_tools.forward import EnoughOfBatch, evaluating, run_over, unwrapped
+from quantpatch.torch_tools.forward import (
+    EnoughOfBatch,
+    as_batches,
+    evaluating,
+    run_batch,
+    run_over,
+    unwrapped,
+)
 from quantpatch.tune.operands import Layout, Moments, Operand, Operands
 from quantpatch.tune.reasons import AlreadyRounded, NoData, Reason
 from quantpatch.tune.report import Tuned, TuningStep
@@ -147,13 +154,16 @@ class Tuning:
         if self._changed:
             self.calibrate()
 
-    def moments(self, weights: Iterable[Weight], what: str = "", *, rows: int = 0) -> Seen:
+    def moments(
+        self, weights: Iterable[Weight], what: str = "", *, rows: int = 0, in_float: bool = False
+    ) -> Seen:
         """What is known of the inputs of weights, which are not quantized while that is found out.
 
         Args:
             weights: Those to look at.
             what: What the progress bar shows behind the method.
             rows: How many of the inputs to keep, of each.
+            in_float: Whether nothing else is quantized either.
         """
         weights = list(weights)
         seen: Seen = {weight.name: {} for weight in weights}
@@ -167,7 +177,7 @@ class Tuning:
             ran(operand.weight.name)
 
         with _disabled(weight.quantizer for weight in weights), Operands(weights, see):
-            self.run(what)
+            (self.run_in_float if in_float else self.run)(what)
         return seen
 
     # --- weights ---------------------------------------------------------------------------------
@@ -229,7 +239,15 @@ class Tuning:
 
     # --- changing --------------------------------------------------------------------------------
 
-    def write(self, module: nn.Module, name: str, value: Tensor, *, rounded: bool = False) -> None:
+    def write(
+        self,
+        module: nn.Module,
+        name: str,
+        value: Tensor,
+        *,
+        rounded: bool = False,
+        before: Tensor | None = None,
+    ) -> None:
         """Gives a parameter another value; ``revert`` knows the one before.
 
         Args:
@@ -237,9 +255,20 @@ class Tuning:
             name: Its name there.
             value: The new one.
             rounded: Whether it is on the grid of its quantizer now, which no method is to change.
+            before: A copy of what it was before; default: what it is.
         """
         tensor: Any = module._parameters[name]
-        before, notes = tensor.detach().clone(), held(module)
+        if before is None:
+            before = tensor.detach().clone()
+            self.guard(module, name, before)
+        with torch.no_grad():
+            tensor.copy_(value)
+        remember(module, name, before, rounded_by=self._method if rounded else "")
+
+    def guard(self, module: nn.Module, name: str, before: Tensor) -> None:
+        """Has a parameter become what it was if anything fails; ``write`` does so itself."""
+        tensor: Any = module._parameters[name]
+        notes = held(module)
 
         def undo() -> None:
             with torch.no_grad():
@@ -247,9 +276,41 @@ class Tuning:
             restore(module, notes)
 
         self._undo.callback(undo)
-        with torch.no_grad():
-            tensor.copy_(value)
-        remember(module, name, before, rounded_by=self._method if rounded else "")
+
+    def forget(self, quantizer: TensorQuantizer) -> None:
+        """Makes a range unknown that data gave, since other values come now; it is found again at the end."""
+        if quantizer.descriptor.dynamic or quantizer.descriptor.amax is not None or quantizer.amax is None:
+            return
+        amax = quantizer.amax.detach().clone()
+        zero_point = quantizer.zero_point if quantizer.zero_point_is_found else None
+
+        def undo() -> None:
+            quantizer.replace_range(amax)
+            if zero_point is not None:
+                quantizer.use_zero_point(zero_point)
+
+        self._undo.callback(undo)
+        _forget(quantizer)
+        self._changed = True
+
+    def outputs(self) -> list[Any]:
+        """What the model gives for the first batch; where the data is a function, for all that it does."""
+        found: list[Any] = []
+        runner = unwrapped(self.model)
+
+        def take(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(dict(output) if isinstance(output, Mapping) else output)
+
+        hook = runner.register_forward_hook(take)
+        try:
+            if isinstance(self._data, Iterable):
+                for batch in itertools.islice(as_batches(self._data), 1):
+                    run_batch(runner, batch)
+            else:
+                self._data(runner)
+        finally:
+            hook.remove()
+        return found
 
 
 def _forget(quantizer: TensorQuantizer) -> None:

@@ -60,6 +60,10 @@ class Weight:
         """
         return fake_quantize(tensor.float(), self.range_of(tensor) if amax is None else amax, **self._how)
 
+    def rounded_anew(self, tensor: Tensor) -> Tensor:
+        """The same with the range, or ranges, of the tensor itself."""
+        return fake_quantize(tensor.float(), None, **self._how)
+
     def range_of(self, tensor: Tensor) -> Tensor | None:
         """The range that its quantizer has; None if it takes each tensor's own."""
         return self.quantizer.own_range
@@ -88,6 +92,44 @@ class Weight:
             pinned = x.abs() >= top
             limits = torch.where(pinned, nearest, -most), torch.where(pinned, nearest, most)
         return Grid(q.qparams, scales, limits)
+
+    def own_ranges(self, tensor: Tensor) -> Tensor:
+        """For each element of a tensor in the weight's place the largest of those that share its range."""
+        return self._largest(tensor.float(), tensor)
+
+    def blocks(self, tensor: Tensor) -> Tensor | None:
+        """For each element of such a tensor the number of its block, for formats in blocks."""
+        size = self.quantizer._format.block_size
+        if size is None:
+            return None
+        dim = _dim(self.quantizer.descriptor.kept_axes, tensor)
+        numbers = torch.arange(tensor.shape[dim], device=tensor.device) // size
+        return (
+            numbers.reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
+            .expand(tensor.shape)
+            .contiguous()
+        )
+
+    def summed(self, values: Tensor) -> Tensor:
+        """For each element of a tensor of the weight's shape the sum over those that share its range."""
+        axis, size = self.quantizer.descriptor.kept_axes, self.quantizer._format.block_size
+        if size is not None:
+            dim = _dim(axis, values)
+            count = -(-values.shape[dim] // size)
+            shape = [count if d == dim else n for d, n in enumerate(values.shape)]
+            index = torch.arange(values.shape[dim], device=values.device) // size
+            sums = values.new_zeros(shape).index_add_(dim, index, values)
+            return sums.index_select(dim, index)
+        if isinstance(axis, GroupedAxes):
+            split = axis.split(values)
+            kept = {0, 2}
+            sums = split.sum([d for d in range(split.dim()) if d not in kept], keepdim=True)
+            return sums.expand(split.shape).flatten(0, 1)
+        axes = () if axis is None else axis if isinstance(axis, tuple) else (axis,)
+        kept = {a % values.dim() for a in axes}
+        return values.sum([d for d in range(values.dim()) if d not in kept], keepdim=True).expand(
+            values.shape
+        )
 
     def _largest(self, tensor: Tensor, x: Tensor) -> Tensor:
         """The range that each element of a tensor shares, for one that takes its own."""

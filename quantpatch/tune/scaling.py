@@ -1,0 +1,202 @@
+"""Factors that neighbours exchange: put, and taken back where the model computes something else in float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from quantpatch.dataflow import Dataflow, dataflow
+from quantpatch.dataflow.verified import apply_if_same
+from quantpatch.layers.quantizer import in_float
+from quantpatch.tune.exchanges import Channels, Exchange, exchanges
+from quantpatch.tune.products import Product
+from quantpatch.tune.reasons import Different, NoExchange, NotBetter
+from quantpatch.tune.report import Tuned
+from quantpatch.tune.tuning import Seen, Tuning
+from quantpatch.tune.weights import Weight
+
+
+class Scaling:
+    """The exchanges of a model, and the factors that are in force.
+
+    Args:
+        tuning: The tuning.
+        weights: The weights whose inputs are looked at.
+
+    Attributes:
+        exchanges: What can be exchanged, in the order of the run. What cannot is noted as skipped.
+    """
+
+    def __init__(self, tuning: Tuning, weights: Mapping[str, Weight]) -> None:
+        self._tuning = tuning
+        names = {id(parameter): name for name, parameter in tuning.model.named_parameters()}
+        #: The weights by the names of their parameters.
+        self.weights = {names[id(weight.tensor)]: weight for weight in weights.values()}
+        with in_float(tuning.model):
+            self._flow: Dataflow = dataflow(tuning.model, tuning.outputs)
+        found, skipped = exchanges(tuning.model, self._flow, self.weights)
+        self.exchanges: list[Exchange] = found
+        for name, reason in skipped.items():
+            tuning.skipped[self.weights[name].name] = reason
+        self._places: dict[str, tuple[Any, str]] = {}
+        for prefix, module in tuning.model.named_modules():
+            for attribute in module._parameters:
+                self._places.setdefault(f"{prefix}.{attribute}".lstrip("."), (module, attribute))
+        used = {name for exchange in found for name in exchange.parameters}
+        self._before = {name: self.tensor(name).detach().clone() for name in used}
+        self._factors: dict[str, list[tuple[Exchange, Channels, Tensor]]] = {name: [] for name in used}
+
+    def tensor(self, parameter: str) -> Tensor:
+        """A parameter by its name."""
+        module, attribute = self._places[parameter]
+        found: Tensor = module._parameters[attribute]
+        return found
+
+    def users(self) -> list[Weight]:
+        """The weights that use what can be scaled."""
+        names = (channels.parameter for exchange in self.exchanges for channels in exchange.used_by)
+        return [self.weights[name] for name in dict.fromkeys(names)]
+
+    def choose(
+        self,
+        seen: Seen,
+        candidates: Callable[[Sequence[Product]], list[Tensor]],
+        lost: Callable[[Product, Tensor | None], tuple[float, float]],
+        *,
+        always: bool = False,
+    ) -> dict[int, Tensor]:
+        """Puts for each exchange the factors with which products lose least, if that is less than without.
+
+        Args:
+            seen: What is known of the inputs of the products.
+            candidates: Gives the factors to try for the products of an exchange.
+            lost: Gives what a product loses with factors, and what there is to lose.
+            always: Whether to put the best ones also where they lose more.
+
+        Returns:
+            The factors that were put for good, by the index of the exchange.
+        """
+        chosen: dict[int, Tensor] = {}
+        costs: dict[int, tuple[float, float, float]] = {}
+        for index, exchange in enumerate(self.exchanges):
+            products = self._products(exchange, seen)
+            if not products:
+                continue
+            before, size = _sums(lost(product, None) for product in products)
+            tried = [(_sums(lost(product, f) for product in products)[0], f) for f in candidates(products)]
+            after, factor = min(tried, key=lambda pair: pair[0])
+            if after < before or always:
+                chosen[index], costs[index] = factor, (before, after, size)
+            else:
+                for product in products:
+                    self._tuning.skipped[product.weight.name] = NotBetter(relative(before, size))
+        kept = self.keep_if_same(chosen)
+        for index in kept:
+            before, after, size = costs[index]
+            for channels in self.exchanges[index].used_by:
+                name = self.weights[channels.parameter].name
+                self._tuning.tuned[name] = Tuned(relative(before, size), relative(after, size))
+        return {index: chosen[index] for index in kept}
+
+    def _products(self, exchange: Exchange, seen: Seen) -> list[Product]:
+        """The products of an exchange; none if one of its weights is multiplied in other ways as well."""
+        found = []
+        for channels in exchange.used_by:
+            weight = self.weights[channels.parameter]
+            by_layout = seen[weight.name]
+            if channels.layout is None or list(by_layout) != [channels.layout]:
+                self._tuning.skipped[weight.name] = NoExchange("is used in several ways")
+                return []
+            found.append(Product(weight, channels, by_layout[channels.layout]))
+        return found
+
+    def put(self, exchange: Exchange, factor: Tensor | None) -> None:
+        """Divides the channels where they are made by a factor, and multiplies them where they are used.
+
+        Args:
+            exchange: The exchange.
+            factor: One for each channel; None takes back the one in force.
+        """
+        for channels in (*exchange.made_by, *exchange.used_by):
+            name = channels.parameter
+            active = [item for item in self._factors[name] if item[0] is not exchange]
+            if factor is not None:
+                active.append((exchange, channels, factor if channels.is_input else 1 / factor))
+            self._factors[name] = active
+            value = self._before[name]
+            for _, where, by in active:
+                value = where.scaled(value, by.to(value.device))
+            with torch.no_grad():
+                self.tensor(name).copy_(value)
+
+    def keep_if_same(self, factors: Mapping[int, Tensor]) -> set[int]:
+        """Puts factors for good, but for those with which the model computes something else in float.
+
+        Args:
+            factors: By the index of the exchange.
+
+        Returns:
+            The indices of those that are in force.
+        """
+        tuning = self._tuning
+        for name, before in self._before.items():
+            tuning.guard(*self._places[name], before)
+        for exchange in self.exchanges:
+            self.put(exchange, None)
+        changes = {
+            str(index): _Change(self, self.exchanges[index], factor) for index, factor in factors.items()
+        }
+        wrong = apply_if_same(tuning.model, tuning.outputs, changes)
+        for key, how in wrong.items():
+            for channels in self.exchanges[int(key)].used_by:
+                tuning.skipped[self.weights[channels.parameter].name] = Different(how)
+        kept = {index for index in factors if str(index) not in wrong}
+        for name, before in self._before.items():
+            if self._factors[name]:
+                module, attribute = self._places[name]
+                tuning.write(module, attribute, self.tensor(name), before=before)
+        self._forget(kept)
+        return kept
+
+    def _forget(self, kept: set[int]) -> None:
+        """Makes the ranges unknown of what sees other values now."""
+        parameters = {name for index in kept for name in self.exchanges[index].parameters}
+        values = {id(value) for index in kept for value in self.exchanges[index].values}
+        for name in parameters:
+            if name in self.weights:
+                self._tuning.forget(self.weights[name].quantizer)
+        for quantizer, seen in self._flow.quantized.items():
+            if any(id(value) in values for value in seen):
+                self._tuning.forget(quantizer)
+
+
+def most(values: Iterable[Tensor]) -> Tensor:
+    """The largest of each element."""
+    return torch.stack(list(values)).amax(0)
+
+
+def relative(cost: float, size: float) -> float:
+    """The root of a squared error over what there is."""
+    return (max(cost, 0.0) / size) ** 0.5 if size > 0 else 0.0
+
+
+def _sums(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    several = list(pairs)
+    return sum(a for a, _ in several), sum(b for _, b in several)
+
+
+@attrs.frozen(eq=False)
+class _Change:
+    scaling: Scaling
+    exchange: Exchange
+    factor: Tensor
+
+    def apply(self) -> None:
+        self.scaling.put(self.exchange, self.factor)
+
+    def undo(self) -> None:
+        self.scaling.put(self.exchange, None)

@@ -565,7 +565,7 @@ def test_a_damaged_range_is_named(change, message, quantized_path):
 def test_a_plugin_that_is_missing_is_named(quantized_path):
     def change(description):
         description["plugins"].append({"name": "far", "distribution": "quantpatch-far", "version": "2.0"})
-        description["layers"][ATTENTION]["class"] = "quantpatch_far.layers.QuantConv1D"
+        description["layers"][ATTENTION]["replacement"] = "quantpatch_far.layers.QuantConv1D"
 
     rewrite(quantized_path, description=change)
     with pytest.raises(CheckpointError, match=r"'far' is not installed \(pip install quantpatch-far==2.0\)"):

@@ -14,17 +14,17 @@ import torch
 from torch import nn
 
 from quantpatch.errors import CheckpointError, QuantPatchError, shown
-from quantpatch.export.checkpoint.saved import PluginNote
+from quantpatch.export.checkpoint.saved import Description, Layer, PluginNote, Quantizer
 from quantpatch.layers.base import named_layers
-from quantpatch.layers.quantizer import named_quantizers
+from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.layers.subclass import replacement_of
 from quantpatch.numerics.formats import Blocked, Float, Integer, NumberFormat
+from quantpatch.plugins.plugin import BUILTIN
 from quantpatch.plugins.registry import registry
 from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools.atomic_files import own_version
 from quantpatch.torch_tools.class_swap import dotted, own_class
 
-_BUILTIN = "quantpatch.builtin"
 _FORMATS: Mapping[str, type[Any]] = {"integer": Integer, "float": Float, "blocked": Blocked}
 _FIELDS = {a.name for a in attrs.fields(QuantDescriptor) if a.init}
 
@@ -35,24 +35,28 @@ def describe(model: nn.Module) -> dict[str, Any]:
     Raises:
         CheckpointError: A quantizer has a format that no file can name.
     """
+    first = {quantizer: name for name, quantizer in named_quantizers(model).items()}
+    every = named_quantizers(model, every_name=True)
+    description = Description(
+        plugins=tuple(
+            PluginNote(info.name, info.distribution, info.version)
+            for info in registry.plugins()
+            if info.state == "active" and info.name != BUILTIN
+        ),
+        layers={
+            # Of a user's subclass the class is that of its base's replacement.
+            name: Layer(dotted(replacement_of(own_class(layer))), dotted(layer.float_class))
+            for name, layer in named_layers(model).items()
+        },
+        quantizers={name: _describe_quantizer(quantizer, name) for quantizer, name in first.items()},
+        shared={name: first[q] for name, q in every.items() if first[q] != name},
+    )
     return {
         "quantpatch": own_version(),
         "torch": str(torch.__version__),
         "model": dotted(own_class(model)),
-        "plugins": _active_plugins(),
-        "layers": _describe_layers(model),
-        "quantizers": _describe_quantizers(model),
-        "shared": _describe_sharing(model),
+        **attrs.asdict(description),
     }
-
-
-def _active_plugins() -> list[dict[str, str | None]]:
-    """Name, distribution and version of each plugin that takes part, the built-in one left out."""
-    return [
-        {"name": info.name, "distribution": info.distribution, "version": info.version}
-        for info in registry.plugins()
-        if info.state == "active" and info.name != _BUILTIN
-    ]
 
 
 def missing_plugins(described: Iterable[PluginNote]) -> list[str]:
@@ -74,6 +78,23 @@ def missing_plugins(described: Iterable[PluginNote]) -> list[str]:
 
 
 # --- Formats and descriptors ------------------------------------------------------------------------------
+
+
+def _describe_quantizer(quantizer: TensorQuantizer, name: str) -> Quantizer:
+    descriptor = quantizer.descriptor
+    described = {
+        a.name: getattr(descriptor, a.name)
+        for a in attrs.fields(QuantDescriptor)
+        if a.init and a.name != "format" and getattr(descriptor, a.name) != a.default
+    }
+    if descriptor.format is not None:
+        described["format"] = _describe_format(descriptor.format, name)
+    return Quantizer(
+        described,
+        quantizer.disabled,
+        quantizer.lasting["quantizing"],  # a file may be written during a calibration
+        known=quantizer.amax is not None,
+    )
 
 
 def _describe_format(format: Any, where: str) -> Any:
@@ -118,17 +139,6 @@ def _format_of(described: Any) -> NumberFormat | str | None:
     return cls(**fields)  # type: ignore[no-any-return]
 
 
-def _describe_descriptor(descriptor: QuantDescriptor, where: str) -> dict[str, Any]:
-    described = {
-        a.name: getattr(descriptor, a.name)
-        for a in attrs.fields(QuantDescriptor)
-        if a.init and a.name != "format" and getattr(descriptor, a.name) != a.default
-    }
-    if descriptor.format is not None:
-        described["format"] = _describe_format(descriptor.format, where)
-    return described
-
-
 def descriptor_of(described: Mapping[str, Any]) -> QuantDescriptor:
     """The descriptor that a file describes, with a format that exists here.
 
@@ -150,44 +160,3 @@ def descriptor_of(described: Mapping[str, Any]) -> QuantDescriptor:
         raise CheckpointError(f"its descriptor is damaged: {shown(error)}") from None
     registry.format(descriptor)
     return descriptor
-
-
-def _describe_quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Each quantizer by name: its descriptor, what is switched off, and whether its range is known.
-
-    Raises:
-        CheckpointError: One has a format that no file can name.
-    """
-    described: dict[str, dict[str, Any]] = {}
-    for name, quantizer in named_quantizers(model).items():
-        described[name] = {
-            "descriptor": _describe_descriptor(quantizer.descriptor, name),
-            "disabled": quantizer.disabled,
-            "quantizing": quantizer.lasting["quantizing"],  # a file may be written during a calibration
-            "known": quantizer.amax is not None,
-        }
-    return described
-
-
-def _describe_sharing(model: nn.Module) -> dict[str, str]:
-    """The further names of quantizers that are in a model more than once, each with the first."""
-    first = {quantizer: name for name, quantizer in named_quantizers(model).items()}
-    every = named_quantizers(model, every_name=True)
-    return {name: first[quantizer] for name, quantizer in every.items() if first[quantizer] != name}
-
-
-# --- Layers -----------------------------------------------------------------------------------------------
-
-
-def _describe_layers(model: nn.Module) -> dict[str, dict[str, str]]:
-    """The quantized layers by name: their class and the float class that it stands for.
-
-    Of a user's subclass the class is that of its base's replacement.
-    """
-    return {
-        name: {
-            "class": dotted(replacement_of(own_class(layer))),
-            "float": dotted(layer.float_class),
-        }
-        for name, layer in named_layers(model).items()
-    }

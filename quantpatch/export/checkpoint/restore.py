@@ -124,7 +124,7 @@ class Plan(StructurePlan):
                 quantizer.format,
                 axis,
                 amax,
-                how.dtype,
+                how.torch_dtype,
                 own_range=how.own,
                 zero_point=self._quantizers[name].zero_point,
             )

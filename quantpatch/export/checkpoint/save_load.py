@@ -22,7 +22,7 @@ from quantpatch.errors import ArgumentTypeError, CheckpointError, MissingExtraEr
 from quantpatch.export.checkpoint import packing
 from quantpatch.export.checkpoint.description import describe
 from quantpatch.export.checkpoint.restore import Plan
-from quantpatch.export.checkpoint.saved import read_json
+from quantpatch.export.checkpoint.saved import Packed, read_json
 from quantpatch.layers.base import quantized_weights
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers, outside_of
 from quantpatch.report.report import Report
@@ -222,8 +222,7 @@ def _pack_into(
     tensors[f"{key}.codes"] = data
     if own is not None:
         tensors[f"{key}.range"] = own.contiguous()
-    name = {"shape": list(shape), "dtype": str(weight.dtype).removeprefix("torch."), "own": own is None}
-    how[key] = name
+    how[key] = attrs.asdict(Packed(shape, str(weight.dtype).removeprefix("torch."), own is None))
     return None
 
 

@@ -1,14 +1,15 @@
-"""A description as a file has it, read into values: what is missing or of a wrong type is found here.
+"""How a model is quantized, as a file has it: values that become JSON, and are read from it.
 
 A file may hold anything. So types are checked strictly (``"false"`` is not a truth value, and true not a
-number), and nothing here looks at a class, a module or a model.
+number), what is missing or of a wrong type is found here, and nothing here looks at a class, a module or a
+model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import attrs
 import torch
@@ -20,7 +21,6 @@ T = TypeVar("T")
 _DTYPES = {
     str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
-_REQUIRED: Any = object()
 
 
 def read_json(text: str) -> Any:
@@ -40,8 +40,8 @@ class PluginNote:
     """A plugin that took part where the model was saved."""
 
     name: str
-    distribution: str | None
-    version: str | None
+    distribution: str | None = None
+    version: str | None = None
 
 
 @attrs.frozen
@@ -54,9 +54,16 @@ class Layer:
 
 @attrs.frozen
 class Quantizer:
-    """A quantizer; its descriptor is still a mapping of JSON's types."""
+    """A quantizer, whose descriptor is a mapping of JSON's types.
 
-    descriptor: Mapping[str, Any]
+    Attributes:
+        descriptor: See ``quantpatch.export.checkpoint.description``.
+        disabled: Whether tensors pass unchanged.
+        quantizing: Whether it quantizes.
+        known: Whether its range is known.
+    """
+
+    descriptor: dict[str, Any]
     disabled: bool
     quantizing: bool
     known: bool
@@ -67,13 +74,24 @@ class Packed:
     """A weight that is in the file as codes: its shape and dtype, and whether its quantizer has its range."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
     own: bool
+
+    def __attrs_post_init__(self) -> None:
+        if any(size < 0 for size in self.shape) or self.dtype not in _DTYPES:
+            raise ValueError(
+                f"a size of it is negative, or its dtype one that no weight has ({shown(self.dtype, 40)})"
+            )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        return _DTYPES[self.dtype]
 
 
 @attrs.frozen
 class Description:
-    """How a model was quantized, as ``quantpatch.export.checkpoint.description`` writes it.
+    """How a model is quantized.
 
     Attributes:
         plugins: The plugins that took part.
@@ -85,94 +103,60 @@ class Description:
     """
 
     plugins: tuple[PluginNote, ...]
-    layers: Mapping[str, Layer]
-    quantizers: Mapping[str, Quantizer]
-    shared: Mapping[str, str]
-    tied: Mapping[str, str]
-    packed: Mapping[str, Packed]
+    layers: dict[str, Layer]
+    quantizers: dict[str, Quantizer]
+    shared: dict[str, str] = attrs.field(factory=dict)
+    tied: dict[str, str] = attrs.field(factory=dict)
+    packed: dict[str, Packed] = attrs.field(factory=dict)
 
-    @classmethod
-    def of(cls, read: Any) -> Description:
-        """The description that was read from JSON.
 
-        Raises:
-            CheckpointError: Something is missing or of a wrong type; the message names it.
-        """
-        whole = _Fields("the description", read)
-        return cls(
-            tuple(_plugin(f"plugin {i}", each) for i, each in enumerate(whole.get("plugins", list))),
-            whole.each("layers", _layer),
-            whole.each("quantizers", _quantizer),
-            whole.each("shared", _text, {}),
-            whole.each("tied", _text, {}),
-            whole.each("packed", _packed, {}),
+def read(kind: type[T], name: str, value: Any) -> T:
+    """A value of one of these classes that was read from JSON.
+
+    Args:
+        kind: The class.
+        name: What to call it in errors.
+        value: What was read.
+
+    Raises:
+        CheckpointError: Something is missing or of a wrong type; the message names it.
+    """
+    return cast(T, _read(kind, name, value))
+
+
+def _read(kind: Any, name: str, value: Any) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return None if value is None and NoneType in inner else _read(inner[0], name, value)
+    if origin is tuple:
+        return tuple(
+            _read(inner[0], f"item {n} of {name}", v) for n, v in enumerate(_typed(list, name, value))
         )
-
-
-class _Fields:
-    """An object of JSON whose fields are asked for with their types."""
-
-    def __init__(self, name: str, value: Any) -> None:
-        self._name = name
-        self._value: dict[str, Any] = _typed(name, value, dict)
-
-    def get(self, field: str, kind: type[T], default: Any = _REQUIRED) -> T:
-        if field not in self._value:
-            if default is _REQUIRED:
-                raise CheckpointError(f"{self._name} has no {field!r}")
-            return default  # type: ignore[no-any-return]
-        return _typed(f"{field!r} of {self._name}", self._value[field], kind)
-
-    def each(self, field: str, read: Callable[[str, Any], T], default: Any = _REQUIRED) -> dict[str, T]:
-        found = self.get(field, dict, default)
-        return {name: read(f"{shown(name)} in {field!r}", value) for name, value in found.items()}
+    if origin is dict:
+        found = _typed(dict, name, value)
+        return {key: _read(inner[1], f"{shown(key)} in {name}", each) for key, each in found.items()}
+    if kind is Any:
+        return value
+    if not attrs.has(kind):
+        return _typed(kind, name, value)
+    found, types, given = _typed(dict, name, value), get_type_hints(kind), {}
+    for field in attrs.fields(kind):
+        if field.name in found:
+            given[field.name] = _read(types[field.name], f"{field.name!r} of {name}", found[field.name])
+        elif field.default is attrs.NOTHING:
+            raise CheckpointError(f"{name} has no {field.name!r}")
+    try:
+        return kind(**given)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None
 
 
 _WORDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "an integer"}
 
 
-def _typed(name: str, value: Any, kind: type[T]) -> T:
+def _typed(kind: type[T], name: str, value: Any) -> T:
     if type(value) is not kind:  # not isinstance: true is an int
         # A list or an object may be nested deep, or be long.
         given = f"a {type(value).__name__}" if isinstance(value, (list, dict)) else shown(repr(value), 60)
         raise CheckpointError(f"{name} is {given}, expected {_WORDS[kind]}")
     return value
-
-
-def _text(name: str, value: Any) -> str:
-    return _typed(name, value, str)
-
-
-def _plugin(name: str, value: Any) -> PluginNote:
-    fields = _Fields(name, value)
-    notes = {key: value.get(key) for key in ("distribution", "version")}
-    return PluginNote(
-        fields.get("name", str),
-        *(None if note is None else _text(f"{key!r} of {name}", note) for key, note in notes.items()),
-    )
-
-
-def _layer(name: str, value: Any) -> Layer:
-    fields = _Fields(name, value)
-    return Layer(fields.get("class", str), fields.get("float", str))
-
-
-def _quantizer(name: str, value: Any) -> Quantizer:
-    fields = _Fields(name, value)
-    return Quantizer(
-        fields.get("descriptor", dict),
-        fields.get("disabled", bool),
-        fields.get("quantizing", bool),
-        fields.get("known", bool),
-    )
-
-
-def _packed(name: str, value: Any) -> Packed:
-    fields = _Fields(name, value)
-    shape = tuple(_typed(f"a size of {name}", size, int) for size in fields.get("shape", list))
-    dtype = fields.get("dtype", str)
-    if any(size < 0 for size in shape) or dtype not in _DTYPES:
-        raise CheckpointError(
-            f"{name} has a negative size, or a dtype that no weight has ({shown(dtype, 40)})"
-        )
-    return Packed(shape, _DTYPES[dtype], fields.get("own", bool))

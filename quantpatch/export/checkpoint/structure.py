@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quantpatch.errors import CheckpointError, LayerError, QuantPatchError, shown
 from quantpatch.export.checkpoint.description import descriptor_of, missing_plugins
 from quantpatch.export.checkpoint.known_classes import KnownClasses
-from quantpatch.export.checkpoint.saved import Description, Layer
+from quantpatch.export.checkpoint.saved import Description, Layer, read
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
 from quantpatch.layers.placed import can_hold, placed_in, quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer
@@ -66,7 +66,7 @@ class StructurePlan:
         self._aliases: dict[str, str] = {}
         self._tensors = dict(tensors)
         try:
-            self._description = Description.of(description)
+            self._description = read(Description, "the description", description)
         except CheckpointError as error:
             self.problems.append(f"its description is damaged: {error}")
         else:

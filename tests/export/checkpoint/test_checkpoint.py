@@ -385,12 +385,17 @@ CHANGES = {
     "written by quantpatch 9.0 in version 99": lambda d, t: d.update(file_version=99, quantpatch="9.0"),
     "2: the file has a torch.nn.modules.conv.Conv2d, the model a "
     "torch.nn.modules.linear.Linear": lambda d, t: d["layers"].update(
-        {"2": {"class": "quantpatch.layers.conv.QuantConv2d", "float": "torch.nn.modules.conv.Conv2d"}}
+        {
+            "2": {
+                "replacement": "quantpatch.layers.conv.QuantConv2d",
+                "float_class": "torch.nn.modules.conv.Conv2d",
+            }
+        }
     ),
     "7 (q.Q): the model has no such layer": lambda d, t: d["layers"].update(
-        {"7": {"class": "q.Q", "float": "F"}}
+        {"7": {"replacement": "q.Q", "float_class": "F"}}
     ),
-    "offered by no plugin": lambda d, t: d["layers"]["2"].update({"class": "elsewhere.QuantLinear"}),
+    "offered by no plugin": lambda d, t: d["layers"]["2"].update({"replacement": "elsewhere.QuantLinear"}),
     "unknown format 'nibble'": lambda d, t: d["quantizers"]["0.input_quantizer"]["descriptor"].update(
         format="nibble"
     ),
@@ -521,7 +526,7 @@ def test_no_code_of_the_file_is_imported(tmp_path: Path) -> None:
     save(ready(), tmp_path / "m.safetensors")
 
     def change(description: dict[str, Any], tensors: Any) -> None:
-        description["layers"]["0"]["class"] = "antigravity.QuantLinear"
+        description["layers"]["0"]["replacement"] = "antigravity.QuantLinear"
 
     with pytest.raises(CheckpointError):
         load(small(), altered(tmp_path / "m.safetensors", change))

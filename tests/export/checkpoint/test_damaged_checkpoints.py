@@ -151,7 +151,7 @@ def test_a_changed_description_is_loaded_as_it_says_or_refused(data, valid, tmp_
             key: now["quantizers"][name][key] for key in ("disabled", "quantizing", "known")
         }
     for name, layer in description["layers"].items():
-        assert now["layers"][name] == {key: layer[key] for key in ("class", "float")}
+        assert now["layers"][name] == {key: layer[key] for key in ("replacement", "float_class")}
     with contextlib.suppress(QuantPatchError):  # an axis that no activation has
         model(TOKENS)
 
@@ -236,10 +236,10 @@ def test_a_layer_that_is_shared_in_the_file_alone_is_refused(tmp_path) -> None:
             "blocks in its blocks",
         ),
         (("quantizers", "rnn.weight_ih_l0_quantizer", "descriptor", "axis"), 7, "its axis 7 is not one of"),
-        (("packed", "rnn.weight_ih_l0", "shape"), [float("inf"), 4], "a size of rnn.weight_ih_l0 in"),
+        (("packed", "rnn.weight_ih_l0", "shape"), [float("inf"), 4], "item 0 of 'shape' of rnn.weight_ih_l0"),
         (("packed", "rnn.weight_ih_l0", "shape"), [4, 12], "do not fit"),
-        (("packed", "rnn.weight_ih_l0", "dtype"), "load", "a dtype that no weight has"),
-        (("layers", "head", "class"), ["QuantLinear"], "expected text"),
+        (("packed", "rnn.weight_ih_l0", "dtype"), "load", "one that no weight has"),
+        (("layers", "head", "replacement"), ["QuantLinear"], "expected text"),
         (("shared",), {"head.x": 3}, "expected text"),
         (("file_version",), True, "which version"),
         (("plugins",), [{"name": 3}], "expected text"),
@@ -285,7 +285,7 @@ def test_names_are_shown_short_and_without_control_characters(valid, tmp_path) -
     description = copy.deepcopy(valid[0])
     extra = {**description["quantizers"]["head.input_quantizer"], "known": False}
     description["quantizers"]["\x1b[31m" + "x" * 1_000_000] = extra
-    description["layers"]["head"]["class"] = "\x07" * 1_000_000
+    description["layers"]["head"]["replacement"] = "\x07" * 1_000_000
     description["quantizers"]["head.input_quantizer"]["descriptor"]["format"] = "y" * 1_000_000
     message = refused(written(tmp_path / "m.safetensors", description, valid[1]), Net())
     assert len(message) < 4_000
@@ -301,7 +301,7 @@ def named(path: Path, name: str) -> Path:
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         description = json.loads(file.metadata()["quantpatch"])
-    description["layers"]["0"]["class"] = name
+    description["layers"]["0"]["replacement"] = name
     return written(path, description, tensors)
 
 

@@ -55,7 +55,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "quantpatch": own_version(),
         "torch": str(torch.__version__),
         "model": dotted(own_class(model)),
-        **attrs.asdict(description),
+        **attrs.asdict(description, retain_collection_types=False),
     }
 
 

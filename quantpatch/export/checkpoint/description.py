@@ -38,11 +38,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
     first = {quantizer: name for name, quantizer in named_quantizers(model).items()}
     every = named_quantizers(model, every_name=True)
     description = Description(
-        plugins=tuple(
+        plugins=[
             PluginNote(info.name, info.distribution, info.version)
             for info in registry.plugins()
             if info.state == "active" and info.name != BUILTIN
-        ),
+        ],
         layers={
             # Of a user's subclass the class is that of its base's replacement.
             name: Layer(dotted(replacement_of(own_class(layer))), dotted(layer.float_class))
@@ -55,7 +55,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "quantpatch": own_version(),
         "torch": str(torch.__version__),
         "model": dotted(own_class(model)),
-        **attrs.asdict(description, retain_collection_types=False),
+        **attrs.asdict(description),
     }
 
 

@@ -102,7 +102,7 @@ class Description:
         packed: The weights that are in the file as codes.
     """
 
-    plugins: tuple[PluginNote, ...]
+    plugins: list[PluginNote]
     layers: dict[str, Layer]
     quantizers: dict[str, Quantizer]
     shared: dict[str, str] = attrs.field(factory=dict)
@@ -128,8 +128,8 @@ def _read(kind: Any, name: str, value: Any) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return None if value is None and NoneType in inner else _read(inner[0], name, value)
-    if origin is tuple:
-        return tuple(
+    if origin in (tuple, list):
+        return origin(
             _read(inner[0], f"item {n} of {name}", v) for n, v in enumerate(_typed(list, name, value))
         )
     if origin is dict:

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from quantpatch.errors import ConversionError, LayerError
 from quantpatch.layers.call_sites import Operations, rewrite
+from quantpatch.layers.input_factor import INPUT_FACTOR
 from quantpatch.layers.quantizer import PARALLELIZE_FIRST, TensorQuantizer
 from quantpatch.layers.stand_ins import call_with, without_stand_in
 from quantpatch.recipes.builtin import active_recipe
@@ -177,7 +178,7 @@ class QuantizedLayer:
         cls: Any = own_class(self)  # type: ignore[arg-type]
         if "_is_block" not in vars(cls):
             others = set(self._modules) - set(quantizers_of(self))  # type: ignore[attr-defined]
-            if others - {"parametrizations"}:
+            if others - {"parametrizations", INPUT_FACTOR}:
                 cls._settle(True)
 
     @classmethod

@@ -17,6 +17,7 @@ import torch
 from quantpatch.errors import ConversionError
 from quantpatch.layers.base import QuantizedLayer, named_layers, quantizers_of
 from quantpatch.layers.before_tuning import put_back
+from quantpatch.layers.input_factor import INPUT_FACTOR, drop_input_factor, named_input_factors
 from quantpatch.layers.placed import placed_in, take_out
 from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.layers.subclass import take_over
@@ -197,6 +198,11 @@ def revert(model: nn.Module) -> ChangeReport:
     changed |= {name: "without a quantizer at its output" for name in placed if name not in changed}
     left = {name: quantizer.extra_repr() for name, quantizer in named_quantizers(model).items()}
     changed_since = put_back(model)
+    for name, layer in named_input_factors(model).items():
+        if f"{name}.weight".lstrip(".") in changed_since[False]:
+            left[f"{name}.{INPUT_FACTOR}".lstrip(".")] = "before its layer, whose weight has changed"
+        else:
+            drop_input_factor(layer)
     changed |= dict.fromkeys(changed_since[True], "what it was before it was tuned")
     left |= dict.fromkeys(changed_since[False], "tuned, since it has changed after that")
     return ChangeReport(written_name(type(model)), changed, left)

@@ -80,12 +80,14 @@ class Exchange:
         made_by: What they are made by.
         used_by: The weights that multiply them.
         values: The values between.
+        at_runtime: Names of the layers that are to divide what they are given, where nothing before does.
     """
 
     name: str
     made_by: tuple[Channels, ...]
     used_by: tuple[Channels, ...]
     values: tuple[Value, ...]
+    at_runtime: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -212,20 +214,21 @@ def _linear_operand(operator: Operator) -> Value | None:
     for product in operator.products[-1:]:
         role, operand = product.operands[-1]
         if role == "value" or (
-            role == "right" and operand is not None and not _before_moves(operand).is_constant
+            role == "right" and operand is not None and not before_moves(operand).is_constant
         ):
             return operand
     return None
 
 
-def _before_moves(value: Value) -> Value:
+def before_moves(value: Value) -> Value:
+    """What a value was before it was moved or quantized."""
     while value.maker is not None and (value.maker.quantizer is not None or traits(value.maker.name).moves):
         value = value.maker.inputs[0]
     return value
 
 
 def _comes_from_product(value: Value) -> bool:
-    return weight_of(_before_moves(value).maker)[1] is not None
+    return weight_of(before_moves(value).maker)[1] is not None
 
 
 def _one_dimensional(operator: Operator) -> Iterator[str]:
@@ -248,7 +251,7 @@ def weight_of(operator: Operator | None) -> tuple[str | None, Layout | None]:
     role, read = operator.products[-1].operands[-1]
     if read is None or role not in ("right", "weight"):
         return None, None
-    held = _before_moves(read)
+    held = before_moves(read)
     if held.parameter is None:
         return None, None
     if role == "weight":
@@ -334,7 +337,7 @@ def _times_used(flow: Dataflow) -> dict[str, int]:
         if operator.quantizer is not None or traits(operator.name).moves:
             continue
         for value in operator.inputs:
-            parameter = _before_moves(value).parameter
+            parameter = before_moves(value).parameter
             if parameter is not None:
                 times[parameter] = times.get(parameter, 0) + 1
     return times

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,14 @@ import attrs
 import torch
 from torch import Tensor
 
-from quantpatch.dataflow import Dataflow, dataflow
+from quantpatch.dataflow import Dataflow, Operator, dataflow
 from quantpatch.dataflow.verified import apply_if_same
+from quantpatch.layers.input_factor import drop_input_factor, input_factor_of, multiply_input_of
 from quantpatch.layers.quantizer import in_float
-from quantpatch.tune.exchanges import Channels, Exchange, exchanges
+from quantpatch.tune.exchanges import Channels, Exchange, before_moves, exchanges, weight_of
+from quantpatch.tune.operands import Layout
 from quantpatch.tune.products import Product
-from quantpatch.tune.reasons import Different, NoExchange, NotBetter
+from quantpatch.tune.reasons import Different, NoExchange, NotBetter, Reason
 from quantpatch.tune.report import Tuned
 from quantpatch.tune.tuning import Seen, Tuning
 from quantpatch.tune.weights import Weight
@@ -26,12 +29,13 @@ class Scaling:
     Args:
         tuning: The tuning.
         weights: The weights whose inputs are looked at.
+        at_runtime: Whether layers may divide what they are given, where nothing before them can.
 
     Attributes:
         exchanges: What can be exchanged, in the order of the run. What cannot is noted as skipped.
     """
 
-    def __init__(self, tuning: Tuning, weights: Mapping[str, Weight]) -> None:
+    def __init__(self, tuning: Tuning, weights: Mapping[str, Weight], *, at_runtime: bool = False) -> None:
         self._tuning = tuning
         names = {id(parameter): name for name, parameter in tuning.model.named_parameters()}
         #: The weights by the names of their parameters.
@@ -39,6 +43,8 @@ class Scaling:
         with in_float(tuning.model):
             self._flow: Dataflow = dataflow(tuning.model, tuning.outputs)
         found, skipped = exchanges(tuning.model, self._flow, self.weights)
+        if at_runtime:
+            found += self._at_runtime(skipped)
         self.exchanges: list[Exchange] = found
         for name, reason in skipped.items():
             tuning.skipped[self.weights[name].name] = reason
@@ -48,7 +54,38 @@ class Scaling:
                 self._places.setdefault(f"{prefix}.{attribute}".lstrip("."), (module, attribute))
         used = {name for exchange in found for name in exchange.parameters}
         self._before = {name: self.tensor(name).detach().clone() for name in used}
+        self._input_factors: dict[str, Tensor | None] = {}
         self._factors: dict[str, list[tuple[Exchange, Channels, Tensor]]] = {name: [] for name in used}
+
+    def _at_runtime(self, skipped: dict[str, Reason]) -> list[Exchange]:
+        """Exchanges of layers that multiply what they are given, for weights taken off the list."""
+        groups: dict[int, list[tuple[str, Operator, Layout]]] = {}
+        for operator in self._flow.operators:
+            name, layout = weight_of(operator)
+            weight = None if name is None else self.weights.get(name)
+            if name not in skipped or weight is None or layout is None:
+                continue
+            layer, x = weight.layer, operator.products[-1].operands[0][1]
+            fits = (
+                tuple(layer.inputs) == ("input",)
+                and weight.owner is layer
+                and operator.module == weight.layer_name
+            )
+            if fits and x is not None and self._flow.calls[weight.layer_name] == self._flow.calls[""]:
+                groups.setdefault(id(before_moves(x)), []).append((name, operator, layout))
+        found = []
+        for group in groups.values():
+            used_by = tuple(Channels(name, layout, is_input=True) for name, _, layout in group)
+            if len({channels.count(self._tensor_of(channels.parameter)) for channels in used_by}) > 1:
+                continue
+            layers = tuple(self.weights[name].layer_name for name, *_ in group)
+            found.append(Exchange(", ".join(layers), (), used_by, (), layers))
+            for name, *_ in group:
+                del skipped[name]
+        return found
+
+    def _tensor_of(self, parameter: str) -> Tensor:
+        return self.weights[parameter].tensor.contiguous()
 
     def tensor(self, parameter: str) -> Tensor:
         """A parameter by its name."""
@@ -99,7 +136,8 @@ class Scaling:
             before, after, size = costs[index]
             for channels in self.exchanges[index].used_by:
                 name = self.weights[channels.parameter].name
-                self._tuning.tuned[name] = Tuned(relative(before, size), relative(after, size))
+                note = "with a factor at runtime" if self.exchanges[index].at_runtime else ""
+                self._tuning.tuned[name] = Tuned(relative(before, size), relative(after, size), note)
         return {index: chosen[index] for index in kept}
 
     def _products(self, exchange: Exchange, seen: Seen) -> list[Product]:
@@ -132,6 +170,21 @@ class Scaling:
                 value = where.scaled(value, by.to(value.device))
             with torch.no_grad():
                 self.tensor(name).copy_(value)
+        for name in exchange.at_runtime:
+            self._divide_input_of(name, factor)
+
+    def _divide_input_of(self, name: str, factor: Tensor | None) -> None:
+        layer: Any = self._tuning.model.get_submodule(name)
+        before = self._input_factors.setdefault(name, input_factor_of(layer))
+        if factor is not None:
+            # Behind the channels there are as many axes as the layer's features have behind theirs.
+            shape = (-1, *[1] * (-layer.feature_axis - 1))
+            by = (1 / factor.double()).to(layer.weight).reshape(shape)
+            multiply_input_of(layer, by if before is None else by * before)
+        elif before is not None:
+            multiply_input_of(layer, before)
+        else:
+            drop_input_factor(layer)
 
     def keep_if_same(self, factors: Mapping[int, Tensor]) -> set[int]:
         """Puts factors for good, but for those with which the model computes something else in float.
@@ -146,6 +199,8 @@ class Scaling:
         for name, before in self._before.items():
             tuning.guard(*self._places[name], before)
         for exchange in self.exchanges:
+            for layer in exchange.at_runtime:
+                tuning.guard_by(functools.partial(self._divide_input_of, layer, None))
             self.put(exchange, None)
         changes = {
             str(index): _Change(self, self.exchanges[index], factor) for index, factor in factors.items()
@@ -169,6 +224,10 @@ class Scaling:
         for name in parameters:
             if name in self.weights:
                 self._tuning.forget(self.weights[name].quantizer)
+        for name in (name for index in kept for name in self.exchanges[index].at_runtime):
+            quantizer = self._tuning.model.get_submodule(name).quantizer("input")  # type: ignore[operator]
+            if quantizer is not None:
+                self._tuning.forget(quantizer)
         for quantizer, seen in self._flow.quantized.items():
             if any(id(value) in values for value in seen):
                 self._tuning.forget(quantizer)

@@ -3,7 +3,8 @@
 Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models"
 (arXiv 2211.10438), equation 4: channel ``j`` is divided by ``max|x_j|**alpha / max|w_j|**(1 - alpha)`` where
 it is made and multiplied where it is used. What is made by a norm or a product takes that into its
-parameters, and nothing remains at runtime; float outputs stay as they are.
+parameters, and nothing is left at runtime; else the layer that uses it gets a module that multiplies. Float
+outputs stay as they are.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ class SmoothQuant(Tuner):
     Attributes:
         alpha: How much of it, from 0 to 1; None tries several for each activation and takes the one that
             loses least, if any loses less than none.
+        at_runtime: Whether a layer that is given what takes no factor before (behind a GELU, or in a
+            residual) may multiply it by one itself, which costs that multiplication at runtime.
         rows: How many of the inputs of each product that is measured on.
     """
 
     alpha: float | None = None
+    at_runtime: bool = True
     rows: int = 256
 
     def __attrs_post_init__(self) -> None:
@@ -45,7 +49,7 @@ class SmoothQuant(Tuner):
 
     def tune(self, tuning: Tuning) -> None:
         """See there."""
-        scaling = Scaling(tuning, tuning.weights())
+        scaling = Scaling(tuning, tuning.weights(), at_runtime=self.at_runtime)
         alphas: Sequence[float] = _ALPHAS if self.alpha is None else (self.alpha,)
         seen = tuning.moments(scaling.users(), "looks at activations", rows=self.rows, in_float=True)
 

@@ -42,7 +42,7 @@ def tune(
         qp.tune(model, batches, method="gptq", act_order=False)
         qp.tune(model, batches, method=["smoothquant", GPTQ(damping=0.1), "bias_correction"])
 
-    What comes out is an ordinary quantized model. Ranges that are not known are found as ``calibrate`` does
+    What comes out is an ordinary quantized model, all of whose ranges are known. Ranges that are not known are found as ``calibrate`` does
     where a method needs them, so calibrate before, or not at all. The model runs in eval mode. If anything
     fails, or is interrupted, the model is as it was; ``revert`` gives back the weights from before.
 
@@ -92,7 +92,7 @@ def tune(
             with tuning.step(name) as step:
                 tuner.tune(tuning)
             steps += step
-        tuning.calibrate_changed()
+        tuning.calibrate()
     return TuningReport(written_name(type(model)), tuple(steps))
 
 

@@ -63,7 +63,6 @@ class Tuning:
         self._progress = progress
         self._undo = contextlib.ExitStack()
         self._method = ""
-        self._changed = False
         self._once: frozenset[str] = frozenset()
         self._order: tuple[str, ...] | None = None
 
@@ -148,11 +147,6 @@ class Tuning:
             for quantizer in wanting:
                 self._undo.callback(_forget, quantizer)
             calibrate(self.model, self._data, **self._calibration)
-
-    def calibrate_changed(self) -> None:
-        """Finds the ranges anew that a method made unknown."""
-        if self._changed:
-            self.calibrate()
 
     def moments(
         self, weights: Iterable[Weight], what: str = "", *, rows: int = 0, in_float: bool = False
@@ -277,6 +271,10 @@ class Tuning:
 
         self._undo.callback(undo)
 
+    def guard_by(self, undo: Callable[[], None]) -> None:
+        """Has something be done if anything fails, before what was guarded sooner is undone."""
+        self._undo.callback(undo)
+
     def forget(self, quantizer: TensorQuantizer) -> None:
         """Makes a range unknown that data gave, since other values come now; it is found again at the end."""
         if quantizer.descriptor.dynamic or quantizer.descriptor.amax is not None or quantizer.amax is None:
@@ -291,7 +289,6 @@ class Tuning:
 
         self._undo.callback(undo)
         _forget(quantizer)
-        self._changed = True
 
     def outputs(self) -> list[Any]:
         """What the model gives for the first batch; where the data is a function, for all that it does."""

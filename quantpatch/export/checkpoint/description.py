@@ -16,6 +16,7 @@ from torch import nn
 from quantpatch.errors import CheckpointError, QuantPatchError, shown
 from quantpatch.export.checkpoint.saved import Description, Layer, PluginNote, Quantizer
 from quantpatch.layers.base import named_layers
+from quantpatch.layers.input_factor import named_input_factors
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.layers.subclass import replacement_of
 from quantpatch.numerics.formats import Blocked, Float, Integer, NumberFormat
@@ -50,6 +51,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         },
         quantizers={name: _describe_quantizer(quantizer, name) for quantizer, name in first.items()},
         shared={name: first[q] for name, q in every.items() if first[q] != name},
+        input_factors=list(named_input_factors(model)),
     )
     return {
         "quantpatch": own_version(),

@@ -13,11 +13,15 @@ from quantpatch.errors import listed, shown
 from quantpatch.export.checkpoint import packing
 from quantpatch.export.checkpoint.structure import StructurePlan
 from quantpatch.layers.base import quantizer_name, weight_owner
+from quantpatch.layers.input_factor import INPUT_FACTOR, named_input_factors
 from quantpatch.layers.late_ranges import warning_of_late_ranges
 from quantpatch.layers.quantizer import named_quantizers, outside_of
 from quantpatch.numerics.ranges import range_shape
 
-_CHANGED = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+_CHANGED = (
+    *("_modules", "_parameters", "_buffers", "_forward_hooks"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
 
 # A tensor of every batch norm that can be folded.
 _STATISTICS = ".running_var"
@@ -65,7 +69,9 @@ class Plan(StructurePlan):
     def _plan_state(self) -> None:
         """The float part: every key there, of the right shape."""
         tensors = self._tensors
-        wanted = outside_of(named_quantizers(self.model, every_name=True), self.model.state_dict())
+        factors = {f"{name}.{INPUT_FACTOR}".lstrip(".") for name in named_input_factors(self.model)}
+        held = {*named_quantizers(self.model, every_name=True), *factors}
+        wanted = outside_of(held, self.model.state_dict())
         self._unpack(wanted)
         for alias, source in self._description.tied.items():
             if source in tensors:

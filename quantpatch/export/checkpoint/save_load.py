@@ -24,6 +24,7 @@ from quantpatch.export.checkpoint.description import describe
 from quantpatch.export.checkpoint.restore import Plan
 from quantpatch.export.checkpoint.saved import Packed, read_json
 from quantpatch.layers.base import quantized_weights
+from quantpatch.layers.input_factor import named_input_factors
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers, outside_of
 from quantpatch.report.report import Report
 from quantpatch.torch_tools.atomic_files import written_whole
@@ -84,8 +85,16 @@ def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         What ``model.state_dict()`` returns, in its order and with its versions, but for what quantizers hold.
+
+    Raises:
+        CheckpointError: Weights have the scale of inputs in them that are multiplied by a factor.
     """
     demand_model(model, "float_state_dict")
+    if factors := named_input_factors(model):
+        raise CheckpointError(
+            f"{listed(factors, 3)}: tune has moved scale from their inputs into their weights. "
+            f"Revert a copy: qp.revert(copied), copied.state_dict()"
+        )
     state = model.state_dict()
     quantizers = named_quantizers(model, every_name=True)
     found = OrderedDict(outside_of(quantizers, state))

@@ -100,6 +100,7 @@ class Description:
         shared: Further names of quantizers that several layers share, each with the first one.
         tied: Further names of tensors that are in the file once.
         packed: The weights that are in the file as codes.
+        input_factors: The layers that multiply what they are given by a factor.
     """
 
     plugins: list[PluginNote]
@@ -108,6 +109,7 @@ class Description:
     shared: dict[str, str] = attrs.field(factory=dict)
     tied: dict[str, str] = attrs.field(factory=dict)
     packed: dict[str, Packed] = attrs.field(factory=dict)
+    input_factors: list[str] = attrs.field(factory=list)
 
 
 def read(kind: type[T], name: str, value: Any) -> T:

@@ -19,6 +19,12 @@ from quantpatch.export.checkpoint.description import descriptor_of, missing_plug
 from quantpatch.export.checkpoint.known_classes import KnownClasses
 from quantpatch.export.checkpoint.saved import Description, Layer, read
 from quantpatch.layers.base import QuantizedLayer, quantizer_name
+from quantpatch.layers.input_factor import (
+    FACTOR_KEY,
+    drop_input_factor,
+    multiply_input_of,
+    named_input_factors,
+)
 from quantpatch.layers.placed import can_hold, placed_in, quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.layers.range_tensor import RANGE_KEY
@@ -64,6 +70,7 @@ class StructurePlan:
         self._changed: dict[int, type[Any]] = {}  # the same by the layer's identity
         self._quantizers: dict[str, _Quantizer] = {}
         self._aliases: dict[str, str] = {}
+        self._input_factors: dict[str, Tensor] = {}
         self._tensors = dict(tensors)
         try:
             self._description = read(Description, "the description", description)
@@ -76,6 +83,7 @@ class StructurePlan:
         gone = missing_plugins(self._description.plugins)
         self._plan_layers()
         self._plan_quantizers()
+        self._plan_input_factors()
         if self.problems and gone:
             # What is missing has its reason; a plugin that nothing of this model needs may be gone.
             self.problems[:0] = [f"the plugin {plugin}" for plugin in gone]
@@ -127,6 +135,17 @@ class StructurePlan:
 
     def _convert(self, name: str, cls: type[Any]) -> None:
         self._converted[name] = self._changed[id(self._modules[name])] = cls
+
+    def _plan_input_factors(self) -> None:
+        for name in self._description.input_factors:
+            factor = self._tensors.pop(f"{name}.{FACTOR_KEY}".lstrip("."), None)
+            layer = self._modules.get(name)
+            if layer is None:
+                self._refuse(name, "the model has no such layer, whose input is multiplied by a factor")
+            elif factor is None or not factor.is_floating_point() or not bool(torch.isfinite(factor).all()):
+                self._refuse(name, "the factor of its input is missing, or is not finite")
+            else:
+                self._input_factors[name] = factor
 
     def _plan_quantizers(self) -> None:
         places: dict[str, set[str]] = {}
@@ -232,6 +251,8 @@ class StructurePlan:
 
     def restructure(self) -> None:
         """Gives the model its layers and quantizers, whose ranges are still what they were."""
+        for module in named_input_factors(self.model).values():
+            drop_input_factor(module)
         for name, cls in self._converted.items():
             layer = self._modules[name]
             if isinstance(layer, QuantizedLayer):
@@ -266,7 +287,10 @@ class StructurePlan:
                 layer.guard_fast_paths()
 
     def set_ranges(self) -> None:
-        """Gives the quantizers their ranges, each on the device of its layer."""
+        """Gives the quantizers their ranges and layers their factors, each on the device of its layer."""
+        for name, factor in self._input_factors.items():
+            layer = self._modules[name]
+            multiply_input_of(layer, factor.to(device_near(layer)))
         for name, saved in self._quantizers.items():
             quantizer = self.model.get_submodule(name)
             assert isinstance(quantizer, TensorQuantizer)

@@ -43,8 +43,8 @@ def tune(
         qp.tune(model, batches, method=["smoothquant", GPTQ(damping=0.1), "bias_correction"])
 
     What comes out is an ordinary quantized model, all of whose ranges are known: those that are
-    not are found as ``calibrate`` does, so calibrate before, or not at all. The model runs in eval mode. If anything
-    fails, or is interrupted, the model is as it was; ``revert`` gives back the weights from before.
+    not are found as ``calibrate`` does, so calibrate before, or not at all. The model runs in eval mode. If
+    anything fails, or is interrupted, the model is as it was; ``revert`` gives back the weights from before.
 
     Args:
         model: The quantized model.

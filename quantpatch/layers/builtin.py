@@ -42,6 +42,7 @@ OPERATIONS = ("Add", "Cat", "MatMul", "Mul", "ScaledDotProductAttention")
 # Methods of quantpatch.tune, a file each, and their classes.
 TUNERS = {
     "awq": "AWQ",
+    "equalize": "Equalize",
     "smoothquant": "SmoothQuant",
     "bias_correction": "BiasCorrection",
     "gptq": "GPTQ",

@@ -16,6 +16,7 @@ Each other file is a method, registered in :mod:`quantpatch.layers.builtin`.
 
 from quantpatch.tune.awq import AWQ
 from quantpatch.tune.bias_correction import BiasCorrection
+from quantpatch.tune.equalize import Equalize
 from quantpatch.tune.gptq import GPTQ
 from quantpatch.tune.report import Tuned, TuningReport, TuningStep
 from quantpatch.tune.smoothquant import SmoothQuant
@@ -27,6 +28,7 @@ __all__ = [
     "AWQ",
     "GPTQ",
     "BiasCorrection",
+    "Equalize",
     "SmoothQuant",
     "Tuned",
     "Tuner",

@@ -186,6 +186,14 @@ class Scaling:
         else:
             drop_input_factor(layer)
 
+    def guard(self) -> None:
+        """Has all be as it was if anything fails from now on."""
+        for name, before in self._before.items():
+            self._tuning.guard(*self._places[name], before)
+        for exchange in self.exchanges:
+            for layer in exchange.at_runtime:
+                self._tuning.guard_by(functools.partial(self._divide_input_of, layer, None))
+
     def keep_if_same(self, factors: Mapping[int, Tensor]) -> set[int]:
         """Puts factors for good, but for those with which the model computes something else in float.
 
@@ -196,11 +204,8 @@ class Scaling:
             The indices of those that are in force.
         """
         tuning = self._tuning
-        for name, before in self._before.items():
-            tuning.guard(*self._places[name], before)
+        self.guard()
         for exchange in self.exchanges:
-            for layer in exchange.at_runtime:
-                tuning.guard_by(functools.partial(self._divide_input_of, layer, None))
             self.put(exchange, None)
         changes = {
             str(index): _Change(self, self.exchanges[index], factor) for index, factor in factors.items()

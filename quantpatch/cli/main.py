@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +29,7 @@ from quantpatch.quantize.reasons import NotByDefault
 from quantpatch.quantize.resolve import Decision
 from quantpatch.quantize.scope import quantize_modules
 from quantpatch.quantize.to_calibrate import Existing
+from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import CHANNEL, REDUCTION, QuantDescriptor
 from quantpatch.report.folding import alike
 from quantpatch.report.render import as_text
@@ -41,23 +45,48 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-# The options of a block, in each command that opens one.
-Recipe = Annotated[str | None, typer.Option(help="Recipe, such as int8: `quantpatch recipes` lists them.")]
-Skip = Annotated[list[str] | None, typer.Option(help="Layers to leave float.")]
-Custom = Annotated[
-    list[str] | None,
-    typer.Option(help="Entry, such as torch.nn.Linear=mylib.layers:QuantLinear: target and replacement."),
-]
-Include = Annotated[list[str] | None, typer.Option(help="Layers that are float by default.")]
-Plugin = Annotated[list[str] | None, typer.Option(help="Plugins that take part (default: all).")]
-Subclasses = Annotated[
-    bool | None,
-    typer.Option(
-        "--subclasses/--no-subclasses",
-        help="Quantize subclasses of known layers as well.",
-        show_default=False,
+# The options of a block, in each command that opens one, and without it in none.
+_BLOCK: dict[str, tuple[Any, Any]] = {
+    "recipe": (str | None, typer.Option(help="Recipe, such as int8: `quantpatch recipes` lists them.")),
+    "skip": (list[str] | None, typer.Option(help="Layers to leave float.")),
+    "custom": (
+        list[str] | None,
+        typer.Option(help="Entry, such as torch.nn.Linear=mylib.layers:QuantLinear: target and replacement."),
     ),
-]
+    "include": (list[str] | None, typer.Option(help="Layers that are float by default.")),
+    "plugins": (list[str] | None, typer.Option("--plugin", help="Plugins that take part (default: all).")),
+    "subclasses": (
+        bool | None,
+        typer.Option(
+            "--subclasses/--no-subclasses",
+            help="Quantize subclasses of known layers as well.",
+            show_default=False,
+        ),
+    ),
+}
+
+
+def _with_block(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose ``block`` is what ``quantize_modules`` takes, each with an option of its own."""
+
+    @functools.wraps(command)
+    def called(**given: Any) -> None:
+        block = {name: given.pop(name) for name in _BLOCK}
+        for name in ("skip", "include"):
+            block[name] = block[name] or ()
+        command(**given, block={**block, "custom": _entries(block["custom"])})
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [parameter for name, parameter in signature.parameters.items() if name != "block"]
+    options = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
+        )
+        for name, (kind, option) in _BLOCK.items()
+    ]
+    first = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    called.__signature__ = signature.replace(parameters=[*first, *options])  # type: ignore[attr-defined]
+    return called
 
 
 def _entries(given: list[str] | None) -> list[tuple[str, str, str]]:
@@ -74,19 +103,6 @@ def _entries(given: list[str] | None) -> list[tuple[str, str, str]]:
             )
         found.append((module, name, replacement))
     return found
-
-
-def _block(
-    recipe: str | None,
-    skip: list[str] | None,
-    custom: list[str] | None,
-    include: list[str] | None,
-    plugins: list[str] | None,
-    subclasses: bool | None,
-) -> dict[str, Any]:
-    """The options of a block, as ``quantize_modules`` takes them."""
-    lists = {"skip": skip or (), "custom": _entries(custom), "include": include or ()}
-    return {"recipe": recipe, **lists, "plugins": plugins, "subclasses": subclasses}
 
 
 def _print(what: Any) -> None:
@@ -182,22 +198,13 @@ def _in_words(descriptor: QuantDescriptor | None) -> str:
 
 
 @app.command()
-def layers(
-    skip: Skip = None,
-    custom: Custom = None,
-    include: Include = None,
-    plugin: Plugin = None,
-    as_json: AsJson = False,
-) -> None:
+@_with_block
+def layers(block: Any, as_json: AsJson = False) -> None:
     """List what a block would replace, by what, and on whose word."""
     _look_here()
-    table = compose(
-        registry.entries(plugin),
-        plugins=plugin,
-        skip=skip or (),
-        custom=_entries(custom),
-        include=include or (),
-    )
+    recipe = registry.recipe(block.pop("recipe") or DEFAULT_RECIPE)
+    include = (*recipe.include, *block.pop("include"))
+    table = compose(registry.entries(block["plugins"]), include=include, **block)
     decisions = list(table.values())
     if as_json:
         headings = ("target", "replacement", "plugin", "state")
@@ -263,32 +270,23 @@ class _Layers:
 
 
 @app.command("explain")
+@_with_block
 def explain_command(
     target: Annotated[str, typer.Argument(help="A class or function, such as torch.nn.Linear.")],
-    recipe: Recipe = None,
-    skip: Skip = None,
-    custom: Custom = None,
-    include: Include = None,
-    plugin: Plugin = None,
-    subclasses: Subclasses = None,
+    block: Any,
     as_json: AsJson = False,
 ) -> None:
     """Say who would replace a class in a block, who would not, and why."""
     _look_here()
-    block = _block(recipe, skip, custom, include, plugin, subclasses)
     _print_report(explain(target, **block), as_json)
 
 
 @app.command("run", context_settings={"allow_interspersed_args": False})
+@_with_block
 def run_command(
     command: Annotated[list[str], typer.Argument(help="The script (or module) and its arguments.")],
+    block: Any,
     module: Annotated[bool, typer.Option("-m", help="Run a module, as `python -m` does.")] = False,
-    recipe: Recipe = None,
-    skip: Skip = None,
-    custom: Custom = None,
-    include: Include = None,
-    plugin: Plugin = None,
-    subclasses: Subclasses = None,
     calibrate: Annotated[
         int, typer.Option(help="Calls of each model that run in float and set its ranges.", min=0)
     ] = 0,
@@ -307,23 +305,14 @@ def run_command(
     ] = False,
 ) -> None:
     """Run an unmodified script with a block around it: every layer that it builds comes out quantized."""
-    asked = {
-        "--method": method,
-        "--weight-method": weight_method,
-        "--existing": existing != "keep",
-        "--zero-points": zero_points,
-    }
-    for option in [option for option, value in asked.items() if value and not calibrate]:
-        raise typer.BadParameter("it is for calibration: add --calibrate N", param_hint=option)
-    settings = RunSettings(
-        **_block(recipe, skip, custom, include, plugin, subclasses),
-        calibrate=calibrate,
-        method=method,
-        weight_method=weight_method,
-        zero_points=zero_points,
-        existing=existing,
-        audit=audit,
-    )
+    calibration = {
+        "method": method, "weight_method": weight_method, "existing": existing, "zero_points": zero_points
+    }  # fmt: skip
+    for name, value in calibration.items():
+        if value not in (None, False, "keep") and not calibrate:
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter("it is for calibration: add --calibrate N", param_hint=option)
+    settings = RunSettings(block=block, calibrate=calibrate, calibration=calibration, audit=audit)
     launch(settings, command, module=module)
 
 
@@ -363,6 +352,7 @@ def _tensor(text: str) -> torch.Tensor:
 
 
 @app.command("audit")
+@_with_block
 def audit_command(
     build: Annotated[str, typer.Argument(help="package.module:function that builds the model.")],
     inputs: Annotated[
@@ -372,12 +362,7 @@ def audit_command(
             help="Shape of an input, such as 1,3,224,224 (or 1,128:int for indices); once for each input.",
         ),
     ],
-    recipe: Recipe = None,
-    skip: Skip = None,
-    custom: Custom = None,
-    include: Include = None,
-    plugin: Plugin = None,
-    subclasses: Subclasses = None,
+    block: Any,
     minimum: Annotated[float | None, typer.Option(help="Fail below this share.", min=0.0, max=1.0)] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -386,7 +371,7 @@ def audit_command(
     The exit code is 1 if that is below --minimum.
     """
     function, tensors = _build(build), [_tensor(text) for text in inputs]
-    with quantize_modules(**_block(recipe, skip, custom, include, plugin, subclasses)):
+    with quantize_modules(**block):
         model = function() if callable(function) else function
     if not isinstance(model, torch.nn.Module):
         raise ArgumentTypeError(

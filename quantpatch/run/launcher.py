@@ -62,8 +62,9 @@ def launch(settings: RunSettings, command: Sequence[str], *, module: bool = Fals
 
 def _try(settings: RunSettings) -> None:
     """Opens and closes the block: what is wrong with the settings is reported here, before anything runs."""
-    for method in filter(None, (settings.method, settings.weight_method)):
-        registry.calibrator(method)
+    for name in ("method", "weight_method"):
+        if (method := settings.calibration.get(name)) is not None:
+            registry.calibrator(method)
     try:
         with settings.scope():
             pass

@@ -31,7 +31,7 @@ class Session:
         settings, rules = self.settings, self.settings.rules()
         if not (settings.audit or settings.calibrate or rules):
             return None
-        return WatchedModels(settings.calibrate, settings.calibration(), audit=settings.audit, rules=rules)
+        return WatchedModels(settings.calibrate, settings.calibration, audit=settings.audit, rules=rules)
 
     def part(self) -> Part:
         """What this process reports."""

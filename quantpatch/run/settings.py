@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -11,51 +11,27 @@ import attrs
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.rules import Rules
 from quantpatch.quantize.scope import Scope, quantize_modules
-from quantpatch.quantize.to_calibrate import Existing
+from quantpatch.recipes.descriptor import Recipe
 
 #: Holds the settings, for every process that the script starts.
 VARIABLE = "QUANTPATCH_RUN"
 
 
-def _tuple(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(names)
-
-
-def _entries(given: Iterable[Sequence[str]]) -> tuple[tuple[str, str, str], ...]:
-    return tuple((module, name, replacement) for module, name, replacement in given)
-
-
 @attrs.frozen(kw_only=True)
 class RunSettings:
-    """What ``quantpatch run`` was asked for.
+    """What ``quantpatch run`` was asked for; all of it can be JSON.
 
     Attributes:
-        recipe: As in ``quantize_modules``, like the next five.
-        skip: See there.
-        custom: See there.
-        include: See there.
-        plugins: See there.
-        subclasses: See there.
+        block: What ``quantize_modules`` takes, by name.
         calibrate: How many calls of each model calibrate it; 0: none.
-        method: As in ``calibrate``, like the next three.
-        weight_method: See there.
-        zero_points: See there.
-        existing: See there.
+        calibration: How these do so: keywords of ``Calibration``, such as the method.
         audit: Whether to audit the models that run.
         directory: Where the processes leave their reports.
     """
 
-    recipe: str | None = None
-    skip: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
-    custom: tuple[tuple[str, str, str], ...] = attrs.field(default=(), converter=_entries)
-    include: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
-    plugins: tuple[str, ...] | None = attrs.field(default=None, converter=attrs.converters.optional(_tuple))
-    subclasses: bool | None = None
+    block: Mapping[str, Any] = attrs.field(factory=dict)
     calibrate: int = 0
-    method: str | None = None
-    weight_method: str | None = None
-    zero_points: bool = False
-    existing: Existing = "keep"
+    calibration: Mapping[str, Any] = attrs.field(factory=lambda: {"existing": "keep"})
     audit: bool = False
     directory: str = ""
 
@@ -64,23 +40,24 @@ class RunSettings:
 
         It has no rules by name: a block applies them when it ends, which is when the script is over.
         """
+        entries = [tuple(entry) for entry in self.block.get("custom", ())]
+        recipe = self._recipe
         return quantize_modules(
-            skip=self.skip,
-            custom=self.custom,
-            include=self.include,
-            plugins=self.plugins,
-            subclasses=self.subclasses,
-            recipe=None if self.recipe is None else registry.recipe(self.recipe).replace(rules=()),
+            **{
+                **self.block,
+                "custom": entries,
+                "recipe": None if recipe is None else recipe.replace(rules=()),
+            }
         )
-
-    def calibration(self) -> dict[str, Any]:
-        """How the calls that calibrate do so: keywords of ``Calibration``."""
-        names = ("method", "weight_method", "zero_points", "existing")
-        return {name: getattr(self, name) for name in names}
 
     def rules(self) -> Rules:
         """The rules of the recipe, for each model once it is built."""
-        return () if self.recipe is None else registry.recipe(self.recipe).rules
+        return () if self._recipe is None else self._recipe.rules
+
+    @property
+    def _recipe(self) -> Recipe | None:
+        name = self.block.get("recipe")
+        return None if name is None else registry.recipe(name)
 
     def to_json(self) -> str:
         """The same as text."""

@@ -34,6 +34,14 @@ def write(tmp_path):
     return write
 
 
+def run_settings(**given):
+    """The settings of options that are given as on the command line."""
+    block = {name: given.pop(name) for name in ("recipe", "skip", "plugins") if name in given}
+    names = ("method", "weight_method", "zero_points", "existing")
+    calibration = {name: given.pop(name) for name in names if name in given}
+    return RunSettings(block=block, calibration={"existing": "keep", **calibration}, **given)
+
+
 @pytest.fixture
 def environment(tmp_path, monkeypatch):
     """What ``launch`` hands to Python, with a folder of the test's own for what is left there."""
@@ -43,7 +51,7 @@ def environment(tmp_path, monkeypatch):
     def make(**settings):
         directory = tmp_path / "left"
         directory.mkdir(exist_ok=True)
-        return _environment(RunSettings(directory=str(directory), **settings))
+        return _environment(run_settings(directory=str(directory), **settings))
 
     return make
 
@@ -440,7 +448,7 @@ def executed(monkeypatch):
 def test_the_settings_go_along_and_python_keeps_its_options(write, tmp_path, executed, monkeypatch):
     script = write("")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/some/where", "/else"]))
-    settings = RunSettings(recipe="int8", skip=["Linear"], calibrate=3, audit=True)
+    settings = run_settings(recipe="int8", skip=["Linear"], calibrate=3, audit=True)
     with pytest.raises(SystemExit):
         launch(settings, [script, "--flag"])
     ((path, arguments, environment),) = executed
@@ -475,7 +483,7 @@ def test_what_cannot_work_is_told_before_anything_runs(
     write("")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
-        launch(RunSettings(**settings), arguments)
+        launch(run_settings(**settings), arguments)
     assert executed == []
 
 

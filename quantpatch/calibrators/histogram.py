@@ -12,7 +12,9 @@ kept from then on, which ends where the other values do.
 from __future__ import annotations
 
 import abc
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -204,6 +206,9 @@ class HistogramCalibrator(Calibrator):
 class _SearchingCalibrator(HistogramCalibrator):
     """A calibrator that tries every range from ``start_bin`` bins on."""
 
+    #: A function of ``thresholds.py``.
+    _search: Callable[..., Tensor]
+
     def __init__(
         self,
         format: NumberFormat,
@@ -216,6 +221,11 @@ class _SearchingCalibrator(HistogramCalibrator):
         if start_bin < 1:  # before the data is collected, not after
             raise ArgumentError(f"start_bin must be at least 1, got {start_bin!r}", start_bin=start_bin)
         self.start_bin = start_bin
+
+    def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
+        return self._search(
+            counts, bin_width, self.format, zero_point=self.zero_point, start_bin=self.start_bin
+        )
 
 
 class EntropyCalibrator(_SearchingCalibrator):
@@ -245,10 +255,7 @@ class EntropyCalibrator(_SearchingCalibrator):
     ) -> None:
         super().__init__(format, axis, num_bins=num_bins, start_bin=start_bin)
 
-    def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
-        return entropy_threshold(
-            counts, bin_width, self.format, zero_point=self.zero_point, start_bin=self.start_bin
-        )
+    _search = staticmethod(entropy_threshold)
 
 
 class MSECalibrator(_SearchingCalibrator):
@@ -266,10 +273,7 @@ class MSECalibrator(_SearchingCalibrator):
         ArgumentError: An option is out of range.
     """
 
-    def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
-        return mse_threshold(
-            counts, bin_width, self.format, zero_point=self.zero_point, start_bin=self.start_bin
-        )
+    _search = staticmethod(mse_threshold)
 
 
 class SQNRCalibrator(_SearchingCalibrator):
@@ -303,16 +307,7 @@ class SQNRCalibrator(_SearchingCalibrator):
                 f"clip_weight must be finite and not negative, got {clip_weight!r}", clip_weight=clip_weight
             )
         self.clip_weight = clip_weight
-
-    def _threshold(self, counts: Tensor, bin_width: Tensor) -> Tensor:
-        return sqnr_threshold(
-            counts,
-            bin_width,
-            self.format,
-            zero_point=self.zero_point,
-            start_bin=self.start_bin,
-            clip_weight=self.clip_weight,
-        )
+        self._search = functools.partial(sqnr_threshold, clip_weight=clip_weight)
 
 
 class PercentileCalibrator(HistogramCalibrator):

@@ -36,7 +36,7 @@ def write(tmp_path):
 
 def run_settings(**given):
     """The settings of options that are given as on the command line."""
-    block = {name: given.pop(name) for name in ("recipe", "skip", "plugins") if name in given}
+    block = {name: given.pop(name) for name in ("recipe", "skip", "include", "plugins") if name in given}
     names = ("method", "weight_method", "zero_points", "existing")
     calibration = {name: given.pop(name) for name in names if name in given}
     return RunSettings(block=block, calibration={"existing": "keep", **calibration}, **given)

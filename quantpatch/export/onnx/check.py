@@ -102,8 +102,7 @@ def _as_written(
         except Exception as error:
             raise ExportError(f"ONNX Runtime cannot run the exported file: {error}") from error
         named = {**feed, **dict(zip(output_names, results, strict=True))}
-        differences = _differences(outputs, results)
-        totals.append((*differences, *_differing(codes, named), _mismatching(codes, named, sources)))
+        totals.append((*_differences(outputs, results), *_compared(codes, named, sources)))
         runs.append((feed, outputs))
     return totals, runs, ""
 
@@ -240,30 +239,21 @@ def _codes_in_file(operand: ExportedQuantizer, codes: Any) -> Tensor:
     return torch.as_tensor(codes).int() - (128 if moved else 0)
 
 
-def _differing(
-    codes: Mapping[str, tuple[ExportedQuantizer, Tensor]], named: Mapping[str, Any]
-) -> tuple[int, int]:
-    """How many integers there are in file and model, and how many differ."""
-    count = differing = 0
-    for name, (operand, expected) in codes.items():
-        if name in named:
-            theirs = _in_model(operand, _codes_in_file(operand, named[name]), expected.shape)
-            count += theirs.numel()
-            differing += int((theirs != expected).sum())
-    return count, differing
-
-
-def _mismatching(
+def _compared(
     codes: Mapping[str, tuple[ExportedQuantizer, Tensor]],
     named: Mapping[str, Any],
     sources: Mapping[str, str],
-) -> int:
-    """How many of the file's integers are not what the model makes of the same floats."""
-    found = 0
-    for name, (operand, seen) in codes.items():
+) -> tuple[int, int, int]:
+    """How many integers file and model have, how many differ, and how many from those of the same floats."""
+    count = differing = mismatching = 0
+    for name, (operand, expected) in codes.items():
+        if name not in named:
+            continue
+        theirs = _in_model(operand, _codes_in_file(operand, named[name]), expected.shape)
+        count += theirs.numel()
+        differing += int((theirs != expected).sum())
         floats = named.get(sources.get(name, ""))
-        if floats is not None and name in named:
-            expected = _codes_of(operand, _in_model(operand, torch.as_tensor(floats).float(), seen.shape))
-            theirs = _in_model(operand, _codes_in_file(operand, named[name]), seen.shape)
-            found += int((theirs != expected).sum())
-    return found
+        if floats is not None:
+            seen = _in_model(operand, torch.as_tensor(floats).float(), expected.shape)
+            mismatching += int((theirs != _codes_of(operand, seen)).sum())
+    return count, differing, mismatching

@@ -14,7 +14,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-SUITES = ("scope", "fake_quant", "exactness", "calibration", "models", "compiled", "export", "gpu")
+SUITES = (
+    "scope",
+    "fake_quant",
+    "exactness",
+    "calibration",
+    "models",
+    "compiled",
+    "export",
+    "mixed_precision",
+    "gpu",
+)
 PEERS = ("torchao", "nvidia-modelopt", "brevitas", "optimum-quanto")
 
 

@@ -16,7 +16,8 @@ from quantpatch.analysis.measuring import Changes, Results, as_number, demand_ev
 from quantpatch.errors import ArgumentError
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.report.report import Report, table_of
-from quantpatch.torch_tools.forward import demand_model, evaluating, progress_over
+from quantpatch.torch_tools.forward import demand_model, evaluating
+from quantpatch.torch_tools.progress import progress_over
 
 Mode = Literal["quantize_one", "float_one"]
 
@@ -97,7 +98,7 @@ def sensitivity(
         mode: ``"quantize_one"`` or ``"float_one"``.
         resume: A file that keeps each result as soon as it is there. If it exists, what it holds is not
             measured again; it has to be of the same model, weights and ranges.
-        progress: Whether to show a progress bar (on a terminal only).
+        progress: Whether to show a progress bar (on a terminal or in a notebook only).
 
     Raises:
         ArgumentError: The model has no quantized layer, ``evaluate`` returns NaN, or there is no such mode.

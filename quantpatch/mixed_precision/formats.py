@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -99,7 +99,7 @@ class Formats:
         model: nn.Module,
         layers: Mapping[str, nn.Module],
         skipped: Mapping[str, nn.Module],
-        candidates: Sequence[Candidate],
+        candidates: Iterable[Candidate],
         batches: Sequence[Any],
     ) -> None:
         self._layers = layers

@@ -35,18 +35,14 @@ from quantpatch.mixed_precision.formats import (
 from quantpatch.mixed_precision.layers import layers_of, own_quantizers
 from quantpatch.mixed_precision.outputs import demand_batches
 from quantpatch.mixed_precision.result import SearchPoint, SearchResult, SearchRow
-from quantpatch.mixed_precision.strategy import Choice, Search, pareto
+from quantpatch.mixed_precision.strategy import Choice, Search, expected_evaluations, pareto
 from quantpatch.mixed_precision.task import Task, prepared
 from quantpatch.quantize.convert import convert, revert
 from quantpatch.recipes.descriptor import Recipe
 from quantpatch.report.render import as_percent
 from quantpatch.torch_tools.class_swap import written_name
-from quantpatch.torch_tools.forward import (
-    demand_model,
-    evaluating,
-    telling,
-    uncompiled,
-)
+from quantpatch.torch_tools.forward import demand_model, evaluating, uncompiled
+from quantpatch.torch_tools.progress import progress_bar
 
 
 def search(
@@ -98,7 +94,7 @@ def search(
             directly, or that share a weight or a quantizer, as a run of the model shows.
         resume: A file that keeps each result as soon as it is there. What it holds is not evaluated again; it
             has to be of the same model, weights, candidates and ranges.
-        progress: Whether to show what is being done (on a terminal only).
+        progress: Whether to show what is being done (on a terminal or in a notebook only).
 
     Returns:
         What was chosen and evaluated.
@@ -214,8 +210,9 @@ def _found(
     evaluations = Evaluations(ask, results, budget, is_kept=resume is not None)
     metrics: dict[Choice, Any] = {}
     found = _Found(task, metrics, keeps)
-    with telling(progress) as tell:
-        tell("evaluating the float model")
+    expected = expected_evaluations(task.space) if budget.evaluations is None else budget.evaluations
+    with progress_bar("Searching", expected, progress=progress) as bar:
+        bar.step("the float model")
         budget.spent += task.metric is not None
         if evaluate is not None:
             found.reference = evaluations("float", {}, "the float model", task.metric)
@@ -224,8 +221,7 @@ def _found(
             if task.is_float(choice):
                 metrics[choice] = found.reference
             else:
-                best = f"; the best costs {found.percent(finder.best)} of float" if finder.best else ""
-                tell(f"{len(metrics)} configurations evaluated{best}")
+                bar.step(f"the best costs {found.percent(finder.best)} of float" if finder.best else "")
                 metrics[choice] = evaluations(task.key(choice), task.assignment(choice), "a configuration")
             return found.keeps(choice)
 

@@ -17,12 +17,11 @@ import attrs
 Choice = tuple[int, ...]
 
 _EVERY = 20_000  # configurations, up to which all are looked at; of more the neighbours of the best
-_MARGIN = 4.0  # what should have so many times the noise of one that failed is not tried
 _PATIENCE = 16  # failures in a row after which it is enough, unless the budget allows every one
 _LEAST_SAVING = 1e-3  # of neighbours, as a share of the cost
 _FEW = 64
 _TINY = 1e-30
-_SHARPNESS = 5
+_SHARPNESS = 4
 
 
 @attrs.frozen
@@ -128,6 +127,11 @@ def _hull(options: Sequence[Option]) -> list[tuple[float, int]]:
     return hull
 
 
+def expected_evaluations(space: Space) -> int:
+    """About how many evaluations a search takes that is not limited."""
+    return math.ceil(math.log2(len(space.path()))) + _PATIENCE + 4
+
+
 class Search:
     """The search itself.
 
@@ -193,10 +197,10 @@ class Search:
             share = odds(trial.noise)
             if best is None:  # what is least noisy is likeliest to hold
                 return share / (1 + trial.noise)
-            return (share or (1e-9 / (1 + trial.noise) if every else 0.0)) * (bound - trial.cost)
+            return share * (bound - trial.cost)
 
         trial = max(trials, key=lambda t: (gain(t), t.choice))
-        return trial.choice if gain(trial) > 0 or every else None
+        return trial.choice
 
     def _odds(self) -> Callable[[float], float]:
         """How likely a configuration of some noise is to hold, by those that did and that did not."""
@@ -211,7 +215,7 @@ class Search:
             if noise < failed:
                 return 1.0 - 0.5 * (noise - held) / (failed - held)
             # A sum of noises is not quite what they are together.
-            return 0.5 * max(0.0, 1.0 - math.log((noise + _TINY) / (failed + _TINY), _MARGIN)) ** _SHARPNESS
+            return 0.5 * ((failed + _TINY) / (noise + _TINY)) ** _SHARPNESS
 
         return share
 

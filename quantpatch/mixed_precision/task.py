@@ -22,7 +22,8 @@ from quantpatch.mixed_precision.outputs import Calls, Outputs
 from quantpatch.mixed_precision.strategy import Choice, Option, Space
 from quantpatch.quantize.configure import configure
 from quantpatch.torch_tools.class_swap import written_name
-from quantpatch.torch_tools.forward import progress_over, run_batch, telling
+from quantpatch.torch_tools.forward import run_batch
+from quantpatch.torch_tools.progress import progress_over
 
 _NOISE_BATCHES = 4  # that the noise of each layer is estimated on
 
@@ -129,9 +130,8 @@ def prepared(
     skipped |= {name: "the data does not reach it" for name in layers if name not in reached}
     shared = found_groups(flow, reached) if groups is None else given_groups(groups, reached)
     others = {name: everything[name] for name in skipped}
-    with telling(progress) as tell:
-        tell("finding ranges")
-        formats = Formats(model, reached, others, candidates, batches)
+    with progress_over(candidates, "Finding ranges", progress=progress) as each_candidate:
+        formats = Formats(model, reached, others, each_candidate, batches)
     formats.put({})
     costs = layer_cost(cost, reached, flow, arguments)
     in_float = Candidate(FLOAT, None, None)

@@ -50,7 +50,7 @@ def calibrate(
         existing: See there.
         strict: See there.
         group: See there.
-        progress: Whether to show a progress bar (on a terminal only).
+        progress: Whether to show a progress bar (on a terminal or in a notebook only).
         **options: See ``calibrating``.
 
     Returns:

@@ -10,8 +10,6 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import attrs
-import rich.table
 import torch
 
 from quantpatch.errors import ConversionError
@@ -25,37 +23,16 @@ from quantpatch.plugins.entry import EntryLike
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.configure import apply_rules
 from quantpatch.quantize.options import Options
-from quantpatch.quantize.outcome import Outcome, Replaced, Skipped
+from quantpatch.quantize.outcome import Conversion, Outcome
 from quantpatch.quantize.reasons import Pattern
 from quantpatch.quantize.resolve import Decision, Table, resolver
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
-from quantpatch.report.report import ChangeReport, Report, table_of
+from quantpatch.report.report import ChangeReport
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import change_class, dotted, own_class, written_name
 from quantpatch.torch_tools.fast_paths import allow_fast_paths
 from quantpatch.torch_tools.forward import demand_model
-
-
-@attrs.frozen
-class Conversion(Report):
-    """What ``convert`` did.
-
-    Attributes:
-        replaced: The layers that were quantized, by class.
-        skipped: The layers that were left float, by class, and why.
-    """
-
-    replaced: tuple[Replaced, ...]
-    skipped: tuple[Skipped, ...]
-
-    def __rich__(self) -> rich.table.Table:
-        table = table_of("class", "layers", "what became of them", right=("layers",))
-        for row in self.replaced:
-            table.add_row(row.target, str(row.count), row.replacement)
-        for line in self.skipped:
-            table.add_row(line.target, str(line.count), f"float: {line.reason}")
-        return table
 
 
 def convert(

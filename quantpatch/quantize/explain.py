@@ -69,6 +69,7 @@ class Explanation(Report):
     claims: tuple[Claim, ...] = ()
 
     _of_names = False
+    _rows = ("claims",)
 
     def __rich__(self) -> Group:
         by = f" by {self.replacement}" if self.state == "replaced" else ""

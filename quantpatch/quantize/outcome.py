@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
 import attrs
+from rich.table import Table
 
 from quantpatch.interception.slots import lock
 from quantpatch.plugins.entry import Entry
 from quantpatch.quantize.reasons import Reason
 from quantpatch.quantize.resolve import Decision
+from quantpatch.report.report import Report, table_of
 from quantpatch.torch_tools import debug_trace
 from quantpatch.torch_tools.class_swap import dotted
 
@@ -54,6 +59,61 @@ class Skipped:
         return str(self.why)
 
 
+_Line = TypeVar("_Line", Replaced, Skipped)
+
+
+class Lines(Report, tuple[_Line, ...]):
+    """Lines of ``block.replaced`` or ``block.skipped``: a tuple that prints as a table."""
+
+    __slots__ = ()
+
+    def _fields(self) -> dict[str, Any]:
+        return {"rows": [_written(line) for line in self]}
+
+    def __rich__(self) -> Table:
+        return _table(self)
+
+
+@attrs.frozen
+class Conversion(Report):
+    """What ``convert`` did, or a block so far; prints as a table.
+
+    Attributes:
+        replaced: The layers that were quantized, by class.
+        skipped: The layers that were left float, by class, and why.
+    """
+
+    replaced: Lines[Replaced]
+    skipped: Lines[Skipped]
+
+    _rows = ("replaced", "skipped")
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: [_written(line) for line in getattr(self, name)] for name in self._rows}
+
+    def __rich__(self) -> Table:
+        return _table((*self.replaced, *self.skipped))
+
+
+def _written(line: Replaced | Skipped) -> dict[str, Any]:
+    if isinstance(line, Skipped):
+        return {"target": line.target, "count": line.count, "reason": line.reason}
+    return {
+        "target": line.target,
+        "count": line.count,
+        "replacement": line.replacement,
+        "plugin": line.plugin,
+    }
+
+
+def _table(lines: Iterable[Replaced | Skipped]) -> Table:
+    table = table_of("class", "layers", "what became of them", right=("layers",))
+    for line in lines:
+        became = line.replacement if isinstance(line, Replaced) else f"float: {line.reason}"
+        table.add_row(line.target, str(line.count), became)
+    return table
+
+
 class Outcome:
     """Counts what is built, from any thread."""
 
@@ -68,18 +128,18 @@ class Outcome:
             debug_trace.say(f"  {decision}")
 
     @property
-    def replaced(self) -> tuple[Replaced, ...]:
+    def replaced(self) -> Lines[Replaced]:
         """What was replaced so far, in the order in which each came up first."""
-        return tuple(
+        return Lines(
             Replaced(decision.name, dotted(decision.replacement), decision.entry, count)
             for decision, count in self._items()
             if decision.reason is None and decision.entry is not None and decision.entry.reported
         )
 
     @property
-    def skipped(self) -> tuple[Skipped, ...]:
+    def skipped(self) -> Lines[Skipped]:
         """What was left float so far, in the order in which each came up first."""
-        return tuple(
+        return Lines(
             Skipped(decision.name, decision.reason, count)
             for decision, count in self._items()
             if decision.reason is not None

@@ -16,7 +16,7 @@ from quantpatch.interception.statements import Exit, Statement
 from quantpatch.plugins.entry import EntryLike
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.options import Options
-from quantpatch.quantize.outcome import Outcome, Replaced, Skipped
+from quantpatch.quantize.outcome import Conversion, Lines, Outcome, Replaced, Skipped
 from quantpatch.quantize.quantizing_block import QuantizingBlock
 from quantpatch.quantize.reasons import Pattern
 from quantpatch.quantize.rules import checked_rules
@@ -41,6 +41,17 @@ class Scope:
 
     def __repr__(self) -> str:
         return str(self._options)
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self._conversion}"
+
+    def _repr_html_(self) -> str:
+        return self._conversion._repr_html_()
+
+    @property
+    def _conversion(self) -> Conversion:
+        """What came out of it so far, as ``convert`` returns it."""
+        return Conversion(self.replaced, self.skipped)
 
     # --- opening and closing -------------------------------------------------------------------
 
@@ -211,12 +222,12 @@ class Scope:
     # --- what came out -------------------------------------------------------------------------
 
     @property
-    def replaced(self) -> tuple[Replaced, ...]:
+    def replaced(self) -> Lines[Replaced]:
         """What was replaced in this block so far, by which entry and plugin, and how often."""
         return self._outcome.replaced
 
     @property
-    def skipped(self) -> tuple[Skipped, ...]:
+    def skipped(self) -> Lines[Skipped]:
         """What was built in this block so far and left float, why, and how often."""
         return self._outcome.skipped
 

@@ -52,7 +52,7 @@ def fit_zero_points(
             the model and runs it.
         least_gain: How many times as fine a range has to become to be changed; 1 changes all that gain.
         group: The ranks that hold this model; None for all.
-        progress: Whether to show a progress bar (on a terminal only).
+        progress: Whether to show a progress bar (on a terminal or in a notebook only).
 
     Returns:
         The zero points, by the names of the quantizers that got one.

@@ -48,6 +48,15 @@ def as_text(renderable: Any, *, of_names: bool = False) -> str:
     return "\n".join(lines())
 
 
+def whole_or_folded(renderable: Any) -> Any:
+    """What a report shows where there is room for many columns and not for thousands of rows."""
+    shown = renderable.__rich__()
+    tables = [part for part in _parts(shown) if isinstance(part, Table)]
+    if hasattr(renderable, "folded") and any(table.row_count > _LONG for table in tables):
+        return renderable.folded()
+    return shown
+
+
 def _parts(shown: Any) -> Iterator[Any]:
     for part in shown.renderables if isinstance(shown, Group) else [shown]:
         yield from _parts(part) if isinstance(part, Group) else [part]

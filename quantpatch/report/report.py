@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import attrs
@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from quantpatch.errors import listed
-from quantpatch.report.render import as_text
+from quantpatch.report.render import as_text, whole_or_folded
+from quantpatch.torch_tools.notebooks import as_html
 
 
 class Report:
@@ -26,10 +27,29 @@ class Report:
 
     #: Whether it is a table of names: see ``as_text``.
     _of_names: ClassVar[bool] = True
+    #: The fields that hold its rows: values with fields, or names, with or without what is said of each.
+    _rows: ClassVar[tuple[str, ...]] = ("rows",)
 
     def to_json(self) -> str:
         """The same as JSON; what is not a finite number is null."""
         return json.dumps(self._fields(), indent=2, default=str)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """A dictionary for each row, as ``pandas.DataFrame`` takes them; what is not a finite number is None.
+
+        Names of fields within fields are joined by dots. In a report with several kinds of rows ``"outcome"``
+        says which one is, such as ``"skipped"``; one without rows gives one dictionary.
+        """
+        written = self._fields()
+        fields = [name for name in self._rows if name in written]
+        if not fields:
+            return [_flat(written)]
+        kinds: list[dict[str, Any]] = [{"outcome": name} if len(fields) > 1 else {} for name in fields]
+        return [
+            kind | row
+            for kind, name in zip(kinds, fields, strict=True)
+            for row in _dicts(getattr(self, name, None), written[name])
+        ]
 
     def _fields(self) -> dict[str, Any]:
         return attrs.asdict(cast(Any, self), value_serializer=_finite)
@@ -39,6 +59,33 @@ class Report:
 
     def __str__(self) -> str:
         return as_text(self, of_names=self._of_names)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return as_html(whole_or_folded(self))
+
+
+def _dicts(value: Any, rows: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a field: its value, and the same as ``_fields`` gives it."""
+    if isinstance(value, Report):
+        yield from value.to_dicts()
+        return
+    if isinstance(rows, Mapping):
+        for name, said in rows.items():
+            yield {"name": name, **(_flat(said) if isinstance(said, Mapping) else {"detail": said})}
+        return
+    for row in rows:
+        yield _flat(row) if isinstance(row, Mapping) else {"name": row}
+
+
+def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{inner}": x for inner, x in _flat(value).items()}
+        else:
+            found[name] = value
+    return found
 
 
 def _finite(owner: Any, field: Any, value: Any) -> Any:
@@ -76,6 +123,20 @@ def outcome_table(title: str, groups: Mapping[str, Sequence[str]]) -> Table:
     return table
 
 
+def facts_table(title: str, facts: Mapping[str, object]) -> Table:
+    """A table with a line for each thing to know; those that are None or empty are left out.
+
+    Args:
+        title: Stands above it.
+        facts: What there is to say, by what it is about.
+    """
+    table = table_of("what", "value", title=title)
+    for what, value in facts.items():
+        if value not in (None, ""):
+            table.add_row(what, str(value))
+    return table
+
+
 def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
     """The names for each reason."""
     groups: dict[str, list[str]] = {}
@@ -97,6 +158,8 @@ class ChangeReport(Report):
     model: str
     changed: Mapping[str, str]
     skipped: Mapping[str, str]
+
+    _rows = ("changed", "skipped")
 
     def __rich__(self) -> Table:
         groups = {f"now {what}": names for what, names in by_reason(self.changed).items()}
@@ -122,6 +185,8 @@ class CalibrationReport(Report):
     skipped: Mapping[str, str] = attrs.field(factory=dict)
     zero_points: Mapping[str, int] = attrs.field(factory=dict)
     problem: str = ""
+
+    _rows = ("calibrated", "skipped")
 
     def __rich__(self) -> Table:
         groups = {

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from quantpatch.errors import ArgumentTypeError, CalibrationError, InputError, QuantPatchError
+from quantpatch.torch_tools.progress import progress_over
 
 T = TypeVar("T")
 
@@ -214,41 +213,6 @@ def _quoted(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-@contextlib.contextmanager
-def telling(progress: bool) -> Iterator[Callable[[str], None]]:
-    """A block that takes long: what it is given in words, it shows until the next.
-
-    Args:
-        progress: Whether to show it (on a terminal only).
-    """
-    console = Console(stderr=True)
-    if not (progress and console.is_terminal):
-        yield lambda text: None
-        return
-    with console.status("") as status:
-        yield status.update
-
-
-@contextlib.contextmanager
-def progress_over(
-    items: Iterable[T], description: str, *, progress: bool, total: int | None = None
-) -> Iterator[Iterable[T]]:
-    """A block with the items, over which a progress bar runs.
-
-    Args:
-        items: What is iterated over.
-        description: Stands before the bar.
-        progress: Whether to show it (on a terminal only).
-        total: How many items there are, where they have no length.
-    """
-    console = Console(stderr=True)
-    if not (progress and console.is_terminal):
-        yield items  # without a bar: one that is disabled still ends with an empty line in older rich
-        return
-    with Progress(console=console, transient=True) as bar:
-        yield bar.track(items, total=total, description=description)
-
-
 class EnoughOfBatch(BaseException):
     """Ends the run of a model on a batch, since nothing that comes is of interest."""
 
@@ -267,7 +231,7 @@ def run_over(
     Args:
         model: The model.
         data: As ``calibrate`` takes it.
-        progress: Whether to show a progress bar (on a terminal only).
+        progress: Whether to show a progress bar (on a terminal or in a notebook only).
         description: Stands before the bar.
 
     Raises:
@@ -280,10 +244,8 @@ def run_over(
     if callable(data) and not isinstance(data, Iterable):
         data(runner)
         return
-    data = as_batches(data)
-    total = len(data) if isinstance(data, Sized) else None
     count = 0
-    with progress_over(data, description, progress=progress, total=total) as shown:
+    with progress_over(as_batches(data), description, progress=progress) as shown:
         for batch in shown:
             with contextlib.suppress(EnoughOfBatch):
                 run_batch(runner, batch)

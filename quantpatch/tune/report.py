@@ -78,6 +78,18 @@ class TuningReport(Report):
         ]
         return {"model": self.model, "steps": steps}
 
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """A dictionary for each tensor and method."""
+        return [
+            {"method": step.method, "outcome": outcome, "name": name, **said}
+            for step in self.steps
+            for outcome, found in (
+                ("tuned", {name: attrs.asdict(tuned) for name, tuned in step.tuned.items()}),
+                ("skipped", {name: {"detail": str(reason)} for name, reason in step.skipped.items()}),
+            )
+            for name, said in found.items()
+        ]
+
     def __rich__(self) -> Table:
         title = f"{self.model}: {len(self.tuned)} tuned"
         table = table_of("method", "outcome", "count", "names", right=("count",), title=title)

@@ -55,7 +55,7 @@ def tune(
         recipe: In the place of ``method``, a recipe that has methods (``tune``), or its name.
         calibration: Options of ``calibrate`` for ranges that are not known: ``{"method": "mse"}``.
         seed: Of what a method leaves to chance.
-        progress: Whether to show progress (on a terminal only).
+        progress: Whether to show progress (on a terminal or in a notebook only).
         **options: Those of the method, if it is one, by its name.
 
     Returns:

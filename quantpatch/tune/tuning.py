@@ -39,7 +39,7 @@ class Tuning:
         model: The model.
         data: As ``calibrate`` takes it.
         calibration: Options of ``calibrate`` for ranges that are needed and not known.
-        progress: Whether to show a progress bar (on a terminal only).
+        progress: Whether to show a progress bar (on a terminal or in a notebook only).
 
     Attributes:
         model: The model.

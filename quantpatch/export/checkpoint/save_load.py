@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from rich.table import Table
 from torch import Tensor, nn
 
 from quantpatch.errors import ArgumentTypeError, CheckpointError, MissingExtraError, listed, shown
@@ -26,7 +27,7 @@ from quantpatch.export.checkpoint.saved import Packed, read_json
 from quantpatch.layers.base import quantized_weights
 from quantpatch.layers.input_factor import named_input_factors
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers, outside_of
-from quantpatch.report.report import Report
+from quantpatch.report.report import Report, facts_table
 from quantpatch.torch_tools.atomic_files import written_whole
 from quantpatch.torch_tools.forward import demand_model
 
@@ -56,13 +57,18 @@ class SaveReport(Report):
         """The share of the size that packing saved, from 0 to 1."""
         return max(0.0, 1 - self.bytes / self.unpacked_bytes) if self.unpacked_bytes else 0.0
 
-    def __str__(self) -> str:
-        text = f"{self.path}: {self.bytes:,} bytes"
-        if self.packed:
-            text += (
-                f", {len(self.packed)} weights packed, {self.saved:.0%} smaller than {self.unpacked_bytes:,}"
-            )
-        return text + "".join(f"\n  {name} is not packed: {why}" for name, why in self.skipped.items())
+    _rows = ()
+
+    def __rich__(self) -> Table:
+        packed = f"{len(self.packed)}, {self.saved:.0%} smaller than {self.unpacked_bytes:,} bytes"
+        return facts_table(
+            str(self.path),
+            {
+                "bytes": f"{self.bytes:,}",
+                "weights packed": packed if self.packed else None,
+                **{f"{name} is not packed": why for name, why in self.skipped.items()},
+            },
+        )
 
 
 def _safetensors(purpose: str) -> Any:

@@ -24,6 +24,7 @@ from quantpatch.export.prepare.exported import ExportedQuantizer, codes_name
 from quantpatch.layers.lowering import Lowering, lowered
 from quantpatch.numerics.fake_quant import fake_quantize, quantize
 from quantpatch.numerics.formats import Integer
+from quantpatch.torch_tools.progress import Bar
 
 
 def compare_with_torch(
@@ -35,6 +36,7 @@ def compare_with_torch(
     *,
     optimized: bool = True,
     float_path: Path | None = None,
+    bar: Bar | None = None,
 ) -> Comparison:
     """Runs the file and the model on the same inputs: those given, and random ones like them.
 
@@ -46,6 +48,7 @@ def compare_with_torch(
         found: The model's quantizers.
         optimized: Whether to run the file with ONNX Runtime's optimizations on as well.
         float_path: The same file in float, to measure latency beside; None not to.
+        bar: Shows what is being done.
 
     Raises:
         ExportError: ONNX Runtime cannot load or run the file.
@@ -54,10 +57,14 @@ def compare_with_torch(
         return Comparison(not_run="ONNX Runtime's Python interface takes no bfloat16")
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         return Comparison(not_run="ONNX Runtime's CPU provider has no kernels of bfloat16")
+    bar = bar or Bar()
+    bar.step("running the file as it is written")
     totals, runs, not_random = _as_written(model, args, kwargs, path, found)
     largest, relative, integers, differing, mismatching = zip(*totals, strict=True)
+    bar.step("running the file on ONNX Runtime's integer kernels")
     within, kernels, left = check_optimized(path, runs, found) if optimized else (None, None, ())
     latency = None
+    bar.step("measuring the file beside float")
     if float_path is not None:
         times = measure(path, float_path, runs[0][0])
         latency = Latency(*times, left, without_kernels(left, found))

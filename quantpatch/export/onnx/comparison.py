@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
+from rich.table import Table
 
 from quantpatch.errors import listed
-from quantpatch.report.report import Report
+from quantpatch.report.report import Report, facts_table
 
 # A call itself takes some 10 us; below that many ms, and so near, it is not known which file is faster.
 _MEASURABLE, _NOISE = 0.05, 1.1
@@ -109,18 +110,19 @@ class Comparison:
         """The share of the integers that differ."""
         return self.differing / self.integers if self.integers else 0.0
 
-    def __str__(self) -> str:
+    def facts(self) -> dict[str, object]:
+        """What there is to say, by what it is about."""
         if self.not_run:
-            return f"not compared: {self.not_run}"
-        return (
-            f"largest difference {self.largest_difference:.3g} "
-            f"({self.relative_difference:.2g} of the output), "
-            f"{self.differing} of {self.integers} integers differ, "
-            f"{self.mismatching} where the same floats were quantized"
-            + ("" if self.within_step is None else f"; optimized, {self.within_step:.2%} within a step")
-            + ("" if not self.kernels else f", of each kernel alone {self.kernels_within_step:.2%}")
-            + (f"; on the given inputs alone: {self.not_random}" if self.not_random else "")
-        )
+            return {"not compared": self.not_run}
+        alone = f"; of each kernel alone {self.kernels_within_step:.2%}" if self.kernels else ""
+        return {
+            "largest difference": f"{self.largest_difference:.3g}; relative {self.relative_difference:.2g}",
+            "integers differ": f"{self.differing:,} of {self.integers:,}",
+            "integers mismatch": f"{self.mismatching:,}, where the same floats were quantized",
+            "optimized": None if self.within_step is None else f"{self.within_step:.2%} within a step{alone}",
+            "on the given inputs alone": self.not_random,
+            "latency": self.latency,
+        }
 
 
 @attrs.frozen
@@ -146,12 +148,12 @@ class ExportReport(Report):
     quantizers: tuple[str, ...]
     comparison: Comparison | None
 
-    def __str__(self) -> str:
+    _rows = ()
+
+    def __rich__(self) -> Table:
         nodes = ", ".join(
             f"{count} {name}" for name, count in sorted(self.nodes.items(), key=lambda n: -n[1])
         )
-        text = f"{self.path} for {self.runtime}: {self.bytes:,} bytes, opset {self.opset}\n  {nodes}"
-        if self.comparison is None:
-            return text
-        latency = "" if self.comparison.latency is None else f"\n  {self.comparison.latency}"
-        return f"{text}\n  {self.comparison}{latency}"
+        compared = {} if self.comparison is None else self.comparison.facts()
+        facts = {"bytes": f"{self.bytes:,}", "opset": self.opset, "nodes": nodes, **compared}
+        return facts_table(f"{self.path} for {self.runtime}", facts)

@@ -29,7 +29,8 @@ from quantpatch.plugins.registry import registry
 from quantpatch.plugins.runtime import Runtime
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.atomic_files import written_whole
-from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, telling, uncompiled
+from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, uncompiled
+from quantpatch.torch_tools.progress import progress_bar
 from quantpatch.torch_tools.quiet import quiet
 
 _OPSET = 21
@@ -78,7 +79,7 @@ def export_onnx(
         latency: With the check, measure how long the file takes beside the same file in float, for half a
             second or so: it is in the report, and a warning if the file is slower. Only for
             ``"onnxruntime"``, and for weights of up to 512 MiB.
-        progress: Whether to show what is being done (on a terminal only).
+        progress: Whether to show what is being done (on a terminal or in a notebook only).
 
     Returns:
         What was written, and how it compares.
@@ -103,11 +104,12 @@ def export_onnx(
     has_bfloat16 = _has_bfloat16(model, args, kwargs)
     opset = opset if opset is not None else _OPSET_OF_BFLOAT16 if has_bfloat16 else _OPSET
     args, kwargs = _each_on_its_own(*arguments(args, kwargs))
-    with _EXPORTING, quiet(), evaluating(model), telling(progress) as tell:
+    steps = 6 if check else 3
+    with _EXPORTING, quiet(), evaluating(model), progress_bar(path.name, steps, progress=progress) as bar:
         # While another thread traces, its tensors stand in for the parameters of a model that both export.
         target = registry.runtime(runtime)
         found = _checked_operands(model, target, opset)
-        tell(f"tracing {type(model).__name__}")
+        bar.step(f"tracing {type(model).__name__}")
         named = {"input_names": input_names, "output_names": output_names}
         program = captured(model, args, kwargs, found, target, opset, dynamic_shapes=dynamic_shapes, **named)
         names = [operand.name for operand in found]
@@ -120,7 +122,7 @@ def export_onnx(
 
                 beside = folder / f"{path.name}.float"
                 _write(float_twin(program.model, found), beside)
-            tell("rewriting the graph")
+            bar.step("rewriting the graph")
             tidy(program.model, target)
             program.model.metadata_props.update(_metadata(model, target))
             nodes = Counter(node.op_type for node in program.model.graph)
@@ -128,15 +130,16 @@ def export_onnx(
             del program
             if size > _LARGE // 8:
                 gc.collect()  # it refers to itself, and would keep its weights while the check needs more
-            tell("checking the file")
+            bar.step("checking the file")
             _check_file(folder / path.name, has_bfloat16 and opset < _OPSET_OF_BFLOAT16)
             compared = None
             if check:
                 from quantpatch.export.onnx.check import compare_with_torch
 
                 optimized = target.is_onnxruntime
+                file = folder / path.name
                 compared = compare_with_torch(
-                    model, args, kwargs, folder / path.name, found, optimized=optimized, float_path=beside
+                    model, args, kwargs, file, found, optimized=optimized, float_path=beside, bar=bar
                 )
             if beside is not None:
                 beside.unlink()

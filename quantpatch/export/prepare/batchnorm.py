@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import attrs
+from rich.table import Table
 from torch import Tensor, fx
 from torch.nn.utils import parametrize
 
@@ -28,7 +29,7 @@ from quantpatch.export.prepare.folded_batchnorm import (
     is_per_channel,
 )
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.report.report import Report
+from quantpatch.report.report import Report, table_of
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import arguments, demand_model
 
@@ -48,10 +49,15 @@ class FoldedBatchNorm(Report):
     folded: dict[str, str]
     skipped: dict[str, str]
 
-    def __str__(self) -> str:
-        lines = [f"{norm} -> {layer}" for norm, layer in self.folded.items()]
-        lines += [f"{norm} is left: {why}" for norm, why in self.skipped.items()]
-        return "\n".join(lines) or "no batch norm"
+    _rows = ("folded", "skipped")
+
+    def __rich__(self) -> Table:
+        table = table_of("batch norm", "what became of it", title=f"{len(self.folded)} batch norms folded")
+        for norm, layer in self.folded.items():
+            table.add_row(norm, f"folded into {layer}")
+        for norm, why in self.skipped.items():
+            table.add_row(norm, f"left: {why}")
+        return table
 
 
 def fold_batchnorm(

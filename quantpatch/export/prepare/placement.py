@@ -6,10 +6,11 @@ before, which is checked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
+from rich.table import Table
 from torch import Tensor
 
 from quantpatch.dataflow import Dataflow, Value, dataflow, traits
@@ -23,7 +24,7 @@ from quantpatch.layers.placed import quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.call_ranges import CallRanges
-from quantpatch.report.report import Report
+from quantpatch.report.report import Report, by_reason, outcome_table
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import arguments, demand_model, explaining, uncompiled
 
@@ -50,17 +51,20 @@ class Preparation(Report):
     skipped: Mapping[str, str]
     turned: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        lines = [
-            f"for {self.runtime}: {len(self.batchnorm.folded)} batch norms folded, {len(self.placed)} "
-            f"quantizers placed, {len(self.shared)} shared, {len(self.unsigned)} unsigned"
-        ]
-        lines += [f"{name} has its scales on axis 0 now" for name in self.turned]
-        lines += [f"{name} is not folded: {why}" for name, why in self.batchnorm.skipped.items()]
-        lines += [
-            f"{name or 'what the model itself computes'} is left: {why}" for name, why in self.skipped.items()
-        ]
-        return "\n  ".join(lines)
+    _rows = ("batchnorm", "placed", "shared", "unsigned", "turned", "skipped")
+
+    def __rich__(self) -> Table:
+        names = {name or "what the model itself computes": why for name, why in self.skipped.items()}
+        groups: dict[str, Sequence[str]] = {
+            "batch norm folded": tuple(self.batchnorm.folded),
+            "quantizer placed": self.placed,
+            "shares a quantizer": tuple(self.shared),
+            "unsigned": self.unsigned,
+            "scales on axis 0 now": self.turned,
+            **{f"not folded: {why}": names for why, names in by_reason(self.batchnorm.skipped).items()},
+            **{f"left: {why}": names for why, names in by_reason(names).items()},
+        }
+        return outcome_table(f"prepared for {self.runtime}", groups)
 
 
 def prepare(

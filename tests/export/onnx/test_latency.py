@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 from torch.torch_version import TorchVersion
 
 import quantpatch as qp
 from quantpatch.errors import QuantPatchWarning
 from quantpatch.export import export_onnx
-from quantpatch.export.onnx import check
+from quantpatch.export.onnx import check, export
 from quantpatch.export.onnx.comparison import Latency
-from quantpatch.torch_tools import forward
+from quantpatch.torch_tools.progress import Bar
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -140,14 +140,22 @@ def test_it_is_not_measured_where_that_is_not_asked_for(
     assert report.comparison is None or report.comparison.latency is None
 
 
-def test_what_is_being_done_is_shown_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: dict[bool, str] = {}
-    for is_terminal in (True, False):
-        stream = io.StringIO()
-        console = Console(file=stream, force_terminal=is_terminal, width=80)
-        monkeypatch.setattr(forward, "Console", lambda console=console, **_: console)
-        with forward.telling(True) as tell:
-            tell("tracing Mixed")
-        shown[is_terminal] = stream.getvalue()
-    assert "tracing Mixed" in shown[True]
-    assert shown[False] == ""
+def test_what_is_being_done_is_shown_step_by_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    steps: list[str] = []
+    bars: list[tuple[str, float | None]] = []
+
+    class Noted(Bar):
+        def step(self, text: str) -> None:
+            steps.append(text)
+
+    @contextlib.contextmanager
+    def noted(description: str, total: float | None, *, progress: bool) -> Iterator[Bar]:
+        bars.append((description, total))
+        yield Noted()
+
+    monkeypatch.setattr(export, "progress_bar", noted)
+    measuring(monkeypatch, 1.0, 2.0)
+    export_onnx(quantized("int4"), X, tmp_path / "m.onnx")
+    assert bars == [("m.onnx", len(steps))]
+    assert steps[0] == "tracing Sequential"
+    assert steps[-1] == "measuring the file beside float"

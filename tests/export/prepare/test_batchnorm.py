@@ -58,7 +58,7 @@ def test_same_outputs(case: str, quantized: bool, seen_in: str) -> None:
     report = fold_batchnorm(model, x if seen_in == "run" else None)
     assert report.folded == {"1": "0"}
     assert report.skipped == {}
-    assert str(report) == "1 -> 0"
+    assert str(report).splitlines()[-1].split() == ["1", "folded", "into", "0"]
     assert type(model[1]) is nn.Identity
     assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
 
@@ -166,7 +166,7 @@ def test_what_is_folded_is_read_from_the_graph_also_in_parts() -> None:
     report = fold_batchnorm(model)
     assert report.folded == {"block.norm1": "block.conv1", "block.norm2": "block.conv2"}
     assert "torch.fx cannot trace" in report.skipped["own"]
-    assert "own is left" in str(report)
+    assert "left: " in str(report)
     assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -41,6 +41,7 @@ OPERATIONS = ("Add", "Cat", "MatMul", "Mul", "ScaledDotProductAttention")
 
 # Methods of quantpatch.tune, a file each, and their classes.
 TUNERS = {
+    "adaround": "AdaRound",
     "awq": "AWQ",
     "equalize": "Equalize",
     "smoothquant": "SmoothQuant",

@@ -14,6 +14,7 @@ report.py           what was done; reasons.py why something was not
 Each other file is a method, registered in :mod:`quantpatch.layers.builtin`.
 """
 
+from quantpatch.tune.adaround import AdaRound
 from quantpatch.tune.awq import AWQ
 from quantpatch.tune.bias_correction import BiasCorrection
 from quantpatch.tune.equalize import Equalize
@@ -27,6 +28,7 @@ from quantpatch.tune.tuning import Tuning
 __all__ = [
     "AWQ",
     "GPTQ",
+    "AdaRound",
     "BiasCorrection",
     "Equalize",
     "SmoothQuant",

@@ -126,3 +126,19 @@ class Different(Reason):
 
     def __str__(self) -> str:
         return f"{self.how} with it, so that was undone"
+
+
+@attrs.frozen
+class WrongFormat(Reason):
+    """The method does not serve its format.
+
+    Attributes:
+        format: Name of the format.
+        does: What the method does, as a clause.
+    """
+
+    format: str
+    does: str
+
+    def __str__(self) -> str:
+        return f"its format is {self.format}, and the method {self.does}"

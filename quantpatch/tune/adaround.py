@@ -37,7 +37,9 @@ _WARM, _FIRST, _LAST = 0.2, 20.0, 2.0
 
 @attrs.frozen(kw_only=True)
 class AdaRound(Tuner):
-    """Learned rounding of integer weights, layer by layer, each with the inputs that it has with those before rounded.
+    """Learned rounding of integer weights, layer by layer.
+
+    The inputs of each are those that it has with the layers before it rounded.
 
     Attributes:
         steps: How many steps of Adam for each weight.
@@ -146,8 +148,7 @@ class AdaRound(Tuner):
                 if done > 0:
                     exponent = _LAST + (_FIRST - _LAST) * (1 - done)
                     loss = loss + self.regularizer * (1 - (2 * h - 1).abs() ** exponent).mean()
-                optimizer.zero_grad()
-                loss.backward()
+                (v.grad,) = torch.autograd.grad(loss, v)
             optimizer.step()
         return torch.where(v.detach() >= 0, high, low)
 

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from quantpatch.analysis.audit import audit
 from quantpatch.errors import ArgumentError, ArgumentTypeError, CheckError, InputError, QuantPatchError, shown
+from quantpatch.mixed_precision import search
 from quantpatch.plugins.registry import registry
 from quantpatch.plugins.scaffold import new_plugin
 from quantpatch.quantize.compose import compose
@@ -334,6 +335,16 @@ def _build(path: str) -> Any:
         raise ArgumentError(f"cannot find {path!r}: {type(error).__name__}: {error}", build=path) from error
 
 
+def _built(found: Any, path: str) -> torch.nn.Module:
+    """The model that what ``package.module:name`` means is, or builds."""
+    model = found() if callable(found) and not isinstance(found, torch.nn.Module) else found
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentTypeError(
+            f"{path} gave {model!r}, expected a model; name a function that builds one", build=path
+        )
+    return model
+
+
 def _tensor(text: str) -> torch.Tensor:
     sizes, _, kind = text.partition(":")
     try:
@@ -370,13 +381,9 @@ def audit_command(
 
     The exit code is 1 if that is below --minimum.
     """
-    function, tensors = _build(build), [_tensor(text) for text in inputs]
+    found, tensors = _build(build), [_tensor(text) for text in inputs]
     with quantize_modules(**block):
-        model = function() if callable(function) else function
-    if not isinstance(model, torch.nn.Module):
-        raise ArgumentTypeError(
-            f"{build} gave {model!r}, expected a model; name a function that builds one", build=build
-        )
+        model = _built(found, build)
     try:
         report = audit(model, tuple(tensors), minimum=minimum)
     except CheckError as error:
@@ -387,6 +394,45 @@ def audit_command(
         shapes = " and ".join(inputs)
         raise InputError(f"the model failed on inputs of shape {shapes}: {error}") from error
     _print_report(report, as_json)
+
+
+@app.command("search")
+def search_command(
+    build: Annotated[str, typer.Argument(help="package.module:function that builds the model.")],
+    evaluate: Annotated[
+        str,
+        typer.Option(help="package.module:function that gets the model, returns a metric; more is better."),
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="package.module:function that gives batches, to find ranges from.")
+    ] = None,
+    max_drop: Annotated[float, typer.Option(help="How much of the metric may be lost.", min=0.0)] = 0.01,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(help="Recipe, or float; once for each (default: int8, w4a8, int4 and float)."),
+    ] = None,
+    cost: Annotated[str, typer.Option(help="What is to be least: bits, macs or latency.")] = "bits",
+    budget: Annotated[int | None, typer.Option(help="Evaluations at most.", min=1)] = None,
+    resume: Annotated[Path | None, typer.Option(help="File that keeps results, to go on from.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="File for a picture of the frontier.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build a model, and find the recipe of each layer that keeps its metric and costs least."""
+    candidates = candidate or ["int8", "w4a8", "int4", "float"]
+    model = _built(_build(build), build)
+    result = search(
+        model,
+        _build(evaluate),
+        max_drop=max_drop,
+        candidates=[None if name == "float" else name for name in candidates],
+        cost=cost,  # type: ignore[arg-type]
+        data=None if data is None else _build(data)(),
+        budget=budget,
+        resume=resume,
+    )
+    if picture is not None:
+        result.picture(picture)
+    _print_report(result, as_json)
 
 
 @app.command("new-plugin")

@@ -209,3 +209,20 @@ def test_the_module_runs_as_a_program():
     arguments = [sys.executable, "-m", "quantpatch", "layers", "--json"]
     result = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(result.stdout)
+
+
+def test_search_finds_the_cheapest_recipes_and_prints_or_is_json(tmp_path, monkeypatch):
+    (tmp_path / "cli_search.py").write_text(
+        "import torch\n"
+        "def build():\n    torch.manual_seed(0)\n    return torch.nn.Sequential(torch.nn.Linear(4, 4))\n"
+        "def data():\n    return [torch.ones(2, 4)]\n"
+        "def accuracy(model):\n    return 1.0 - 0.5 * ('4' in repr(model))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    given = ("search", "cli_search:build", "--evaluate", "cli_search:accuracy", "--data", "cli_search:data")
+    assert "Frontier: cost against metric" in run(*given, "--candidate", "int8", "--candidate", "float")
+    found = json.loads(run(*given, "--budget", "9", "--resume", "search.json", "--max-drop", "1", "--json"))
+    assert found["evaluations"] <= 9
+    assert (tmp_path / "search.json").is_file()
+    sys.modules.pop("cli_search", None)

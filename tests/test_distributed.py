@@ -523,7 +523,7 @@ def test_ranges_are_passed_over_in_silence_only_where_the_checkpoint_has_none_of
 def test_zero_points_are_expected_with_their_ranges(saved, whole):
     original = quantized()
     skewed = DATA[0].clamp_min(-0.3)
-    assert qp.fit_zero_points(original, [skewed])["0.input_quantizer"] > 0
+    assert qp.fit_zero_points(original, [skewed]).fitted["0.input_quantizer"] > 0
     folder, model = saved(model=original), quantized(calibrated=False)
     qp.expect_ranges(model, folder)
     model.half().float()  # room stays room

@@ -1,6 +1,6 @@
 """Where quantization hurts: layer against layer, and layer by layer."""
 
-from quantpatch.analysis.audit import CoverageReport, CoverageRow
+from quantpatch.analysis.audit import CoverageReport, CoverageRow, reasons
 from quantpatch.analysis.compare import ComparisonReport, ComparisonRow, compare
 from quantpatch.analysis.sensitivity import SensitivityReport, SensitivityRow, sensitivity
 
@@ -12,5 +12,6 @@ __all__ = [
     "SensitivityReport",
     "SensitivityRow",
     "compare",
+    "reasons",
     "sensitivity",
 ]

@@ -25,7 +25,7 @@ from quantpatch.layers.stand_ins import call_with, without_stand_in
 from quantpatch.recipes.builtin import active_recipe
 from quantpatch.recipes.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.torch_tools import nn
-from quantpatch.torch_tools.class_swap import make_class, own_class, written_name
+from quantpatch.torch_tools.class_swap import change_class, make_class, own_class, written_name
 from quantpatch.torch_tools.fast_paths import allow_fast_paths, refuse_fast_paths
 from quantpatch.torch_tools.fx import leaf_in_fx
 
@@ -146,7 +146,18 @@ class QuantizedLayer:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        for part in parts_of(self):
+            if isinstance(part, QuantizedLayer):
+                part.make_float()
         self.add_quantizers(active_recipe())
+
+    def make_float(self) -> None:
+        """Makes the layer, in place, one of its float class without quantizers."""
+        layer: Any = self
+        for name in quantizers_of(layer):
+            del layer._modules[name]
+        change_class(layer, self.float_class)
+        allow_fast_paths(layer)
 
     # --- quantizers ----------------------------------------------------------------------------
 
@@ -414,6 +425,12 @@ def weight_owner(class_of: Callable[[str], Any], name: str) -> tuple[str, str]:
     if part and part in getattr(class_of(layer), "parts", ()):
         return layer, f"{part}_{operand}"
     return module, operand
+
+
+def parts_of(layer: Any, cls: Any = None) -> list[nn.Module]:
+    """The submodules that a layer declares as its parts, or would if it was of a class."""
+    found = (layer._modules.get(name) for name in getattr(cls or type(layer), "parts", ()))
+    return [part for part in found if part is not None]
 
 
 def is_quantizer(module: Any) -> bool:

@@ -17,6 +17,7 @@ zero_points.py          ``fit_zero_points``
 ======================  ===========================================================================
 """
 
+from quantpatch.quantize import reasons
 from quantpatch.quantize.calibrate import calibrate, calibrating
 from quantpatch.quantize.calibration import Calibration
 from quantpatch.quantize.configure import configure
@@ -24,11 +25,12 @@ from quantpatch.quantize.convert import convert, quantized, revert
 from quantpatch.quantize.explain import explain
 from quantpatch.quantize.scope import keep_float, quantize_modules
 from quantpatch.quantize.zero_points import fit_zero_points
-from quantpatch.report.report import CalibrationReport
+from quantpatch.report.report import CalibrationReport, ZeroPointReport
 
 __all__ = [
     "Calibration",
     "CalibrationReport",
+    "ZeroPointReport",
     "calibrate",
     "calibrating",
     "configure",
@@ -38,5 +40,6 @@ __all__ = [
     "keep_float",
     "quantize_modules",
     "quantized",
+    "reasons",
     "revert",
 ]

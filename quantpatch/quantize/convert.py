@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from quantpatch.errors import ConversionError
-from quantpatch.layers.base import QuantizedLayer, named_layers, quantizers_of
+from quantpatch.layers.base import QuantizedLayer, named_layers, parts_of
 from quantpatch.layers.before_tuning import put_back
 from quantpatch.layers.input_factor import INPUT_FACTOR, drop_input_factor, named_input_factors
 from quantpatch.layers.placed import placed_in, take_out
@@ -117,9 +117,11 @@ def _plan(model: nn.Module, table: Table, outcome: Outcome) -> list[tuple[nn.Mod
     """The layers to convert, each with the class that it gets."""
     planned = []
     decide = resolver(table)
-    for layer in model.modules():
+    parts: set[int] = set()
+    for layer in model.modules():  # what holds parts comes before them
         decision = decide(own_class(layer))
-        if decision.entry is None:
+        parts.update(map(id, parts_of(layer, decision.replacement)))
+        if decision.entry is None or id(layer) in parts:
             continue
         if decision.reason is None:
             planned.append((layer, _fit_for_conversion(decision)))
@@ -166,8 +168,7 @@ def revert(model: nn.Module) -> ChangeReport:
     if not layers:
         raise ConversionError(f"{type(model).__name__} holds no quantized layer, so nothing can be reverted")
     for layer in layers.values():
-        kept = tuple(name for name in layer._modules if name not in quantizers_of(layer))
-        _unconvert(layer, layer.float_class, kept)
+        layer.make_float()
     placed = placed_in(model)
     for module in placed.values():
         take_out(module)

@@ -19,6 +19,8 @@ from quantpatch.errors import CalibrationError, listed
 from quantpatch.layers.base import weight_quantizers
 from quantpatch.layers.late_ranges import warning_of_late_ranges
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
+from quantpatch.report.report import ZeroPointReport
+from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.distributed import Ranks
 from quantpatch.torch_tools.forward import demand_model, evaluating, run_over
 from quantpatch.torch_tools.sharded import whole
@@ -34,7 +36,7 @@ def fit_zero_points(
     least_gain: float = LEAST_GAIN,
     group: dist.ProcessGroup | None = None,
     progress: bool = True,
-) -> Mapping[str, int]:
+) -> ZeroPointReport:
     """Gives zero points to signed ranges of activations, where data needs less on one side of 0.
 
     For a model that is calibrated already: ``calibrate(model, batches, zero_points=True)`` does both in one
@@ -55,7 +57,7 @@ def fit_zero_points(
         progress: Whether to show a progress bar (on a terminal or in a notebook only).
 
     Returns:
-        The zero points, by the names of the quantizers that got one.
+        The zero points, by the names of the quantizers that got one, and why others did not.
 
     Raises:
         CalibrationError: There is no batch, no quantizer saw any, one saw NaN or infinity, or another rank
@@ -72,15 +74,18 @@ def fit_zero_points(
     if found and not ends:
         raise CalibrationError("the data reached none of the quantizers", quantizers=tuple(found))
     zero_points: dict[str, int] = {}
+    skipped = dict.fromkeys(to_fit(model), "without a range")
     with warning_of_late_ranges([model]):
         for name, quantizer in found.items():
             own = quantizer.own_range
             assert own is not None
+            skipped[name] = "its symmetric range is as good" if name in ends else "saw no data"
             fit = fitted(own.item(), ends[name], quantizer.format.bits, least_gain) if name in ends else None
             if fit is not None:
                 quantizer.use_zero_point(*fit)
                 zero_points[name] = fit[0]
-    return zero_points
+                del skipped[name]
+    return ZeroPointReport(written_name(type(model)), zero_points, skipped)
 
 
 def to_fit(model: nn.Module) -> dict[str, TensorQuantizer]:

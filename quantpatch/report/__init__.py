@@ -1,6 +1,6 @@
 """What a model's quantizers are and do, for people and for programs."""
 
-from quantpatch.report.report import CalibrationReport, ChangeReport
+from quantpatch.report.report import CalibrationReport, ChangeReport, ZeroPointReport
 from quantpatch.report.summary import QuantizerRow, Summary, summary
 
-__all__ = ["CalibrationReport", "ChangeReport", "QuantizerRow", "Summary", "summary"]
+__all__ = ["CalibrationReport", "ChangeReport", "QuantizerRow", "Summary", "ZeroPointReport", "summary"]

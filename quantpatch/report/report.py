@@ -137,6 +137,10 @@ def facts_table(title: str, facts: Mapping[str, object]) -> Table:
     return table
 
 
+def _with_values(found: Mapping[str, int]) -> list[str]:
+    return [f"{name}: {value}" for name, value in found.items()]
+
+
 def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
     """The names for each reason."""
     groups: dict[str, list[str]] = {}
@@ -168,6 +172,25 @@ class ChangeReport(Report):
 
 
 @attrs.frozen
+class ZeroPointReport(Report):
+    """The zero points that were found for a model's quantizers, by their names; prints as a table.
+
+    Attributes:
+        model: Class of the model.
+        fitted: Those of the quantizers that got one.
+        skipped: Why the other symmetric ones of activations did not.
+    """
+
+    model: str
+    fitted: Mapping[str, int] = attrs.field(factory=dict)
+    skipped: Mapping[str, str] = attrs.field(factory=dict)
+
+    def __rich__(self) -> Table:
+        groups = {"with a zero point": _with_values(self.fitted), **by_reason(self.skipped)}
+        return outcome_table(f"{self.model}: {len(self.fitted)} zero points", groups)
+
+
+@attrs.frozen
 class CalibrationReport(Report):
     """What a calibration did, by the names of the quantizers; prints as a table.
 
@@ -191,7 +214,7 @@ class CalibrationReport(Report):
     def __rich__(self) -> Table:
         groups = {
             "calibrated": self.calibrated,
-            "with a zero point": tuple(f"{name}: {zero}" for name, zero in self.zero_points.items()),
+            "with a zero point": _with_values(self.zero_points),
             **by_reason(self.skipped),
         }
         return outcome_table(f"{self.model}: {len(self.calibrated)} quantizers calibrated", groups)

@@ -14,6 +14,7 @@ report.py           what was done; reasons.py why something was not
 Each other file is a method, registered in :mod:`quantpatch.layers.builtin`.
 """
 
+from quantpatch.tune import reasons
 from quantpatch.tune.adaround import AdaRound
 from quantpatch.tune.awq import AWQ
 from quantpatch.tune.bias_correction import BiasCorrection
@@ -37,5 +38,6 @@ __all__ = [
     "Tuning",
     "TuningReport",
     "TuningStep",
+    "reasons",
     "tune",
 ]

@@ -154,3 +154,32 @@ def test_a_part_that_a_layer_declares_stays_float_and_is_an_operand_of_the_layer
         loaded = nn.Sequential(Whole(), Part(4, 4))
     qp.load(loaded, tmp_path / "file.safetensors")
     assert torch.equal(loaded(torch.randn(1, 4).fill_(0.5)), expected)
+
+
+class WholeOfLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4, bias=False)
+        self.outer = nn.Linear(4, 4)
+
+    def forward(self, input):
+        return self.outer(nn.functional.linear(input, self.inner.weight))
+
+
+class QuantWholeOfLinear(qp.QuantizedLayer, WholeOfLinear):
+    inputs = ()
+    weights = {}
+    parts = {"inner": nn.Linear}
+
+
+def test_a_part_stays_float_also_where_its_class_is_a_target():
+    entry = qp.Entry(__name__, "WholeOfLinear", QuantWholeOfLinear)
+    with qp.quantize_modules(custom=[entry]):
+        built = nn.Sequential(WholeOfLinear())
+    converted = nn.Sequential(WholeOfLinear())
+    qp.convert(converted, custom=[entry])
+    for model in (built, converted):
+        classes = {name: type(module) for name, module in model.named_modules() if "quantizer" not in name}
+        assert classes["0"] is QuantWholeOfLinear
+        assert (classes["0.inner"], classes["0.outer"]) == (nn.Linear, QuantLinear)
+        assert not model[0].inner._modules

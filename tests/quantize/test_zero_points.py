@@ -51,13 +51,13 @@ def fitted() -> nn.Module:
 def test_what_is_never_negative_has_the_zero_point_0_and_its_range() -> None:
     model = calibrated()
     amax = model[0].input_quantizer.amax
-    assert qp.fit_zero_points(model, [X])["0.input_quantizer"] == 0
+    assert qp.fit_zero_points(model, [X]).fitted["0.input_quantizer"] == 0
     quantizer = model[0].input_quantizer
     assert quantizer.format.name == "uint8"
     assert quantizer.zero_point == 0
     assert quantizer.descriptor == qp.QuantDescriptor()
     assert torch.equal(quantizer.amax, amax)
-    assert qp.fit_zero_points(model, lambda m: m(X)) == {}
+    assert qp.fit_zero_points(model, lambda m: m(X)).fitted == {}
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -67,7 +67,7 @@ def test_the_longer_side_stays_and_the_shorter_one_becomes_as_long_as_the_data(s
     before = model[0].input_quantizer.amax.item()
     assert before == x.abs().max()
     error = (model[0].input_quantizer(x) - x).square().mean()
-    found = qp.fit_zero_points(model, [x])
+    found = qp.fit_zero_points(model, [x]).fitted
     quantizer = model[0].input_quantizer
     q = quantizer.qparams
     assert q.zero_point == found["0.input_quantizer"]
@@ -94,15 +94,15 @@ def test_clipping_by_calibration_stays() -> None:
 def test_a_range_that_gains_little_is_left() -> None:
     x = torch.linspace(-0.9, 1.0, 96).reshape(2, 3, 4, 4)
     model = calibrated(x)
-    assert "0.input_quantizer" not in qp.fit_zero_points(model, [x])
+    assert "0.input_quantizer" not in qp.fit_zero_points(model, [x]).fitted
     assert model[0].input_quantizer.format.name == "int8"
-    assert qp.fit_zero_points(model, [x], least_gain=1.0)["0.input_quantizer"] == 121
+    assert qp.fit_zero_points(model, [x], least_gain=1.0).fitted["0.input_quantizer"] == 121
 
 
 def test_fewer_bits_have_zero_points_as_well() -> None:
     recipe = qp.Recipe(name="w8a4", input=qp.QuantDescriptor(format="int4"))
     model = calibrated(SKEWED, recipe)
-    assert qp.fit_zero_points(model, [SKEWED])["0.input_quantizer"] in (2, 3)
+    assert qp.fit_zero_points(model, [SKEWED]).fitted["0.input_quantizer"] in (2, 3)
     assert model[0].input_quantizer.format.name == "uint4"
 
 
@@ -112,7 +112,7 @@ def test_what_has_no_zero_point_is_left_alone() -> None:
     model = calibrated(x, recipe)
     model[2].input_quantizer = qp.TensorQuantizer(qp.QuantDescriptor(format="fp8_e4m3", amax=1.0))
     before = {name: q.descriptor for name, q in qp.layers.quantizer.named_quantizers(model).items()}
-    assert qp.fit_zero_points(model, [x]) == {}
+    assert qp.fit_zero_points(model, [x]).fitted == {}
     assert {name: q.descriptor for name, q in qp.layers.quantizer.named_quantizers(model).items()} == before
     with pytest.raises(ArgumentError, match="only Integer formats have zero points, and fp8_e4m3 is a Float"):
         model[2].input_quantizer.use_zero_point(3)
@@ -145,7 +145,7 @@ def test_a_shared_quantizer_is_fitted_to_all_that_it_sees_and_stays_shared() -> 
     model.b.input_quantizer = model.a.input_quantizer
     x = torch.linspace(0, 4, 40).reshape(10, 4)
     qp.calibrate(model, [x], progress=False)
-    assert qp.fit_zero_points(model, [x]) == {"a.input_quantizer": 51}  # -1 to 4
+    assert qp.fit_zero_points(model, [x]).fitted == {"a.input_quantizer": 51}  # -1 to 4
     assert model.b.input_quantizer is model.a.input_quantizer
 
 
@@ -177,7 +177,7 @@ def test_one_pass_over_the_data_gives_what_two_give(method: str, options: Any, l
     descriptor, data = qp.QuantDescriptor(learn_amax=learn), [SKEWED, 0.5 * SKEWED]
     two, one, block = (uncalibrated(descriptor) for _ in range(3))
     qp.calibrate(two, data, method=method, progress=False, **options)
-    found = qp.fit_zero_points(two, data)
+    found = qp.fit_zero_points(two, data).fitted
     assert len(set(found.values())) == 2
     qp.calibrate(one, iter(data), method=method, zero_points=True, progress=False, **options)
     assert_same(one, two)
@@ -352,14 +352,14 @@ def test_data_that_reaches_nothing_or_is_not_finite() -> None:
 
 def test_batches_of_each_kind() -> None:
     for batch in ((X,), {"input": X}, X):
-        assert "0.input_quantizer" in qp.fit_zero_points(calibrated(), [batch])
-    assert "0.input_quantizer" in qp.fit_zero_points(calibrated(), X)
+        assert "0.input_quantizer" in qp.fit_zero_points(calibrated(), [batch]).fitted
+    assert "0.input_quantizer" in qp.fit_zero_points(calibrated(), X).fitted
 
 
 def run_rank(rank: int, folder: str) -> None:
     join(rank, folder, 2)
     model = calibrated(SKEWED)
-    found = dict(qp.fit_zero_points(model, [SKEWED.clamp_min(0) if rank else SKEWED]))
+    found = dict(qp.fit_zero_points(model, [SKEWED.clamp_min(0) if rank else SKEWED]).fitted)
     try:
         qp.fit_zero_points(calibrated(SKEWED), [SKEWED] if rank else [])
     except CalibrationError as error:
@@ -382,7 +382,7 @@ def test_every_rank_has_the_zero_point_of_the_data_of_all(by_ranks: Callable[...
     assert "no batch" in first.pop("error")
     assert "rank 0 failed" in second.pop("error")
     alone = calibrated(SKEWED)
-    expected = qp.fit_zero_points(alone, [SKEWED, SKEWED.clamp_min(0)])
+    expected = qp.fit_zero_points(alone, [SKEWED, SKEWED.clamp_min(0)]).fitted
     for found in (first, second):
         assert "looks for the zero points of other quantizers" in found.pop("only one looks for them")
     alone = uncalibrated()
@@ -409,7 +409,7 @@ def test_training_goes_on(learn: bool) -> None:
     recipe = qp.Recipe(name="r", input=qp.QuantDescriptor(learn_amax=learn))
     model = calibrated(SKEWED, recipe)
     parameter = model[0].input_quantizer.amax
-    found = qp.fit_zero_points(model, [SKEWED])
+    found = qp.fit_zero_points(model, [SKEWED]).fitted
     assert found["0.input_quantizer"] > 0
     assert (model[0].input_quantizer.amax is parameter) or not learn  # an optimizer may hold it
     target = SKEWED[:, :2].square()
@@ -709,3 +709,13 @@ def test_the_usual_cases():
     assert fitted_zero_point(-85.0, 170.0, 8) == (85, 170.0)
     assert fitted_zero_point(-254.0, 0.0, 8) == (254, 1.0)
     assert fitted_zero_point(0.0, 0.0, 8) == (0, 0.0)
+
+
+def test_what_got_a_zero_point_and_what_did_not_is_reported_with_the_reason():
+    model = calibrated()
+    report = qp.fit_zero_points(model, [X])
+    names = {name for name in dict(model.named_modules()) if name.endswith("input_quantizer")}
+    assert report.fitted.keys() | report.skipped.keys() == names
+    again = qp.fit_zero_points(calibrated(2 * X - 1), [2 * X - 1])
+    assert again.skipped["0.input_quantizer"] == "its symmetric range is as good"
+    assert "zero points" in str(report)

@@ -98,7 +98,7 @@ def calibrating() -> Net:
 
 def with_zero_points() -> Net:
     model = calibrated()
-    assert any(qp.fit_zero_points(model, [TOKENS], least_gain=1.0).values())
+    assert any(qp.fit_zero_points(model, [TOKENS], least_gain=1.0).fitted.values())
     return model
 
 

@@ -1,7 +1,7 @@
 """Whole models under ``torch.compile``: quantized and compiled, to float and compiled; and graph breaks.
 
 Compiling takes most of the time, so the encoder has two layers and the ResNet a block a stage. In eval mode a
-compiled model quantizes its weights in each call; ``folded_weights`` spares it that, which is told beside it.
+compiled model quantizes its weights in each call; ``folded_weights`` spares it that, which stands beside it.
 ``torch.compile`` leaves an LSTM uncompiled, float or quantized: its rows compare what runs then.
 """
 

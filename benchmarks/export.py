@@ -192,7 +192,7 @@ def _static(float_path: Path, path: Path, batches: Batches) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter and quantize_static tell of themselves."""
+    """Without what the exporter and quantize_static print."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

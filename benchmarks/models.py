@@ -146,7 +146,7 @@ def torchao(model: nn.Module, x: Tensor) -> nn.Module:
 
 PEERS = {"modelopt": modelopt, "quanto": quanto, "torch.ao": torch_ao, "torchao": torchao}
 
-# Where peers keep the classes of their quantized layers; ModelOpt's are told by what they hold.
+# Where peers keep the classes of their quantized layers; ModelOpt's are known by what they hold.
 QUANTIZED = (
     "optimum.quanto.nn.",
     "torch.ao.nn.qat.",

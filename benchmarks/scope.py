@@ -113,7 +113,7 @@ print(json.dumps([imported, first, ms(start) / {BLOCKS}]))
 
 
 def write_plugins(folder: Path, count: int) -> None:
-    """Installs plugins, each a distribution with three entries for a package that nobody imports."""
+    """Installs plugins, each a distribution with three entries for a package that is not imported."""
     for n in range(count):
         (folder / f"plugin{n}.py").write_text(PLUGIN.format(n=n))
         info = folder / f"plugin{n}-1.0.dist-info"

@@ -97,7 +97,7 @@ class Row:
 def _timm() -> Any:
     """Timm, though torchvision, which it imports, may be built for another torch than the one that is here.
 
-    What torchvision tells torch about operators in its binary part cannot be told where that is not loaded.
+    What torchvision registers with torch about operators in its binary part needs that to be loaded.
     """
     register = torch.library.register_fake
 

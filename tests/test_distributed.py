@@ -371,7 +371,7 @@ def test_layers_quantized_after_parallelize_module_compute_what_one_process_does
 
 
 @pytest.mark.parametrize("how", ["row-wise", "column-wise"])
-def test_parallelize_module_of_quantized_layers_tells_what_to_write(ranks, how):
+def test_parallelize_module_of_quantized_layers_says_what_to_write(ranks, how):
     for found in ranks:
         assert "`parallelize_module(model, mesh, plan); qp.convert(model)`" in found[how]
 

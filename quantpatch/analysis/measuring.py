@@ -63,7 +63,7 @@ class Changes:
         self._tensors = {k: t for k, t in state if isinstance(t, Tensor) and not t.is_inference()}
         self._versions = [tensor._version for tensor in self._tensors.values()]
 
-    def tell(self) -> None:
+    def warn(self) -> None:
         """Warns of what was written to, once for each tensor."""
         versions = [tensor._version for tensor in self._tensors.values()]
         if versions == self._versions:

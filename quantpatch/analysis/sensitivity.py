@@ -133,7 +133,7 @@ def sensitivity(
             metric = as_number(evaluate(model))
             if math.isnan(metric):
                 raise ArgumentError(f"evaluate returned NaN while measuring {key!r}", evaluate=metric)
-            changes.tell()
+            changes.warn()
             results.put(key, metric)
         found: float = results[key]
         return found

@@ -108,7 +108,7 @@ class _Mark:
         self.displaced = displaced
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return type(None), ()  # a function that is pickled by value is no hook any more
+        return type(None), ()  # a function that is pickled by value is not a hook any more
 
     @staticmethod
     def on(hook: Any, slot: Slot, displaced: Any) -> None:

@@ -1,4 +1,4 @@
-"""Tells a block when a module it waits for gets imported, or reloaded, without importing it.
+"""Calls a block when a module it waits for gets imported, or reloaded, without importing it.
 
 The watch is an item of its own on ``sys.meta_path``, there only while a block waits for something. It
 lets the other finders find the module and only stands around its execution; the module keeps its real

@@ -329,7 +329,7 @@ class TensorQuantizer(HeldRange):
             "torch.jit.trace(model, inputs) or qp.export_onnx(model, inputs, path)"
         )
 
-    # --- telling -------------------------------------------------------------------------------
+    # --- printing ------------------------------------------------------------------------------
 
     @property
     def state(self) -> str:

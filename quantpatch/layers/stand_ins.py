@@ -85,7 +85,7 @@ _repeated: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _recording() -> Any:
-    """Tells code under a checkpoint from the code around it: it records for autograd in another way."""
+    """Whether code runs under a checkpoint: it records for autograd in another way."""
     return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 

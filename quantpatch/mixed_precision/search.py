@@ -203,7 +203,7 @@ def _found(
             if module.training:  # as another evaluation may have left it
                 module.training = False
         metric = 1.0 - task.outputs.noise() if evaluate is None else evaluate()
-        changes.tell()
+        changes.warn()
         return metric
 
     results = Results(resume, "search", header, read_metric)

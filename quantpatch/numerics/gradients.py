@@ -122,7 +122,7 @@ _apply: Callable[..., Tensor] = super(Function, _RoundTrip).apply
 class _TransformableRoundTrip(Function):
     """The same for ``torch.func`` and forward-mode differentiation, which need ``setup_context``.
 
-    Not for all: with it Dynamo fails on dynamic shapes, and a call takes 0.1 ms more.
+    Not for all: with it Dynamo fails on dynamic shapes, and a call takes longer.
     """
 
     @staticmethod

@@ -20,7 +20,7 @@ class Example:
             the replacement comes out. Keep it small; give every operand something to do.
         inputs: Returns the positional arguments of a call, as a tuple. Called after the random seed was set.
         keywords: Keyword arguments of the call.
-        label: Tells several examples of a target apart.
+        label: Distinguishes several examples of a target.
         skip_checks: Checks that cannot hold for this layer, by name, each with the reason.
     """
 

@@ -183,7 +183,7 @@ class Calibration:
         """The ranges that the statistics give, and what is to be reported of them.
 
         Args:
-            first: Tells which of the layers that saw no data could not see any.
+            first: Knows which of the layers that saw no data could not see any.
 
         Raises:
             CalibrationError: (``strict``) A quantizer that should have a range can have none.

@@ -1,8 +1,8 @@
 """Layers that do not run, since a forward reads their weight itself: ``F.linear(x, self.qkv.weight, bias)``.
 
 Nothing of such a layer computes, so its quantizers see no data, whatever the batches. That differs from a
-layer that the batches do not reach, and a run of the model in which every operator is seen tells the two
-apart. It is made only where quantizers saw no data, with the arguments of the first call.
+layer that the batches do not reach, and a run of the model in which every operator is seen distinguishes the
+two. It is made only where quantizers saw no data, with the arguments of the first call.
 """
 
 from __future__ import annotations

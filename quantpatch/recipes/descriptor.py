@@ -267,5 +267,5 @@ class Recipe:
         return _replaced(self, changes)
 
 
-#: Of which a layer tells every operand that it can have a quantizer for.
+#: A layer's descriptors of it name every operand that the layer can have a quantizer for.
 EVERY_OPERAND = Recipe(name="every operand", output=QuantDescriptor(), hidden=QuantDescriptor())

@@ -28,7 +28,7 @@ from quantpatch.quantize.rules import Rules
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import uncompiled
 
-#: More models than anybody reads about: a script that calls its layers one by one has many.
+#: More models than are worth reading about: a script that calls its layers one by one has many.
 MOST_AUDITS = 20
 
 

@@ -105,7 +105,7 @@ def _leave_at_the_end() -> None:
     util.Finalize(None, leave, exitpriority=0)
 
 
-def tell(directory: str) -> None:
+def report_all(directory: str) -> None:
     """Prints what all processes report; this one, the first, ends its block."""
     global current
     session, current = current, None

@@ -35,7 +35,7 @@ def close_blocks(but: Container[Block] = ()) -> list[str]:
 
 
 def import_hooks() -> list[str]:
-    """Tells of what quantpatch has left on ``sys.meta_path``; packages put hooks of their own there."""
+    """Names what quantpatch has left on ``sys.meta_path``; packages put hooks of their own there."""
     return [f"left on sys.meta_path: {hook!r}" for hook in sys.meta_path if _is_ours(type(hook))]
 
 

@@ -153,14 +153,14 @@ def test_models_of_different_shape_are_an_error_that_names_the_layer():
         qp.compare(twin, other, DATA)
 
 
-def test_models_the_wrong_way_round_are_told_so():
+def test_models_the_wrong_way_round_are_refused():
     with qp.quantize_modules():
         quantized = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ArgumentError, match=r"write compare\(quantized_model, float_model, data\)"):
         qp.compare(nn.Sequential(nn.Linear(4, 4)), quantized, [torch.randn(2, 4)])
 
 
-def test_padding_of_an_encoder_is_no_hindrance():
+def test_padding_of_an_encoder_does_not_matter():
     def build():
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         return nn.TransformerEncoder(layer, 2).eval()

@@ -174,7 +174,7 @@ def test_a_folder_holds_no_results(model, tmp_path):
         qp.sensitivity(model, metric, resume=tmp_path)
 
 
-def test_what_is_no_number_and_no_mode_is_an_error(model):
+def test_what_is_not_a_number_or_a_mode_is_an_error(model):
     with pytest.raises(ArgumentError, match="NaN while measuring 'float'"):
         qp.sensitivity(model, lambda m: float("nan"))
     with pytest.raises(ArgumentError, match="'quantize_one' or 'float_one'"):
@@ -242,7 +242,7 @@ def test_it_prints_and_is_json(model):
     assert json.loads(report.to_json())["rows"][0]["layer"] == "1"
 
 
-def test_what_is_no_function_is_refused(model):
+def test_what_is_not_a_function_is_refused(model):
     with pytest.raises(ArgumentTypeError, match="gets the model and returns a metric"):
         qp.sensitivity(model, [torch.zeros(1, 4)])
 
@@ -251,7 +251,7 @@ def test_what_is_no_function_is_refused(model):
     ("result", "shown"),
     [(torch.ones(2, 2), r"a Tensor of shape \(2, 2\)"), (None, "a NoneType"), ("0.5x", "a str")],
 )
-def test_a_metric_that_is_no_number_is_told(result, shown):
+def test_a_metric_that_is_not_a_number_is_reported(result, shown):
     with qp.quantize_modules():
         model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ArgumentTypeError, match=f"evaluate returned {shown}, expected one number"):
@@ -307,7 +307,7 @@ def test_each_measurement_starts_in_eval_mode_whatever_the_one_before_left(with_
     assert [m.training for m in with_norm] == [True, False, True, True]
 
 
-def test_an_evaluate_that_moves_batch_norm_is_told_of_once(with_norm):
+def test_an_evaluate_that_moves_batch_norm_is_reported_once(with_norm):
     def evaluate(model):
         model.train()
         return float(model(torch.ones(8, 4)).detach().sum())

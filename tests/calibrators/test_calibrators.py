@@ -188,7 +188,7 @@ def test_no_data_is_an_error(kind):
 
 @every_calibrator
 @pytest.mark.parametrize("axis", [None, 1])
-def test_an_empty_tensor_is_no_data(kind, axis):
+def test_an_empty_tensor_is_not_data(kind, axis):
     calibrator = calibrated(kind, [torch.empty(0, 3)], axis)
     assert not calibrator.saw_data
     with pytest.raises(CalibrationError, match="1 batches, none with a value"):

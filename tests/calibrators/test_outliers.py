@@ -146,7 +146,7 @@ class TwoRanks:
 
 
 @pytest.mark.parametrize("outliers", [(1e6, None), (None, 1e6), (1e6, 1e5), (None, None)], ids=str)
-def test_ranks_find_the_same_whoever_saw_the_outlier(outliers: tuple[float | None, float | None]) -> None:
+def test_ranks_find_the_same_whichever_saw_the_outlier(outliers: tuple[float | None, float | None]) -> None:
     batches = [normal(0), 1.7 * normal(1)]
     batches = [x if o is None else with_outliers(x, o) for x, o in zip(batches, outliers, strict=True)]
     calibrators = [PercentileCalibrator(INT8, percentile=99.9) for _ in batches]

@@ -60,7 +60,7 @@ def test_the_warning_names_each_quantizer_and_a_signed_one_gets_a_zero_point() -
     assert model[0].zero_point == pytest.approx(51, abs=1)
 
 
-def test_by_hand_it_is_told_too() -> None:
+def test_by_hand_it_is_reported_too() -> None:
     quantizer = qp.TensorQuantizer(qp.QuantDescriptor(unsigned=True))
     quantizer.enable_calib()
     quantizer(torch.tensor([-1.0, 3.0]))
@@ -83,7 +83,7 @@ def test_what_is_not_finite_is_an_error_still(value: float) -> None:
         qp.calibrate(model, [torch.tensor([-1.0, value, 1.0])], progress=False)
 
 
-def test_nothing_is_told_where_nothing_is_negative_or_numbers_are_signed() -> None:
+def test_nothing_is_reported_where_nothing_is_negative_or_numbers_are_signed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         qp.calibrate(qp.TensorQuantizer(qp.QuantDescriptor(unsigned=True)), [torch.rand(9)], progress=False)

@@ -78,7 +78,7 @@ def test_what_plugins_say_does_not_reach_the_terminal_as_commands(plugin):
     assert name
 
 
-def test_layers_tells_what_is_replaced_by_what_and_what_is_not():
+def test_layers_says_what_is_replaced_by_what_and_what_is_not():
     rows = {row["target"]: row for row in json.loads(run("layers", "--json"))}
     assert rows["torch.nn.Linear"] == {
         "target": "torch.nn.Linear",

@@ -26,7 +26,7 @@ def watch():
         one.stop()  # harmless
 
 
-def test_it_tells_of_its_modules_only_and_leaves_them_their_loader(package, watch) -> None:
+def test_it_reports_its_modules_only_and_leaves_them_their_loader(package, watch) -> None:
     name = package(one="x = 1", two="")
     seen = watch(f"{name}.one")
     one, two = importlib.import_module(f"{name}.one"), importlib.import_module(f"{name}.two")
@@ -44,7 +44,7 @@ def test_the_module_sees_its_real_loader_while_it_runs(package, watch) -> None:
     assert importlib.import_module(f"{name}.one").loader == ("SourceFileLoader", "SourceFileLoader")
 
 
-def test_several_watches_of_one_module_are_all_told(package, watch) -> None:
+def test_several_watches_of_one_module_are_all_called(package, watch) -> None:
     name = package(one="")
     for _ in range(3):
         seen = watch(f"{name}.one")

@@ -61,7 +61,7 @@ def test_a_change_is_seen_named_and_undone(case):
     assert before.differences() == []
 
 
-def test_what_python_and_torch_add_in_use_is_no_change(monkeypatch):
+def test_what_python_and_torch_add_in_use_is_not_a_change(monkeypatch):
     before = Snapshot()
     module = types.ModuleType("torch.made_up")
     monkeypatch.setitem(sys.modules, "torch.made_up", module)

@@ -284,7 +284,7 @@ class HoldsQuantizer(nn.Linear):
         return super().forward(self.quantizer(x))
 
 
-def test_no_fast_path_passes_by_a_quantizer_in_somebodys_own_layer():
+def test_no_fast_path_passes_by_a_quantizer_in_a_users_own_layer():
     layer = encoder_layer()
     layer.linear2 = HoldsQuantizer()
     assert not operators(layer, torch.randn(3, 5, 8)) & {"aten::_transformer_encoder_layer_fwd"}

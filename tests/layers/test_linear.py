@@ -164,7 +164,7 @@ def test_a_layer_of_ones_own_from_the_table():
     assert isinstance(layer.input_quantizer, TensorQuantizer)
 
 
-def test_a_mixin_without_a_float_class_is_no_layer():
+def test_a_mixin_without_a_float_class_is_not_a_layer():
     class Mixin(QuantizedLayer):
         weights = {}
 

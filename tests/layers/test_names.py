@@ -88,7 +88,7 @@ def test_blocks_have_the_name_of_their_float_class_and_leaves_their_own(make):
     assert [type(layer) for layer in quantized] == [Residual, Deeper, Scale]
 
 
-def test_reports_tell_which_replacement_it_is():
+def test_reports_say_which_replacement_it_is():
     quantized = build()
     qp.calibrate(quantized, [X])
     shown = str(qp.summary(quantized))
@@ -146,7 +146,7 @@ def test_layers_of_torch_with_modules_inside_go_by_torchs_names():
     assert "QuantMultiheadAttention(" in repr(encoder)
 
 
-def test_what_somebody_hangs_into_a_leaf_does_not_rename_it():
+def test_what_a_user_hangs_into_a_leaf_does_not_rename_it():
     with qp.quantize_modules():
         layer = nn.Linear(3, 3)
     layer.add_module("tap", nn.Identity())

@@ -306,7 +306,7 @@ def test_the_error_for_a_range_that_does_not_fit_has_the_quantizer_and_in_an_aud
 
 
 @pytest.mark.parametrize("given", ["int8", 8, qp.Recipe(name="r")])
-def test_what_is_no_descriptor_is_an_error_that_shows_one(given):
+def test_what_is_not_a_descriptor_is_an_error_that_shows_one(given):
     with pytest.raises(ArgumentTypeError, match=r"takes a QuantDescriptor, such as .*, not"):
         TensorQuantizer(given)
 

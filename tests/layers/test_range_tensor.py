@@ -177,7 +177,7 @@ def test_a_learned_range_for_each_channel_is_assigned_from_another_layers():
 @pytest.mark.parametrize(
     "recipe", ["int8", "fp8", LEARNED, BY_FEATURE], ids=["int8", "fp8", "learned", "axis"]
 )
-def test_an_unknown_range_is_that_of_each_tensor_whoever_looks_on(recipe):
+def test_an_unknown_range_is_that_of_each_tensor_whatever_looks_on(recipe):
     model = build(recipe)
     first = model[0]
     q, w = first.input_quantizer, first.weight_quantizer
@@ -556,7 +556,7 @@ def test_a_range_goes_with_the_weight_that_it_was_found_for():
     assert torch.equal(head.weight_quantizer.amax, head.weight.detach().abs().amax(1, keepdim=True))
 
 
-def test_a_weight_that_is_replaced_before_calibration_is_no_matter():
+def test_a_weight_may_be_replaced_before_calibration():
     model = build()
     model[2].weight = nn.Parameter(torch.randn(7, 8))
     model[2].bias = nn.Parameter(torch.zeros(7))

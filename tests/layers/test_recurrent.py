@@ -144,7 +144,7 @@ def test_functional_call(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_wrong_states_are_told_by_torch(kind):
+def test_wrong_states_are_refused_by_torch(kind):
     layer = made(kind, 5, 4, num_layers=2)
     bad = torch.randn(3, 2, 4)
     with pytest.raises(RuntimeError, match="Expected hidden"):
@@ -372,7 +372,7 @@ def test_steps_drop_between_layers_as_the_kernel_does(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_tell_of_wrong_inputs_in_torchs_words(kind):
+def test_steps_report_wrong_inputs_in_torchs_words(kind):
     layer = with_hidden(kind)
     states = 2 if kind is QuantLSTM else 1
     with pytest.raises(RuntimeError, match="Expected hidden"):

@@ -412,7 +412,7 @@ def test_a_mixin_of_replacements_hears_of_the_classes_made_with_it():
     assert made.__module__ == __name__
 
 
-def test_an_abstract_base_class_tells_the_combined_class_from_its_base():
+def test_an_abstract_base_class_distinguishes_the_combined_class_from_its_base():
     class Base(nn.Linear, abc.ABC):
         pass
 
@@ -513,7 +513,7 @@ def test_the_recipe_of_the_block_holds():
         assert Plain(2, 2).weight_quantizer.format.bits == 4
 
 
-def test_what_came_out_is_told_by_the_subclass():
+def test_what_came_out_is_reported_by_the_subclass():
     with qp.quantize_modules(subclasses=True) as scope:
         Plain(2, 2), Plain(2, 2), nn.Linear(2, 2)
     rows = [(row.target, row.replacement, row.count) for row in scope.replaced]

@@ -280,7 +280,7 @@ def test_or_anything_with_an_order_and_a_function_that_says_what_is_good_enough(
     print(pairs)
 
 
-def test_of_what_is_no_number_a_drop_in_numbers_is_refused():
+def test_of_what_is_not_a_number_a_drop_in_numbers_is_refused():
     model = build()
     before = state(model)
     with pytest.raises(ArgumentTypeError, match="give max_drop a function"):

@@ -26,7 +26,7 @@ def test_an_entry_is_itself() -> None:
 @pytest.mark.parametrize(
     "given", [("a", "b", "c"), ("a", "b", ":c"), ("a", "b.c", "d:e"), ("", "b", "c:d"), ("a", "b"), 3, None]
 )
-def test_what_is_no_entry_says_what_to_write(given) -> None:
+def test_what_is_not_an_entry_says_what_to_write(given) -> None:
     with pytest.raises(
         EntryError, match=r"is not an entry: .*\(torch.nn, 'Linear', MyQuantLinear\)"
     ) as caught:

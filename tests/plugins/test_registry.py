@@ -430,7 +430,7 @@ def test_the_built_in_plugin_cannot_be_taken_away() -> None:
         assert type(torch.nn.Linear(1, 1)) is torch.nn.Linear
 
 
-def test_a_function_whose_name_is_nearly_that_of_a_hook_is_told_of() -> None:
+def test_a_function_whose_name_is_nearly_that_of_a_hook_is_reported() -> None:
     near = ModuleType("near")
     exec("def quantpatch_entires(): ...\ndef quantpatch_version(): ...", vars(near))
     registry = Registry(discover=False)
@@ -442,7 +442,7 @@ def test_a_function_whose_name_is_nearly_that_of_a_hook_is_told_of() -> None:
     assert len(told) == 1
 
 
-def test_a_plugin_object_is_told_of_a_method_that_is_not_marked() -> None:
+def test_a_plugin_object_with_a_method_that_is_not_marked_is_reported() -> None:
     class Base:
         @qp.hookimpl
         def quantpatch_entries(self):
@@ -459,7 +459,7 @@ def test_a_plugin_object_is_told_of_a_method_that_is_not_marked() -> None:
     assert [info.name for info in registry.plugins()] == ["base"]
 
 
-def test_an_installed_plugin_without_hooks_is_told_of(install) -> None:
+def test_an_installed_plugin_without_hooks_is_reported(install) -> None:
     install("idle", "x = 1", "idle-dist")
     registry = Registry()
     with pytest.warns(QuantPatchWarning, match="'idle' .*implements no hook, .* @quantpatch.hookimpl"):

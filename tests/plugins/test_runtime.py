@@ -87,7 +87,7 @@ def test_a_function_that_cannot_be_imported_is_named() -> None:
 
 
 @pytest.mark.parametrize("given", [3, "no_colon", ":function", "module:"])
-def test_what_is_no_function_is_an_error(given: object) -> None:
+def test_what_is_not_a_function_is_an_error(given: object) -> None:
     with pytest.raises(ArgumentTypeError, match="passes of a runtime is .*'package.module:function'"):
         qp.Runtime(passes=given)  # type: ignore[arg-type]
 

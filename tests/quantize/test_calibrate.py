@@ -324,7 +324,7 @@ def test_where_no_range_is_missing_nothing_is_done_and_it_is_said(batches, caplo
         torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
 
 
-def test_formats_without_ranges_are_told_apart_from_models_without_quantizers():
+def test_formats_without_ranges_are_distinguished_from_models_without_quantizers():
     with pytest.raises(CalibrationError, match="holds no quantizer"):
         qp.calibrate(nn.Sequential(nn.Linear(32, 2)), [torch.randn(2, 32)])
 
@@ -669,7 +669,7 @@ def test_a_calibrator_that_gives_no_range_sets_none_on_any_quantizer(plugin):
 
 
 @pytest.mark.parametrize("returned", [{"mine": 3}, {"mine": nn.Linear}, [HalfOfMax]])
-def test_what_is_no_calibrator_is_refused_as_its_plugins_fault(plugin, returned):
+def test_what_is_not_a_calibrator_is_refused_as_its_plugins_fault(plugin, returned):
     plugin("mylib", calibrators=returned)
     with pytest.raises(PluginError, match="plugin 'mylib' returned .*quantpatch_calibrators"):
         qp.registry.calibrator("mine")

@@ -51,7 +51,7 @@ def images(count: int = 2) -> list[Tensor]:
     ],
     ids=["calibrate", "calibrate compiled", "prepare", "audit"],
 )
-def test_ranges_that_are_far_apart_are_told_with_layer_calls_and_ranges(use) -> None:
+def test_ranges_that_are_far_apart_are_reported_with_layer_calls_and_ranges(use) -> None:
     with pytest.warns(qp.QuantPatchWarning, match="have one range for all") as told:
         use(detector(*LEVELS))
     (message,) = [str(w.message) for w in told if "one range for all" in str(w.message)]

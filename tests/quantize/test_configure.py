@@ -72,7 +72,7 @@ def test_the_only_layer_is_the_first_and_the_last():
     assert disabled(only) == set()
 
 
-def test_another_word_with_a_colon_is_told(model):
+def test_another_word_with_a_colon_is_refused(model):
     with pytest.raises(ArgumentError, match="':frist' is not a pattern; write ':first' or ':last'"):
         qp.configure(model, {":frist": None})
 
@@ -139,7 +139,7 @@ def test_quantizers_that_no_layer_has_are_set_as_well(model, pattern):
     assert disabled(model) == {"own.mine"}
 
 
-def test_a_quantizer_that_somebody_gave_a_layer_is_set_by_a_recipe_as_an_input_is(model):
+def test_a_quantizer_that_a_user_gave_a_layer_is_set_by_a_recipe_as_an_input_is(model):
     model.head.mine = qp.TensorQuantizer()
     qp.configure(model, {"head": "fp8"})
     assert formats(model)["head.mine"] == "fp8_e4m3"
@@ -204,7 +204,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_near_misses_and_changes
     assert states(model) == before
 
 
-def test_a_layer_that_is_float_already_may_be_told_to_be(model):
+def test_a_rule_may_make_a_layer_float_that_is_float_already(model):
     model.extra = nn.Linear(4, 4)
     qp.configure(model, {"extra": None})
     with pytest.raises(ArgumentError, match="'extra' matches only what is float"):

@@ -321,7 +321,7 @@ def test_data_parallel_is_refused(function, inner):
 
 @pytest.mark.parametrize("function", [qp.convert, qp.revert, lambda model: qp.quantized(model).__enter__()])
 @pytest.mark.parametrize(("given", "message"), [(Net, r"its class: write \w+\(Net\("), (None, "not None")])
-def test_what_is_no_model_is_refused(function, given, message):
+def test_what_is_not_a_model_is_refused(function, given, message):
     with pytest.raises(ArgumentTypeError, match=message):
         function(given)
 

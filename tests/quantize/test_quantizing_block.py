@@ -95,7 +95,7 @@ def test_a_subclass_changes_class_when_it_is_constructed(cls, arguments):
 
 
 @pytest.mark.parametrize(("cls", "arguments"), WAYS)
-def test_however_it_is_constructed_it_is_told_of_where_it_stays_float(cls, arguments):
+def test_however_it_is_constructed_it_is_reported_where_it_stays_float(cls, arguments):
     with qp.quantize_modules() as scope:
         assert type(cls(*arguments)) is cls
     assert [row.target for row in scope.skipped] == [f"{__name__}.{cls.__name__}"]
@@ -113,7 +113,7 @@ def test_under_a_profiler_it_changes_class_with_the_next_module_or_at_the_end():
     assert isinstance(second, qp.QuantizedLayer)
 
 
-def test_a_layer_of_a_target_itself_is_quantized_whoever_runs_its_init(monkeypatch):
+def test_a_layer_of_a_target_itself_is_quantized_whatever_runs_its_init(monkeypatch):
     real = nn.Linear.__init__
     with qp.quantize_modules() as scope:
         made = nn.Linear.__new__(nn.Linear)
@@ -198,7 +198,7 @@ def test_the_word_for_a_model_that_is_there_already_is_convert():
     assert len(str(caught.value)) < 250
 
 
-def test_the_recipe_comes_first_and_what_else_is_taken_for_one_is_told_where_to_go():
+def test_the_recipe_comes_first_and_the_error_for_anything_else_says_where_it_goes():
     with qp.quantize_modules("int4", skip=["Conv2d"]):
         layer = nn.Linear(2, 2)
     assert layer.weight_quantizer.format.name == "int4_narrow"

@@ -270,12 +270,12 @@ def test_the_exception_of_the_body_is_never_masked():
         (["first"], ArgumentTypeError, "is not a rule"),
     ],
 )
-def test_malformed_rules_are_told_when_the_block_is_entered(rules, error, message):
+def test_malformed_rules_are_refused_when_the_block_is_entered(rules, error, message):
     with pytest.raises(error, match=message), qp.quantize_modules(recipe=qp.Recipe(name="bad", rules=rules)):
         pytest.fail("the block was entered")
 
 
-def test_a_model_that_is_gone_by_the_end_is_told_of():
+def test_a_model_that_is_gone_by_the_end_is_reported():
     @qp.quantize_modules(recipe=EDGES)
     def build():
         model = copy.deepcopy(Net())
@@ -287,7 +287,7 @@ def test_a_model_that_is_gone_by_the_end_is_told_of():
     assert off(model) == set()
 
 
-def test_a_block_that_builds_nothing_has_nothing_to_tell():
+def test_a_block_that_builds_nothing_has_nothing_to_say():
     with qp.quantize_modules(recipe=EDGES):
         pass
 

@@ -212,7 +212,7 @@ def test_skip_that_matches_nothing_is_an_error(skip) -> None:
         (["classifier"], "qp.configure(model, {'classifier': None})"),
     ],
 )
-def test_skip_that_matches_nothing_tells_what_to_write(skip, advice) -> None:
+def test_skip_that_matches_nothing_says_what_to_write(skip, advice) -> None:
     with pytest.raises(UnknownNameError) as caught, quantize_modules(skip=skip):
         pass
     assert advice in str(caught.value)
@@ -801,7 +801,7 @@ def test_mock_patches_the_same_init_in_every_order(order, quantized) -> None:
         assert [cls is QuantLinear for cls in out[:3]] == [bit == "1" for bit in quantized]
 
 
-def test_an_init_that_is_no_function_is_called_as_python_would() -> None:
+def test_an_init_that_is_not_a_function_is_called_as_python_would() -> None:
     init = mock.MagicMock(return_value=None)
     with mock.patch.object(Linear, "__init__", init), quantize_modules(skip=["Linear"]):
         Linear(3, bias=False)
@@ -1001,7 +1001,7 @@ def test_a_module_that_fails_to_import_fails_as_it_would_have(package) -> None:
 # --- what came out -----------------------------------------------------------------------------
 
 
-def test_replaced_and_skipped_tell_what_came_out(plugin) -> None:
+def test_replaced_and_skipped_say_what_came_out(plugin) -> None:
     plugin("mine", entries=[("torch.nn", "Conv2d", MyQuantConv)])
 
     class Sub(nn.Conv2d):
@@ -1046,7 +1046,7 @@ def test_the_repr_shows_what_was_given() -> None:
     )
 
 
-def test_a_quantized_layer_built_by_name_is_told_as_such() -> None:
+def test_a_quantized_layer_built_by_name_is_reported_as_such() -> None:
     with quantize_modules() as scope:
         assert isinstance(QuantLinear(2, 2), QuantizedLayer)
     assert scope.skipped == ()

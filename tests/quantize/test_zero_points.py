@@ -429,7 +429,7 @@ def test_training_goes_on(learn: bool) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_the_state_has_the_zero_point_and_gives_it_to_whoever_loads_it() -> None:
+def test_the_state_has_the_zero_point_and_gives_it_to_what_loads_it() -> None:
     model = fitted()
     expected = model(SKEWED)
     state = model.state_dict()

@@ -47,7 +47,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("fields", "message"), BAD, ids=lambda value: repr(value)[:40])
-def test_bad_input_is_told(fields, message):
+def test_bad_input_is_refused(fields, message):
     with pytest.raises(ArgumentError, match=message) as caught:
         QuantDescriptor(**fields)
     assert caught.value.argument
@@ -76,7 +76,7 @@ def test_a_value_of_a_wrong_type_is_a_type_error_too(fields):
 
 
 @pytest.mark.parametrize("fields", [{"num_bits": 9}, {"axis": "row"}, {"axis": ()}, {"amax": -1.0}], ids=repr)
-def test_a_wrong_value_of_the_right_type_is_no_type_error(fields):
+def test_a_wrong_value_of_the_right_type_is_not_a_type_error(fields):
     with pytest.raises(ArgumentError) as caught:
         QuantDescriptor(**fields)
     assert not isinstance(caught.value, TypeError)
@@ -128,7 +128,7 @@ def test_they_are_values():
     assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
-def test_of_three_axes_blocks_run_along_the_one_that_is_no_output_channel() -> None:
+def test_of_three_axes_blocks_run_along_the_one_that_is_not_an_output_channel() -> None:
     blocks = QuantDescriptor(format="mxfp8_e4m3", axis=REDUCTION, dynamic=True)
     assert blocks.for_channel_axis((0, 1)).axis == 2
     assert blocks.for_channel_axis((0, 2)).axis == 1

@@ -26,7 +26,7 @@ class Found(Report):
 FOUND = Found(Path("file"), math.inf, {"a": "no data"})
 
 
-def test_json_has_every_field_and_null_for_what_is_no_finite_number() -> None:
+def test_json_has_every_field_and_null_for_what_is_not_a_finite_number() -> None:
     assert json.loads(FOUND.to_json()) == {"path": "file", "ratio": None, "skipped": {"a": "no data"}}
 
 

@@ -260,7 +260,7 @@ def test_exit_codes_are_the_scripts(leave, code, told, write, tmp_path, environm
         assert done.stderr == told + NO_TORCH
 
 
-def test_an_interrupted_script_ends_as_python_does_and_tells_what_it_built(write, tmp_path, environment):
+def test_an_interrupted_script_ends_as_python_does_and_says_what_it_built(write, tmp_path, environment):
     script = write(
         """
         import sys, time
@@ -286,7 +286,7 @@ def test_an_interrupted_script_ends_as_python_does_and_tells_what_it_built(write
     assert not (tmp_path / "left").exists()
 
 
-def test_what_is_left_float_is_told_with_the_reason(write, tmp_path, environment):
+def test_what_is_left_float_is_reported_with_the_reason(write, tmp_path, environment):
     script = write(
         """
         from torch import nn
@@ -330,7 +330,7 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("how", LAUNCHERS)
-def test_a_script_without_torch_tells_what_its_children_built(how, write, tmp_path, environment):
+def test_a_script_without_torch_says_what_its_children_built(how, write, tmp_path, environment):
     done = python(write(LAUNCHERS[how]), env=environment(), cwd=tmp_path)
     assert done.returncode == 0
     assert done.stderr.startswith("quantpatch run: 1 layer replaced\n"), done.stderr
@@ -384,7 +384,7 @@ def test_a_script_from_standard_input(tmp_path):
     assert (done.returncode, done.stdout.split("Linear")[0]) == (0, "['-', 'one'] Quant")
 
 
-def test_a_script_that_clears_its_environment_and_forks_tells_what_it_built(write, tmp_path, environment):
+def test_a_script_that_clears_its_environment_and_forks_says_what_it_built(write, tmp_path, environment):
     script = write(
         """
         import os, torch
@@ -477,7 +477,7 @@ def test_the_settings_go_along_and_python_keeps_its_options(write, tmp_path, exe
         (["script.py"], {"plugins": ["nobody"]}, UnknownNameError, "unknown plugin 'nobody'"),
     ],
 )
-def test_what_cannot_work_is_told_before_anything_runs(
+def test_what_cannot_work_is_reported_before_anything_runs(
     arguments, settings, error, message, write, tmp_path, executed, monkeypatch
 ):
     write("")
@@ -497,7 +497,7 @@ def test_a_python_that_ignores_its_environment_is_refused(write, executed, monke
     assert executed == []
 
 
-def test_the_command_tells_an_error_in_one_message(tmp_path):
+def test_the_command_prints_an_error_in_one_message(tmp_path):
     done = command("nothing.py", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: there is no script 'nothing.py' in {tmp_path}\n"

@@ -100,7 +100,7 @@ def test_calibration_goes_by_the_options_that_were_given():
     assert watched.notes() == ("Net: 4 of 4 quantizers calibrated in 1 calls",)
 
 
-def test_models_that_ran_too_little_or_not_as_a_whole_are_told_by_name(watch):
+def test_models_that_ran_too_little_or_not_as_a_whole_are_reported_by_name(watch):
     class Branch(Net):
         def forward(self, x):
             return self.first(x)
@@ -159,7 +159,7 @@ def test_parts_that_backward_computes_again_are_no_models(watch):
     assert len(watched.audits()) == 1
 
 
-def test_a_call_that_fails_ends_the_calibration_and_is_told(watch):
+def test_a_call_that_fails_ends_the_calibration_and_is_reported(watch):
     watched = watch(calibrate=2, audit=True)
     model = build()
     model(torch.ones(1, 4))
@@ -177,7 +177,7 @@ def test_a_call_that_fails_ends_the_calibration_and_is_told(watch):
     assert "Net (2): 4 of 4 quantizers calibrated in 2 calls" in watched.notes()
 
 
-def test_data_that_is_not_finite_is_an_error_that_is_told(watch):
+def test_data_that_is_not_finite_is_an_error_that_is_reported(watch):
     watched = watch(calibrate=1)
     model = build()
     with pytest.raises(CalibrationError):

@@ -70,7 +70,7 @@ def broken(check: str) -> type:
 
 
 @pytest.mark.parametrize("check", SEEN)
-def test_a_layer_that_breaks_a_rule_is_found_and_told_what_to_change(check):
+def test_a_layer_that_breaks_a_rule_is_found_with_what_to_change(check):
     with pytest.raises(CheckError) as caught:
         run_check(check, subject(broken(check)))
     message = str(caught.value)
@@ -137,7 +137,7 @@ def test_a_misspelled_check_is_an_error_that_shows_the_right_one(where):
         (scaled, lambda: torch.randn(3, 6), "inputs() of the example gave Tensor, expected a tuple"),
     ],
 )
-def test_a_wrong_example_is_told(build, given, message):
+def test_a_wrong_example_is_reported(build, given, message):
     entry = Entry(broken_layers, "Scaled", broken_layers.Good)
     with pytest.raises(CheckError) as caught:
         run_check("copied", Subject(entry, Example(entry.dotted, build, given), ()))
@@ -185,7 +185,7 @@ def test_every_example_of_a_plugin_is_tried_on_every_check(plugin):
     assert set(run([trial for trial in found if trial.check in ("copied", "signature")]).values()) == {""}
 
 
-def test_an_entry_without_an_example_fails_and_is_told_how_to_write_one(plugin):
+def test_an_entry_without_an_example_fails_and_the_report_says_how_to_write_one(plugin):
     (failure,) = run(trials([plugin("mylib", entries=[ENTRY])])).values()
     assert "broken_layers.Scaled -> broken_layers:Good has no example" in failure
     assert "def quantpatch_examples():" in failure

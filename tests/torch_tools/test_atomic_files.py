@@ -39,7 +39,7 @@ def test_a_file_keeps_the_permissions_of_the_one_it_replaces(tmp_path: Path) -> 
     assert mode(tmp_path / "old") == 0o640
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="is a folder"), written_whole(tmp_path):
         raise AssertionError("nothing is written")
 

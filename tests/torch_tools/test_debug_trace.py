@@ -34,7 +34,7 @@ def lines(monkeypatch, capsys):
     return read
 
 
-def test_imports_and_hooks_are_told_with_plugin_result_and_duration(install, lines):
+def test_imports_and_hooks_are_reported_with_plugin_result_and_duration(install, lines):
     install("mine", SOURCE, "my-dist", "0.3")
     registry = Registry()
     registry.entries(["mine"])
@@ -51,7 +51,7 @@ def test_imports_and_hooks_are_told_with_plugin_result_and_duration(install, lin
     assert "quantpatch: plugin 'mine': quantpatch_recipes() -> KeyError: 'no such thing' (T ms)" in lines()
 
 
-def test_a_block_tells_what_it_opens_with_and_each_decision_once(lines):
+def test_a_block_says_what_it_opens_with_and_each_decision_once(lines):
     with quantize_modules(skip=["Conv2d"], plugins=[]):
         opened = lines()
         assert (
@@ -69,7 +69,7 @@ def test_a_block_tells_what_it_opens_with_and_each_decision_once(lines):
 
 
 @pytest.mark.parametrize("value", [None, "", "0"])
-def test_without_the_variable_nothing_is_told(value, monkeypatch, capsys):
+def test_without_the_variable_nothing_is_reported(value, monkeypatch, capsys):
     if value is None:
         monkeypatch.delenv("QUANTPATCH_TRACE", raising=False)
     else:

@@ -44,13 +44,13 @@ def quantized_model() -> nn.Sequential:
         lambda path: qp.sensitivity(X, lambda model: 1.0),
     ],
 )
-def test_what_is_no_model_is_said_to_be_none(call, tmp_path):
+def test_what_is_not_a_model_is_named(call, tmp_path):
     with pytest.raises(ArgumentTypeError, match=r"takes a model|takes the model first"):
         call(tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_shown_of_a_thing_that_is_no_model_fits_in_a_line():
+def test_what_is_shown_of_a_thing_that_is_not_a_model_fits_in_a_line():
     with pytest.raises(
         ArgumentTypeError, match=re.escape("summary takes a model (an nn.Module), not a Tensor")
     ):
@@ -66,7 +66,7 @@ def test_one_tensor_or_one_dict_is_one_batch(data):
 
 
 @pytest.mark.parametrize("data", [None, 3, "data", b"data", nn.Linear(2, 2)])
-def test_what_is_no_batches_is_an_error(data):
+def test_what_is_not_batches_is_an_error(data):
     with pytest.raises(ArgumentTypeError, match=f"^data is {type(data).__name__}, expected batches"):
         as_batches(data)
 

@@ -93,7 +93,7 @@ def test_what_is_raised_in_a_notebook_takes_the_display_away(notebook):
     assert notebook[-1] == ""
 
 
-def test_a_notebook_is_told_of_only_if_that_is_wanted(notebook):
+def test_a_notebook_shows_it_only_if_that_is_wanted(notebook):
     with progress_bar("Counting", 3, progress=False) as bar:
         bar.step("one")
         bar.advance()

@@ -165,7 +165,7 @@ def test_arguments_it_does_not_know_are_refused_rather_than_dropped(name):
         attention_forward(nn.Module(), q, q, q, None, **{name: torch.zeros(1)})
 
 
-def test_the_audit_tells_how_to_quantize_attention():
+def test_the_audit_says_how_to_quantize_attention():
     with qp.quantize_modules():
         model = MODELS["bert"].build().eval()
     report = qp.audit(model, kwargs=MODELS["bert"].inputs)

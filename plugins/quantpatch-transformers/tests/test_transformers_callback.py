@@ -68,7 +68,7 @@ def ranges(model):
     return {k: v.clone() for k, v in state.items() if k.endswith("_amax") and not v.isnan().any()}
 
 
-def test_it_calibrates_on_the_training_data_and_tells_what_runs_quantized(tmp_path, capsys):
+def test_it_calibrates_on_the_training_data_and_says_what_runs_quantized(tmp_path, capsys):
     model, callback = quantized(), QuantPatchCallback(calibrate=2)
     trainer = trainer_of(model, callback, tmp_path)
     trainer.train()

@@ -339,7 +339,7 @@ def test_another_head_takes_the_body(tmp_path):
     assert states(other) == {name: state for name, state in states(model).items() if "lm_head" not in name}
 
 
-def test_a_process_that_imports_the_package_reads_it_and_one_that_does_not_is_told(tmp_path):
+def test_a_process_that_imports_the_package_reads_it_and_one_that_does_not_is_reported(tmp_path):
     model = saved(calibrated(), tmp_path)
     torch.save(output(model), tmp_path / "output.pt")
     code = f"""

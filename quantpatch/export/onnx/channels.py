@@ -26,11 +26,11 @@ _OF_TWO = ("Add", "Mul", "Sub")
 def widen_channels(graph: Any) -> None:
     """Convolutions give zeros as further channels where that makes them, or those who take them, faster.
 
-    - Below 16 output channels the integer kernel is another, which takes twice the time (4 to 8 channels, 64
-      images of 8 x 8: 108 and 56 us); of one pixel by one it is the same.
-    - The depthwise kernel takes 16 channels at once and those left over one by one (3 x 3, 20 x 20 pixels, 88
-      and 96 channels: 45 and 24 us; 5 x 5, 10 x 10 pixels, 120 and 128 channels: 35 and 19 us).
-    - Those who sum over the channels take four at once, see ``pad_inputs``; wider ones need no Pad.
+    - Below 16 output channels the integer kernel is another, which takes about twice the time; of one pixel
+      by one it is the same.
+    - The depthwise kernel takes 16 channels at once and those left over one by one, so 88 channels take
+      longer than 96.
+    - Kernels that sum over the channels take four at once, see ``pad_inputs``; wider ones need no Pad.
 
     All that is computed channel by channel up to those sums is widened too, and the sums get weights of 0 for
     the new channels: they add nothing.
@@ -54,8 +54,8 @@ def widen_channels(graph: Any) -> None:
 def pad_inputs(graph: Any) -> None:
     """Convolutions get zeros as further input channels, up to a multiple of four.
 
-    The integer kernel for that takes a third of the time of the one for any number (3 to 32 channels, 96 x
-    96: 37 and 116 us; the Pad takes 5). A zero times a zero adds nothing.
+    The integer kernel for that takes about a third of the time of the one for any number, and the Pad little.
+    A zero times a zero adds nothing.
 
     Args:
         graph: An ``onnx_ir.Graph``; changed in place.

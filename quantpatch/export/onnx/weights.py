@@ -1,7 +1,7 @@
 """Weights and biases in the form that ONNX Runtime computes with: integers, or floats that it makes at load.
 
 The values are the same, as in ``fast_kernels.py``. A DequantizeLinear of a constant that no kernel takes in
-would run each time: of a matrix of 512 x 2048 that is 12 times what a product of one row takes.
+would run each time, which takes longer than a product with one row.
 """
 
 from __future__ import annotations

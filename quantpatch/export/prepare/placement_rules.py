@@ -264,9 +264,8 @@ def _why_slow_on_images(layer: nn.Conv2d, operator: Operator) -> str | None:
     """When integers are slower in a convolution of images: its activation has no integer kernel.
 
     On integers the image is quantized, padded to four channels and turned, and the result becomes float for
-    the activation and integer again; the float kernel takes the image as it is and has the activation in it
-    (3 to 16 channels, 3 x 3, 160 x 160, hard swish: 200 and 114 us on one thread of an x86 with VNNI; SiLU
-    and GELU gain as much, larger kernels and ReLU do not).
+    the activation and integer again; the float kernel takes the image as it is and has the activation in it,
+    such as hard swish, SiLU and GELU. Larger kernels and ReLU gain on integers.
     """
     products = layer.in_channels * math.prod(layer.kernel_size)
     if layer.groups != 1 or layer.in_channels >= _FEW_CHANNELS or products > _FEW_PRODUCTS:
@@ -284,10 +283,8 @@ def _why_slow_on_images(layer: nn.Conv2d, operator: Operator) -> str | None:
 def _why_slow_with_few_channels(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
     """When integers are slower in a convolution of volumes, or of groups: a group has few channels.
 
-    The integer kernel copies what each output of a group needs, which takes as long for 1 channel as for 16
-    (16 outputs, 3 x 3 x 3, 16 x 16 x 16: 0.8 ms on one thread of an x86 with VNNI; on floats 0.2 ms from 3
-    channels, 0.9 from 12 and 1.1 from 16). Between convolutions on integers, groups of 4 channels take twice
-    as long as on floats, those of 1 channel that become 2 seven times, and those of 8 as long. Depthwise ones
+    The integer kernel copies what each output of a group needs, which takes as long for 1 channel as for 16;
+    floats are as slow from about 12 channels on, and in groups from about 8. Depthwise ones
     have a kernel of their own, of volumes for many groups at once.
     """
     inside, outside = layer.in_channels // layer.groups, layer.out_channels // layer.groups

@@ -77,18 +77,18 @@ def _watch(is_main: bool) -> Callable[[], None]:
     return stop
 
 
-def _tell_at_the_end(settings: dict[str, Any], stop_watch: Callable[[], None]) -> None:
+def _report_at_the_end(settings: dict[str, Any], stop_watch: Callable[[], None]) -> None:
     """In the first process, as the very last thing: what was registered first is called last."""
     pid, directory = os.getpid(), settings["directory"]
 
-    def tell() -> None:
+    def report_all() -> None:
         if os.getpid() != pid:  # a fork of it
             return
         stop_watch()
         try:
             with contextlib.suppress(KeyboardInterrupt):
                 if "quantpatch.run.session" in sys.modules:
-                    importlib.import_module("quantpatch.run.session").tell(directory)
+                    importlib.import_module("quantpatch.run.session").report_all(directory)
                 elif os.path.isdir(directory) and os.listdir(directory):
                     report = _by_path(HERE.parent / "report.py")
                     watched = bool(settings["calibrate"] or settings["audit"])
@@ -98,7 +98,7 @@ def _tell_at_the_end(settings: dict[str, Any], stop_watch: Callable[[], None]) -
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
-    atexit.register(tell)
+    atexit.register(report_all)
 
 
 def _begin() -> None:
@@ -111,7 +111,7 @@ def _begin() -> None:
         import json  # a few milliseconds that the other processes need not spend
 
         with contextlib.suppress(ValueError):  # it is reported where torch is imported
-            _tell_at_the_end(json.loads(settings), stop_watch)
+            _report_at_the_end(json.loads(settings), stop_watch)
 
 
 if __name__ == "sitecustomize":  # imported by Python itself, not looked at by a tool

@@ -309,12 +309,12 @@ def test_the_code_to_paste_says_that_a_class_inside_other_code_has_to_be_moved(l
     assert f"# Outer.Inner is defined inside other code: move it to the top of {layers.__name__}." in code
 
 
-def test_a_class_that_no_entry_covers_is_told_of(layers):
+def test_a_class_that_no_entry_covers_is_reported(layers):
     (row,) = qp.audit(layers.Transposed(), torch.randn(2, 4)).rows
     assert row.reason == "a function called in the forward of Transposed, for which there is no entry"
 
 
-def test_a_skipped_layer_is_told_of():
+def test_a_skipped_layer_is_reported():
     model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(1, 1, 1))
     qp.convert(model, skip=["Linear"])
     (reason,) = reasons(qp.audit(model[0], torch.randn(2, 4))).values()
@@ -351,7 +351,7 @@ def test_a_subclass_without_ways_of_its_own_says_what_to_write():
     )
 
 
-def test_a_parametrized_layer_is_told_of_by_its_own_class():
+def test_a_parametrized_layer_is_reported_by_its_own_class():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
     (row,) = qp.audit(model, torch.randn(2, 4)).rows
     assert row.reason.startswith("Linear was left float")
@@ -379,7 +379,7 @@ def test_inputs_that_are_one_tensor_are_quantized_once_and_none_is_missed():
     assert not any("out_proj" in name for name, _ in qp.summary(model).float_layers)
 
 
-def test_a_quantizer_that_no_tensor_passed_is_told_of():
+def test_a_quantizer_that_no_tensor_passed_is_reported():
     model = Wrapped(lambda self, x: self.used(x), used=nn.Linear(4, 4), idle=nn.Linear(4, 4))
     qp.convert(model)
     report = qp.audit(model, torch.randn(2, 4))
@@ -439,7 +439,7 @@ def test_attention_counts_scores_and_output_apart():
     assert not output.quantized
 
 
-def test_a_recurrent_layer_tells_its_hidden_state_from_its_input():
+def test_a_recurrent_layer_distinguishes_its_hidden_state_from_its_input():
     model = quantized(nn.LSTM(4, 8))
     report = qp.audit(model, torch.randn(5, 2, 4))
     rows = {row.operation: row for row in report.rows}
@@ -544,7 +544,7 @@ def test_a_forward_that_raises_leaves_everything_as_before():
     assert same(before, state_of(model))
 
 
-def test_inputs_on_another_device_are_told_of_and_nothing_is_lost():
+def test_inputs_on_another_device_are_reported_and_nothing_is_lost():
     model = quantized(nn.Linear(4, 4), nn.LSTM(4, 4))
     qp.calibrate(model, [torch.randn(3, 2, 4)])
     before = state_of(model)
@@ -577,7 +577,7 @@ def test_a_module_whose_exception_is_caught_does_not_confuse_the_rest():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_scripted_part_is_told_of_with_nothing_to_paste():
+def test_a_scripted_part_is_reported_with_nothing_to_paste():
     part = torch.jit.script(nn.Linear(4, 4))
     for model in (part, nn.Sequential(nn.ReLU(), part)):
         report = qp.audit(model, torch.randn(2, 4))
@@ -596,7 +596,7 @@ def test_a_scripted_part_is_told_of_with_nothing_to_paste():
     ],
     ids=["data-parallel", "class", "text"],
 )
-def test_what_is_no_model_of_its_own_is_refused(given, error, message):
+def test_what_is_not_a_model_of_its_own_is_refused(given, error, message):
     with pytest.raises(error, match=message):
         qp.audit(given, torch.randn(2, 4))
 
@@ -640,7 +640,7 @@ def test_a_model_that_multiplies_nothing_has_a_share_of_zero():
     assert qp.audit(nn.Sequential(nn.ReLU()), torch.randn(2)).share == 0.0
 
 
-def test_what_is_changed_in_place_is_no_quantized_operand_any_more():
+def test_what_is_changed_in_place_is_not_a_quantized_operand_any_more():
     class Sum(nn.Module):
         def __init__(self):
             super().__init__()
@@ -674,7 +674,7 @@ def _as_the_place_for_a_result(q):
 
 
 @pytest.mark.parametrize("change", [_in_a_view_of_it, _by_what_it_is_a_view_of, _as_the_place_for_a_result])
-def test_what_is_changed_where_it_lies_in_memory_is_no_quantized_operand_any_more(change):
+def test_what_is_changed_where_it_lies_in_memory_is_not_a_quantized_operand_any_more(change):
     model = Wrapped(
         lambda self, x: change(self.quantizer(x)) @ self.quantizer(x).t(), quantizer=qp.TensorQuantizer()
     )

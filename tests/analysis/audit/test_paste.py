@@ -206,7 +206,7 @@ def test_without_the_source_the_report_says_that_it_cannot_be_read():
     assert "needs the source of Made.forward, which cannot be read" in why
 
 
-def test_a_layer_that_fails_when_it_is_tried_is_told_of():
+def test_a_layer_that_fails_when_it_is_tried_is_reported():
     class Once(torch.nn.Module):
         ran = False
 

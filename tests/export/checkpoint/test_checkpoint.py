@@ -459,7 +459,7 @@ def test_another_architecture(tmp_path: Path) -> None:
     assert_untouched(model, before)
 
 
-def test_batch_norm_that_is_folded_on_one_side_alone_is_told_of(tmp_path: Path) -> None:
+def test_batch_norm_that_is_folded_on_one_side_alone_is_reported(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)).eval()
 

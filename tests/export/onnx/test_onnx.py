@@ -388,7 +388,7 @@ def test_a_model_in_bfloat16_is_written_and_said_to_be_unchecked(tmp_path: Path)
     assert onnx.TensorProto.FLOAT in kinds
 
 
-def test_outputs_that_kernels_compute_otherwise_are_told_of(
+def test_outputs_that_kernels_compute_otherwise_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a file does whose integers saturate on a processor, say."""
@@ -425,7 +425,7 @@ def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         export_onnx(model, X, tmp_path / "m.onnx")
 
 
-def test_a_float_model_is_told_of(tmp_path: Path) -> None:
+def test_a_float_model_is_reported(tmp_path: Path) -> None:
     with pytest.warns(QuantPatchWarning, match="the file will be float"):
         export_onnx(nn.Linear(4, 4), torch.randn(3, 4), tmp_path / "m.onnx")
 
@@ -460,7 +460,7 @@ def test_an_export_that_fails_while_it_traces_leaves_the_model_alone(tmp_path: P
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
 
 
-def test_what_torch_compile_makes_of_a_model_is_no_file_without_quantizers(tmp_path: Path) -> None:
+def test_what_torch_compile_makes_of_a_model_is_not_a_file_without_quantizers(tmp_path: Path) -> None:
     class OnlyCompiled(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -329,7 +329,7 @@ def test_a_fold_that_changes_the_model_is_undone_and_named_and_the_others_stay()
     assert torch.allclose(model(Y), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_how_far_off_a_model_was_is_told() -> None:
+def test_how_far_off_a_model_was_is_reported() -> None:
     class Watching(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -166,7 +166,7 @@ def test_a_model_trains_to_the_same_weights_and_calibrates_to_the_same_ranges():
     assert all(map(torch.equal, *both_ways(trained)))
 
 
-def test_a_weights_result_has_the_memory_of_the_step_before_unless_somebody_has_it_still():
+def test_a_weights_result_has_the_memory_of_the_step_before_unless_it_is_still_in_use():
     weight = nn.Parameter(torch.randn(512, 1024))
     amax = torch.tensor(2.0)
 
@@ -237,7 +237,7 @@ def test_without_numba_operations_stand_in_silently(monkeypatch):
         numba._load.cache_clear()
 
 
-def test_kernels_that_do_not_work_are_told_of_once(monkeypatch):
+def test_kernels_that_do_not_work_are_reported_once(monkeypatch):
     from quantpatch.numerics.kernels import source
 
     def broken(name, dtype):

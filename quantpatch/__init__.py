@@ -21,6 +21,7 @@ from quantpatch.export import (
 from quantpatch.layers import QuantizedLayer
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.mixed_precision import search
+from quantpatch.page import report
 from quantpatch.plugins import Entry, Example, Runtime, hookimpl
 from quantpatch.plugins.registry import recipe, registry
 from quantpatch.quantize import (
@@ -73,6 +74,7 @@ __all__ = [
     "quantized",
     "recipe",
     "registry",
+    "report",
     "revert",
     "save",
     "search",

@@ -31,6 +31,7 @@ FLOORS = [
     {"export.onnx", "export.program", "run"},
     {"export"},
     {"mixed_precision"},
+    {"page"},
     {"__init__"},
     {"cli", "testing"},
     {"__main__"},

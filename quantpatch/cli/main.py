@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -9,7 +10,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from rich.table import Table
 from quantpatch.analysis.audit import audit
 from quantpatch.errors import ArgumentError, ArgumentTypeError, CheckError, InputError, QuantPatchError, shown
 from quantpatch.mixed_precision import search
+from quantpatch.page import report
 from quantpatch.plugins.registry import registry
 from quantpatch.plugins.scaffold import new_plugin
 from quantpatch.quantize.compose import compose
@@ -45,6 +47,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Inputs = Annotated[
+    list[str],
+    typer.Option(
+        "--input",
+        help="Shape of an input, such as 1,3,224,224 (or 1,128:int for indices); once for each input.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 # The options of a block, in each command that opens one, and without it in none.
 _BLOCK: dict[str, tuple[Any, Any]] = {
@@ -362,17 +371,30 @@ def _tensor(text: str) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+def _model_in(block: dict[str, Any], build: str, inputs: list[str]) -> tuple[torch.nn.Module, list[Any]]:
+    """The model that a function builds in a block, and its inputs."""
+    found, tensors = _build(build), [_tensor(text) for text in inputs]
+    with quantize_modules(**block):
+        return _built(found, build), tensors
+
+
+@contextlib.contextmanager
+def _naming_shapes(inputs: list[str]) -> Iterator[None]:
+    """A block that runs a model; if it fails, says on what."""
+    try:
+        yield
+    except QuantPatchError:
+        raise
+    except (RuntimeError, TypeError, IndexError) as error:
+        shapes = " and ".join(inputs)
+        raise InputError(f"the model failed on inputs of shape {shapes}: {error}") from error
+
+
 @app.command("audit")
 @_with_block
 def audit_command(
     build: Annotated[str, typer.Argument(help="package.module:function that builds the model.")],
-    inputs: Annotated[
-        list[str],
-        typer.Option(
-            "--input",
-            help="Shape of an input, such as 1,3,224,224 (or 1,128:int for indices); once for each input.",
-        ),
-    ],
+    inputs: Inputs,
     block: Any,
     minimum: Annotated[float | None, typer.Option(help="Fail below this share.", min=0.0, max=1.0)] = None,
     as_json: AsJson = False,
@@ -381,19 +403,29 @@ def audit_command(
 
     The exit code is 1 if that is below --minimum.
     """
-    found, tensors = _build(build), [_tensor(text) for text in inputs]
-    with quantize_modules(**block):
-        model = _built(found, build)
+    model, tensors = _model_in(block, build, inputs)
     try:
-        report = audit(model, tuple(tensors), minimum=minimum)
+        with _naming_shapes(inputs):
+            coverage = audit(model, tuple(tensors), minimum=minimum)
     except CheckError as error:
         _print_report(error.report, as_json)
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    except (RuntimeError, TypeError, IndexError) as error:
-        shapes = " and ".join(inputs)
-        raise InputError(f"the model failed on inputs of shape {shapes}: {error}") from error
-    _print_report(report, as_json)
+    _print_report(coverage, as_json)
+
+
+@app.command("report")
+@_with_block
+def report_command(
+    build: Annotated[str, typer.Argument(help="package.module:function that builds the model.")],
+    inputs: Inputs,
+    block: Any,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file.")] = Path("report.html"),
+) -> None:
+    """Build a model in a block, run it, and write what is known of it as a page."""
+    model, tensors = _model_in(block, build, inputs)
+    with _naming_shapes(inputs):
+        typer.echo(f"wrote {report(model, tuple(tensors), path=output)}")
 
 
 @app.command("search")

@@ -226,3 +226,10 @@ def test_search_finds_the_cheapest_recipes_and_prints_or_is_json(tmp_path, monke
     assert found["evaluations"] <= 9
     assert (tmp_path / "search.json").is_file()
     sys.modules.pop("cli_search", None)
+
+
+def test_report_writes_a_page(model_module, tmp_path):
+    for package in ("jinja2", "itables", "vl_convert"):
+        pytest.importorskip(package)
+    assert run("report", model_module, "--input", "2,4", "-o", "page.html").strip() == "wrote page.html"
+    assert "of the multiplications quantized" in (tmp_path / "page.html").read_text()

@@ -1,0 +1,185 @@
+"""The page's pictures as SVG, drawn by Vega: they need no script and no network to be seen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from quantpatch.errors import MissingExtraError
+
+# Colours that keep apart for most eyes, in light and in dark; float is the striking one.
+_FLOAT = "#d62728"
+_COLORS = ("#4c78a8", "#72b7b2", "#54a24b", "#b279a2", "#9d755d", "#eeca3b", "#bab0ac")
+_ROOT = "(model)"
+_SCHEMA = "https://vega.github.io/schema/vega/v6.json"
+
+
+def _vega() -> Any:
+    try:
+        import vl_convert
+    except ImportError:
+        raise MissingExtraError.of("report", "vl-convert-python", "qp.report") from None
+    return vl_convert
+
+
+def _clean(svg: str) -> str:
+    """An SVG to stand within a page: as wide as there is room, in the page's colour of text."""
+    svg = re.sub(r'^<svg([^>]*?) width="(\d+)" height="\d+"', r'<svg\1 style="max-width:\2px"', svg)
+    return svg.replace('fill="#000"', 'fill="currentColor"').replace('stroke="#888"', 'stroke="currentColor"')
+
+
+def treemap(cells: Sequence[tuple[str, str, int]]) -> str:
+    """Rectangles as large as their numbers, coloured by kind.
+
+    Args:
+        cells: Name, kind and number of each. The kind ``"float"`` has the striking colour.
+    """
+    kinds = [kind for kind in dict.fromkeys(kind for _, kind, _ in cells) if kind != "float"]
+    colors = [_COLORS[n % len(_COLORS)] for n in range(len(kinds))]
+    total = sum(size for _, _, size in cells) or 1
+    values: list[dict[str, Any]] = [{"id": _ROOT, "parent": None}]
+    for number, (name, kind, size) in enumerate(cells):
+        said = f"{name or _ROOT}: {size:,} multiply-accumulates, {size / total:.1%}, {kind}"
+        values.append(
+            {
+                "id": str(number),
+                "parent": _ROOT,
+                "name": name or _ROOT,
+                "size": size,
+                "kind": kind,
+                "said": said,
+            }
+        )
+    corners = {"x": {"field": "x0"}, "y": {"field": "y0"}, "x2": {"field": "x1"}, "y2": {"field": "y1"}}
+    spec = {
+        "$schema": _SCHEMA,
+        "width": 1000,
+        "height": 320,
+        "background": None,
+        "data": [
+            {
+                "name": "tree",
+                "values": values,
+                "transform": [
+                    {"type": "stratify", "key": "id", "parentKey": "parent"},
+                    {
+                        "type": "treemap",
+                        "field": "size",
+                        "sort": {"field": "value", "order": "descending"},
+                        "size": [{"signal": "width"}, {"signal": "height"}],
+                        "paddingInner": 1,
+                    },
+                ],
+            },
+            {
+                "name": "leaves",
+                "source": "tree",
+                "transform": [{"type": "filter", "expr": "datum.size > 0"}],
+            },
+        ],
+        "scales": [
+            {
+                "name": "color",
+                "type": "ordinal",
+                "domain": ["float", *kinds],
+                "range": [_FLOAT, *colors],
+            }
+        ],
+        "legends": [{"fill": "color", "orient": "bottom", "direction": "horizontal", "columns": 4}],
+        "marks": [
+            {
+                "type": "rect",
+                "from": {"data": "leaves"},
+                "encode": {
+                    "enter": {
+                        **corners,
+                        "fill": {"scale": "color", "field": "kind"},
+                        "description": {"field": "said"},
+                        "tooltip": {"field": "said"},
+                    }
+                },
+            },
+            {
+                "type": "text",
+                "interactive": False,
+                "from": {"data": "leaves"},
+                "encode": {
+                    "enter": {
+                        "x": {"signal": "(datum.x0 + datum.x1) / 2"},
+                        "y": {"signal": "(datum.y0 + datum.y1) / 2"},
+                        "text": {"field": "name"},
+                        "align": {"value": "center"},
+                        "baseline": {"value": "middle"},
+                        "fill": {"value": "#fff"},
+                        "limit": {"signal": "datum.y1 - datum.y0 > 12 ? datum.x1 - datum.x0 - 6 : 0.1"},
+                    }
+                },
+            },
+        ],
+    }
+    return _clean(_vega().vega_to_svg(spec))
+
+
+def histogram(edges: Sequence[float], counts: Sequence[int], limits: Iterable[float]) -> str:
+    """Bars, with lines where a range ends.
+
+    Args:
+        edges: Of the bars, one more than there are.
+        counts: How high they are.
+        limits: Where lines stand.
+    """
+    bars = [
+        {"from": low, "to": high, "count": count}
+        for low, high, count in zip(edges, edges[1:], counts, strict=False)
+        if count
+    ]
+    x = {"field": "from", "type": "quantitative", "axis": {"title": None, "tickCount": 4, "grid": False}}
+    spec = {
+        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+        "width": 200,
+        "height": 60,
+        "background": None,
+        "config": {"view": {"stroke": None}},
+        "layer": [
+            {
+                "data": {"values": bars},
+                "mark": {"type": "bar", "color": _COLORS[0], "aria": False},
+                "encoding": {
+                    "x": x,
+                    "x2": {"field": "to"},
+                    "y": {"field": "count", "type": "quantitative", "axis": None, "scale": {"type": "sqrt"}},
+                },
+            },
+            {
+                "data": {"values": [{"at": limit} for limit in limits]},
+                "mark": {"type": "rule", "color": _FLOAT, "strokeDash": [3, 2], "aria": False},
+                "encoding": {"x": {"field": "at", "type": "quantitative"}},
+            },
+        ],
+    }
+    return _clean(_vega().vegalite_to_svg(spec))
+
+
+def frontier(points: Sequence[tuple[float, float, str]], cost: str) -> str:
+    """Points of cost against metric.
+
+    Args:
+        points: Cost, metric and kind of each.
+        cost: What cost is counted in.
+    """
+    spec = {
+        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+        "width": 640,
+        "height": 260,
+        "background": None,
+        "data": {"values": [{"cost": c, "metric": m, "kind": kind} for c, m, kind in points]},
+        "mark": {"type": "point", "filled": True, "size": 70},
+        "encoding": {
+            "x": {"field": "cost", "type": "quantitative", "title": cost},
+            "y": {"field": "metric", "type": "quantitative", "scale": {"zero": False}},
+            "color": {"field": "kind", "type": "nominal", "title": None},
+            "shape": {"field": "kind", "type": "nominal", "title": None},
+        },
+    }
+    return _clean(_vega().vegalite_to_svg(spec))

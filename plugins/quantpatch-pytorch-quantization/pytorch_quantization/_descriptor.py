@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 
 __all__ = ["QuantDescriptor", "ScaledQuantDescriptor"]
+
+_logger = logging.getLogger("pytorch_quantization")
 
 NumBits = int | tuple[int, int]
 Axis = int | tuple[int, ...] | None
@@ -25,8 +28,10 @@ def _num_bits(value: Any) -> NumBits:
         return (4, 3)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"num_bits must be an int, or (4, 3) for FP8 E4M3; got {value!r}")
-    if value < 1:
-        raise ValueError(f"num_bits must be at least 1, got {value}")
+    if value < 0:
+        raise ValueError(f"num_bits must not be negative, got {value}")
+    if value == 0:
+        _logger.error("num_bits is 0: all that is quantized becomes 0, which is for debugging only")
     return value
 
 
@@ -58,7 +63,8 @@ class QuantDescriptor:
     """How a tensor is to be quantized.
 
     Attributes:
-        num_bits: Number of bits of an integer, or ``(4, 3)`` for FP8 E4M3.
+        num_bits: Number of bits of an integer, or ``(4, 3)`` for FP8 E4M3. With 0, which is logged as an
+            error, all values become 0.
         name: A name for messages.
         fake_quant: Whether the result is rounded values (fake quantization), rather than integers.
         axis: The axes that are *kept*, each index with a range of its own; None for one range.

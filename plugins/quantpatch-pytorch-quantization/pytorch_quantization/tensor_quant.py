@@ -57,7 +57,7 @@ def bound_of(num_bits: NumBits, unsigned: bool = False) -> float:
     """The largest number of a format: 127 of 8 bits, 255 of unsigned 8 bits, 448 of ``(4, 3)``."""
     if isinstance(num_bits, tuple):
         return E4M3_MAX
-    return 2.0 ** (num_bits - 1 + int(unsigned)) - 1.0
+    return max(0.0, 2.0 ** (num_bits - 1 + int(unsigned)) - 1.0)
 
 
 def tensor_quant(
@@ -216,7 +216,7 @@ def round_to_integers(
     # Not `bound / amax`, which torch computes as a reciprocal times the bound, rounded twice: the toolkit's
     # kernels divide.
     scale = torch.full_like(amax, bound) / amax
-    dead = amax <= _DEAD
+    dead = (amax <= _DEAD) | (bound == 0)
     # The quotient of a range of 0 is infinite, and times 0 would be NaN.
     quantized = (working(x) * scale.masked_fill(dead, 0.0)).round_().clamp_(lowest, bound)
     return quantized, scale.masked_fill(dead, 1.0)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from pytorch_quantization import cuda_ext
 from pytorch_quantization import tensor_quant as tq
+from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 
 
@@ -23,7 +25,7 @@ def test_defaults():
     [
         ({"num_bits": (5, 2)}, TypeError),
         ({"num_bits": 8.0}, TypeError),
-        ({"num_bits": 0}, ValueError),
+        ({"num_bits": -1}, ValueError),
         ({"amax": "1"}, TypeError),
         ({"amax": torch.ones(())}, TypeError),
         ({"learn_amax": True, "axis": 0}, TypeError),
@@ -79,3 +81,16 @@ def test_constants():
     for d in (1, 2, 3):
         constant = getattr(tq, f"QUANT_DESC_8BIT_CONVTRANSPOSE{d}D_WEIGHT_PER_CHANNEL")
         assert constant == QuantDescriptor(axis=1)
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_of_0_bits_which_is_logged_all_becomes_0(caplog, unsigned):
+    descriptor = QuantDescriptor(num_bits=0, unsigned=unsigned)
+    assert "num_bits is 0: all that is quantized becomes 0" in caplog.text
+    assert descriptor.num_bits == 0
+    x = torch.rand(3, 4) + 0.1
+    zeros = torch.zeros_like(x)
+    assert torch.equal(TensorQuantizer(descriptor)(x), zeros)
+    assert torch.equal(tq.fake_tensor_quant(x, x.amax(), 0, unsigned), zeros)
+    assert torch.equal(tq.tensor_quant(x, x.amax(), 0, unsigned)[0], zeros)
+    assert torch.equal(cuda_ext.fake_tensor_quant(x, x.amax(), 0, unsigned), zeros)

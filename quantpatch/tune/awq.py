@@ -36,10 +36,12 @@ class AWQ(Tuner):
     Attributes:
         steps: How many values of alpha are tried; 0 leaves the scales.
         clip: Whether weights are clipped.
+        at_runtime: As in ``SmoothQuant``.
     """
 
     steps: int = 20
     clip: bool = True
+    at_runtime: bool = False
 
     def __attrs_post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
@@ -48,7 +50,7 @@ class AWQ(Tuner):
     def tune(self, tuning: Tuning) -> None:
         """See there."""
         weights = tuning.weights()
-        scaling = Scaling(tuning, weights) if self.steps else None
+        scaling = Scaling(tuning, weights, at_runtime=self.at_runtime) if self.steps else None
         seen = tuning.moments(weights.values(), "looks at activations", in_float=True)
         if scaling is not None:
             for index, factor in scaling.choose(seen, self._candidates, Product.lost_by_weight).items():

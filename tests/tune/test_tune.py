@@ -219,6 +219,10 @@ def test_what_cannot_be_tuned_is_named_with_the_reason() -> None:
         "layers.idle.weight": NoData(),
     }
     assert "no product of it with data was seen" in str(report)
+    rows = {row["name"]: row for row in report.to_dicts()}
+    assert rows["layers.plain.weight"]["outcome"] == "tuned"
+    assert rows["layers.off.weight"]["detail"] == "it is not quantized"
+    assert "NaN" not in report.to_json()
 
 
 def test_a_weight_is_rounded_once() -> None:

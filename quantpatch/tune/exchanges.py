@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from quantpatch.dataflow import BATCHNORM, Dataflow, Operator, Value, traits
@@ -109,7 +110,7 @@ class Exchange:
 
 def mix(x: Tensor, rotation: Tensor) -> Tensor:
     """Neighbours on the last axis, mixed by a matrix."""
-    return (x.unflatten(-1, (-1, len(rotation))) @ rotation.mT).flatten(-2)
+    return (torch.unflatten(x, -1, (-1, len(rotation))) @ rotation.mT).flatten(-2)
 
 
 class _Impossible(Exception):

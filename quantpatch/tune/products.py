@@ -65,7 +65,7 @@ class Product:
         rounded = self._rounded(factor)
         if factor is not None and factor.dim() == 2:
             # The channels behind each other, whatever else is among the inputs of a product.
-            apart = rows.unflatten(-1, (self.channels.count(self.weight.tensor.contiguous()), -1))
+            apart = torch.unflatten(rows, -1, (self.channels.count(self.weight.tensor.contiguous()), -1))
             rows = mix(apart.movedim(-2, -1), factor.to(rows)).movedim(-1, -2).flatten(-2)
             largest = rows.abs()
         elif factor is not None:

@@ -9,6 +9,7 @@ as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import attrs
@@ -71,4 +72,5 @@ def hadamard(size: int) -> Tensor:
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix * (torch.randint(0, 2, (size,)) * 2 - 1) / size**0.5
+    signs = torch.randint(0, 2, (size,)) * 2 - 1
+    return matrix * signs / math.sqrt(size)

@@ -1,8 +1,7 @@
 """The graph as ONNX Runtime's CPU provider runs it fast: other ways to write the same values.
 
 Nothing here changes what is computed: with its optimizations off ONNX Runtime gives the same results, up to
-the order in which sums of products are rounded. Times in comments are of onnxruntime 1.32 on one thread of an
-x86 with VNNI, integer kernel to integer kernel; ``benchmarks/export.py`` measures whole models.
+the order in which sums of products are rounded. ``benchmarks/export.py`` measures what it gains.
 """
 
 from __future__ import annotations

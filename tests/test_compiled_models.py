@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.layers.operations import Add
+from quantpatch.layers import Add
 from quantpatch.layers.quantizer import named_quantizers
 
 pytestmark = [

@@ -6,9 +6,7 @@ brings neither the package nor transformers along.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from typing import Any
 
 from quantpatch.plugins import Entry, Example, hookimpl
 
@@ -16,7 +14,6 @@ __all__ = [
     "CONVOLUTION_MIXERS",
     "EXPERTS",
     "MIXERS",
-    "quantpatch_advice",
     "quantpatch_entries",
     "quantpatch_examples",
 ]
@@ -90,15 +87,3 @@ def quantpatch_examples() -> Iterable[Example]:
     from quantpatch_transformers.example_layers import examples_of  # imports transformers
 
     return examples_of(EXPERTS, (*MIXERS, *CONVOLUTION_MIXERS))
-
-
-@hookimpl
-def quantpatch_advice(layer: Any) -> str | None:
-    """Attention that models take from transformers' registry of functions."""
-    if "transformers.modeling_utils" not in sys.modules:
-        return None
-    from quantpatch_transformers.attention import takes_from_registry
-
-    if takes_from_registry(layer):
-        return "which quantpatch_transformers.attention.quantize_attention(model) quantizes"
-    return None

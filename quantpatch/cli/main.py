@@ -73,18 +73,33 @@ _BLOCK: dict[str, tuple[Any, Any]] = {
             show_default=False,
         ),
     ),
+    "operations": (
+        list[str] | None,
+        typer.Option(
+            help="Operations inside forwards: products, matmul,add ..., or where they are: '*.attn=products'."
+        ),
+    ),
 }
 
 
-def _with_block(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose ``block`` is what ``quantize_modules`` takes, each with an option of its own."""
+def _with_block(command: Callable[..., None], *, builds: bool = False) -> Callable[..., None]:
+    """A command whose ``block`` is what ``quantize_modules`` takes, each with an option of its own.
+
+    Args:
+        command: The command.
+        builds: Whether it builds a model, whose forwards have operations.
+    """
+    known = {name: option for name, option in _BLOCK.items() if builds or name != "operations"}
 
     @functools.wraps(command)
     def called(**given: Any) -> None:
-        block = {name: given.pop(name) for name in _BLOCK}
+        block = {name: given.pop(name) for name in known}
         for name in ("skip", "include"):
             block[name] = block[name] or ()
-        command(**given, block={**block, "custom": _entries(block["custom"])})
+        block["custom"] = _entries(block["custom"])
+        if builds:
+            block["operations"] = _operations(block["operations"])
+        command(**given, block=block)
 
     signature = inspect.signature(command, eval_str=True)
     own = [parameter for name, parameter in signature.parameters.items() if name != "block"]
@@ -92,11 +107,25 @@ def _with_block(command: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
         )
-        for name, (kind, option) in _BLOCK.items()
+        for name, (kind, option) in known.items()
     ]
     first = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
     called.__signature__ = signature.replace(parameters=[*first, *options])  # type: ignore[attr-defined]
     return called
+
+
+_building = functools.partial(_with_block, builds=True)
+
+
+def _operations(given: list[str] | None) -> dict[str, list[str]] | None:
+    """What ``--operations`` says, as ``operations=`` takes it."""
+    if not given:
+        return None
+    found: dict[str, list[str]] = {}
+    for text in given:
+        where, _, names = text.rpartition("=")
+        found.setdefault(where or "*", []).extend(name.strip() for name in names.split(","))
+    return found
 
 
 def _entries(given: list[str] | None) -> list[tuple[str, str, str]]:
@@ -292,7 +321,7 @@ def explain_command(
 
 
 @app.command("run", context_settings={"allow_interspersed_args": False})
-@_with_block
+@_building
 def run_command(
     command: Annotated[list[str], typer.Argument(help="The script (or module) and its arguments.")],
     block: Any,
@@ -391,7 +420,7 @@ def _naming_shapes(inputs: list[str]) -> Iterator[None]:
 
 
 @app.command("audit")
-@_with_block
+@_building
 def audit_command(
     build: Annotated[str, typer.Argument(help="package.module:function that builds the model.")],
     inputs: Inputs,

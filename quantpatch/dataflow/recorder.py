@@ -26,7 +26,6 @@ from quantpatch.layers.base import is_quantizer
 from quantpatch.torch_tools.forward import evaluating
 
 #: What gets a module that has run, its arguments and its keywords.
-Leaving = Callable[[nn.Module, Any, dict[str, Any]], None]
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -34,16 +33,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         model: The model.
-        leaving: Gets each module that has run, but for quantizers, with its arguments and keywords.
 
     Attributes:
         flow: What was noted so far.
     """
 
-    def __init__(self, model: nn.Module, leaving: Leaving | None = None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flow = Dataflow()
-        self._leaving = leaving
         self._thread = threading.get_ident()
         self._names = {module: name for name, module in model.named_modules()}
         self._stack: tuple[nn.Module, ...] = (model,)
@@ -98,7 +95,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The hook behind it."""
         if threading.get_ident() != self._thread:
             return
-        *kwargs, output = kwargs_and_output  # torch leaves the keywords out where forward raised
+        output = kwargs_and_output[-1]  # torch leaves the keywords out where forward raised
         if is_quantizer(module):
             self._inside_quantizer -= 1
             quantizes = module.quantizing and not module.disabled
@@ -109,8 +106,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._stack = self._stack[:-1]
         if isinstance(output, Tensor) and module in self._names:
             self.of(output).outputs_of.append(self._names[module])
-        if self._leaving is not None and kwargs:
-            self._leaving(module, args, kwargs[0])
 
     # --- what it runs ------------------------------------------------------------------------------
 
@@ -214,7 +209,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def recording(model: nn.Module, leaving: Leaving | None = None) -> Iterator[Recorder]:
+def recording(model: nn.Module) -> Iterator[Recorder]:
     """A block in which everything that runs in this thread is noted as a model's.
 
     Hooks are put on all modules of the process, not on the model's own: torch's fast paths look whether
@@ -222,9 +217,8 @@ def recording(model: nn.Module, leaving: Leaving | None = None) -> Iterator[Reco
 
     Args:
         model: The model.
-        leaving: Gets each module that has run, but for quantizers, with its arguments and keywords.
     """
-    recorder = Recorder(model, leaving)
+    recorder = Recorder(model)
     entered = register_module_forward_pre_hook(recorder.entered)
     left = register_module_forward_hook(recorder.left, with_kwargs=True, always_call=True)
     try:

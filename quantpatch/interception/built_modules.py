@@ -12,6 +12,19 @@ from torch import nn
 from quantpatch.interception.slots import lock
 
 
+class _IdentitySet:
+    """Modules, whatever they say of their equality; they are not kept alive."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+    def add(self, module: nn.Module) -> None:
+        self._known[id(module)] = module
+
+    def __contains__(self, module: nn.Module) -> bool:
+        return self._known.get(id(module)) is module
+
+
 class Built:
     """The modules built so far, in their order, from any thread. They are not kept alive.
 
@@ -21,6 +34,7 @@ class Built:
 
     def __init__(self) -> None:
         self.count = 0
+        self._left_out = _IdentitySet()
         self._modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
     def add(self, module: nn.Module) -> None:
@@ -28,6 +42,15 @@ class Built:
         with lock:
             self._modules[self.count] = module
             self.count += 1
+
+    def leave_out(self, module: nn.Module) -> None:
+        """Notes one that a block inside has seen to; it may be a part of the others all the same."""
+        with lock:
+            self._left_out.add(module)
+
+    def leaves_out(self, module: nn.Module) -> bool:
+        """Whether it is one of these."""
+        return module in self._left_out
 
     def roots(self) -> list[nn.Module]:
         """Those that no other one contains."""

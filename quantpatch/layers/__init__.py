@@ -5,24 +5,24 @@ base.py              ``QuantizedLayer``: what a layer says of itself, and what i
 quantizer.py         ``TensorQuantizer``; its range and zero point: range_state.py, range_tensor.py
 late_ranges.py       ranges that come too late for an optimizer or an average
 stand_ins.py         a forward that finds quantized tensors in the place of its parameters
-call_sites.py        operands of operations inside a forward
+operations/          operands of operations inside a forward
 subclass.py          users' subclasses of float layers: when one can be quantized
 lowering.py          what quantizers compute while a model is exported
 placed.py            quantizers at the output of any module
 linear.py ...        the families: attention, conv, embedding, linear, norm, pooling, recurrent
-operations.py        operations that no layer of torch owns, as modules for model code
+operand_modules.py   operations that no layer of torch owns, as modules for model code
 builtin.py           all of them as a plugin, with examples in builtin_examples.py
 ===================  ============================================================================
 """
 
-from quantpatch.layers import attention, conv, embedding, linear, norm, operations, pooling, recurrent
+from quantpatch.layers import attention, conv, embedding, linear, norm, operand_modules, pooling, recurrent
 from quantpatch.layers.attention import *  # noqa: F403
 from quantpatch.layers.base import QuantizedLayer, make_replacement
 from quantpatch.layers.conv import *  # noqa: F403
 from quantpatch.layers.embedding import *  # noqa: F403
 from quantpatch.layers.linear import *  # noqa: F403
 from quantpatch.layers.norm import *  # noqa: F403
-from quantpatch.layers.operations import *  # noqa: F403
+from quantpatch.layers.operand_modules import *  # noqa: F403
 from quantpatch.layers.pooling import *  # noqa: F403
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.layers.range_tensor import RANGE_KEY
@@ -41,7 +41,7 @@ __all__ = [
     "named_quantizers",
     "refuse_fast_paths",
 ]
-for _family in (attention, conv, embedding, linear, norm, operations, pooling, recurrent):
+for _family in (attention, conv, embedding, linear, norm, operand_modules, pooling, recurrent):
     __all__ += _family.__all__
 # Known beforehand, whatever modules a user adds to a layer.
 for _name in __all__:

@@ -21,6 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from quantpatch.errors import InputError
 from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.operations.running import softmax_of_visible
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.recipes.descriptor import Axis, QuantDescriptor, Recipe
 from quantpatch.torch_tools import nn
@@ -246,15 +247,6 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         probabilities = scores.softmax(dim=-1) if mask is None else softmax_of_visible(scores)
         probabilities = self._quantized("probabilities", probabilities)
         return F.dropout(probabilities, dropout) if dropout > 0.0 else probabilities
-
-
-def softmax_of_visible(scores: Tensor) -> Tensor:
-    """Softmax over the last axis, as in torch's attention: 0 where a mask hides every key by ``-inf``.
-
-    Nor is the gradient NaN there: such rows go through softmax as zeros.
-    """
-    hidden = scores.detach().amax(dim=-1, keepdim=True) == -math.inf
-    return scores.masked_fill(hidden, 0.0).softmax(dim=-1).masked_fill(hidden, 0.0)
 
 
 def _agree(first: TensorQuantizer | None, second: TensorQuantizer | None) -> bool:

@@ -18,8 +18,16 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from quantpatch.errors import ConversionError, LayerError
-from quantpatch.layers.call_sites import Operations, rewrite
 from quantpatch.layers.input_factor import INPUT_FACTOR
+from quantpatch.layers.operations import (
+    InnerOperand,
+    Operations,
+    Rewritten,
+    Wanted,
+    quantized,
+    quantizer_name,
+    rewrite,
+)
 from quantpatch.layers.quantizer import PARALLELIZE_FIRST, TensorQuantizer
 from quantpatch.layers.stand_ins import call_with, without_stand_in
 from quantpatch.recipes.builtin import active_recipe
@@ -28,11 +36,6 @@ from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import change_class, make_class, own_class, written_name
 from quantpatch.torch_tools.fast_paths import allow_fast_paths, refuse_fast_paths
 from quantpatch.torch_tools.fx import leaf_in_fx
-
-
-def quantizer_name(operand: str) -> str:
-    """Name of the submodule that quantizes an operand."""
-    return f"{operand}_quantizer"
 
 
 class QuantizedLayer:
@@ -65,7 +68,8 @@ class QuantizedLayer:
     float_class: ClassVar[type[nn.Module]]
 
     _is_block: ClassVar[bool]  # whether its objects hold modules of their own, once that is known
-    _inner: ClassVar[Mapping[str, int | None]] = {}  # operands of operations, by name, with their axis
+    _inner: ClassVar[Mapping[str, InnerOperand]] = {}  # operands of operations, by name
+    _prepared: ClassVar[Rewritten | None] = None  # what a class is made with that no class statement writes
     _rewritten: ClassVar[Any] = None  # the float class's forward with those, if there are any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -82,8 +86,10 @@ class QuantizedLayer:
         if not floats or floats[0] is nn.Module:
             return  # a mixin of its own, to be combined with a float class later
         cls.float_class = floats[0]
-        if cls.operations:
-            cls._rewrite()
+        if cls._prepared is not None:
+            cls._use(cls._prepared)
+        elif cls.operations:
+            cls._use(rewrite(cls.float_class, Wanted.declared(cls.operations), demand=True))
         cls._check_inputs()
         cls._show_parameters()
         if "__init__" not in vars(cls):
@@ -91,19 +97,18 @@ class QuantizedLayer:
             cls.__signature__ = inspect.signature(cls.float_class)  # type: ignore[attr-defined]
 
     @classmethod
-    def _rewrite(cls) -> None:
-        """Has the float class's forward quantize the operands of ``operations``."""
+    def _use(cls, rewritten: Rewritten) -> None:
+        """Has the float class's forward quantize the operands of operations."""
         if cls.inputs is QuantizedLayer.inputs:
             cls.inputs = ()
         if cls.weights is QuantizedLayer.weights:
             cls.weights = {}
-        rewritten = rewrite(cls.float_class, cls.operations)
         cls._inner = rewritten.operands
         functions = dict(rewritten.functions)
         cls._rewritten = functions.pop("forward", None)
         for name, function in functions.items():
             if name not in vars(cls):
-                setattr(cls, name, function)
+                type.__setattr__(cls, name, function)
 
     @classmethod
     def _check_inputs(cls) -> None:
@@ -167,8 +172,12 @@ class QuantizedLayer:
 
     def add_quantizers(self, recipe: Recipe) -> None:
         """Gives the layer its quantizers; an operand that the recipe leaves float gets none."""
+        self.put_quantizers(self.descriptors(recipe))
+
+    def put_quantizers(self, descriptors: Iterable[tuple[str, QuantDescriptor]]) -> None:
+        """Gives the layer a quantizer for each of these operands."""
         modules: dict[str, nn.Module | None] = self._modules  # type: ignore[attr-defined]
-        for name, descriptor in self.descriptors(recipe):
+        for name, descriptor in descriptors:
             modules[f"{name}_quantizer"] = TensorQuantizer(descriptor, in_layer=True)
         self.make_room_for_ranges()
         self.guard_fast_paths()
@@ -239,15 +248,17 @@ class QuantizedLayer:
     def descriptors(self, recipe: Recipe) -> Iterable[tuple[str, QuantDescriptor]]:
         """Each operand that a recipe quantizes, with its descriptor."""
         if recipe.input is not None:
-            for name in self.inputs:
-                yield name, recipe.input.for_axes(None, self.feature_axis)
-            for name, summed in self._inner.items():
-                yield name, recipe.input.for_axes(None, self.feature_axis if summed is None else summed)
+            for name in type(self).inputs:
+                yield name, recipe.input.for_axes(None, type(self).feature_axis)
         if recipe.weight is not None:
             for name, axis in self.weight_axes().items():
                 yield name, recipe.weight.for_channel_axis(axis)
+        for name, inner in self._inner.items():
+            descriptor = inner.descriptor(recipe, type(self).feature_axis)
+            if descriptor is not None:
+                yield name, descriptor
         if recipe.output is not None:
-            yield "output", recipe.output.for_axes(None, self.feature_axis)
+            yield "output", recipe.output.for_axes(None, type(self).feature_axis)
 
     def quantizer(self, operand: str) -> TensorQuantizer | None:
         """The quantizer of an operand, or None if the operand is left float."""
@@ -288,7 +299,7 @@ class QuantizedLayer:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of ``forward``, with each activation quantized."""
-        for position, name in enumerate(self.inputs):
+        for position, name in enumerate(type(self).inputs):
             quantizer = self.quantizer(name)
             if quantizer is None:
                 continue
@@ -301,12 +312,9 @@ class QuantizedLayer:
     def quantize_operand(self, operand: str, value: Any) -> Any:
         """An activation inside ``forward``, quantized by the quantizer of that name, if there is one.
 
-        What is not a floating-point tensor passes as it is.
+        Of a list or tuple each tensor is. What is not a floating-point tensor passes as it is.
         """
-        quantizer = self.quantizer(operand)
-        if quantizer is None or not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            return value
-        return quantizer(value)
+        return quantized(self, quantizer_name(operand), value)
 
     def quantize_weights(self) -> dict[str, Any]:
         """Each weight that comes out of its quantizer changed, by name."""
@@ -389,8 +397,14 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, Any, str, TensorQ
 
 
 def weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:
-    """The quantizers of a model's weights."""
-    return {quantizer for *_, quantizer in quantized_weights(model)}
+    """The quantizers of a model's weights, and of what its forwards make of weights."""
+    inner = {
+        quantizer
+        for layer in named_layers(model).values()
+        for name, operand in layer._inner.items()
+        if operand.is_weight and (quantizer := layer.quantizer(name)) is not None
+    }
+    return inner | {quantizer for *_, quantizer in quantized_weights(model)}
 
 
 # Activations of (batch, channels, ...): counted from the end, as torch lets the batch axis be left out.

@@ -86,7 +86,7 @@ def quantpatch_entries() -> Iterable[Entry]:
         for family, names in FAMILIES.items()
         for name in names
     ]
-    module = "quantpatch.layers.operations"
+    module = "quantpatch.layers.operand_modules"
     return layers + [Entry(module, name, f"{module}:Quant{name}") for name in OPERATIONS]
 
 

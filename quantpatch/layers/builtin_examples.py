@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from quantpatch.layers import operations
+from quantpatch.layers import operand_modules
 from quantpatch.plugins.example import Example
 
 
@@ -100,8 +100,8 @@ def _embedding() -> Iterator[Example]:
 
 def _operations() -> Iterator[Example]:
     def of(name: str, inputs: Callable[[], Any], **options: Any) -> Example:
-        build = getattr(operations, name)
-        return Example(f"quantpatch.layers.operations.{name}", lambda: build(**options), inputs)
+        build = getattr(operand_modules, name)
+        return Example(f"quantpatch.layers.operand_modules.{name}", lambda: build(**options), inputs)
 
     def two(*shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
         return lambda: tuple(torch.randn(shape) for shape in shapes)

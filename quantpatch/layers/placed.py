@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantpatch.layers.base import QuantizedLayer, quantized_output, quantizer_name
+from quantpatch.layers.base import QuantizedLayer, quantized_output
+from quantpatch.layers.operations import quantizer_name
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.recipes.descriptor import QuantDescriptor
 from quantpatch.torch_tools import nn

@@ -12,9 +12,9 @@ import copyreg
 import inspect
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -76,6 +76,9 @@ class CannotCombine(Obstacle):
         return f"that Python cannot combine with its replacement ({self.error})"
 
 
+#: Where a class that exists in no module says which replacement it is of, and what makes it of what.
+MADE_OF: Final = "_made_of"
+
 # Held as long as the class is in use, which holds the two classes that it is made of.
 _combined: weakref.WeakValueDictionary[tuple[type, type], type[QuantizedLayer]] = (
     weakref.WeakValueDictionary()
@@ -126,8 +129,8 @@ def _combined_now(replacement: type[QuantizedLayer], subclass: type[Any]) -> typ
             members = {
                 "__module__": subclass.__module__,
                 "__doc__": f"``{subclass.__name__}``, quantized as ``{replacement.__qualname__}`` is.",
-                "__reduce_ex__": _reduce,
-                "_combined_from": (replacement, subclass),
+                "__reduce_ex__": reduce_made,
+                MADE_OF: (replacement, combine, (replacement, subclass)),
             }
             known = make_replacement(f"Quant{subclass.__name__}", (replacement, subclass), members)
             _combined[replacement, subclass] = known
@@ -135,22 +138,23 @@ def _combined_now(replacement: type[QuantizedLayer], subclass: type[Any]) -> typ
 
 
 def replacement_of(cls: type[Any]) -> type[Any]:
-    """The importable class of a quantized layer: of a combined class the replacement in it."""
-    parts: tuple[type[Any], type[Any]] | None = vars(cls).get("_combined_from")
-    return cls if parts is None else parts[0]
+    """The importable class of a quantized layer: of one that exists in no module the replacement in it."""
+    made_of = vars(cls).get(MADE_OF)
+    return cls if made_of is None else made_of[0]
 
 
-def _reduce(layer: Any, protocol: Any) -> Any:
-    """``__reduce_ex__`` of combined classes."""
-    cls: Any = next(cls for cls in type(layer).__mro__ if "_combined_from" in vars(cls))
+def reduce_made(layer: Any, protocol: Any) -> Any:
+    """``__reduce_ex__`` of classes that exist in no module."""
+    cls: Any = next(cls for cls in type(layer).__mro__ if MADE_OF in vars(cls))
     made, arguments, *rest = super(cls, layer).__reduce_ex__(max(2, protocol))
     if made is copyreg.__newobj__ and arguments[0] is cls:  # type: ignore[attr-defined]
-        return (_new, (*vars(cls)["_combined_from"], *arguments[1:]), *rest)
+        _, maker, parts = vars(cls)[MADE_OF]
+        return (_new, (maker, parts, *arguments[1:]), *rest)
     return (made, arguments, *rest)  # the subclass has its own way, and its own function to undo it
 
 
-def _new(replacement: type[QuantizedLayer], subclass: type[Any], *arguments: Any) -> Any:
-    cls: Any = combine(replacement, subclass)
+def _new(maker: Callable[..., Any], parts: tuple[Any, ...], *arguments: Any) -> Any:
+    cls = maker(*parts)
     return cls.__new__(cls, *arguments)
 
 

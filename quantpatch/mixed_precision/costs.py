@@ -18,7 +18,8 @@ from quantpatch.dataflow import Dataflow
 from quantpatch.errors import ArgumentError, ArgumentTypeError, MissingExtraError, QuantPatchError
 from quantpatch.export import export_onnx, prepare
 from quantpatch.export.onnx.comparison import Latency
-from quantpatch.layers.base import QuantizedLayer, quantizer_name
+from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.operations import quantizer_name
 from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.layers.stand_ins import without_stand_in
 from quantpatch.mixed_precision.formats import Candidate, Quantizers, signature, wants_range

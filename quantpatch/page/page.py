@@ -221,7 +221,10 @@ def _advices(
             made.append(
                 Advice(f"{row.module or 'The model'} multiplies {share} in float ({roles}: {row.reason}).")
             )
-    made += [Advice(f"Nothing covers {name}. This does:", code) for name, code in coverage.to_paste]
+    if coverage.to_paste:
+        made.append(
+            Advice("Forwards multiply by themselves. This quantizes their operands:", coverage.to_paste)
+        )
     if coverage.unreached:
         made.append(Advice(f"No tensor passed through {listed(coverage.unreached, 4)}."))
     low = [c for s in sections if s.id == "noise" for c in s.rows if (c[2].order or 0.0) < _LOW]
@@ -232,10 +235,8 @@ def _advices(
                 "qp.search(model, evaluate, data=batches, max_drop=0.01)",
             )
         )
-    for result in results:
-        if (latency := _latency(result)) is not None and latency.is_slower:
-            made.append(Advice(latency.advice("The file")))
-    return made
+    slower = (latency for latency in map(_latency, results) if latency is not None and latency.is_slower)
+    return [*made, *(Advice(latency.advice("The file")) for latency in slower)]
 
 
 def _picture(look: Seen) -> str:

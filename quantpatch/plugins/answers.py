@@ -117,20 +117,6 @@ def imported(plugin: Plugin, hook: str, where: str, base: type) -> type[Any]:
     return found
 
 
-def advice_of(plugin: Plugin, manager: pluggy.PluginManager, layer: Any) -> str | None:
-    """What it has to say of a layer that no entry covers.
-
-    Raises:
-        PluginError: Its hook failed or returned something else than text.
-    """
-    hook = "quantpatch_advice"
-    with _asking(plugin, hook):
-        given = _caller(plugin, manager, hook)(layer=layer)
-    if given is not None and not isinstance(given, str):
-        raise plugin.error(f"returned {given!r} from {hook}, expected text or None", hook)
-    return given
-
-
 @contextlib.contextmanager
 def _answers(
     plugin: Plugin, manager: pluggy.PluginManager, hook: str

@@ -10,7 +10,7 @@ come in through these same hooks, from the plugin ``quantpatch.builtin``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pluggy
 
@@ -27,7 +27,6 @@ __all__ = [
     "API_VERSION",
     "PROJECT",
     "hookimpl",
-    "quantpatch_advice",
     "quantpatch_calibrators",
     "quantpatch_entries",
     "quantpatch_examples",
@@ -182,28 +181,5 @@ def quantpatch_tuners() -> Mapping[str, type[Tuner] | str]:
         Subclass of ``quantpatch.tune.Tuner`` by name, or where it is: ``"package.module:ClassName"``, which
         is imported when that name is asked for. A name that another plugin uses already is an error that
         names both.
-    """
-    raise NotImplementedError
-
-
-@hookspec(firstresult=True)
-def quantpatch_advice(layer: Any) -> str | None:
-    """What to write so that a layer's products are quantized, where no entry of this plugin can do it.
-
-    Called by ``quantpatch.audit`` for a layer in whose forward a function multiplied float operands and
-    for which there is no entry. The audit gives the answer as the reason, in place of the code for a
-    replacement::
-
-        @quantpatch.hookimpl
-        def quantpatch_advice(layer):
-            if type(layer).__module__.startswith("mylib.attention"):
-                return "write quantpatch_mylib.quantize_attention(model)"
-            return None
-
-    Args:
-        layer: The ``nn.Module``.
-
-    Returns:
-        What to write, or None for a layer that the plugin knows nothing of.
     """
     raise NotImplementedError

@@ -20,7 +20,7 @@ from quantpatch.errors import PluginError, QuantPatchWarning, UnknownNameError, 
 from quantpatch.interception.slots import lock
 from quantpatch.numerics.formats import NumberFormat
 from quantpatch.plugins import hookspecs
-from quantpatch.plugins.answers import advice_of, entries_of, examples_of, imported, names_of
+from quantpatch.plugins.answers import entries_of, examples_of, imported, names_of
 from quantpatch.plugins.entry import Entry
 from quantpatch.plugins.environment import ALLOW_VARIABLE, Environment
 from quantpatch.plugins.example import Example
@@ -224,16 +224,6 @@ class Registry:
 
     def _names_of(self, plugin: Plugin, hook: str, kind: type | tuple[type, ...]) -> Mapping[str, Any]:
         return self._once((plugin.name, hook), lambda: names_of(plugin, self._manager, hook, kind))
-
-    def advice(self, layer: Any) -> str | None:
-        """What an active plugin says to write so that a layer that no entry covers is quantized.
-
-        Raises:
-            PluginError: A plugin failed, or said something else than text.
-        """
-        return next(
-            filter(None, (advice_of(plugin, self._manager, layer) for plugin in self._active())), None
-        )
 
     def recipes(self) -> dict[str, tuple[Recipe, str]]:
         """Every recipe by its name, with the plugin that offers it.

@@ -9,8 +9,9 @@ import attrs
 from torch import nn
 
 from quantpatch.errors import ArgumentError, listed, near_misses
-from quantpatch.layers.base import QuantizedLayer, quantizer_name
+from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.late_ranges import warning_of_late_ranges
+from quantpatch.layers.operations import quantizer_name
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.quantize.rules import EDGES, Matcher, Rules, Value, checked_rules, fits, shown_matcher
 from quantpatch.recipes.descriptor import EVERY_OPERAND, QuantDescriptor, Recipe

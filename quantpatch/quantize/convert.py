@@ -22,6 +22,7 @@ from quantpatch.layers.subclass import take_over
 from quantpatch.plugins.entry import EntryLike
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.configure import apply_rules
+from quantpatch.quantize.operations import OperationRules, quantize_operations
 from quantpatch.quantize.options import Options
 from quantpatch.quantize.outcome import Conversion, Outcome
 from quantpatch.quantize.reasons import Pattern
@@ -44,6 +45,8 @@ def convert(
     include: Iterable[Pattern] | Pattern = (),
     plugins: Iterable[str] | None = None,
     subclasses: bool | None = None,
+    operations: OperationRules | None = None,
+    strict: bool = False,
 ) -> Conversion:
     """Quantizes the layers of an existing model in place, by the same table as a block.
 
@@ -58,6 +61,8 @@ def convert(
         include: See there.
         plugins: See there.
         subclasses: See there; default False.
+        operations: See there.
+        strict: See there.
 
     Returns:
         What was replaced and what was left float.
@@ -67,7 +72,7 @@ def convert(
             entry's replacement cannot take over a layer that exists.
         ArgumentError: A rule of the recipe matches nothing, or is malformed.
     """
-    options = Options.of(recipe, skip, custom, include, plugins, subclasses)
+    options = Options.of(recipe, skip, custom, include, plugins, subclasses, operations, strict)
     _refuse_wrapped(model, "convert")
     already = list(named_layers(model))
     if already:
@@ -79,7 +84,7 @@ def convert(
     chosen = registry.recipe(DEFAULT_RECIPE if recipe is None else recipe)
     outcome = Outcome()
     planned = _plan(model, options.table(chosen), outcome)
-    if not planned:
+    if not planned and options.operations is None:
         seen = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
         raise ConversionError(
             f"{type(model).__name__} holds nothing to quantize: its modules are {seen}. Give an entry for "
@@ -89,6 +94,9 @@ def convert(
         for layer, replacement in planned:
             undo.callback(_unconvert, layer, own_class(layer), tuple(layer._modules))
             take_over(layer, replacement, chosen)
+        if options.operations is not None:
+            undo.callback(_undo_all, _state_of(model))
+            quantize_operations([model], options.operations, chosen, outcome, strict=options.strict)
         if chosen.rules:
             apply_rules([model], chosen.rules)
         undo.pop_all()  # all went well: keep it
@@ -127,6 +135,16 @@ def _plan(model: nn.Module, table: Table, outcome: Outcome) -> list[tuple[nn.Mod
             planned.append((layer, _fit_for_conversion(decision)))
         outcome.count(decision)
     return planned
+
+
+def _state_of(model: nn.Module) -> list[tuple[nn.Module, type[Any], tuple[str, ...]]]:
+    return [(module, own_class(module), tuple(module._modules)) for module in model.modules()]
+
+
+def _undo_all(state: list[tuple[nn.Module, type[Any], tuple[str, ...]]]) -> None:
+    for layer, cls, children in state:
+        if own_class(layer) is not cls:
+            _unconvert(layer, cls, children)
 
 
 def _fit_for_conversion(decision: Decision) -> type[QuantizedLayer]:
@@ -196,6 +214,8 @@ def quantized(
     include: Iterable[Pattern] | Pattern = (),
     plugins: Iterable[str] | None = None,
     subclasses: bool | None = None,
+    operations: OperationRules | None = None,
+    strict: bool = False,
 ) -> Iterator[Conversion]:
     """A block in which an existing model is quantized; ``convert`` before and ``revert`` after it.
 
@@ -205,7 +225,15 @@ def quantized(
         ConversionError: See ``convert``.
     """
     conversion = convert(
-        model, recipe, skip=skip, custom=custom, include=include, plugins=plugins, subclasses=subclasses
+        model,
+        recipe,
+        skip=skip,
+        custom=custom,
+        include=include,
+        plugins=plugins,
+        subclasses=subclasses,
+        operations=operations,
+        strict=strict,
     )
     try:
         yield conversion

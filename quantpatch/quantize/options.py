@@ -15,6 +15,7 @@ from quantpatch.errors import ArgumentTypeError
 from quantpatch.plugins.entry import Entry, EntryLike
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.compose import compose, load_all, outermost
+from quantpatch.quantize.operations import OperationRules, OperationsOption
 from quantpatch.quantize.reasons import Pattern
 from quantpatch.quantize.resolve import Table
 from quantpatch.recipes.descriptor import Recipe
@@ -31,6 +32,8 @@ class Options:
         include: Targets to replace although they are left float by default.
         plugins: Names of the plugins that take part; None: all of them.
         subclasses: Whether subclasses of targets are quantized as well; None: as in the block around.
+        operations: Which operations inside forwards are quantized; None: as in the block around.
+        strict: Whether what may multiply and cannot be followed is an error.
         keep_float: Whether nothing is replaced at all.
     """
 
@@ -40,6 +43,8 @@ class Options:
     include: tuple[Pattern, ...] = ()
     plugins: tuple[str, ...] | None = None
     subclasses: bool | None = None
+    operations: OperationsOption | None = None
+    strict: bool = False
     keep_float: bool = False
 
     @classmethod
@@ -51,6 +56,8 @@ class Options:
         include: Iterable[Pattern] | Pattern,
         plugins: Iterable[str] | None,
         subclasses: bool | None,
+        operations: OperationRules | None = None,
+        strict: bool = False,
     ) -> Options:
         """What a user gave, where a single item may stand for a list of one.
 
@@ -65,6 +72,8 @@ class Options:
             include=_several(include, "include", (str, type)),
             plugins=None if plugins is None else _several(plugins, "plugins", (str,)),
             subclasses=subclasses,
+            operations=OperationsOption.of(operations),
+            strict=strict,
         )
 
     def __str__(self) -> str:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from quantpatch.interception.slots import lock
 from quantpatch.plugins.entry import Entry
-from quantpatch.quantize.reasons import Reason
+from quantpatch.quantize.reasons import Reason, SubclassOf
 from quantpatch.quantize.resolve import Decision
 from quantpatch.report.report import Report, table_of
 from quantpatch.torch_tools import debug_trace
@@ -127,6 +127,15 @@ class Outcome:
         if count == 1 and debug_trace.is_on():
             debug_trace.say(f"  {decision}")
 
+    def covered(self, decision: Decision) -> None:
+        """Counts one object that came out as was decided, and had been counted as left float."""
+        with lock:
+            for known, count in self._counts.items():
+                if isinstance(known.reason, SubclassOf) and known.target is decision.target:
+                    self._counts[known] = count - 1
+                    break
+        self.count(decision)
+
     @property
     def replaced(self) -> Lines[Replaced]:
         """What was replaced so far, in the order in which each came up first."""
@@ -147,4 +156,4 @@ class Outcome:
 
     def _items(self) -> list[tuple[Decision, int]]:
         with lock:
-            return list(self._counts.items())
+            return [(decision, count) for decision, count in self._counts.items() if count]

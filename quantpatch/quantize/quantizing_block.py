@@ -21,6 +21,7 @@ from quantpatch.interception.slots import lock
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.subclass import own_ways, take_over
 from quantpatch.quantize.configure import apply_rules
+from quantpatch.quantize.operations import OperationsOption, quantize_operations
 from quantpatch.quantize.outcome import Outcome
 from quantpatch.quantize.reasons import BuiltDirectly
 from quantpatch.quantize.resolve import Decision, Key, Table, resolve
@@ -39,6 +40,9 @@ class QuantizingBlock(Block):
         outcome: Counts what is built.
         built: Which models the recipe's rules will be applied to ...
         applies_rules: ... by this block, which brought the recipe.
+        with_operations: Which models get quantized operations ...
+        operations: ... from this block; None: from the one around, if from any.
+        kept_out_of: Those of the block around, if this one sees to what is built in it.
     """
 
     def __init__(
@@ -51,11 +55,19 @@ class QuantizingBlock(Block):
         keep_float: bool = False,
         built: Built | None = None,
         applies_rules: bool = False,
+        with_operations: Built | None = None,
+        operations: OperationsOption | None = None,
+        kept_out_of: Built | None = None,
+        strict: bool = False,
     ) -> None:
         self.recipe = recipe
         self.outcome = outcome
         self.built = built
         self.applies_rules = applies_rules
+        self.with_operations = with_operations
+        self.operations = operations
+        self._strict = strict
+        self._kept_out_of = kept_out_of
         self._keep_float = keep_float
         self._use(table)
         watched = table.waits_for | table.may_be_reloaded
@@ -69,7 +81,9 @@ class QuantizingBlock(Block):
     def install(self) -> None:
         """Puts in the hooks."""
         slots = self.table.slots
-        watches = bool(slots) or self.built is not None
+        watches = bool(slots) or any(
+            built is not None for built in (self.built, self.with_operations, self._kept_out_of)
+        )
         self.open((*slots, Slot.of_root(nn.Module)) if watches else ())  # where every module comes by
         if debug_trace.is_on():
             self._say_what_it_replaces()
@@ -112,8 +126,11 @@ class QuantizingBlock(Block):
 
     def passed_root(self, thing: Any) -> None:
         """Sees to modules: what recipes' rules are for, and what no hook has replaced."""
-        if self.built is not None:
-            self.built.add(thing)
+        for built in (self.built, self.with_operations):
+            if built is not None:
+                built.add(thing)
+        if self._kept_out_of is not None:
+            self._kept_out_of.leave_out(thing)
         self._met(thing)
 
     def _met(self, thing: Any) -> None:
@@ -204,6 +221,25 @@ class QuantizingBlock(Block):
             )
 
     # --- at its end ----------------------------------------------------------------------------
+
+    def quantize_operations(self) -> None:
+        """Has what was built quantize the operations inside forwards.
+
+        Raises:
+            ArgumentError: A rule matches nothing.
+            ConversionError: Something may multiply and cannot be followed, and ``strict`` was asked for.
+        """
+        if self.operations is None or self.with_operations is None:
+            return
+        inside, table = self.with_operations, self.table
+        quantize_operations(
+            inside.roots(),
+            self.operations,
+            self.recipe,
+            self.outcome,
+            leave=lambda module: inside.leaves_out(module) or resolve(table, own_class(module)).is_skipped,
+            strict=self._strict,
+        )
 
     def apply_rules(self) -> None:
         """Applies the recipe's rules to the models that were built.

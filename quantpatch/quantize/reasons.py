@@ -203,3 +203,17 @@ class IsPart(Reason):
 
     def __str__(self) -> str:
         return f"it is a part of another layer, {self.whole}, which multiplies with its weights itself"
+
+
+@attrs.frozen
+class HiddenOperations(Reason):
+    """Its forward may multiply where it cannot be followed.
+
+    Attributes:
+        places: Where, each with what is in the way.
+    """
+
+    places: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"may multiply where it cannot be followed: {'; '.join(self.places)}"

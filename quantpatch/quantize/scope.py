@@ -15,6 +15,7 @@ from quantpatch.interception.slots import lock
 from quantpatch.interception.statements import Exit, Statement
 from quantpatch.plugins.entry import EntryLike
 from quantpatch.plugins.registry import registry
+from quantpatch.quantize.operations import OperationRules
 from quantpatch.quantize.options import Options
 from quantpatch.quantize.outcome import Conversion, Lines, Outcome, Replaced, Skipped
 from quantpatch.quantize.quantizing_block import QuantizingBlock
@@ -65,6 +66,10 @@ class Scope:
             recipe = registry.recipe(DEFAULT_RECIPE if options.recipe is None else options.recipe)
             applies_rules = bool(checked_rules(recipe.rules))
             built = Built() if applies_rules else None
+        outside = None if around is None else around.with_operations
+        inside = outside
+        if options.operations is not None or options.keep_float:
+            inside = Built() if options.operations is not None else None
         return QuantizingBlock(
             self,
             options.table(recipe, None if around is None else around.table),
@@ -73,6 +78,10 @@ class Scope:
             keep_float=options.keep_float,
             built=built,
             applies_rules=applies_rules,
+            with_operations=inside,
+            operations=options.operations,
+            kept_out_of=outside if inside is not outside else None,
+            strict=options.strict,
         )
 
     def __enter__(self) -> Scope:
@@ -134,6 +143,7 @@ class Scope:
                 f"while {self!r} was open, other code replaced the __init__ of {', '.join(displaced)} for "
                 f"good: what was built afterwards may be float; audit the model"
             )
+        block.quantize_operations()
         if block.applies_rules:
             block.apply_rules()
 
@@ -240,6 +250,8 @@ def quantize_modules(
     include: Iterable[Pattern] | Pattern = (),
     plugins: Iterable[str] | None = None,
     subclasses: bool | None = None,
+    operations: OperationRules | None = None,
+    strict: bool = False,
 ) -> Scope:
     """Every layer constructed inside the block comes out as its quantized version.
 
@@ -266,6 +278,13 @@ def quantize_modules(
         subclasses: Whether a subclass of a target is quantized as well, as long as it leaves ``forward`` and
             what that uses as they are. What cannot be is in ``skipped``, with the reason. Default: as in the
             enclosing block, else False.
+        operations: Which operations inside forwards are quantized, when the block ends, in the models that
+            were built inside: ``"products"`` (all that multiply), names such as ``"matmul"`` or ``"add"``, or
+            rules, the last of which wins: ``{"*.attn": {"matmul": "int8"}, "*": "products"}``. Where they
+            are goes by the names of modules or of their classes; how, by a recipe, a descriptor, or None for
+            float. The quantizers are called after operation, number and operand:
+            ``attn.matmul_0_left_quantizer``. Default: as in the enclosing block, else none.
+        strict: Whether it is an error that a forward may multiply where that cannot be followed.
 
     Returns:
         The block: a context manager, a decorator of functions, or something to ``start()`` and
@@ -280,7 +299,7 @@ def quantize_modules(
         ArgumentTypeError: An argument is of another type, such as a model or a single number.
         UnknownNameError: There is nothing by a name in ``skip``, ``include``, ``recipe`` or ``plugins``.
     """
-    return Scope(Options.of(recipe, skip, custom, include, plugins, subclasses))
+    return Scope(Options.of(recipe, skip, custom, include, plugins, subclasses, operations, strict))
 
 
 def keep_float() -> Scope:

@@ -11,7 +11,7 @@ import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from quantpatch.analysis.audit.coverage import report_of
 from quantpatch.analysis.audit.trace import tracing
-from quantpatch.errors import ArgumentError
+from quantpatch.errors import ArgumentError, QuantPatchError
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.quantize.calibration import Calibration
 from quantpatch.quantize.configure import configure
@@ -40,6 +40,7 @@ class WatchedModels:
         calibration: How these do so: keywords of ``Calibration``, such as the method.
         audit: Whether to audit the call after these.
         rules: What is to be configured by name before the first call.
+        operations: What becomes of the operations inside forwards before that: gets the model.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class WatchedModels:
         *,
         audit: bool,
         rules: Rules = (),
+        operations: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self._rules = rules
+        self._operations = operations
         self._calibrate = calibrate
         self._calibration = calibration
         self._audit = audit
@@ -96,7 +99,10 @@ class WatchedModels:
         stack.append(module)
         if len(stack) == 1:
             if module not in self._watched:
+                before = type(_unwrapped(module))
                 self._watched[module] = self._model(module)
+                if type(_unwrapped(module)) is not before:
+                    return  # this call runs the forward of its class before
             if (model := self._watched[module]) is not None:
                 model.begin()
 
@@ -111,7 +117,12 @@ class WatchedModels:
             model.end(sys.exc_info()[1])
 
     def _model(self, module: nn.Module) -> _Model | None:
-        runner = _unwrapped(module)
+        runner, problem = _unwrapped(module), ""
+        if self._operations is not None and not isinstance(runner, TensorQuantizer):
+            try:
+                self._operations(runner)
+            except QuantPatchError as error:
+                problem = f"its operations were not quantized: {error}"
         if isinstance(runner, TensorQuantizer) or not named_quantizers(runner):
             return None
         same = sum(type(runner).__name__ == model.kind for model in self._all)
@@ -119,6 +130,8 @@ class WatchedModels:
         audit = self._audit and len(self._all) < MOST_AUDITS
         model = _Model(runner, name, self._calibrate, self._calibration, audit=audit)
         self._all.append(model)
+        if problem:
+            model.note(problem)
         if self._rules:
             try:
                 configure(runner, self._rules)

@@ -29,9 +29,15 @@ class Session:
 
     def _watched(self) -> WatchedModels | None:
         settings, rules = self.settings, self.settings.rules()
-        if not (settings.audit or settings.calibrate or rules):
+        if not (settings.audit or settings.calibrate or rules or settings.operations):
             return None
-        return WatchedModels(settings.calibrate, settings.calibration, audit=settings.audit, rules=rules)
+        return WatchedModels(
+            settings.calibrate,
+            settings.calibration,
+            audit=settings.audit,
+            rules=rules,
+            operations=settings.quantize_operations if settings.operations else None,
+        )
 
     def part(self) -> Part:
         """What this process reports."""

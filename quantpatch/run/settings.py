@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
+from torch import nn
 
 from quantpatch.plugins.registry import registry
+from quantpatch.quantize.operations import OperationsOption, quantize_operations
+from quantpatch.quantize.outcome import Outcome
 from quantpatch.quantize.rules import Rules
 from quantpatch.quantize.scope import Scope, quantize_modules
+from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
 
 #: Holds the settings, for every process that the script starts.
@@ -38,13 +42,14 @@ class RunSettings:
     def scope(self) -> Scope:
         """The block to run the script in.
 
-        It has no rules by name: a block applies them when it ends, which is when the script is over.
+        It has no rules by name and no operations: a block applies them when it ends, which is when the
+        script is over.
         """
         entries = [tuple(entry) for entry in self.block.get("custom", ())]
         recipe = self._recipe
         return quantize_modules(
             **{
-                **self.block,
+                **{name: value for name, value in self.block.items() if name != "operations"},
                 "custom": entries,
                 "recipe": None if recipe is None else recipe.replace(rules=()),
             }
@@ -58,6 +63,22 @@ class RunSettings:
     def _recipe(self) -> Recipe | None:
         name = self.block.get("recipe")
         return None if name is None else registry.recipe(name)
+
+    def quantize_operations(self, model: nn.Module) -> None:
+        """Has a model that is built quantize the operations inside its forwards.
+
+        Raises:
+            ArgumentError: A rule matches nothing in it.
+        """
+        option = OperationsOption.of(self.operations)
+        assert option is not None
+        option = attrs.evolve(option, demands=False)  # each of several models has some of them
+        quantize_operations([model], option, self._recipe or registry.recipe(DEFAULT_RECIPE), Outcome())
+
+    @property
+    def operations(self) -> Mapping[str, Sequence[str]] | None:
+        """What ``quantize_modules`` takes as ``operations``."""
+        return self.block.get("operations")
 
     def to_json(self) -> str:
         """The same as text."""

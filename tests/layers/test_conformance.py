@@ -145,7 +145,8 @@ def reference(case: Any, layer: Any, quantized: Any, data: tuple[Any, ...]) -> A
                 amax = amax.repeat_interleave(weight.shape[0] // amax.shape[0], 0)
             weight.copy_(coarse(weight, amax))
     arguments = list(data)
-    for position, name in enumerate(quantized.inputs):
+    inputs = quantized.inputs or [name for name in quantized._inner if name not in INSIDE]
+    for position, name in enumerate(inputs):
         amax = quantized.quantizer(name).amax
         x = arguments[position]
         if isinstance(x, PackedSequence):

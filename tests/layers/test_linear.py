@@ -12,8 +12,7 @@ from torch.nn.utils import parametrizations
 
 import quantpatch as qp
 from quantpatch.errors import ExportError, LayerError
-from quantpatch.layers import QuantBilinear, QuantConv2d, QuantizedLayer, QuantLinear
-from quantpatch.layers.operations import Cat
+from quantpatch.layers import Cat, QuantBilinear, QuantConv2d, QuantizedLayer, QuantLinear
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 

@@ -417,7 +417,7 @@ def test_plugins_by_hand() -> None:
         registry.unregister("mine")
     wrong = ModuleType("wrong")
     exec("import quantpatch\n@quantpatch.hookimpl\ndef quantpatch_entry(): ...", vars(wrong))
-    with pytest.raises(PluginError, match="there are quantpatch_advice, quantpatch_calibrators"):
+    with pytest.raises(PluginError, match="there are quantpatch_calibrators"):
         registry.register(wrong, "wrong")
     assert registry.plugins() == []
     registry.register(ModuleType("wrong"), "wrong")
@@ -496,14 +496,6 @@ class Twice:
     def two(self):
         return (qp.Example("far.away.Second", build=lambda: 1, inputs=tuple),)
 
-    @qp.hookimpl(specname="quantpatch_advice", tryfirst=True)
-    def silent(self, layer):
-        return None
-
-    @qp.hookimpl(specname="quantpatch_advice")
-    def told(self, layer):
-        return "write something else"
-
 
 def test_each_hook_is_asked_once_until_plugins_come_or_go(monkeypatch) -> None:
     asked: list[str] = []
@@ -553,7 +545,6 @@ def test_several_implementations_of_a_hook_all_count() -> None:
     assert {str(entry.dotted) for entry in registry.entries()} == {"far.away.First", "far.away.Second"}
     assert registry.named("quantpatch_recipes", qp.Recipe) == {"mine": plugin.recipe, "other": plugin.other}
     assert {e.target for e in registry.examples("twice")} == {"far.away.First", "far.away.Second"}
-    assert registry.advice(torch.nn.Identity()) == "write something else"
 
 
 def test_several_implementations_may_not_contradict_each_other_or_forget_to_return() -> None:

@@ -585,10 +585,10 @@ class Joined(nn.Module):
         super().__init__()
         self.a = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
         self.b = nn.ConvTranspose2d(3, 8, 1)
-        self.cat = qp.layers.operations.Cat(1)
+        self.cat = qp.layers.Cat(1)
         self.c = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.Hardswish())
-        self.add = qp.layers.operations.Add()
-        self.product = qp.layers.operations.MatMul()
+        self.add = qp.layers.Add()
+        self.product = qp.layers.MatMul()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a = self.a(x)

@@ -294,7 +294,7 @@ def test_the_plugin_is_found_and_named():
     assert (info.distribution, info.state, info.hooks) == (
         "quantpatch-transformers",
         "active",
-        ("quantpatch_advice", "quantpatch_entries", "quantpatch_examples"),
+        ("quantpatch_entries", "quantpatch_examples"),
     )
 
 

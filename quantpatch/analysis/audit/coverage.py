@@ -12,17 +12,11 @@ from rich.text import Text
 from torch import Tensor
 from torch.jit import ScriptModule
 
-from quantpatch.analysis.audit.paste import propose
-from quantpatch.analysis.audit.reasons import FloatOperands, reason_for
-from quantpatch.analysis.audit.trace import Seen, Trace, trace
+from quantpatch.analysis.audit.reasons import FloatOperands, reason_for, why_hidden
+from quantpatch.analysis.audit.trace import Trace, trace
 from quantpatch.errors import ArgumentError, CheckError
-from quantpatch.layers.base import (
-    QuantizedLayer,
-    is_quantizer,
-    named_layers,
-    quantized_weights,
-    quantizer_name,
-)
+from quantpatch.layers.base import QuantizedLayer, is_quantizer, named_layers, quantized_weights
+from quantpatch.layers.operations import quantizer_name
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.numerics.fake_quant import fake_quantize
 from quantpatch.numerics.grouped_axes import GroupedAxes
@@ -97,9 +91,9 @@ class CoverageReport(Report):
         rows: A row for each kind of product in each module, in the order they ran.
         unreached: Quantizers that no tensor passed through.
         opaque: Operators that are not torch's own: what they multiply is not counted.
-        to_paste: For each class that nothing covers, a replacement that quantizes more of what it multiplies,
-            found by trying it, and a block that uses it.
-        no_code: Classes that nothing covers and no replacement that was tried helps, with the reason.
+        to_paste: A block whose ``operations`` quantize what classes multiply that nothing covers here; empty
+            if there are none.
+        hidden: Classes that nothing covers, with the reason why ``operations`` would not either.
         outgrown: Quantizers of weights whose range is that of other values, as after an adapter was merged
             into the weight; with how many times the error of a range of its own the weight has now.
     """
@@ -108,8 +102,8 @@ class CoverageReport(Report):
     rows: tuple[CoverageRow, ...]
     unreached: tuple[str, ...]
     opaque: tuple[str, ...]
-    to_paste: tuple[tuple[str, str], ...]
-    no_code: tuple[tuple[str, str], ...] = ()
+    to_paste: str = ""
+    hidden: tuple[tuple[str, str], ...] = ()
     outgrown: tuple[tuple[str, float], ...] = ()
 
     @property
@@ -199,11 +193,11 @@ class CoverageReport(Report):
                     f"their own: {found}. Calibrate again: qp.calibrate(model, data, existing='overwrite')"
                 )
             )
-        for name, code in self.to_paste:
-            notes.append(Text(f"\nNothing covers {name}. This, tried on what it was called with, does:"))
-            notes.append(Text(code, no_wrap=True))  # to be pasted as it is
-        for name, why in self.no_code:
-            notes.append(Text(f"\nNothing covers {name}, and no replacement that was tried: {why}"))
+        if self.to_paste:
+            notes.append(Text("\nForwards multiply by themselves. This quantizes their operands:"))
+            notes.append(Text(self.to_paste, no_wrap=True))  # to be pasted as it is
+        for name, why in self.hidden:
+            notes.append(Text(f"\nNothing covers {name}: {why}"))
         return Group(*notes)
 
 
@@ -286,7 +280,7 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
     table = compose(registry.entries())
     decide = resolver(table)
     rows: dict[Any, CoverageRow] = {}
-    uncovered: dict[type[Any], list[Seen]] = {}
+    uncovered: dict[type[Any], nn.Module] = {}
     of_weights = {name for name, *_ in quantized_weights(model)}
     for item in seen.seen:
         operands = tuple((operand.role, operand.quantizer) for operand in item.operands)
@@ -299,9 +293,9 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
         rows[key] = attrs.evolve(row, calls=row.calls + 1, macs=row.macs + item.macs)
         cls = own_class(item.layer)
         covered = table.slot_of(cls) is not None or isinstance(item.layer, (QuantizedLayer, ScriptModule))
-        if why is not None and not (covered or item.of_weight) and not registry.advice(item.layer):
-            uncovered.setdefault(cls, []).append(item)
-    proposals = {dotted(cls): propose(items, seen.calls.get(cls)) for cls, items in uncovered.items()}
+        if why is not None and not (covered or item.of_weight):
+            uncovered.setdefault(cls, item.layer)
+    hidden = {cls: why_hidden(layer, cls) for cls, layer in uncovered.items()}
     used = seen.reached | _served(model, seen.reached)
     unreached = [
         name
@@ -313,9 +307,20 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
         tuple(rows.values()),
         tuple(unreached),
         tuple(sorted(seen.opaque)),
-        tuple((name, found.code) for name, found in proposals.items() if found.code),
-        tuple((name, found.why_not) for name, found in proposals.items() if not found.code),
+        _to_paste([cls for cls, why in hidden.items() if why is None]),
+        tuple((dotted(cls), why) for cls, why in hidden.items() if why is not None),
         tuple(_outgrown(model)),
+    )
+
+
+def _to_paste(classes: Sequence[type[Any]]) -> str:
+    """A block that quantizes what the forwards of classes multiply."""
+    if not classes:
+        return ""
+    rules = "".join(f"    {dotted(cls)!r}: 'products',\n" for cls in classes)
+    return (
+        f"operations = {{\n{rules}}}\nwith quantpatch.quantize_modules(operations=operations):\n"
+        f"    ...  # build the model here"
     )
 
 
@@ -352,7 +357,7 @@ def _served(model: nn.Module, reached: set[str]) -> set[str]:
     """
     served = set()
     for name, layer in named_layers(model).items():
-        own = {quantizer_name(operand): layer.quantizer(operand) for operand in layer.inputs}
+        own = {quantizer_name(operand): layer.quantizer(operand) for operand in type(layer).inputs}
         named = {".".join(filter(None, (name, key))): q for key, q in own.items() if q is not None}
         done = [quantizer for full, quantizer in named.items() if full in reached]
         served |= {full for full, q in named.items() if any(q.agrees_with(other) for other in done)}

@@ -11,10 +11,12 @@ from torch.jit import ScriptModule
 from quantpatch.analysis.audit.trace import Seen
 from quantpatch.dataflow import FAST_PATHS
 from quantpatch.errors import EntryError
-from quantpatch.layers.base import QuantizedLayer, quantizer_name, quantizers_of
-from quantpatch.plugins.registry import registry
+from quantpatch.layers.base import QuantizedLayer, quantizers_of
+from quantpatch.layers.operations import PRODUCTS, named, quantizer_name
+from quantpatch.layers.with_operations import find_operations
 from quantpatch.quantize.reasons import FloatBase, IsPart, Reason, SubclassOf
 from quantpatch.quantize.resolve import Decision
+from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import own_class, written_name
 
 
@@ -140,17 +142,17 @@ class OfAFunction(Reason):
     Attributes:
         layer: The class with that forward.
         reads: The layers whose weights it reads itself.
-        advice: What a plugin says of it.
+        hidden: Why ``operations`` does not quantize it either; None if it does.
     """
 
     layer: str
     reads: tuple[str, ...]
-    advice: str | None
+    hidden: str | None
 
     def __str__(self) -> str:
         reading = f", which reads the weight of {' and '.join(self.reads)} itself" if self.reads else ""
-        advice = self.advice or "for which there is no entry"
-        return f"a function called in the forward of {self.layer}{reading}, {advice}"
+        found = "operations='products' quantizes it" if self.hidden is None else self.hidden
+        return f"a function called in the forward of {self.layer}{reading}: {found}"
 
 
 @attrs.frozen
@@ -193,7 +195,18 @@ def reason_for(seen: Seen, decide: Callable[[Any], Decision]) -> Reason | None:
         return LeftFloat(cls.__name__, CannotBeUsed(str(error)))
     if decision.entry is not None or isinstance(decision.reason, IsPart):
         return LeftFloat(cls.__name__, decision.reason)
-    return OfAFunction(cls.__name__, _reads(seen), registry.advice(layer))
+    return OfAFunction(cls.__name__, _reads(seen), why_hidden(layer, cls))
+
+
+def why_hidden(layer: nn.Module, cls: type[Any]) -> str | None:
+    """Why ``operations="products"`` quantizes nothing of what a layer multiplies; None if it does."""
+    found = find_operations(layer, cls, named([PRODUCTS]))
+    if found.made is not None:
+        return None
+    return "; ".join(found.hidden) or (
+        "no code that its forward is known to run multiplies. Let it call a function by its name, or modules "
+        "of quantpatch.layers (MatMul, ScaledDotProductAttention ...), which are quantized like any layer"
+    )
 
 
 def _about_quantized(layer: Any, name: str, missing: tuple[str, ...]) -> Reason:
@@ -206,7 +219,7 @@ def _about_quantized(layer: Any, name: str, missing: tuple[str, ...]) -> Reason:
         return SwitchedOff(name, tuple(off))
     if missing == ("hidden",):
         return HiddenState(name)
-    could_have = {*layer.inputs, *layer.weight_axes(), *layer._inner}
+    could_have = {*type(layer).inputs, *layer.weight_axes(), *layer._inner}
     left = [role for role in missing if role in could_have and not layer._modules.get(quantizer_name(role))]
     return FloatOperands(name, tuple(left), tuple(role for role in missing if role not in left))
 

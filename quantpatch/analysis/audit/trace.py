@@ -16,7 +16,6 @@ from quantpatch.dataflow import Operator, Product, Recorder, Value, recording, t
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.recipes.descriptor import Axis
 from quantpatch.torch_tools import nn
-from quantpatch.torch_tools.class_swap import own_class
 from quantpatch.torch_tools.forward import evaluating
 
 # Namespaces of operators that multiply nothing unseen: torch's own, ours, marks for the profiler, messages.
@@ -90,15 +89,12 @@ class Trace:
         reached: Names of the quantizers that a tensor passed through.
         opaque: Names of operators that are not torch's own, whose inside cannot be seen.
         origin_of: The name of the quantizer that a tensor came out of, or None.
-        calls: For each class of modules that ran a product with a float operand itself, such a module and
-            the arguments that it was called with.
     """
 
     seen: list[Seen] = attrs.field(factory=list)
     reached: set[str] = attrs.field(factory=set)
     opaque: set[str] = attrs.field(factory=set)
     origin_of: Callable[[Tensor], str | None] = lambda tensor: None
-    calls: dict[type, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = attrs.field(factory=dict)
 
 
 class _TraceBuilder:
@@ -109,16 +105,8 @@ class _TraceBuilder:
         self._recorder = recorder
         self._names = {module: name for name, module in model.named_modules()}
         self._origins = _Origins(self._names)
-        self._lacking: set[nn.Module] = set()  # what is running and has multiplied something float
         self._done = 0
         self.trace = Trace(origin_of=self._origin_of)
-
-    def left(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """A module has run."""
-        self.catch_up()
-        if module in self._lacking:
-            self._lacking.remove(module)
-            self.trace.calls.setdefault(own_class(module), (module, args, kwargs))
 
     def catch_up(self) -> None:
         """Looks at all operators that were noted since the last time."""
@@ -151,8 +139,6 @@ class _TraceBuilder:
         found = Seen(
             operator.module, layer, operator.name, product.operation, product.macs, operands, of_weight
         )
-        if not (found.quantized or of_weight or isinstance(layer, QuantizedLayer)):
-            self._lacking.add(layer)
         named = tuple(named_for(layer, operator.module, operands))
         self.trace.seen.append(attrs.evolve(found, operands=named))
 
@@ -257,7 +243,7 @@ def named_for(layer: nn.Module, module: str, operands: tuple[Operand, ...]) -> I
     pairs = list(zip(roles, operands, strict=True))
     weights = (role for role, o in pairs if role is not None and (o.parameter or role.startswith("weight")))
     weight = next(weights, None)
-    inputs = layer.inputs if isinstance(layer, QuantizedLayer) else ()
+    inputs = type(layer).inputs if isinstance(layer, QuantizedLayer) else ()
     of_weight = inputs[0] if len(inputs) == 1 else "input"
     if isinstance(layer, nn.RNNBase) and weight is not None and not weight.startswith("weight_ih_l0"):
         of_step = weight.removesuffix("_reverse").partition("weight_ih_")[2]
@@ -300,7 +286,7 @@ def _axes_of(parameter: Value, view: Value, channel: int | None) -> Axis:
 @contextlib.contextmanager
 def tracing(model: nn.Module) -> Iterator[Trace]:
     """A block in which everything that runs is noted as the model's."""
-    with recording(model, lambda *run: tracer.left(*run)) as recorder:
+    with recording(model) as recorder:
         tracer = _TraceBuilder(model, recorder)
         try:
             yield tracer.trace

@@ -19,6 +19,7 @@ from quantpatch.layers.base import named_layers
 from quantpatch.layers.input_factor import named_input_factors
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.layers.subclass import replacement_of
+from quantpatch.layers.with_operations import operations_of
 from quantpatch.numerics.formats import Blocked, Float, Integer, NumberFormat
 from quantpatch.plugins.plugin import BUILTIN
 from quantpatch.plugins.registry import registry
@@ -46,7 +47,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
         ],
         layers={
             # Of a user's subclass the class is that of its base's replacement.
-            name: Layer(dotted(replacement_of(own_class(layer))), dotted(layer.float_class))
+            name: Layer(
+                dotted(replacement_of(own_class(layer))),
+                dotted(layer.float_class),
+                list(operations_of(own_class(layer))),
+            )
             for name, layer in named_layers(model).items()
         },
         quantizers={name: _describe_quantizer(quantizer, name) for quantizer, name in first.items()},

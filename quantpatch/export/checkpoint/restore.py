@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from quantpatch.errors import listed, shown
 from quantpatch.export.checkpoint import packing
 from quantpatch.export.checkpoint.structure import StructurePlan
-from quantpatch.layers.base import quantizer_name, weight_owner
+from quantpatch.layers.base import weight_owner
 from quantpatch.layers.input_factor import INPUT_FACTOR, named_input_factors
 from quantpatch.layers.late_ranges import warning_of_late_ranges
+from quantpatch.layers.operations import quantizer_name
 from quantpatch.layers.quantizer import named_quantizers, outside_of
 from quantpatch.numerics.ranges import range_shape
 

@@ -15,6 +15,7 @@ import attrs
 import torch
 
 from quantpatch.errors import CheckpointError, shown
+from quantpatch.layers.operations import NAMES
 
 T = TypeVar("T")
 
@@ -46,10 +47,22 @@ class PluginNote:
 
 @attrs.frozen
 class Layer:
-    """A quantized layer: its class, and the float class that it stands for, by their dotted names."""
+    """A quantized layer: its class, and the float class that it stands for, by their dotted names.
+
+    Attributes:
+        replacement: Its class; of one that exists in no module the importable one that it is made of.
+        float_class: The float class.
+        operations: Names of the operations inside its forward that are quantized, if it is made for these.
+    """
 
     replacement: str
     float_class: str
+    operations: list[str] = attrs.field(factory=list)
+
+    def __attrs_post_init__(self) -> None:
+        for operation in self.operations:
+            if operation not in NAMES:
+                raise ValueError(f"there is no operation {shown(operation, 40)}")
 
 
 @attrs.frozen

@@ -18,17 +18,19 @@ from quantpatch.errors import CheckpointError, LayerError, QuantPatchError, show
 from quantpatch.export.checkpoint.description import descriptor_of, missing_plugins
 from quantpatch.export.checkpoint.known_classes import KnownClasses
 from quantpatch.export.checkpoint.saved import Description, Layer, read
-from quantpatch.layers.base import QuantizedLayer, quantizer_name
+from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.input_factor import (
     FACTOR_KEY,
     drop_input_factor,
     multiply_input_of,
     named_input_factors,
 )
+from quantpatch.layers.operations import quantizer_name
 from quantpatch.layers.placed import can_hold, placed_in, quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.layers.range_tensor import RANGE_KEY
 from quantpatch.layers.subclass import combine, replacement_of
+from quantpatch.layers.with_operations import find_operations
 from quantpatch.layers.zero_point_state import ZERO_POINT_KEY
 from quantpatch.numerics.qparams import read_zero_point
 from quantpatch.numerics.ranges import range_shape
@@ -116,6 +118,14 @@ class StructurePlan:
         float_now = layer.float_class if isinstance(layer, QuantizedLayer) else now
         if dotted(float_now) != saved.float_class:
             self._refuse(name, f"the file has a {shown(saved.float_class)}, the model a {dotted(float_now)}")
+            return
+        if saved.operations:
+            found = find_operations(layer, float_now, frozenset(saved.operations))
+            if found.made is None:
+                why = "; ".join(found.hidden) or "its forward has none of them"
+                self._refuse(name, f"its operations {', '.join(saved.operations)} cannot be quantized: {why}")
+            elif found.made is not now:
+                self._convert(name, found.made)
             return
         if dotted(replacement_of(now)) == saved.replacement:
             return
@@ -254,10 +264,11 @@ class StructurePlan:
         for module in named_input_factors(self.model).values():
             drop_input_factor(module)
         for name, cls in self._converted.items():
-            layer = self._modules[name]
+            layer: Any = self._modules[name]
             if isinstance(layer, QuantizedLayer):
                 for own in layer.quantizers():
                     del self._modules[name]._modules[own]
+                    self._modules.pop(f"{name}.{own}".lstrip("."), None)  # a new one takes its place
             change_class(layer, cls)
             allow_fast_paths(layer)
         for name, module in placed_in(self.model).items():

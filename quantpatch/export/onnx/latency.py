@@ -20,7 +20,7 @@ from quantpatch.export.onnx.graph import constant_of, maker, store_four_bits
 from quantpatch.export.onnx.kernel_check import is_kernel
 from quantpatch.export.onnx.weights import fold_weight
 from quantpatch.export.prepare.exported import ExportedQuantizer
-from quantpatch.layers.base import quantizer_name
+from quantpatch.layers.operations import quantizer_name
 from quantpatch.numerics.formats import Integer
 
 # Rounds to measure at most and at least, and after how many seconds no other one begins.

@@ -18,8 +18,9 @@ from quantpatch.dataflow.verified import apply_if_same, run_of
 from quantpatch.errors import warn_caller
 from quantpatch.export.prepare.batchnorm import FoldedBatchNorm, fold_batchnorm
 from quantpatch.export.prepare.placement_rules import Rules
-from quantpatch.layers.base import named_layers, quantizer_name
+from quantpatch.layers.base import named_layers
 from quantpatch.layers.late_ranges import warning_of_late_ranges
+from quantpatch.layers.operations import quantizer_name
 from quantpatch.layers.placed import quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.plugins.registry import registry

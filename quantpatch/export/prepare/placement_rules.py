@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import attrs
 
 from quantpatch.dataflow import BATCHNORM, Dataflow, Operator, Value, traits
-from quantpatch.layers.base import QuantizedLayer, quantizer_name
+from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.operations import quantizer_name
 from quantpatch.layers.placed import can_hold
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.numerics.formats import Integer

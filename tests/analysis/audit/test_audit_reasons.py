@@ -21,8 +21,8 @@ from quantpatch.analysis.audit import reasons
         (reasons.SwitchedOff("QuantX", ("a", "b")), "a and b of QuantX are switched off"),
         (
             reasons.OfAFunction("Net", ("fc", "head"), None),
-            "a function called in the forward of Net, which reads the weight of fc and head itself, for "
-            "which there is no entry",
+            "a function called in the forward of Net, which reads the weight of fc and head itself: "
+            "operations='products' quantizes it",
         ),
     ],
 )

@@ -15,8 +15,8 @@ from torch import nn
 import quantpatch as qp
 from quantpatch.errors import ExportError
 from quantpatch.export.onnx.export import export_onnx
+from quantpatch.layers import Add
 from quantpatch.layers.embedding import QuantEmbedding
-from quantpatch.layers.operations import Add
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -12,7 +12,7 @@ from torch import nn
 import quantpatch as qp
 from quantpatch.errors import UnknownNameError
 from quantpatch.export import Preparation, load, prepare, save
-from quantpatch.layers.operations import Add
+from quantpatch.layers import Add
 
 
 class Block(nn.Module):

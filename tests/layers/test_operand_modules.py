@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantpatch as qp
-from quantpatch.layers import operations
+from quantpatch.layers import operand_modules
 
 X, Y = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[True, False, False, True]] * 4)
@@ -19,28 +19,28 @@ NOTHING = MASK & torch.tensor([[False], [True], [True], [True]])  # the first po
 
 # How to build it, its arguments, and what it computes.
 CASES = {
-    "add": (operations.Add, (X, Y), lambda: X + Y),
-    "add broadcast": (operations.Add, (X, Y[0, 0]), lambda: X + Y[0, 0]),
-    "mul": (operations.Mul, (X, Y), lambda: X * Y),
-    "matmul": (operations.MatMul, (X, Y), lambda: X @ Y),
-    "cat": (lambda: operations.Cat(1), ([X, Y],), lambda: torch.cat([X, Y], 1)),
+    "add": (operand_modules.Add, (X, Y), lambda: X + Y),
+    "add broadcast": (operand_modules.Add, (X, Y[0, 0]), lambda: X + Y[0, 0]),
+    "mul": (operand_modules.Mul, (X, Y), lambda: X * Y),
+    "matmul": (operand_modules.MatMul, (X, Y), lambda: X @ Y),
+    "cat": (lambda: operand_modules.Cat(1), ([X, Y],), lambda: torch.cat([X, Y], 1)),
     "attention": (
-        operations.ScaledDotProductAttention,
+        operand_modules.ScaledDotProductAttention,
         (X, Y, X),
         lambda: F.scaled_dot_product_attention(X, Y, X),
     ),
     "causal attention": (
-        lambda: operations.ScaledDotProductAttention(is_causal=True, scale=0.3),
+        lambda: operand_modules.ScaledDotProductAttention(is_causal=True, scale=0.3),
         (X, Y, X),
         lambda: F.scaled_dot_product_attention(X, Y, X, is_causal=True, scale=0.3),
     ),
     "masked attention": (
-        operations.ScaledDotProductAttention,
+        operand_modules.ScaledDotProductAttention,
         (X, Y, X, MASK),
         lambda: F.scaled_dot_product_attention(X, Y, X, MASK),
     ),
     "attention to nothing": (
-        operations.ScaledDotProductAttention,
+        operand_modules.ScaledDotProductAttention,
         (X, Y, X, torch.zeros(4, 4).masked_fill(~NOTHING, -torch.inf)),
         lambda: F.scaled_dot_product_attention(X, Y, X, NOTHING),
     ),
@@ -123,7 +123,7 @@ def test_attention_is_covered_whole_and_with_float_probabilities_by_half():
 
 def test_probabilities_are_dropped_in_training_only():
     with qp.quantize_modules():
-        module = operations.ScaledDotProductAttention(dropout=0.5)
+        module = operand_modules.ScaledDotProductAttention(dropout=0.5)
     assert not torch.equal(module(X, Y, X), module.eval()(X, Y, X))
     assert torch.equal(module(X, Y, X), module(X, Y, X))
 

@@ -7,15 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantpatch.layers.attention import softmax_of_visible
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 
 __all__ = [
     "Add",
@@ -98,27 +96,29 @@ class ScaledDotProductAttention(nn.Module):
         )
 
 
-class _QuantizedOperation(QuantizedLayer):
-    inputs: ClassVar[tuple[str, ...]] = ("x", "y")
-    weights = {}
-
-
-class QuantAdd(_QuantizedOperation, Add):
+class QuantAdd(QuantizedLayer, Add):
     """``Add`` with both operands quantized."""
 
+    operations = {torch.add: ("x", "y")}
 
-class QuantMul(_QuantizedOperation, Mul):
+
+class QuantMul(QuantizedLayer, Mul):
     """``Mul`` with both operands quantized."""
 
+    operations = {torch.mul: ("x", "y")}
 
-class QuantMatMul(_QuantizedOperation, MatMul):
+
+class QuantMatMul(QuantizedLayer, MatMul):
     """``MatMul`` with both operands quantized."""
 
+    operations = {torch.matmul: ("x", "y")}
 
-class QuantCat(_QuantizedOperation, Cat):
+
+class QuantCat(QuantizedLayer, Cat):
     """``Cat`` with its tensors quantized, by one range: what is put together has one scale."""
 
     inputs = ("tensors",)
+    weights = {}
 
     def quantize_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -137,42 +137,11 @@ class QuantCat(_QuantizedOperation, Cat):
         return (tensors,), {}
 
 
-class QuantScaledDotProductAttention(_QuantizedOperation, ScaledDotProductAttention):
+class QuantScaledDotProductAttention(QuantizedLayer, ScaledDotProductAttention):
     """``ScaledDotProductAttention`` with the operands of both its products quantized.
 
     With the quantizer of ``probabilities`` disabled torch's fused kernel is used, as in float; otherwise
     the probabilities have to be formed. They are quantized before dropout.
     """
 
-    inputs = ("query", "key", "value")
-
-    def descriptors(self, recipe: Recipe) -> Iterable[tuple[str, QuantDescriptor]]:
-        """The inputs', and one for the probabilities."""
-        yield from super().descriptors(recipe)
-        if recipe.input is not None:
-            yield "probabilities", recipe.input.for_axes(None, -1)
-
-    def run_float(self, stand_ins: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """The fused kernel, or attention in the open if the probabilities are quantized."""
-        quantizer = self.quantizer("probabilities")
-        if quantizer is None or not quantizer.is_active:
-            return super().run_float(stand_ins, args, kwargs)
-        return self._in_the_open(*args, **kwargs)
-
-    def _in_the_open(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
-    ) -> Tensor:
-        scores = (
-            query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if self.scale is None else self.scale)
-        )
-        if self.is_causal:
-            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            scores = scores.masked_fill(~allowed, -torch.inf)
-        if attn_mask is not None:
-            masks = attn_mask.dtype == torch.bool
-            scores = scores.masked_fill(~attn_mask, -torch.inf) if masks else scores + attn_mask
-        quantizer = self.quantizer("probabilities")
-        assert quantizer is not None
-        is_masked = self.is_causal or attn_mask is not None
-        probabilities = quantizer(softmax_of_visible(scores) if is_masked else scores.softmax(-1))
-        return F.dropout(probabilities, self.dropout, self.training) @ value
+    operations = {F.scaled_dot_product_attention: ("query", "key", "value", "probabilities")}

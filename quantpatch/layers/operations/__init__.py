@@ -1,0 +1,22 @@
+"""Operations inside forwards: which there are, where code has them, and how their operands are quantized."""
+
+from quantpatch.layers.operations.facts import Asked, Facts
+from quantpatch.layers.operations.progress import InnerOperand, Rewritten
+from quantpatch.layers.operations.rewriter import rewrite
+from quantpatch.layers.operations.running import quantized
+from quantpatch.layers.operations.table import NAMES, PRODUCTS, Operations, Wanted, named, quantizer_name
+
+__all__ = [
+    "NAMES",
+    "PRODUCTS",
+    "Asked",
+    "Facts",
+    "InnerOperand",
+    "Operations",
+    "Rewritten",
+    "Wanted",
+    "named",
+    "quantized",
+    "quantizer_name",
+    "rewrite",
+]

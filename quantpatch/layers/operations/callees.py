@@ -1,0 +1,138 @@
+"""Which function a call runs, as far as that is known before it does."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from quantpatch.layers.operations.names import Names
+from quantpatch.layers.operations.progress import Progress
+from quantpatch.layers.operations.source import is_in_torch, plain
+
+# Written in Python by torch, and made of products; the others of its functions are taken as they are.
+_OF_TORCH_FOLLOWED = {F.multi_head_attention_forward}
+
+
+def is_of_module(name: str) -> bool:
+    """Whether a method is one of every module's, which are torch's own."""
+    return name != "forward" and hasattr(nn.Module, name)
+
+
+class Callees:
+    """The functions that calls in a function run.
+
+    Args:
+        progress: Of the class.
+        names: What names mean in the function.
+    """
+
+    def __init__(self, progress: Progress, names: Names) -> None:
+        self._progress = progress
+        self._names = names
+
+    def target(self, node: ast.Call, found: Any) -> tuple[Any, bool] | None:
+        """The function that a call runs, if it is to be looked into.
+
+        Args:
+            node: The call.
+            found: What a global name in it means; None if it means nothing.
+
+        Returns:
+            The function, and whether an object is given to it first, as to a method.
+        """
+        function = node.func
+        if found is not None:
+            followed = self._followed(found)
+            return None if followed is None else (followed, False)
+        if isinstance(function, ast.Attribute):
+            return self._attribute_called(function)
+        if isinstance(function, ast.Name) and function.id in self._names.assigned:
+            for value in reversed(self._names.assigned[function.id]):
+                held = self._asked_function(value)
+                if held is not None:
+                    return held, False
+        return None
+
+    def _asked_function(self, node: ast.expr) -> Any:
+        asked = self._progress.asked
+        unnamed = asked.unnamed(node, self._names.own)
+        if unnamed is not None and self._progress.may_multiply(unnamed):
+            name = unnamed.__qualname__.rpartition(".")[2]
+            why = f"{ast.unparse(node)} is {name}, which no other process finds by that name"
+            self._progress.hide(self._progress.float_class, why)
+        return asked.function(node, self._names.known, self._names.own, self._names.where)
+
+    def _followed(self, function: Any) -> Any:
+        """A function that a global name means, if it is to be looked into."""
+        if isinstance(function, types.MethodType) and function.__name__ == "apply":
+            backward: Any = function.__self__
+            if isinstance(backward, type) and issubclass(backward, torch.autograd.Function):
+                inner = plain(inspect.getattr_static(backward, "forward", None))
+                if inner is not None and self._progress.wanted.hinted(inner.__code__):
+                    self._progress.hide(backward, "an autograd.Function, which has a backward of its own")
+            return None
+        inner = None if isinstance(function, type) else plain(function)
+        if inner is None or (is_in_torch(inner) and inner not in _OF_TORCH_FOLLOWED):
+            return None
+        return getattr(function, "__func__", function)
+
+    def _attribute_called(self, function: ast.Attribute) -> tuple[Any, bool] | None:
+        """``self.method``, ``self.child``, ``self.child.method``, ``super().method``."""
+        owner, name = function.value, function.attr
+        float_class = self._progress.float_class
+        if isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super":
+            written = self._names.above
+            above = None if written is None else getattr(super(written, float_class), name, None)
+            return None if is_of_module(name) or plain(above) is None else (above, True)
+        if not self._names.own or is_of_module(name):
+            return None
+        if self._names.is_own(owner):
+            static = inspect.getattr_static(float_class, name, None)
+            if isinstance(static, staticmethod):
+                return static.__func__, False
+            if plain(static) is not None:
+                if self._names.layer == self._names.own:  # it is seen to as a method of the class
+                    return None
+                return static, True
+            self._progress.called.add(name)
+        elif isinstance(owner, ast.Attribute):
+            self._progress.called.add(owner.attr)
+        held = self._asked_function(function)
+        return None if held is None else (held, not isinstance(owner, ast.Name) and _takes_self(held))
+
+    def parameters(self, node: ast.Call, target: Any, is_bound: bool) -> tuple[tuple[str, ...], str]:
+        """Which parameters of a function get what is made of the layer's own tensors, and which the layer."""
+        inner = plain(target)
+        assert inner is not None
+        names = list(inner.__code__.co_varnames[: inner.__code__.co_argcount])
+        weights: list[str] = []
+        own = ""
+        if is_bound:
+            first = names.pop(0) if names else ""
+            weights.append(first)
+            owner = node.func.value if isinstance(node.func, ast.Attribute) else None
+            if isinstance(owner, ast.Call) or (self._names.is_own(owner)):
+                own = first
+        pairs: list[tuple[str, ast.expr]] = []
+        for name, argument in zip(names, node.args, strict=False):
+            if isinstance(argument, ast.Starred):
+                break
+            pairs.append((name, argument))
+        pairs += [(k.arg, k.value) for k in node.keywords if k.arg is not None]
+        for name, argument in pairs:
+            if self._names.is_own(argument):
+                own = own or name
+            if not self._names.depends.depends(argument):
+                weights.append(name)
+        return tuple(weights), own
+
+
+def _takes_self(function: types.FunctionType) -> bool:
+    """Whether a function is a method, whose object comes first."""
+    return function.__code__.co_varnames[:1] == ("self",) and "." in function.__qualname__

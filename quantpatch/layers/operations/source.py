@@ -1,0 +1,190 @@
+"""Functions from their source: read as a tree, and made again from a changed one."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from quantpatch.errors import LayerError
+
+#: What to write where a function cannot be read.
+BY_HAND = 'Write forward in the replacement, with self.quantize_operand("name", x) around each operand'
+
+
+class Unreadable(LayerError):
+    """A function's source cannot be read."""
+
+
+def plain(function: Any) -> types.FunctionType | None:
+    """The function that a decorated one, or a bound or static method, is made of; None for other objects."""
+    function = getattr(function, "__func__", function)
+    function = getattr(function, "_torchdynamo_inline", function)  # what torch.jit.script compiled
+    try:
+        found = inspect.unwrap(function)
+    except ValueError:  # wrapped in itself
+        return None
+    return found if isinstance(found, types.FunctionType) else None
+
+
+def is_in_torch(function: types.FunctionType) -> bool:
+    """Whether a function is torch's own."""
+    return str(function.__module__).partition(".")[0] == "torch"
+
+
+def parsed(function: types.FunctionType, owner: Any) -> ast.FunctionDef:
+    """The tree of a function, with the line numbers of its file.
+
+    Args:
+        function: A function written in Python.
+        owner: The class that it is read for.
+
+    Raises:
+        LayerError: The source cannot be read, or is not what was imported.
+    """
+    tree, first = _read(function, owner)
+    ast.increment_lineno(tree, first - 1)
+    return tree
+
+
+def _read(function: types.FunctionType, owner: Any) -> tuple[ast.FunctionDef, int]:
+    name = function.__qualname__
+    try:
+        lines, first = inspect.getsourcelines(function)
+        tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError) as error:
+        raise Unreadable(
+            f"`operations` needs the source of {name}, which cannot be read: {error}. {BY_HAND}", layer=owner
+        ) from error
+    if function.__name__ == "<lambda>":
+        raise Unreadable(f"`operations` cannot read a lambda ({name}); make it a def", layer=owner)
+    if not isinstance(tree, ast.FunctionDef) or not _is_of(tree, function):
+        raise Unreadable(
+            f"the source of {name} is not what was imported: the file has changed since. Start Python again",
+            layer=owner,
+        )
+    _spell_private_names(tree, function)
+    return tree, first
+
+
+def remade(
+    function: Any, tree: ast.FunctionDef, given: Mapping[str, Any], *, takes: str | None = None
+) -> Any:
+    """A function like another, of a changed tree.
+
+    Args:
+        function: The other, with its decorators.
+        tree: What it is to compute.
+        given: Objects that the tree uses, by names that are its own.
+        takes: The name of one more parameter, by keyword alone.
+    """
+    inner = plain(function)
+    assert inner is not None
+    tree.returns = None
+    arguments = tree.args
+    parts = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    for argument in [*parts, *filter(None, (arguments.vararg, arguments.kwarg))]:
+        argument.annotation = None
+    # Defaults are taken from the function as it is: their names may be those of a class body.
+    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
+    arguments.kw_defaults = [d and ast.Constant(None) for d in arguments.kw_defaults]
+    if takes is not None:
+        arguments.kwonlyargs.append(ast.arg(takes))
+        arguments.kw_defaults.append(None)
+    cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True))
+    tree.decorator_list = []
+    factory = ast.parse(f"def factory({', '.join({**cells, **given})}):\n    return {tree.name}").body[0]
+    assert isinstance(factory, ast.FunctionDef)
+    factory.body.insert(0, tree)
+    module = ast.fix_missing_locations(ast.Module([factory], []))
+    namespace: dict[str, Any] = {}
+    exec(compile(module, inner.__code__.co_filename, "exec"), inner.__globals__, namespace)
+    placeholders = {**dict.fromkeys(cells), **given}
+    made: types.FunctionType = namespace["factory"](**placeholders)
+    new = dict(zip(made.__code__.co_freevars, made.__closure__ or (), strict=True))
+    made = types.FunctionType(
+        made.__code__,
+        inner.__globals__,
+        made.__name__,
+        inner.__defaults__,
+        tuple(
+            cells.get(name, cell) for name, cell in new.items()
+        ),  # those of the function itself: they may change
+    )
+    made.__kwdefaults__ = inner.__kwdefaults__
+    made.__doc__, made.__qualname__, made.__module__ = inner.__doc__, inner.__qualname__, inner.__module__
+    return _wrapped_as(function, inner, made)
+
+
+def _wrapped_as(outer: Any, inner: types.FunctionType, made: types.FunctionType) -> Any:
+    """What decorators made of a function, made of another one: they do not run again."""
+    outer = getattr(outer, "__func__", outer)
+    if outer is inner or getattr(outer, "_torchdynamo_inline", None) is inner:
+        return made
+    wrapped = getattr(outer, "__wrapped__", None)
+    if not isinstance(outer, types.FunctionType) or wrapped is None:
+        return made
+    below = _wrapped_as(wrapped, inner, made)
+    held = [_holds(cell, wrapped) for cell in outer.__closure__ or ()]
+    if not any(held):
+        raise Unreadable(
+            f"the decorator of {inner.__qualname__} keeps it where it cannot be exchanged. {BY_HAND}",
+            layer=None,
+        )
+    cells = [
+        types.CellType(below) if holds else cell
+        for holds, cell in zip(held, outer.__closure__ or (), strict=True)
+    ]
+    copy = types.FunctionType(
+        outer.__code__, outer.__globals__, outer.__name__, outer.__defaults__, tuple(cells)
+    )
+    copy.__kwdefaults__ = outer.__kwdefaults__
+    functools.update_wrapper(copy, outer)
+    copy.__wrapped__ = below  # type: ignore[attr-defined]
+    return copy
+
+
+def _holds(cell: types.CellType, value: Any) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # it is empty
+        return False
+
+
+def codes(code: types.CodeType) -> list[types.CodeType]:
+    """The code of a function, and of those that are defined in it."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return [code, *(each for part in inner for each in codes(part))]
+
+
+def _spell_private_names(tree: ast.FunctionDef, function: types.FunctionType) -> None:
+    """Writes ``self.__x`` as Python does inside a class, where the function no longer is."""
+    parts = function.__qualname__.split(".")
+    owner = parts[-2].lstrip("_") if len(parts) > 1 else ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("__") and not node.attr.endswith("__"):
+            node.attr = f"_{owner}{node.attr}"
+
+
+def _is_of(tree: ast.FunctionDef, function: types.FunctionType) -> bool:
+    """Whether a function was compiled from a source, as far as its names show."""
+    code = function.__code__
+    arguments = [argument.arg for argument in (*tree.args.posonlyargs, *tree.args.args)]
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    known = {name for c in codes(code) for name in c.co_names}
+    return (
+        tree.name == function.__name__
+        and arguments == list(code.co_varnames[: code.co_argcount])
+        and all(name in known or name.startswith("__") for name in attributes - _in_signature(tree))
+    )
+
+
+def _in_signature(tree: ast.FunctionDef) -> set[str]:
+    """Attributes in decorators, defaults and annotations, which are not part of a function's code."""
+    outside = [*tree.decorator_list, tree.args, *([tree.returns] if tree.returns else [])]
+    outside += [node.annotation for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
+    return {n.attr for part in outside for n in ast.walk(part) if isinstance(n, ast.Attribute)}

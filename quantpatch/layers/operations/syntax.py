@@ -1,0 +1,89 @@
+"""Pieces of syntax trees: what is read off them, and what is put into them."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from quantpatch.layers.operations.table import Operand
+
+
+def is_number(node: ast.expr) -> bool:
+    """Whether an operand is plainly no tensor: a constant, a size, a display."""
+    if isinstance(node, ast.Constant):
+        return not isinstance(node.value, str)  # which says how to multiply, in einsum
+    if isinstance(node, (ast.JoinedStr, ast.Dict, ast.Set)):
+        return True
+    if isinstance(node, ast.UnaryOp):
+        return is_number(node.operand)
+    if isinstance(node, ast.BinOp):
+        return is_number(node.left) and is_number(node.right)
+    if isinstance(node, ast.Subscript):
+        return is_number(node.value)
+    if isinstance(node, ast.Attribute):
+        return node.attr in ("shape", "ndim")
+    if isinstance(node, ast.Call):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        return name in ("size", "dim", "numel", "len", "int", "float", "range", "item")
+    return False
+
+
+def assignments(tree: ast.AST) -> dict[str, list[ast.expr]]:
+    """What is assigned to plain names, in their order."""
+    found: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    found.setdefault(target.id, []).append(node.value)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            found.setdefault(node.target.id, []).append(node.value)
+    return found
+
+
+def equation(node: ast.Call) -> dict[int, Operand]:
+    """The axes of einsum's operands, where its equation is written out."""
+    first = node.args[0] if node.args else None
+    if not (isinstance(first, ast.Constant) and isinstance(first.value, str)):
+        return {}
+    left, _, result = first.value.replace(" ", "").partition("->")
+    terms = left.split(",")
+    found: dict[int, Operand] = {}
+    for position, term in enumerate(terms):
+        others = "".join(t for n, t in enumerate(terms) if n != position)
+        own = [i - len(term) for i, letter in enumerate(term) if letter in result and letter not in others]
+        summed = [i - len(term) for i, letter in enumerate(term) if letter not in result and letter in others]
+        role = ("left", "right")[position] if position < 2 else f"operand_{position}"
+        plain_term = term.isalpha()
+        found[position + 1] = Operand(
+            role, own[-1] if own and plain_term else None, summed[-1] if summed and plain_term else None
+        )
+    return found
+
+
+def read(name: str) -> ast.Name:
+    """A name that is read."""
+    return ast.Name(name, ast.Load())
+
+
+def call(function: str, *args: ast.expr) -> ast.Call:
+    """A call of a function by its name."""
+    return ast.Call(read(function), list(args), [])
+
+
+def get(owner: Any, key: Any) -> Any:
+    """An item of a list, or an attribute."""
+    return owner[key] if isinstance(owner, list) else getattr(owner, key)
+
+
+def put(owner: Any, key: Any, value: Any) -> None:
+    """Exchanges an item of a list, or an attribute."""
+    if isinstance(owner, list):
+        owner[key] = value
+    else:
+        setattr(owner, key, value)
+
+
+def as_list(value: Any) -> list[Any]:
+    """What a visit gave: several statements, or one node."""
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,256 @@
+"""``operations=``: which operations inside forwards are quantized, where, and how."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+from torch import nn
+
+from quantpatch.errors import ArgumentError, ArgumentTypeError, ConversionError, listed, near_misses
+from quantpatch.layers.base import QuantizedLayer, quantizers_of
+from quantpatch.layers.operations import NAMES, PRODUCTS, named
+from quantpatch.layers.quantizer import TensorQuantizer
+from quantpatch.layers.with_operations import (
+    QuantizedOperations,
+    find_operations,
+    operand_descriptors,
+    take_over_operations,
+)
+from quantpatch.plugins.entry import Entry
+from quantpatch.plugins.plugin import BUILTIN
+from quantpatch.plugins.registry import registry
+from quantpatch.quantize.outcome import Outcome
+from quantpatch.quantize.reasons import HiddenOperations
+from quantpatch.quantize.resolve import Decision
+from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
+from quantpatch.torch_tools.class_swap import change_class, dotted, own_class
+from quantpatch.torch_tools.fast_paths import allow_fast_paths
+
+Value = str | Recipe | QuantDescriptor | None
+#: What ``operations`` takes.
+OperationRules = str | Iterable[str] | Mapping[str | type, str | Iterable[str] | Mapping[str, Value] | None]
+
+
+@attrs.frozen
+class OperationRule:
+    """One operation in some layers.
+
+    Attributes:
+        where: A glob on the names of modules and of their classes, or a class.
+        operation: The operation's name, or ``"products"``.
+        value: How its operands are quantized: as the recipe in force says (an empty string), or as another
+            recipe or a descriptor; None leaves them float.
+    """
+
+    where: str | type
+    operation: str
+    value: Recipe | QuantDescriptor | str | None
+
+    def matches(self, name: str, layer: nn.Module) -> bool:
+        """Whether it is for a layer of a name."""
+        if isinstance(self.where, type):
+            return isinstance(layer, self.where)
+        cls = own_class(layer)
+        return any(fnmatch.fnmatchcase(each, self.where) for each in (name, cls.__name__, dotted(cls)))
+
+    def recipe(self, in_force: Recipe) -> Recipe | None:
+        """The recipe for the operands."""
+        if isinstance(self.value, QuantDescriptor):
+            return Recipe(name="rule", input=self.value, weight=self.value)
+        return in_force if self.value == "" else self.value  # type: ignore[return-value]
+
+    def __str__(self) -> str:
+        where = self.where if isinstance(self.where, str) else self.where.__qualname__
+        return f"{where!r}: {self.operation!r}"
+
+
+@attrs.frozen
+class OperationsOption:
+    """``operations``, checked.
+
+    Attributes:
+        rules: In their order; of several for one operation of a layer the last one is in force.
+        demands: Whether a rule that matches nothing is an error.
+    """
+
+    rules: tuple[OperationRule, ...] = ()
+    demands: bool = False
+
+    @classmethod
+    def of(cls, given: OperationRules | None) -> OperationsOption | None:
+        """What a user gave.
+
+        Raises:
+            ArgumentTypeError: A part of it is of another type.
+            ArgumentError: Two rules contradict each other.
+            UnknownNameError: There is no operation, or no recipe, of a name.
+        """
+        if given is None:
+            return None
+        if not isinstance(given, Mapping):
+            return cls(tuple(OperationRule("*", name, "") for name in _names(given)))
+        rules: list[OperationRule] = []
+        for where, wanted in given.items():
+            if not isinstance(where, (str, type)):
+                raise _malformed(where)
+            if isinstance(wanted, Mapping):
+                pairs = [(name, _value(value)) for name, value in wanted.items()]
+            elif wanted is None:
+                pairs = [(name, None) for name in NAMES]
+            else:
+                pairs = [(name, "") for name in _names(wanted)]
+            named(name for name, _ in pairs)
+            rules += [OperationRule(where, name, value) for name, value in pairs]
+        return cls(tuple(rules), demands=True)
+
+    def for_layer(
+        self, name: str, layer: nn.Module, in_force: Recipe
+    ) -> tuple[dict[str, Recipe], list[OperationRule]]:
+        """The recipe for each operation of a layer, and the rules that are for it."""
+        recipes: dict[str, Recipe] = {}
+        matched = [rule for rule in self.rules if rule.matches(name, layer)]
+        for rule in matched:
+            recipe = rule.recipe(in_force)
+            for operation in named([rule.operation]):
+                recipes.pop(operation, None)
+                if recipe is not None:
+                    recipes[operation] = recipe
+        return recipes, matched
+
+
+def _names(given: Any) -> list[str]:
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, Iterable) or isinstance(names, (bytes, nn.Module)):
+        raise _malformed(given)
+    found = list(names)
+    if not all(isinstance(name, str) for name in found):
+        raise _malformed(given)
+    named(found)
+    return found
+
+
+def _value(given: Any) -> Recipe | QuantDescriptor | str | None:
+    if given is None or isinstance(given, (Recipe, QuantDescriptor)):
+        return given
+    if isinstance(given, str):
+        return registry.recipe(given)
+    raise _malformed(given)
+
+
+def _malformed(given: Any) -> ArgumentTypeError:
+    return ArgumentTypeError(
+        f"operations takes {PRODUCTS!r}, names of operations, or rules such as "
+        f"{{'*.attn': {{'matmul': 'int8'}}, '*': 'products'}}, not {given!r}",
+        operations=given,
+    )
+
+
+@attrs.frozen
+class _Planned:
+    name: str
+    layer: Any
+    made: type[QuantizedLayer]
+    recipes: Mapping[str, Recipe]
+
+
+def quantize_operations(
+    models: Sequence[nn.Module],
+    option: OperationsOption,
+    recipe: Recipe,
+    outcome: Outcome,
+    *,
+    leave: Callable[[nn.Module], bool] = lambda module: False,
+    strict: bool = False,
+) -> int:
+    """Has the layers of models quantize the operands of operations in their forwards.
+
+    Args:
+        models: The models.
+        option: Which, where, and how.
+        recipe: The recipe in force.
+        outcome: Counts what became of each layer.
+        leave: Whether a module is to stay as it is.
+        strict: Whether what may multiply and cannot be followed is an error.
+
+    Returns:
+        How many layers changed.
+
+    Raises:
+        ArgumentError: A rule matches nothing.
+        ConversionError: (``strict``) Something may multiply and stays float. Nothing has changed.
+    """
+    planned: list[_Planned] = []
+    hidden: dict[str, tuple[str, ...]] = {}
+    used: set[OperationRule] = set()
+    seen: dict[str, nn.Module] = {}
+    for model in models:
+        for name, layer in model.named_modules():
+            seen.setdefault(name, layer)
+            if isinstance(layer, (QuantizedLayer, TensorQuantizer)) or leave(layer):
+                continue
+            recipes, rules = option.for_layer(name, layer, recipe)
+            if not recipes:
+                used.update(rules)
+                continue
+            cls = own_class(layer)
+            found = find_operations(layer, cls, frozenset(recipes))
+            if found.hidden:
+                hidden[name or cls.__name__] = found.hidden
+                outcome.count(Decision(dotted(cls), None, HiddenOperations(found.hidden), cls))
+            if found.made is None or not operand_descriptors(found.made, recipes):
+                continue
+            present = {inner.operation for inner in found.made._inner.values()}
+            used.update(rule for rule in rules if present & named([rule.operation]))
+            planned.append(_Planned(name, layer, found.made, recipes))
+    unused = [rule for rule in option.rules if rule not in used]
+    if option.demands and unused:
+        raise _unmatched(unused[0], seen)
+    if strict and hidden:
+        shown = listed(f"{name} ({'; '.join(why)})" for name, why in hidden.items())
+        raise ConversionError(
+            f"strict=True: {len(hidden)} layers may multiply where it cannot be seen: {shown}. Write a "
+            f"replacement for them, leave them float by a rule, operations={{{next(iter(hidden))!r}: None}}, "
+            f"or pass strict=False",
+            layers=tuple(hidden),
+        )
+    owners: dict[nn.Module, int] = {}
+    for model in models:
+        for module in model.modules():
+            for child in module.children():
+                owners[child] = owners.get(child, 0) + 1
+    for plan in planned:
+        take_over_operations(plan.layer, plan.made, plan.recipes)
+        for name in plan.made._prepared.read_only if plan.made._prepared else ():
+            part: Any = plan.layer._modules.get(name)
+            if isinstance(part, QuantizedLayer) and owners.get(part) == 1:  # type: ignore[call-overload]
+                _make_float(part)
+        target: Any = plan.made.float_class
+        entry = Entry(target.__module__, target.__name__, QuantizedOperations, plugin=BUILTIN)
+        outcome.covered(Decision(dotted(target), entry, None, target, plan.made))
+    return len(planned)
+
+
+def _make_float(layer: Any) -> None:
+    """Takes a layer's quantizers away, which never see anything: what holds it reads its weight itself."""
+    own = quantizers_of(layer)
+    change_class(layer, layer.float_class)
+    allow_fast_paths(layer)
+    for name in own:
+        del layer._modules[name]
+
+
+def _unmatched(rule: OperationRule, modules: Mapping[str, nn.Module]) -> ArgumentError:
+    matching = [name for name, layer in modules.items() if rule.matches(name, layer)]
+    if matching:
+        what = f"{listed(name or 'the model' for name in matching)} compute no {rule.operation} in a forward"
+    else:
+        names = [*filter(None, modules), *dict.fromkeys(type(layer).__name__ for layer in modules.values())]
+        where = rule.where if isinstance(rule.where, str) else rule.where.__qualname__
+        what = f"no module has such a name or class. {near_misses(where, names)}"
+    return ArgumentError(
+        f"the rule {rule} of operations matches nothing: {what}".rstrip(),
+        operations=rule.where,
+    )

@@ -1,0 +1,592 @@
+"""Products inside forwards: found in whatever code a class has for them, and quantized where they stand."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import quantpatch as qp
+from quantpatch.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ConversionError,
+    QuantPatchWarning,
+    UnknownNameError,
+)
+from quantpatch.layers.quantizer import named_quantizers
+
+HELPERS = """
+import torch
+
+def attend(query, key, value):
+    return torch.softmax(query @ key.mT, -1) @ value
+
+def project(x, weight):
+    return x @ weight
+"""
+
+# Name of the class: what its forward returns, of x of (2, 5, 8), its child fc (8 to 8) and its parameters.
+FORWARDS = {
+    "Matmul": "torch.matmul(self.fc(x), x.mT)",
+    "At": "self.fc(x) @ x.mT",
+    "Method": "self.fc(x).matmul(x.mT)",
+    "Bmm": "torch.bmm(self.fc(x), x.mT)",
+    "Mm": "torch.mm(self.fc(x)[0], x[0].T)",
+    "Mv": "torch.mv(self.fc(x)[0], x[0, 0])",
+    "Dot": "torch.dot(self.fc(x)[0, 0], x[0, 0])",
+    "Vdot": "torch.vdot(self.fc(x)[0, 0], x[0, 0])",
+    "Inner": "torch.inner(self.fc(x), x)",
+    "Tensordot": "torch.tensordot(self.fc(x), x, dims=([2], [2]))",
+    "Einsum": "torch.einsum('bij,bkj->bik', self.fc(x), x)",
+    "EinsumOfWeight": "torch.einsum('bij,kj->bik', self.fc(x), self.weight)",
+    "Addmm": "torch.addmm(x[0, :, :5], self.fc(x)[0], x[0].T)",
+    "Addmv": "torch.addmv(x[0, :, 0], self.fc(x)[0], x[0, 0])",
+    "Baddbmm": "torch.baddbmm(x[:, :, :5], self.fc(x), x.mT)",
+    "Addbmm": "torch.addbmm(x[0, :, :5], self.fc(x), x.mT)",
+    "Attention": "F.scaled_dot_product_attention(self.fc(x), x, x)",
+    "Causal": "F.scaled_dot_product_attention(query=self.fc(x), key=x, value=x, is_causal=True)",
+    "OwnLinear": "F.linear(self.fc(x).relu() + 1, self.weight)",
+    "OwnLinearOfInput": "F.linear(x, self.weight)",
+    "OwnMatmul": "(self.fc(x) + 1) @ self.weight",
+    "OwnMatmulOfInput": "x @ self.weight",
+    "Experts": "torch.bmm(x + 1, self.experts)",
+    "ChildsLinear": "F.linear(x.sigmoid(), self.fc.weight)",
+    "Normed": "F.linear(x + 1, self.weight / self.weight.norm())",
+    "Bilinear": "F.bilinear(self.fc(x), x + 1, self.cube)",
+    "Conv1d": "F.conv1d(x + 1, self.kernel1)",
+    "Conv2d": "F.conv2d(x[:, None] + 1, self.kernel2)",
+    "Conv3d": "F.conv3d(x[:, None, None] + 1, self.kernel3)",
+    "ConvTranspose1d": "F.conv_transpose1d(x + 1, self.kernel1)",
+    "ConvTranspose2d": "F.conv_transpose2d(x[:, None] + 1, self.kernel2)",
+    "ConvOfActivations": "F.conv1d(x + 1, self.fc(x[:, :, :8])[:1, :, :3])",
+    "Helper": "attend(self.fc(x), x, x)",
+    "HelperOfModule": "helpers.attend(self.fc(x), x, x)",
+    "HelperOfWeight": "project(x.relu() + 1, self.weight)",
+    "Twice": "(self.fc(x) @ x.mT) @ (x.relu() + 1)",
+    "TwoKinds": "torch.bmm(self.fc(x), x.mT) + F.linear(x - 1, self.weight[:5])",
+    "InMethod": "self.scores(self.fc(x), x)",
+    "Inputs": "F.conv1d(x, self.kernel1)",
+}
+SOURCE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from . import helpers
+from .helpers import attend, project
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.experts = nn.Parameter(torch.randn(2, 8, 4))
+        self.cube = nn.Parameter(torch.randn(4, 8, 8))
+        self.kernel1 = nn.Parameter(torch.randn(5, 5, 3))
+        self.kernel2 = nn.Parameter(torch.randn(1, 1, 3, 3))
+        self.kernel3 = nn.Parameter(torch.randn(1, 1, 1, 3, 3))
+    def scores(self, left, right):
+        return left @ right.mT
+""" + "".join(
+    f"\nclass {name}(Base):\n    def forward(self, x, factor: float = 1.0):\n        return {code}\n"
+    for name, code in FORWARDS.items()
+)
+
+
+@pytest.fixture
+def layers(package):
+    return importlib.import_module(f"{package(layers=SOURCE, helpers=HELPERS)}.layers")
+
+
+def operands(model):
+    return [name.removesuffix("_quantizer") for name in named_quantizers(model)]
+
+
+@pytest.mark.filterwarnings("ignore:.*saw no data:quantpatch.errors.QuantPatchWarning")
+@pytest.mark.parametrize("name", FORWARDS)
+def test_every_product_of_a_class_is_quantized_and_disabled_computes_what_it_did(layers, name):
+    cls, x = getattr(layers, name), torch.randn(2, 5, 8)
+    float_model = cls().eval()
+    with qp.quantize_modules(operations="products") as block:
+        model = cls().eval()
+    assert f"{layers.__name__}.{name}" in {row.target for row in block.replaced}
+    known = operands(model)
+    model.load_state_dict(float_model.state_dict())
+    expected = float_model(x)
+    report = qp.audit(model, x)
+    assert (report.share, operands(model)) == (1.0, known)
+    assert not torch.equal(model(x), expected)
+    for quantizer in named_quantizers(model).values():
+        quantizer.disable()
+    assert torch.equal(model(x), expected)
+    for quantizer in named_quantizers(model).values():
+        quantizer.enable()
+    qp.calibrate(model, [x], strict=False)  # some never call fc
+    quantized = model(x)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(twin) is type(model)
+        assert torch.equal(twin(x), quantized)
+    qp.revert(model)
+    assert type(model) is cls
+    assert torch.equal(model(x), expected)
+    qp.convert(model, operations="products")
+    assert operands(model) == known
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [
+        ("OwnLinear", {"linear_0_weight": 0}),
+        ("OwnMatmul", {"matmul_0_right": -1}),
+        ("EinsumOfWeight", {"einsum_0_right": -2}),
+        ("Experts", {"matmul_0_right": -1}),
+        ("Normed", {"linear_0_weight": 0}),
+        ("Conv2d", {"conv2d_0_weight": 0}),
+        ("ConvTranspose1d", {"conv_transpose1d_0_weight": 1}),
+        ("ConvOfActivations", {}),
+        ("HelperOfWeight", {"matmul_0_right": -1}),
+        ("Matmul", {}),
+    ],
+)
+def test_what_is_made_of_parameters_alone_is_a_weight_with_a_range_for_each_output(layers, name, axes):
+    with qp.quantize_modules(operations="products"):
+        model = getattr(layers, name)()
+    found = {
+        operand: model.quantizer(operand).descriptor.axis
+        for operand, inner in model._inner.items()
+        if inner.is_weight
+    }
+    assert found == axes
+    assert all(model.quantizer(operand).format.name == "int8_narrow" for operand in axes)
+
+
+def test_a_layer_whose_weight_another_forward_reads_has_no_quantizers_that_see_nothing(layers):
+    with qp.quantize_modules(operations="products"):
+        model = layers.ChildsLinear()
+    assert operands(model) == ["linear_0_input", "linear_0_weight"]
+    assert type(model.fc) is nn.Linear
+    report = qp.calibrate(model, [torch.randn(2, 5, 8)])
+    assert report.skipped == {}
+
+
+# --- what a class of a user's own does -----------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self, fused=True):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.fused = fused
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.fused:
+            return F.scaled_dot_product_attention(q, k, v)
+        scores = q @ k.mT * 8**-0.5
+        return scores.softmax(-1) @ v
+
+
+FUSED = [f"attention_0_{name}" for name in ("query", "key", "value", "probabilities")]
+OPEN = ["matmul_0_left", "matmul_0_right", "matmul_1_left", "matmul_1_right"]
+
+
+def inner(model):
+    return [name for name in operands(model) if "qkv" not in name]
+
+
+def test_only_the_branch_that_an_attribute_chooses_has_quantizers():
+    for fused, names in ((True, FUSED), (False, OPEN)):
+        with qp.quantize_modules(operations="products"):
+            model = Attention(fused)
+        assert inner(model) == names
+        twin = pickle.loads(pickle.dumps(model))
+        assert (inner(twin), type(twin)) == (names, type(model))
+
+
+def test_both_ways_of_attention_compute_the_same():
+    torch.manual_seed(0)
+    with qp.quantize_modules(operations="products"):
+        fused, in_the_open = Attention().eval(), Attention(False).eval()
+    in_the_open.qkv.load_state_dict(fused.qkv.state_dict())
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(fused(x), in_the_open(x))
+
+
+def test_a_branch_that_is_chosen_later_is_reported():
+    with qp.quantize_modules(operations="products"):
+        model = Attention()
+    model.fused = False
+    with pytest.warns(
+        QuantPatchWarning, match="`self.fused` was True when it was quantized and is False now.* build or"
+    ):
+        model(torch.randn(2, 5, 8))
+    model(torch.randn(2, 5, 8))  # once is enough
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"attn_mask": torch.tensor([[True, False, True]] * 3)},
+        {"attn_mask": torch.tensor([[0.5, -1, -torch.inf]] * 3)},
+        {"enable_gqa": True},
+    ],
+    ids=["causal", "scale", "boolean-mask", "mask", "gqa"],
+)
+def test_attention_in_the_open_is_that_of_torch(options):
+    class Call(nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+
+    model = Call()
+    qp.convert(model, operations={"Call": {"attention": qp.QuantDescriptor(num_bits=8)}})
+    heads = 2 if options.get("enable_gqa") else 4
+    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, heads, 3, 8), torch.randn(1, heads, 3, 8)
+    expected = F.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(model(q, k, v), expected, atol=0.05, rtol=0.05)
+    for name in FUSED:
+        model.quantizer(name).disable() if name != FUSED[-1] else None
+    # Scores are computed in the open, of what is not quantized: exact but for the probabilities' step.
+    torch.testing.assert_close(model(q, k, v), expected, atol=0.02, rtol=0.02)
+
+
+class Loop(nn.Module):
+    """One place, many times; a comprehension, a lambda and an inner function."""
+
+    def forward(self, xs):
+        def product(x):
+            return x @ x.mT
+
+        return [product(x) for x in xs], (lambda y: y.matmul(y.mT))(xs[0])
+
+
+def test_inner_functions_and_loops_have_one_quantizer_for_a_place():
+    model = Loop()
+    qp.convert(model, operations="products")
+    assert operands(model) == OPEN
+    assert qp.audit(model, ([torch.randn(2, 3), torch.randn(4, 3)],)).share == 1.0
+
+
+from torch import einsum as contract  # noqa: E402
+
+
+def standardized(weight):
+    return (weight - weight.mean((1, 2, 3), keepdim=True)) / weight.std((1, 2, 3), keepdim=True)
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        out = F.conv2d(input=x, weight=standardized(self.weight), bias=self.bias, padding=1)
+        return contract("bchw,bcij->bhwij", out, out)
+
+
+def test_a_weight_that_a_helper_standardizes_is_a_weight_and_aliases_are_known():
+    with qp.quantize_modules(operations="products") as block:
+        model = Standardized(2, 4, 3)
+    assert operands(model) == ["conv2d_0_input", "conv2d_0_weight", "einsum_0_left", "einsum_0_right"]
+    qp.calibrate(model, [torch.randn(1, 2, 5, 5)])
+    assert model.quantizer("conv2d_0_weight").amax.shape == (4, 1, 1, 1)
+    assert block.skipped == ()
+
+
+class Holder(nn.Module):
+    """Calls a method of another module, and a function that it holds."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.other, self.function = Other(), function
+
+    def forward(self, x):
+        return self.other.scores(x), self.function(x), Standing.scores(x)
+
+
+class Other(nn.Module):
+    def scores(self, x):
+        return x @ x.mT
+
+    def forward(self, x):
+        raise NotImplementedError
+
+
+class Standing:
+    @staticmethod
+    def scores(x):
+        return torch.bmm(x, x.mT)
+
+
+def held(x):
+    return torch.matmul(x, x.mT)
+
+
+def test_methods_of_other_objects_and_functions_in_attributes_are_followed():
+    with qp.quantize_modules(operations="products"):
+        model = Holder(held)
+    assert len(operands(model)) == 6
+    x = torch.randn(2, 3, 4)
+    assert qp.audit(model, x).share == 1.0
+    assert qp.audit(pickle.loads(pickle.dumps(model)), x).share == 1.0
+    model.function = torch.relu
+    with pytest.warns(QuantPatchWarning, match="it called .*held when it was quantized and calls .*relu"):
+        model(x)
+
+
+class Named(nn.Module):
+    """Names of its own that quantized layers use as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weights", torch.randn(4, 4))
+        self.inputs = 3
+
+    def parts(self):
+        return self.inputs + 1
+
+    def forward(self, x):
+        assert self.parts() == 4
+        return F.linear(x, self.weights)
+
+
+class Clashing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.quantizer = nn.Identity()
+
+    def forward(self, x):
+        return self.quantizer(x) @ x.mT
+
+
+def test_names_of_a_class_s_own_stay_its_own():
+    with qp.quantize_modules(operations="products"):
+        model = Named()
+    x = torch.randn(2, 4)
+    assert qp.audit(model, x).share == 1.0
+    assert qp.audit(pickle.loads(pickle.dumps(model)), x).share == 1.0
+
+
+def test_a_class_that_uses_the_name_of_a_method_is_left_with_the_reason():
+    with qp.quantize_modules(operations="products") as block:
+        model = nn.Sequential(Clashing(), nn.Linear(2, 2))
+    assert type(model[0]) is Clashing
+    (row,) = block.skipped
+    assert "it has 'quantizer' of its own, which quantized layers use" in row.reason
+    with pytest.raises(
+        ConversionError, match=r"strict=True: 1 layers may multiply .* 0 \(it has 'quantizer'"
+    ):
+        qp.convert(nn.Sequential(Clashing(), nn.Linear(2, 2)), operations="products", strict=True)
+
+
+# --- rules -------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Attention(False), Attention()
+
+    def forward(self, x):
+        return self.second(self.first(x)) + x
+
+
+def build(**options):
+    with qp.quantize_modules(**options):
+        return Net().eval()
+
+
+def test_rules_say_where_which_and_how():
+    four = qp.QuantDescriptor(num_bits=4)
+    model = build(operations={"*": ["products", "add"], "first": {"matmul": four}, "*second": None})
+    found = {name: q.format.name for name, q in named_quantizers(model).items() if "qkv" not in name}
+    assert found == {
+        **{f"first.{name}_quantizer": "int4" for name in OPEN},
+        "add_0_left_quantizer": "int8",
+        "add_0_right_quantizer": "int8",
+    }
+    assert type(model.second) is Attention
+
+
+def test_a_class_or_its_name_says_where_too():
+    for where in (Attention, "Attention", f"{__name__}.Attention", "*Attention"):
+        assert inner(build(operations={where: "attention"})) == [f"second.{name}" for name in FUSED]
+
+
+def test_what_is_not_multiplied_can_be_asked_for():
+    model = build(operations=["add", "softmax"])
+    assert inner(model) == ["first.softmax_0_output", "add_0_left", "add_0_right"] or set(inner(model)) == {
+        "first.softmax_0_output", "add_0_left", "add_0_right",
+    }  # fmt: skip
+    assert qp.recipe("int8").input is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("product", UnknownNameError, "unknown operation 'product'. Did you mean 'products'"),
+        ({"*": {"matmull": "int8"}}, UnknownNameError, "unknown operation 'matmull'"),
+        ({"*": {"matmul": "int9"}}, UnknownNameError, "unknown recipe 'int9'"),
+        (3, ArgumentTypeError, "operations takes 'products', names of operations, or rules"),
+        ({"*": {"matmul": 8}}, ArgumentTypeError, "not 8"),
+        ({3: "matmul"}, ArgumentTypeError, "not 3"),
+    ],
+)
+def test_what_means_nothing_is_refused_before_anything_is_built(given, error, message):
+    with pytest.raises(error, match=message), qp.quantize_modules(operations=given):
+        raise AssertionError
+
+
+def test_a_rule_that_matches_nothing_is_an_error_with_near_misses():
+    with pytest.raises(ArgumentError, match="'frist': 'matmul' .* no module has such a name .* 'first'"):
+        build(operations={"frist": "matmul"})
+    with pytest.raises(ArgumentError, match="first compute no conv2d in a forward"):
+        build(operations={"first": "conv2d"})
+    model = Net()
+    with pytest.raises(ArgumentError, match="matches nothing"):
+        qp.convert(model, operations={"frist": "matmul"})
+    assert {type(module) for module in model.modules()} == {Net, Attention, nn.Linear}
+
+
+def test_a_recipe_without_activations_leaves_products_of_activations_alone():
+    model = build(recipe="int8-weight-only", operations="products")
+    assert type(model.first) is Attention
+
+
+def test_blocks_inside_have_the_operations_around_or_their_own():
+    with qp.quantize_modules(operations="products"):
+        model = nn.ModuleList([Attention()])
+        with qp.quantize_modules(skip=["Conv2d"]):
+            model.append(Attention())
+        with qp.keep_float():
+            model.append(Attention())
+        with qp.quantize_modules(operations="softmax"):
+            model.append(Attention(False))
+            model.append(Attention())
+    assert [inner(module) for module in model] == [FUSED, FUSED, [], ["softmax_0_output"], []]
+
+
+def test_copies_of_what_was_built_are_seen_to():
+    with qp.quantize_modules(operations="products"):
+        model = nn.ModuleList(copy.deepcopy(Attention()) for _ in range(2))
+    assert [inner(module) for module in model] == [FUSED, FUSED]
+
+
+# --- what cannot be followed -------------------------------------------------------------------
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x @ x.mT
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class OfItsOwn(nn.Module):
+    def forward(self, x):
+        return Square.apply(x)
+
+
+@torch.jit.script
+def scripted(x: torch.Tensor) -> torch.Tensor:
+    return x @ x.mT
+
+
+def exec_made():
+    names = {"torch": torch, "__name__": "made"}
+    exec("class Made(torch.nn.Module):\n    def forward(self, x):\n        return x @ x.mT", names)
+    return names["Made"]()
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (OfItsOwn, "Square: an autograd.Function, which has a backward of its own"),
+        (lambda: Holder(lambda x: x @ x), "self.function is <lambda>, which no other process finds"),
+        (exec_made, "needs the source of Made.forward, which cannot be read"),
+    ],
+    ids=["autograd", "lambda", "exec"],
+)
+def test_what_cannot_be_followed_is_named_and_strict_is_an_error(make, why):
+    model = nn.Sequential(make(), nn.Linear(4, 4))
+    conversion = qp.convert(model, operations="products")
+    assert any(why in row.reason for row in conversion.skipped)
+    model = nn.Sequential(make(), nn.Linear(4, 4))
+    with pytest.raises(ConversionError, match="may multiply where it cannot be seen: 0 "):
+        qp.convert(model, operations="products", strict=True)
+    assert type(model[1]) is nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_function_that_is_scripted_is_read_from_its_python():
+    class Calls(nn.Module):
+        def forward(self, x):
+            return scripted(x)
+
+    model = Calls()
+    qp.convert(model, operations="products")
+    assert qp.audit(model, torch.randn(2, 3)).share == 1.0
+
+
+# --- how it runs -------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated. Methods on autograd:DeprecationWarning"  # torch.compile's
+)
+def test_it_compiles_and_exports_in_one_graph():
+    torch.manual_seed(0)
+    model, x = build(operations="products"), torch.randn(2, 5, 8)
+    qp.calibrate(model, [x])
+    expected = model(x)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), expected)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+
+
+def test_gradients_and_checkpointing_are_as_without():
+    torch.manual_seed(0)
+    model, x = build(operations="products").train(), torch.randn(2, 5, 8, requires_grad=True)
+    qp.calibrate(model, [x.detach()])
+    (direct,) = torch.autograd.grad(model(x).sum(), x)
+    (again,) = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).sum(), x)
+    assert torch.equal(direct, again)
+    assert direct.abs().sum() > 0
+
+
+def test_threads_and_what_is_outside_see_float_classes():
+    build(operations="products")
+    assert type(Net().first) is Attention
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(type(Net().first)))
+    with qp.quantize_modules(operations="products"):
+        thread.start()
+        thread.join()
+    assert seen == [Attention]
+
+
+def test_a_block_goes_by_the_name_of_its_float_class():
+    model = build(operations="products")
+    assert type(model.first).__name__ == "Attention"
+    assert isinstance(model.first, Attention)
+
+
+def test_a_file_gives_a_float_model_its_operations_and_their_ranges(tmp_path):
+    torch.manual_seed(0)
+    model, x = build(operations={"*": "products", "second": None}), torch.randn(2, 5, 8)
+    qp.calibrate(model, [x])
+    qp.save(model, tmp_path / "net.safetensors")
+    for made in (Net().eval(), build(), build(operations="products"), build(operations=["add", "matmul"])):
+        loaded = qp.load(made, tmp_path / "net.safetensors")
+        assert operands(loaded) == operands(model)
+        assert torch.equal(loaded(x), model(x))
+        qp.revert(loaded)
+        assert {type(module) for module in loaded.modules()} == {Net, Attention, nn.Linear}

@@ -14,6 +14,7 @@ from quantpatch.dataflow import BATCHNORM, Dataflow, Operator, Value, traits
 from quantpatch.errors import ArgumentError, ArgumentTypeError, near_misses
 from quantpatch.layers.base import QuantizedLayer, weight_quantizers
 from quantpatch.layers.quantizer import TensorQuantizer
+from quantpatch.recipes.descriptor import EVERY_OPERAND
 
 Groups = Sequence[tuple[str, ...]]
 
@@ -37,7 +38,8 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedLayer) or own_quantizers(module)
+        if own_quantizers(module)
+        or (isinstance(module, QuantizedLayer) and any(module.descriptors(EVERY_OPERAND)))
     }
 
 

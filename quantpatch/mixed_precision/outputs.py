@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from quantpatch.errors import ArgumentError
-from quantpatch.torch_tools.forward import as_batches, run_batch, unwrapped
+from quantpatch.torch_tools.forward import as_batch, as_batches, run_batch, unwrapped
 
 _CALLS = 16  # of a model in an evaluation, that are kept for batches
 
@@ -51,16 +50,7 @@ class Calls:
     def _keep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(self.batches) == _CALLS:
             return
-        if args and kwargs:
-            bound = inspect.signature(model.forward).bind(*args, **kwargs)
-            for name, parameter in bound.signature.parameters.items():
-                if parameter.kind is parameter.VAR_KEYWORD:
-                    kwargs = {**bound.arguments.pop(name, {})}
-                    break
-            else:
-                kwargs = {}
-            args, kwargs = (), {**bound.arguments, **kwargs}
-        self.batches.append(kwargs or args)
+        self.batches.append(as_batch(model, args, kwargs))
 
 
 class Outputs:

@@ -30,7 +30,7 @@ from quantpatch.report.render import as_percent
 from quantpatch.report.report import Report
 from quantpatch.torch_tools.atomic_files import own_version, written_whole
 from quantpatch.torch_tools.class_swap import written_name
-from quantpatch.torch_tools.forward import arguments, demand_model, uncompiled
+from quantpatch.torch_tools.forward import arguments, as_batch, demand_model, uncompiled
 
 _FIGURES = 120  # quantizers whose histograms are drawn
 _WORTH = 0.01  # of the multiplications, from which on a float part is named
@@ -108,7 +108,7 @@ def report(
     runner = uncompiled(model)
     seen = seen_in(runner, lambda: runner(*args, **kwargs))
     if float_model is not None:
-        given.append(compare(model, float_model, [kwargs if kwargs and not args else args]))
+        given.append(compare(model, float_model, [as_batch(runner, args, kwargs)]))
     shown = [r for r in given if not isinstance(r, (CoverageReport, Summary))]
     sections = [layers(coverage, overview), *sections_of(shown), quantizers(overview, seen)]
     formats = formats_of(coverage, overview)

@@ -149,6 +149,18 @@ def arguments(
     return args if type(args) is tuple else (args,), dict(kwargs or {})
 
 
+def as_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a model is called with once, as a batch; arguments beside keywords get their names."""
+    if not (args and kwargs):
+        return dict(kwargs) if kwargs else args
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    named = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
+
+
 def run_batch(model: nn.Module, batch: Any) -> Any:
     """What a model gives for a batch: a tensor, a tuple of arguments or a dict of keywords.
 

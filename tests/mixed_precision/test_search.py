@@ -169,6 +169,44 @@ def test_without_evaluate_outputs_are_held_against_those_in_float():
     assert result.evaluations == len(result.points) - 1  # the float model's is known
 
 
+class Keywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x, *, scale, **others):
+        return self.layer(x) * scale + others["shift"]
+
+
+def test_what_evaluate_calls_the_model_with_may_be_arguments_beside_keywords():
+    model = Keywords()
+    result = qp.search(
+        model,
+        lambda m: float(-m(X, scale=2.0, shift=torch.ones(4)).detach().square().mean()),
+        candidates=["int8", None],
+        max_drop=0.5,
+    )
+    assert [row.layers for row in result.rows] == [("layer",)]
+    assert model.layer.input_quantizer.amax == X.abs().max()
+
+
+def test_blocks_that_have_no_quantizers_themselves_are_no_layers():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
+    result = qp.search(model, data=torch.randn(2, 3, 8), candidates=["int8", None], max_drop=0.1)
+    assert [row.layers for row in result.rows] == [
+        ("layers.0.self_attn",),
+        ("layers.0.linear1",),
+        ("layers.0.linear2",),
+    ]
+
+
+def test_a_model_that_is_a_layer_itself_is_searched():
+    model = nn.Linear(8, 4)
+    result = qp.search(model, data=X, candidates=["int8", None], max_drop=0.1)
+    assert result.rules == {"*": "int8"}
+    assert model.input_quantizer.amax == X.abs().max()
+
+
 def test_a_group_gets_one_recipe():
     model = build()
     qp.search(model, agreement, candidates=CANDIDATES, data=BATCHES, groups=[("0", "4")])

@@ -140,6 +140,23 @@ def test_a_float_model_has_a_page_too(tmp_path):
     assert "0.0%" in text
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, scale):
+        return self.layer(x) * scale
+
+
+@pytest.mark.usefixtures("_extra")
+def test_a_model_that_takes_keywords_beside_arguments_is_compared(tmp_path):
+    model, in_float = Scaled(), Scaled()
+    qp.convert(model)
+    given = {"kwargs": {"scale": 2.0}, "float_model": in_float, "path": tmp_path / "report.html"}
+    assert 'id="noise"' in qp.report(model, torch.randn(2, 4), **given).read_text()
+
+
 @pytest.mark.parametrize("package", ["jinja2", "itables", "vl_convert"])
 def test_a_missing_package_is_an_error_with_the_line_that_installs_it(package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)

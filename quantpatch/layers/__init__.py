@@ -2,7 +2,7 @@
 
 ===================  ============================================================================
 base.py              ``QuantizedLayer``: what a layer says of itself, and what it owes its float class
-quantizer.py         ``TensorQuantizer``; its range and zero point: range_state.py, range_tensor.py
+quantizer.py         ``TensorQuantizer``; its state: range_state.py, range_tensor.py, zero_point_state.py
 late_ranges.py       ranges that come too late for an optimizer or an average
 stand_ins.py         a forward that finds quantized tensors in the place of its parameters
 operations/          operands of operations inside a forward

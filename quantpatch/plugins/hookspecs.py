@@ -143,9 +143,10 @@ def quantpatch_calibrators() -> Mapping[str, type[Calibrator]]:
         def quantpatch_calibrators():
             return {"three_sigma": ThreeSigmaCalibrator}
 
-    With a zero point (``calibrate(model, batches, zero_points=True)``) a calibrator gets how far the longer side
-    of the range must reach for each element. Its ``zero_point`` is then how many of the integers are for the
-    shorter side, and may change once all data was seen: read it, or ``qparams``, where the range is computed.
+    With a zero point (``calibrate(model, batches, zero_points=True)``) a calibrator gets how far the longer
+    side of the range must reach for each element. Its ``zero_point`` is then how many of the integers are for
+    the shorter side, and may change once all data was seen: read it, or ``qparams``, where the range is
+    computed.
 
     Returns:
         Subclass of ``quantpatch.calibrators.Calibrator`` by name. A name that another plugin uses

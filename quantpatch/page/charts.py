@@ -12,6 +12,7 @@ from quantpatch.errors import MissingExtraError
 _FLOAT = "#d62728"
 _COLORS = ("#4c78a8", "#72b7b2", "#54a24b", "#b279a2", "#9d755d", "#eeca3b", "#bab0ac")
 _ROOT = "(model)"
+_LONGEST = 20  # characters of a label
 _SCHEMA = "https://vega.github.io/schema/vega/v6.json"
 
 
@@ -45,7 +46,7 @@ def treemap(cells: Sequence[tuple[str, str, int]]) -> str:
             {
                 "id": str(number),
                 "parent": _ROOT,
-                "name": name or _ROOT,
+                "name": _label(name) or _ROOT,
                 "size": size,
                 "kind": kind,
                 "said": said,
@@ -112,13 +113,22 @@ def treemap(cells: Sequence[tuple[str, str, int]]) -> str:
                         "align": {"value": "center"},
                         "baseline": {"value": "middle"},
                         "fill": {"value": "#fff"},
-                        "limit": {"signal": "datum.y1 - datum.y0 > 12 ? datum.x1 - datum.x0 - 6 : 0.1"},
+                        "limit": {"signal": "max(1, datum.x1 - datum.x0 - 6)"},
+                        "opacity": {"signal": "datum.x1 - datum.x0 > 30 && datum.y1 - datum.y0 > 12 ? 1 : 0"},
                     }
                 },
             },
         ],
     }
     return _clean(_vega().vega_to_svg(spec))
+
+
+def _label(name: str) -> str:
+    """The end of a name, which tells it from its neighbours."""
+    parts = name.split(".")
+    while len(parts) > 1 and len(".".join(parts)) > _LONGEST:
+        del parts[0]
+    return ".".join(parts)
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], limits: Iterable[float]) -> str:
@@ -149,6 +159,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], limits: Iterable[fl
                     "x": x,
                     "x2": {"field": "to"},
                     "y": {"field": "count", "type": "quantitative", "axis": None, "scale": {"type": "sqrt"}},
+                    "y2": {"datum": 0},
                 },
             },
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -198,7 +199,12 @@ def found(result: SearchResult) -> list[Section]:
         for row in result.rows
     )  # fmt: skip
     points = (
-        {"cost": p.cost, "metric": p.metric, "good enough": p.keeps, "recipes": ", ".join(p.recipes)}
+        {
+            "cost": p.cost,
+            "metric": p.metric,
+            "good enough": p.keeps,
+            "recipes": ", ".join(f"{count} {name}" for name, count in Counter(p.recipes).most_common()),
+        }
         for p in result.frontier
     )
     shown = [

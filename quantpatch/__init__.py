@@ -15,6 +15,7 @@ from quantpatch.export import (
     fold_batchnorm,
     folded_weights,
     load,
+    lower,
     prepare,
     save,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "hookimpl",
     "keep_float",
     "load",
+    "lower",
     "prepare",
     "quantize_modules",
     "quantized",

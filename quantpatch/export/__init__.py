@@ -18,13 +18,24 @@ from quantpatch.export.prepare import (
     folded_weights,
     prepare,
 )
-from quantpatch.export.program import export_program
+from quantpatch.export.program import (
+    CompiledLatency,
+    LoweredModel,
+    LoweringComparison,
+    LoweringReport,
+    export_program,
+    lower,
+)
 
 __all__ = [
     "Comparison",
+    "CompiledLatency",
     "ExportReport",
     "FoldedBatchNorm",
     "FoldedWeights",
+    "LoweredModel",
+    "LoweringComparison",
+    "LoweringReport",
     "Preparation",
     "SaveReport",
     "StructurePlan",
@@ -36,6 +47,7 @@ __all__ = [
     "fold_batchnorm",
     "folded_weights",
     "load",
+    "lower",
     "prepare",
     "save",
 ]

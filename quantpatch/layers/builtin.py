@@ -75,6 +75,12 @@ RUNTIMES = {
         weight_pairs=True,
         refuses="quantpatch.export.onnx.tensorrt:why_refused",
     ),
+    "inductor": Runtime(
+        placement="skips",  # a kernel adds one operand in integers, and fuses what follows with its result
+        signed_as_uint8=True,
+        file="program",
+        why_float="quantpatch.export.program.kernels:why_float",
+    ),
 }
 
 
@@ -118,7 +124,7 @@ def quantpatch_calibrators() -> Mapping[str, type[Calibrator]]:
 
 @hookimpl
 def quantpatch_runtimes() -> Mapping[str, Runtime]:
-    """ONNX Runtime and TensorRT."""
+    """ONNX Runtime, TensorRT and PyTorch's own compiler."""
     return RUNTIMES
 
 

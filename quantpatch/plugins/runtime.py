@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
@@ -55,6 +55,9 @@ class Runtime:
             values.
         weight_pairs: Whether a file has weights as floats with a QuantizeLinear/DequantizeLinear pair behind
             them, and not as integers.
+        file: What it runs: ``"onnx"``, a file of ``export_onnx``, or ``"program"``, what ``lower`` makes.
+        why_float: Takes a quantized layer and returns why the runtime has no integer kernel for it, as a
+            clause; None if it has one. ``prepare`` switches off the quantizers of such layers.
         refuses: Takes an ``ExportedQuantizer`` and returns why the runtime does not support it and what to
             change, as a clause; None if it does.
         passes: Takes the ``onnx_ir.Model`` and rewrites it in place as the runtime is fast at; it must not
@@ -73,13 +76,17 @@ class Runtime:
     transposed_axis: int | None = attrs.field(default=None, validator=attrs.validators.in_((None, 0)))
     signed_as_uint8: bool = False
     weight_pairs: bool = False
+    file: Literal["onnx", "program"] = attrs.field(
+        default="onnx", validator=attrs.validators.in_(("onnx", "program"))
+    )
+    why_float: Callable[[Any], str | None] | str | None = attrs.field(default=None, validator=_function)
     refuses: Callable[[Any], str | None] | str | None = attrs.field(default=None, validator=_function)
     passes: Callable[[Any], None] | str | None = attrs.field(default=None, validator=_function)
     is_onnxruntime: bool = False
     name: str = ""
 
     def call(self, name: str, argument: Any) -> Any:
-        """Calls ``refuses`` or ``passes``, imported if it is given by name; None if there is none.
+        """Calls ``why_float``, ``refuses`` or ``passes``, imported if given by name; None if there is none.
 
         Raises:
             PluginError: It cannot be imported.

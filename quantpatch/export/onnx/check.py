@@ -25,6 +25,7 @@ from quantpatch.layers.lowering import Lowering, lowered
 from quantpatch.numerics.fake_quant import fake_quantize, quantize
 from quantpatch.numerics.formats import Integer
 from quantpatch.torch_tools.progress import Bar
+from quantpatch.torch_tools.random_inputs import random_like
 
 
 def compare_with_torch(
@@ -94,7 +95,7 @@ def _as_written(
     totals: list[tuple[Any, ...]] = []
     runs: list[tuple[dict[str, Any], list[Tensor]]] = []
     opened, input_names, output_names, sources = _with_codes_as_outputs(path)
-    for given_args, given_kwargs in ((args, kwargs), _random_like(args, kwargs)):
+    for given_args, given_kwargs in ((args, kwargs), random_like(args, kwargs)):
         try:
             outputs, codes = _torch_results(model, given_args, given_kwargs, by_name)
         except Exception as error:
@@ -144,27 +145,6 @@ def _with_codes_as_outputs(path: Path) -> tuple[Any, list[str], list[str], dict[
 
 def _is_integer(value: Any) -> bool:
     return value.type.tensor_type.elem_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
-
-
-def _random_like(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs of the same shapes and about the same values."""
-    generator = torch.Generator().manual_seed(0)
-
-    def like(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.numel() == 0:
-            return x
-        if not x.is_floating_point():  # indices, masks: values that are allowed, in another order
-            order = torch.randperm(x.numel(), generator=generator)
-            return x.detach().cpu().flatten()[order].reshape(x.shape).to(x.device)
-        noise = torch.randn(x.shape, generator=generator)
-        values = x.detach().float().cpu()
-        values = values[values.isfinite() & (values.abs() < 1e10)]
-        if not values.numel():
-            return noise.to(x.device, x.dtype)
-        return (noise * values.std(correction=0) + values.mean()).to(x.device, x.dtype)
-
-    made: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(like, (args, dict(kwargs)))
-    return made
 
 
 def _feed(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

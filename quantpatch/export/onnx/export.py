@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,11 +30,10 @@ from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.atomic_files import written_whole
 from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, uncompiled
 from quantpatch.torch_tools.progress import progress_bar
-from quantpatch.torch_tools.quiet import quiet
+from quantpatch.torch_tools.tracing import tracing
 
 _OPSET = 21
 _OPSET_OF_BFLOAT16 = 22  # before, some operators have no such type, convolutions among them
-_EXPORTING = threading.RLock()  # torch traces for one thread at a time, and fails in the others
 _LARGE = 2**31 - 2**27  # a protobuf file ends at 2 GiB
 
 
@@ -105,9 +103,10 @@ def export_onnx(
     opset = opset if opset is not None else _OPSET_OF_BFLOAT16 if has_bfloat16 else _OPSET
     args, kwargs = _each_on_its_own(*arguments(args, kwargs))
     steps = 6 if check else 3
-    with _EXPORTING, quiet(), evaluating(model), progress_bar(path.name, steps, progress=progress) as bar:
-        # While another thread traces, its tensors stand in for the parameters of a model that both export.
+    with tracing(), evaluating(model), progress_bar(path.name, steps, progress=progress) as bar:
         target = registry.runtime(runtime)
+        if target.file != "onnx":
+            raise ExportError(f"{runtime} runs no ONNX files: write qp.lower(model, args)", runtime=runtime)
         found = _checked_operands(model, target, opset)
         bar.step(f"tracing {type(model).__name__}")
         named = {"input_names": input_names, "output_names": output_names}

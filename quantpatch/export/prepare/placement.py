@@ -6,6 +6,7 @@ before, which is checked.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from quantpatch.layers.operations import quantizer_name
 from quantpatch.layers.placed import quantize_output_of, take_out
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.plugins.registry import registry
+from quantpatch.plugins.runtime import Runtime
 from quantpatch.quantize.call_ranges import CallRanges
 from quantpatch.report.report import Report, by_reason, outcome_table
 from quantpatch.torch_tools import nn
@@ -91,8 +93,10 @@ def prepare(
             residual additions and concatenations get quantized results, what is never negative becomes
             unsigned, and a small convolution of images is left float, its quantizers switched off, if its
             activation has no integer kernel. ``"tensorrt"``: of an addition to a convolution the other
-            operand is quantized, and weights of transposed convolutions get their scales on axis 0. Or the
-            name of a plugin's.
+            operand is quantized, and weights of transposed convolutions get their scales on axis 0.
+            ``"inductor"``: PyTorch's compiler, which ``lower`` uses; batch norm is folded, of an addition to
+            a convolution the other operand is quantized, and layers that have no integer kernel there are
+            left float, their quantizers switched off. Or the name of a plugin's.
         outputs: Whether, for ``"onnxruntime"``, a result of a convolution is quantized also where the model
             returns it. Without that ONNX Runtime runs this convolution on floats, slower than in a float
             file; ``left`` names it then.
@@ -118,10 +122,12 @@ def prepare(
         if target.fold_batchnorm:
             folded = fold_batchnorm(model, args, kwargs=kwargs)
         run = run_of(model, args, kwargs)
+        left = dict(_without_kernels(model, target))
         with CallRanges(model) as calls:
             flow = dataflow(model, run)
         rules = Rules(model, flow, outputs=outputs)
         skipped = rules.skipped
+        skipped |= left
         rules.plan(target.placement)
         unsigned = tuple(_never_negative(model, flow)) if target.unsigned else ()
         turned = () if target.transposed_axis is None else tuple(_turn_transposed(model, skipped))
@@ -145,6 +151,20 @@ def prepare(
             every[name].use_zero_point(0)
     unsigned += tuple(name for name in placed if getattr(every[name].format, "unsigned", False))
     return Preparation(runtime, folded, placed, shared, unsigned, skipped, turned)
+
+
+def _without_kernels(model: nn.Module, runtime: Runtime) -> Iterator[tuple[str, str]]:
+    """Switches off the quantizers of layers that a runtime has no integer kernel for: names, and why."""
+    layers = named_layers(model)
+    owners = Counter(quantizer for layer in layers.values() for quantizer in layer.quantizers().values())
+    for name, layer in layers.items():
+        own = [quantizer for quantizer in layer.quantizers().values() if not quantizer.disabled]
+        why = runtime.call("why_float", layer)
+        if why is None or not own or any(owners[quantizer] > 1 for quantizer in own):
+            continue
+        for quantizer in own:
+            quantizer.disable()
+        yield name, f"its quantizers are switched off, since {why}; enable() them to quantize it anyway"
 
 
 def _never_negative(model: nn.Module, flow: Dataflow) -> Iterator[str]:

@@ -3,9 +3,21 @@
 ==============  ==============================================================================
 export.py       ``export_program``, with torch's operators for quantized values
 capture.py      the model traced, each quantizer as such operators
+lower.py        ``lower``, the program compiled to integer kernels, and the report (report.py)
+passes.py       what is rewritten before torch's compiler gets it, and after it has fused
+kernels.py      the integer kernels in what it made
 ==============  ==============================================================================
 """
 
 from quantpatch.export.program.export import export_program
+from quantpatch.export.program.lower import LoweredModel, lower
+from quantpatch.export.program.report import CompiledLatency, LoweringComparison, LoweringReport
 
-__all__ = ["export_program"]
+__all__ = [
+    "CompiledLatency",
+    "LoweredModel",
+    "LoweringComparison",
+    "LoweringReport",
+    "export_program",
+    "lower",
+]

@@ -22,7 +22,7 @@ from quantpatch.errors import ExportError
 from quantpatch.export.prepare.exported import ExportedQuantizer
 from quantpatch.layers.lowering import Lowering, lowered
 from quantpatch.torch_tools import nn
-from quantpatch.torch_tools.quiet import quiet
+from quantpatch.torch_tools.tracing import tracing
 
 OPERATORS = torch.ops.quantized_decomposed
 #: What the constants of a weight are called, after the name of its quantizer.
@@ -58,7 +58,7 @@ def captured(
             forwards[operand.quantizer] = activation(operand, as_uint8=as_uint8)
         else:
             forwards[operand.quantizer] = _weight(operand, constants)
-    with lowered(Lowering(forwards)), quiet(logging.CRITICAL), warnings.catch_warnings(), torch.no_grad():
+    with lowered(Lowering(forwards)), tracing(logging.CRITICAL), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch's own, about what it calls itself
         try:
             program = torch.export.export(

@@ -1,0 +1,449 @@
+"""``lower``: a quantized model on integer kernels, by torch's own compiler.
+
+Torch's compiler knows integer kernels, oneDNN's, by one pattern of operators (``capture.py`` writes it). They
+are fused with activations, additions and the quantizers behind them when weights are constants ("freezing").
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from quantpatch.errors import ExportError, InputError, warn_caller
+from quantpatch.export.prepare.exported import ExportedQuantizer
+from quantpatch.export.program.capture import captured
+from quantpatch.export.program.export import checked_operands
+from quantpatch.export.program.kernels import KernelCheck, Recorder, check_kernels, why_float
+from quantpatch.export.program.passes import before_compiling
+from quantpatch.export.program.report import CompiledLatency, LoweringComparison, LoweringReport
+from quantpatch.layers.quantizer import in_float
+from quantpatch.torch_tools import nn
+from quantpatch.torch_tools.atomic_files import written_whole
+from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, telling, uncompiled
+from quantpatch.torch_tools.random_inputs import random_like
+from quantpatch.torch_tools.tracing import tracing
+
+_SECONDS, _ROUNDS, _LEAST = 0.5, 50, 5
+
+
+class LoweredModel(nn.Module):
+    """A model on integer kernels, as ``lower`` made it: for inference, on inputs as those it was given.
+
+    Attributes:
+        report: What runs on integers, and how that compares.
+    """
+
+    def __init__(self, run: Callable[..., Any], inputs: _Inputs, report: LoweringReport) -> None:
+        super().__init__()
+        self._run = run
+        self._inputs = inputs
+        self.report = report
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives.
+
+        Raises:
+            InputError: The inputs are of other types or shapes than those it was lowered for.
+        """
+        self._inputs.check(args, kwargs)
+        with torch.no_grad():
+            return self._run(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> LoweredModel:
+        """Stays in eval mode: its weights are constants of compiled code."""
+        return super().train(False)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a lowered model holds compiled code, which is neither copied nor pickled: write "
+            "qp.lower(model, args, path='model.pt2') for a file of it"
+        )
+
+
+class _Inputs:
+    """What a lowered model takes.
+
+    Args:
+        program: The program that it was made of.
+    """
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        self._spec = program.call_spec.in_spec
+        users = set(program.graph_signature.user_inputs)
+        nodes = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in users]
+        self._values = [node.meta.get("val") for node in nodes]
+
+    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Compares inputs.
+
+        Raises:
+            InputError: They are others.
+        """
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        if spec != self._spec:
+            raise InputError(
+                f"the lowered model takes arguments that are nested as {self._spec}, got {spec}: call it as "
+                f"the model was called when it was lowered"
+            )
+        for given, known in zip(leaves, self._values, strict=False):
+            if not isinstance(known, Tensor) or not isinstance(given, Tensor):
+                continue
+            if given.dtype != known.dtype:
+                raise InputError(
+                    f"the model was lowered for inputs of {known.dtype}, got {given.dtype}: write "
+                    f"x.to({known.dtype}), or lower it for such inputs"
+                )
+            fixed = [isinstance(size, int) for size in known.shape]
+            same = len(fixed) == given.dim() and all(
+                not is_fixed or have == want
+                for is_fixed, have, want in zip(fixed, given.shape, known.shape, strict=True)
+            )
+            if not same:
+                shape = [str(size) if isinstance(size, int) else "any" for size in known.shape]
+                raise InputError(
+                    f"the model was lowered for inputs of the shape ({', '.join(shape)}), got "
+                    f"{tuple(given.shape)}: give dynamic_shapes to lower for others"
+                )
+
+
+def lower(
+    model: nn.Module,
+    args: tuple[Any, ...] | Tensor,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    path: str | os.PathLike[str] | None = None,
+    check: bool = True,
+    latency: bool = True,
+    progress: bool = True,
+) -> LoweredModel:
+    """Compiles a quantized model to integer kernels, with PyTorch's own compiler, for CPUs.
+
+    Quantized ``Linear``, ``Conv1d`` and ``Conv2d`` layers become oneDNN's integer kernels, with the
+    activation, the addition and the quantizer behind them inside; all else is compiled as float. Which layers
+    these are is in the report, from the compiler's own graph. The model is unchanged.
+
+    Call ``prepare(model, args, runtime="inductor")`` before calibration.
+
+    Args:
+        model: The model, its ranges known, on the CPU.
+        args: Arguments to run it on: a tensor, or a tuple.
+        kwargs: Keyword arguments to run it on.
+        dynamic_shapes: As ``torch.export.export`` takes it; what is not dynamic is fixed.
+        path: Where to write a package of compiled code (``.pt2``), which
+            ``torch._inductor.aoti_load_package`` loads without quantpatch, and libtorch from C++; None to
+            compile in memory.
+        check: Whether to compare with the model, on the arguments and on random ones.
+        latency: Whether to measure how long it takes beside the model in float and in bfloat16, both compiled
+            alike for it. That takes twice as long as the lowering itself.
+        progress: Whether to show what is being done (on a terminal only).
+
+    Returns:
+        The compiled model, with its ``report``.
+
+    Raises:
+        ExportError: There is no kernel for some of the formats, the model cannot be traced, it is not on the
+            CPU, or there is no C++ compiler or no folder for its results.
+
+    Warns:
+        QuantPatchWarning: No layer runs on integers, it is slower than float, or the processor has no
+            instructions for products of integers.
+    """
+    demand_model(model, "lower")
+    model = uncompiled(model)
+    args, kwargs = arguments(args, kwargs)
+    _demand_cpu(model, (args, kwargs))
+    _demand_compiler()
+    instructions = _instructions()
+    with tracing(), evaluating(model), telling(progress) as tell, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about what it calls itself
+        found = checked_operands(model)
+        tell(f"compiling {type(model).__name__}")
+        built = _Build(model, args, kwargs, found, dynamic_shapes)
+        package = None if path is None else Path(path)
+        run = built.in_memory() if package is None else built.to_file(package)
+        tell("checking the result")
+        compared = _compare(model, run, built, args, kwargs) if check else None
+        measured = _measure(model, run, args, kwargs, dynamic_shapes, tell) if latency else None
+    integers, skipped = _layers(found, built.recorder)
+    report = LoweringReport(integers, skipped, instructions, compared, measured, package)
+    if found and not integers:
+        warn_caller(f"{type(model).__name__} was lowered, and no layer of it runs on integers:\n  {report}")
+    elif measured is not None and measured.is_slower:
+        warn_caller(report.advice())
+    return LoweredModel(run, built.inputs, report)
+
+
+class _Build:
+    """A model's program, and what is compiled of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        found: Sequence[ExportedQuantizer],
+        dynamic_shapes: Any,
+    ) -> None:
+        self._args, self._kwargs, self._dynamic_shapes = args, dict(kwargs), dynamic_shapes
+        program = captured(model, args, kwargs, found, dynamic_shapes=dynamic_shapes, as_uint8=True)
+        self._program = program.run_decompositions({})
+        self.constants: Mapping[str, Tensor] = dict(self._program.state_dict)
+        self.inputs = _Inputs(self._program)
+        self.recorder = Recorder(self.constants)
+
+    def flat_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The inputs that are tensors, in their order."""
+        return [x for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
+
+    def in_memory(self) -> Callable[..., Any]:
+        """The compiled model."""
+        from torch._inductor.compile_fx import compile_fx
+
+        module, out_spec = self._module(), self._program.call_spec.out_spec
+        module.graph.set_codegen(CodeGen())
+        users = set(self._program.graph_signature.user_inputs)
+        examples: list[Any] = self.flat_inputs(self._args, self._kwargs)
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        for node in placeholders:
+            if not isinstance(node.meta.get("val"), Tensor) and not node.users:
+                module.graph.erase_node(node)
+        module.recompile()
+        mode: Any = None
+        if self._dynamic_shapes is not None:
+            nodes = [n for n in self._program.graph.nodes if n.op == "placeholder" and n.name in users]
+            examples = [v for n in nodes if isinstance(v := n.meta.get("val"), Tensor)]
+            mode = examples[0].fake_mode if examples else None
+        with torch.no_grad(), _tracing_with(mode):
+            try:
+                compiled: Any = compile_fx(module, examples, config_patches=self._options())
+            except Exception as error:
+                raise _not_compiled(error) from error
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return pytree.tree_unflatten(list(compiled(*self.flat_inputs(args, kwargs))), out_spec)
+
+        return run
+
+    def to_file(self, path: Path) -> Callable[..., Any]:
+        """The compiled model, from a package that is written."""
+        module = self._module()
+        with torch.no_grad():
+            program = torch.export.export(
+                module, self._args, self._kwargs, dynamic_shapes=self._dynamic_shapes, strict=False
+            )
+            with written_whole(path) as folder:
+                try:
+                    torch._inductor.aoti_compile_and_package(
+                        program,
+                        package_path=str(folder / f"{path.stem}.pt2"),
+                        inductor_configs=self._options(),
+                    )
+                except Exception as error:
+                    raise _not_compiled(error) from error
+                if path.suffix != ".pt2":
+                    (folder / f"{path.stem}.pt2").rename(folder / path.name)
+        loaded: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
+        return loaded
+
+    def _module(self) -> GraphModule:
+        takes = inspect.signature(self._program.module).parameters
+        module: Any = self._program.module(**({"check_guards": False} if "check_guards" in takes else {}))
+        before_compiling(module)
+        return copy.copy(module)  # type: ignore[no-any-return]
+
+    def _options(self) -> dict[str, Any]:
+        return {"freezing": True, "post_grad_custom_pre_pass": self.recorder}
+
+
+def _tracing_with(mode: Any) -> Any:
+    """A block in which the compiler knows the symbols of a program's shapes."""
+    from torch._guards import TracingContext
+    from torch._guards import tracing as with_context
+
+    return with_context(None if mode is None else TracingContext(mode))
+
+
+# --- What it needs -----------------------------------------------------------------------------------------
+
+
+def _demand_cpu(model: nn.Module, inputs: Any) -> None:
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+    others = sorted({str(x.device) for x in tensors} - {"cpu"})
+    if others:
+        raise ExportError(
+            f"lower compiles for CPUs, and the model or its inputs are on {', '.join(others)}: write "
+            f"model.cpu()"
+        )
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        raise ExportError("this PyTorch is built without oneDNN, which has the integer kernels")
+
+
+def _demand_compiler() -> None:
+    from torch._inductor import cpp_builder, exc
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise ExportError(
+            "lower needs a C++ compiler, which PyTorch's compiler runs, and found none. Install one (on "
+            "Debian and Ubuntu: apt-get install g++), or name it in the environment variable CXX"
+        ) from error
+    try:
+        folder = Path(cache_dir())
+        folder.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(folder, os.W_OK)
+    except OSError:
+        folder, is_writable = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "its cache folder")), False
+    if not is_writable:
+        raise ExportError(
+            f"PyTorch's compiler cannot write to {folder}, where it keeps what it compiles: name another "
+            f"folder in the environment variable TORCHINDUCTOR_CACHE_DIR"
+        )
+
+
+def _instructions() -> str:
+    """What this processor multiplies integers with."""
+
+    def has(name: str) -> bool:
+        return bool(getattr(torch.cpu, name, lambda: False)())
+
+    if has("_is_amx_tile_supported"):
+        return "AMX"
+    if has("_is_vnni_supported") or has("_is_avx512_vnni_supported"):
+        return "VNNI"
+    kind = torch.backends.cpu.get_cpu_capability()
+    warn_caller(
+        f"this processor ({kind}) has no instructions for products of 8-bit integers (VNNI, AMX): the "
+        f"kernels compute with 16 bits in between, which may saturate, and gain little over float. Weights "
+        f'of 7 bits do not saturate: QuantDescriptor(num_bits=7, axis="channel", narrow_range=True)'
+    )
+    return kind
+
+
+def _not_compiled(error: Exception) -> ExportError:
+    words = str(error).strip().partition("\n")[0]
+    return ExportError(f"PyTorch's compiler failed: {type(error).__name__}: {words}")
+
+
+# --- What came of it ---------------------------------------------------------------------------------------
+
+
+def _layers(found: Sequence[ExportedQuantizer], recorder: Recorder) -> tuple[dict[str, str], dict[str, str]]:
+    """The layers that run on integers, and why the others do not."""
+    kernels = {kernel.weight: str(kernel) for kernel in recorder.kernels}
+    quantized = {id(operand.layer) for operand in found if operand.weight is None}
+    integers: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    for operand in found:
+        if operand.weight is None:
+            continue
+        name = operand.name.rpartition(".")[0] or operand.name
+        if operand.name in kernels:
+            integers[name] = kernels[operand.name]
+        elif name not in integers:
+            why = why_float(operand.layer) if operand.layer is not None else None
+            if why is None and id(operand.layer) not in quantized:
+                why = "its input is float, and integer kernels take integers on both sides"
+            skipped[name] = why or "the compiler found no kernel for how its operands are computed"
+    return integers, {name: why for name, why in skipped.items() if name not in integers}
+
+
+def _compare(
+    model: nn.Module, run: Callable[..., Any], built: _Build, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> LoweringComparison:
+    largest = relative = 0.0
+    count = within = 0
+    checked = KernelCheck()
+    not_random = ""
+    for index, (given, named) in enumerate(((args, dict(kwargs)), random_like(args, kwargs))):
+        with torch.no_grad():
+            try:
+                expected = _tensors(model(*given, **named))
+            except Exception as error:
+                if not index:
+                    raise
+                not_random = f"the model takes no others ({type(error).__name__})"
+                break
+            results = _tensors(run(*given, **named))
+            if not index:
+                checked = check_kernels(built.recorder, built.constants, built.flat_inputs(given, named))
+        for ours, theirs in zip(expected, results, strict=True):
+            size = ours.abs().max().item() if ours.numel() else 0.0
+            off = (ours - theirs).abs().masked_fill((ours == theirs) | (ours.isnan() & theirs.isnan()), 0.0)
+            if off.numel():
+                largest = max(largest, off.max().item())
+                relative = max(relative, off.max().item() / max(size, 1e-30))
+            count += off.numel()
+            within += int((off <= 1.001 * size / 127).sum())
+    return LoweringComparison(
+        largest,
+        relative,
+        within / count if count else 1.0,
+        checked.integers,
+        checked.differing,
+        checked.furthest,
+        not_random,
+    )
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [x.detach().double() for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
+
+
+def _measure(
+    model: nn.Module,
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,
+    tell: Callable[[str], None],
+) -> CompiledLatency:
+    """Latencies, measured in turn, so that what else the machine does counts for all."""
+    tell("compiling the model in float, to measure beside")
+    with in_float(model):
+        calls = [
+            (run, args, kwargs),
+            (_Build(model, args, kwargs, [], dynamic_shapes).in_memory(), args, kwargs),
+        ]
+        try:
+            half = copy.deepcopy(model).to(torch.bfloat16)
+            few, named = pytree.tree_map(_as_bfloat16, (args, dict(kwargs)))
+            calls.append((_Build(half, few, named, [], dynamic_shapes).in_memory(), few, named))
+        except Exception:  # a model may not be copied, or not run in bfloat16: then that is not measured
+            del calls[2:]
+    tell("measuring")
+    times: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    with torch.no_grad():
+        for call, given, named in calls:
+            call(*given, **named)
+        for done in range(_ROUNDS):
+            if done >= _LEAST and time.perf_counter() - start > _SECONDS * len(calls):
+                break
+            for (call, given, named), taken in zip(calls, times, strict=True):
+                before = time.perf_counter()
+                call(*given, **named)
+                taken.append(time.perf_counter() - before)
+    medians = [1e3 * statistics.median(taken) for taken in times]
+    return CompiledLatency(medians[0], medians[1], medians[2] if len(medians) > 2 else None)
+
+
+def _as_bfloat16(x: Any) -> Any:
+    return x.to(torch.bfloat16) if isinstance(x, Tensor) and x.is_floating_point() else x

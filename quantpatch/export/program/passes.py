@@ -1,0 +1,204 @@
+"""Passes over a program before torch's compiler gets it, and over what the compiler made of it.
+
+The compiler makes integer kernels of ``dequantize -> convolution or linear -> quantize`` and takes a few
+things for granted there that do not hold for every model: that a convolution is not transposed, that max
+pooling comes and goes in one scale, that integers fill their type. What it would compute otherwise it does
+not get in that form. It rounds what it did not fuse by multiplying with the inverse of a scale; here that is
+a division, as in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers the operators
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from quantpatch.dataflow import traits
+
+_OPERATORS = torch.ops.quantized_decomposed
+_QUANTIZE = _OPERATORS.quantize_per_tensor.default
+_DEQUANTIZE = _OPERATORS.dequantize_per_tensor.default
+_DEQUANTIZE_CHANNELS = _OPERATORS.dequantize_per_channel.default
+_ATEN = torch.ops.aten
+# What the compiler has integer kernels for, by operators that take (input, weight, ...).
+_PRODUCTS = (
+    _ATEN.linear.default,
+    _ATEN.conv1d.default,
+    _ATEN.conv1d.padding,
+    _ATEN.conv2d.default,
+    _ATEN.conv2d.padding,
+)
+_POOLS = ("aten::max_pool2d", "aten::max_pool1d", "aten::max_pool3d")
+
+
+def before_compiling(module: GraphModule) -> None:
+    """Rewrites a functional program for the compiler; nothing here changes a value.
+
+    Args:
+        module: The program, its weights attributes; changed in place.
+    """
+    _merge_equal(module.graph)
+    _quantize_once(module.graph)
+    for node in list(module.graph.nodes):
+        if node.target is _DEQUANTIZE_CHANNELS and not all(_is_for_a_kernel(use, node) for use in node.users):
+            _as_constant(module, node)
+        elif node.target is _QUANTIZE and (not _fills_its_type(node) or _is_pooled_otherwise(node)):
+            _by_division(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def after_fusing(graph: Graph) -> None:
+    """Rewrites what is left of quantizers once the compiler has fused what it can.
+
+    Args:
+        graph: Changed in place.
+    """
+    module = graph.owning_module
+    assert module is not None
+    for node in list(graph.nodes):
+        if node.target is _DEQUANTIZE_CHANNELS:
+            _as_constant(module, node)
+        elif node.target is _QUANTIZE and not _is_pooled(node):
+            _by_division(node)
+    graph.eliminate_dead_code()
+
+
+def _merge_equal(graph: Graph) -> None:
+    """Of pairs that do the same to one value, one is enough: a kernel can end in only one."""
+    seen: dict[Any, Node] = {}
+    for node in list(graph.nodes):
+        if node.target in (_QUANTIZE, _DEQUANTIZE):
+            first = seen.setdefault((node.target, node.args), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+
+
+def _quantize_once(graph: Graph) -> None:
+    """Integers that are dequantized, moved at most, and quantized by the same scale stay integers."""
+    for second in list(graph.nodes):
+        if second.target is not _QUANTIZE:
+            continue
+        moves: list[Node] = []
+        node = second.args[0]
+        while _is_moved_by_view(node):
+            moves.append(node)
+            node = node.args[0]
+        if not (isinstance(node, Node) and node.target is _DEQUANTIZE and node.args[1:] == second.args[1:]):
+            continue
+        codes = node.args[0]
+        with graph.inserting_before(second):
+            for move in reversed(moves):
+                target: Any = move.target
+                moved = graph.call_function(target, (codes, *move.args[1:]), dict(move.kwargs))
+                moved.meta.update(move.meta)
+                value = move.meta.get("val")
+                if isinstance(value, Tensor):
+                    moved.meta["val"] = value.to(second.args[5])
+                codes = moved
+        second.replace_all_uses_with(codes)
+        graph.erase_node(second)
+
+
+def _name(node: Any) -> str:
+    """The name of a node's operator, ``"aten::relu"``; empty of others."""
+    target = getattr(node, "target", None)
+    return str(target._schema.name).partition(".")[0] if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def _is_moved_by_view(node: Any) -> bool:
+    name = _name(node)
+    return isinstance(node, Node) and traits(name).moves and name not in _POOLS and len(node.users) == 1
+
+
+def _fills_its_type(quantize: Node) -> bool:
+    """Whether a kernel's saturation gives the bounds of a quantizer."""
+    return tuple(quantize.args[3:]) == (0, 255, torch.uint8)
+
+
+def _pool_before(quantize: Node) -> Node | None:
+    """The max pooling whose result is quantized, if its input is dequantized."""
+    node: Any = quantize.args[0]
+    if isinstance(node, Node) and getattr(node.target, "__name__", "") == "getitem":
+        node = node.args[0]
+    if not isinstance(node, Node) or "max_pool" not in str(node.target):
+        return None
+    source = node.args[0]
+    return source if isinstance(source, Node) and source.target is _DEQUANTIZE else None
+
+
+def _is_pooled(quantize: Node) -> bool:
+    """Whether integers are pooled: to the compiler they stay such."""
+    return _pool_before(quantize) is not None
+
+
+def _is_pooled_otherwise(quantize: Node) -> bool:
+    """Whether what is pooled comes in another scale, which the compiler does not look at."""
+    source = _pool_before(quantize)
+    return source is not None and source.args[1:] != quantize.args[1:]
+
+
+def _is_for_a_kernel(use: Node, weight: Node) -> bool:
+    """Whether a use of a weight may become an integer kernel."""
+    if use.target not in _PRODUCTS or use.args[1] is not weight:
+        return False
+    x: Any = use.args[0]
+    return isinstance(x, Node) and x.target is _DEQUANTIZE
+
+
+def constant_of(module: GraphModule, node: Any) -> Tensor | None:
+    """The tensor that a node is, if it is a constant."""
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    name = str(node.target)
+    value: Any = module
+    for part in [name] if hasattr(module, name) else name.split("."):
+        value = getattr(value, part, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def _as_constant(module: GraphModule, node: Node) -> None:
+    """A weight that no kernel takes as integers is a constant of floats, and not computed at each call."""
+    tensors = []
+    for argument in node.args[:3]:
+        value = constant_of(module, argument)
+        if value is None:
+            return
+        tensors.append(value.detach())
+    with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+        floats = node.target(*tensors, *node.args[3:])  # type: ignore[operator]
+    name = f"_weight_{sum(1 for _ in module.buffers(recurse=False))}"
+    module.register_buffer(name, floats)
+    with node.graph.inserting_before(node):
+        constant = node.graph.create_node("get_attr", name)
+    constant.meta.update(node.meta)
+    node.replace_all_uses_with(constant)
+    node.graph.erase_node(node)
+
+
+def _by_division(node: Node) -> None:
+    """Writes out a quantizer as the model computes it."""
+    x, scale, zero_point, low, high, kind = node.args
+    graph = node.graph
+    with graph.inserting_before(node):
+        steps: Iterable[tuple[Any, tuple[Any, ...], dict[str, Any]]] = (
+            (_ATEN.div.Tensor, (scale,), {}),
+            (_ATEN.round.default, (), {}),
+            (_ATEN.add.Tensor, (zero_point,), {}),
+            (_ATEN.clamp_min.default, (low,), {}),
+            (_ATEN.clamp_max.default, (high,), {}),
+            (torch.ops.prims.convert_element_type.default, (kind,), {}),
+        )
+        value: Any = x
+        for target, arguments, keywords in steps:
+            before = value.meta.get("val") if isinstance(value, Node) else None
+            value = graph.call_function(target, (value, *arguments), keywords)
+            if isinstance(before, Tensor):
+                value.meta["val"] = target(before, *arguments)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)

@@ -32,7 +32,8 @@ from quantpatch.export.program.report import CompiledLatency, LoweringComparison
 from quantpatch.layers.quantizer import in_float
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.atomic_files import written_whole
-from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, telling, uncompiled
+from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, uncompiled
+from quantpatch.torch_tools.progress import Bar, progress_bar
 from quantpatch.torch_tools.random_inputs import random_like
 from quantpatch.torch_tools.tracing import tracing
 
@@ -169,16 +170,21 @@ def lower(
     _demand_cpu(model, (args, kwargs))
     _demand_compiler()
     instructions = _instructions()
-    with tracing(), evaluating(model), telling(progress) as tell, warnings.catch_warnings():
+    name, steps = type(model).__name__, 1 + check + 2 * latency
+    bar = progress_bar(name, steps, progress=progress)
+    with tracing(), evaluating(model), bar as shown, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about what it calls itself
         found = checked_operands(model)
-        tell(f"compiling {type(model).__name__}")
+        shown.step("compiling")
         built = _Build(model, args, kwargs, found, dynamic_shapes)
         package = None if path is None else Path(path)
         run = built.in_memory() if package is None else built.to_file(package)
-        tell("checking the result")
-        compared = _compare(model, run, built, args, kwargs) if check else None
-        measured = _measure(model, run, args, kwargs, dynamic_shapes, tell) if latency else None
+        compared = measured = None
+        if check:
+            shown.step("checking the result")
+            compared = _compare(model, run, built, args, kwargs)
+        if latency:
+            measured = _measure(model, run, args, kwargs, dynamic_shapes, shown)
     integers, skipped = _layers(found, built.recorder)
     report = LoweringReport(integers, skipped, instructions, compared, measured, package)
     if found and not integers:
@@ -413,10 +419,10 @@ def _measure(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     dynamic_shapes: Any,
-    tell: Callable[[str], None],
+    shown: Bar,
 ) -> CompiledLatency:
     """Latencies, measured in turn, so that what else the machine does counts for all."""
-    tell("compiling the model in float, to measure beside")
+    shown.step("compiling it in float, to measure beside")
     with in_float(model):
         calls = [
             (run, args, kwargs),
@@ -428,7 +434,7 @@ def _measure(
             calls.append((_Build(half, few, named, [], dynamic_shapes).in_memory(), few, named))
         except Exception:  # a model may not be copied, or not run in bfloat16: then that is not measured
             del calls[2:]
-    tell("measuring")
+    shown.step("measuring")
     times: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
     with torch.no_grad():

@@ -40,11 +40,10 @@ class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Conv2d(3, 3, 3, padding=1)
-        self.add = qp.layers.operations.Add()
         self.up = nn.ConvTranspose2d(3, 6, 2, 2, groups=3)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.up(self.add(x, self.body(x)))
+        result: Tensor = self.up(x + self.body(x))
         return result
 
 

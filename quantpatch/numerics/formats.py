@@ -277,7 +277,7 @@ class Float(NumberFormat):
         magic = _power_below(y)
         # Adding and subtracting 1.5 * 2**23 * step rounds to a multiple of step, ties to even, because the
         # sum has no bits left below it.
-        magic.clamp_min_(2.0**self.min_exponent).mul_(12582912.0 * 2.0**-self.mantissa_bits).copysign_(y)
+        magic.clamp_(min=2.0**self.min_exponent).mul_(12582912.0 * 2.0**-self.mantissa_bits).copysign_(y)
         # What became 0 has lost its sign in that; a float's zero has one.
         return y.add_(magic).sub_(magic).copysign_(magic)
 

@@ -13,13 +13,13 @@ from quantpatch.tune.gptq import GPTQ
 from quantpatch.tune.weights import Grid
 
 CONVOLUTIONS = {
-    "plain": nn.Conv2d(6, 8, 3, padding=1),
-    "strided": nn.Conv2d(6, 8, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2)),
-    "grouped": nn.Conv2d(6, 8, 3, groups=2),
-    "depthwise": nn.Conv2d(6, 6, 3, groups=6, padding="same"),
-    "reflecting": nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"),
-    "transposed": nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1),
-    "transposed, grouped": nn.ConvTranspose2d(6, 8, 2, stride=(1, 3), groups=2, dilation=2),
+    "plain": lambda: nn.Conv2d(6, 8, 3, padding=1),
+    "strided": lambda: nn.Conv2d(6, 8, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2)),
+    "grouped": lambda: nn.Conv2d(6, 8, 3, groups=2),
+    "depthwise": lambda: nn.Conv2d(6, 6, 3, groups=6, padding="same"),
+    "reflecting": lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"),
+    "transposed": lambda: nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1),
+    "transposed, grouped": lambda: nn.ConvTranspose2d(6, 8, 3, stride=(1, 2), groups=2, dilation=(2, 1)),
 }
 
 
@@ -83,7 +83,7 @@ def test_every_format_gives_back_the_weights_as_they_are(recipe: str) -> None:
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_convolutions_have_a_smaller_error_at_their_output(kind: str) -> None:
-    model = nn.Sequential(CONVOLUTIONS[kind])
+    model = nn.Sequential(CONVOLUTIONS[kind]())
     smooth = torch.nn.functional.avg_pool2d
     data = [smooth(torch.randn(4, 6, 16, 16), 3, 1) for _ in range(2)]
     wanted = [model(x).detach() for x in data]
@@ -168,3 +168,25 @@ def test_ranges_that_are_known_are_kept_and_missing_ones_found() -> None:
     qp.tune(model, data, method="gptq")
     assert torch.equal(model[0].input_quantizer.amax, known)
     assert model[1].input_quantizer.amax is not None
+
+
+def test_weights_with_their_inputs_first_are_tuned() -> None:
+    """As those of GPT-2, which are multiplied as they are, without a transposition."""
+    transformers = pytest.importorskip("transformers.pytorch_utils")
+    pytest.importorskip("quantpatch_transformers")
+    model = nn.Sequential(transformers.Conv1D(12, 20))
+    with torch.no_grad():
+        model[0].weight.normal_()
+    data = [torch.randn(2, 40, 20) @ torch.randn(20, 20) for _ in range(2)]
+    qp.convert(model, "w4a8")
+    report = qp.tune(model, data, method="gptq")
+    assert report.tuned["0.weight"].after < report.tuned["0.weight"].before
+
+
+def test_half_of_a_model_that_is_called_twice_is_seen_as_often() -> None:
+    """A shared layer has the inputs of all of its calls."""
+    layer = nn.Linear(16, 16)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    qp.convert(model, "w4a8")
+    report = qp.tune(model, [torch.randn(64, 16)], method=["gptq", "bias_correction"])
+    assert list(report.steps[0].tuned) == ["0.weight"]

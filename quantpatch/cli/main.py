@@ -24,6 +24,7 @@ from quantpatch.analysis.audit import audit
 from quantpatch.errors import ArgumentError, ArgumentTypeError, CheckError, InputError, QuantPatchError, shown
 from quantpatch.mixed_precision import search
 from quantpatch.page import report
+from quantpatch.page.page import checked_path
 from quantpatch.plugins.registry import registry
 from quantpatch.plugins.scaffold import new_plugin
 from quantpatch.quantize.compose import compose
@@ -342,6 +343,9 @@ def run_command(
     audit: Annotated[
         bool, typer.Option("--audit", help="Report what share of each model ran quantized.")
     ] = False,
+    page: Annotated[
+        Path | None, typer.Option("--report", help="File for a page about each model, such as report.html.")
+    ] = None,
 ) -> None:
     """Run an unmodified script with a block around it: every layer that it builds comes out quantized."""
     calibration = {
@@ -351,7 +355,13 @@ def run_command(
         if value not in (None, False, "keep") and not calibrate:
             option = f"--{name.replace('_', '-')}"
             raise typer.BadParameter("it is for calibration: add --calibrate N", param_hint=option)
-    settings = RunSettings(block=block, calibrate=calibrate, calibration=calibration, audit=audit)
+    settings = RunSettings(
+        block=block,
+        calibrate=calibrate,
+        calibration=calibration,
+        audit=audit,
+        report="" if page is None else str(checked_path(page).absolute()),
+    )
     launch(settings, command, module=module)
 
 

@@ -97,33 +97,70 @@ def report(
                 f"results: {result!r} is not what a function of quantpatch returned, such as qp.search",
                 results=result,
             )
-    template, style, script = _extra()
-    path = Path(path)
-    if path.suffix not in (".html", ".htm"):
-        raise FileError(f"{path} is to be a page: call it {path.stem}.html", path=str(path))
+    path = checked_path(path)
     args, kwargs = arguments(args, kwargs)
     coverage = next((r for r in given if isinstance(r, CoverageReport)), None)
     coverage = audit(model, args, kwargs=kwargs) if coverage is None else coverage
-    overview = summary(model)
     runner = uncompiled(model)
     seen = seen_in(runner, lambda: runner(*args, **kwargs))
     if float_model is not None:
         given.append(compare(model, float_model, [as_batch(runner, args, kwargs)]))
-    shown = [r for r in given if not isinstance(r, (CoverageReport, Summary))]
+    calls = _calls(runner, args, kwargs, given, float_model, path)
+    write_page(path, runner, coverage, seen, given, calls=calls, title=title)
+    return path
+
+
+def checked_path(path: str | os.PathLike[str]) -> Path:
+    """Where a page may be written.
+
+    Raises:
+        MissingExtraError: A package of the extra ``report`` is not installed.
+        FileError: The file is not called as pages are.
+    """
+    _extra()
+    path = Path(path)
+    if path.suffix not in (".html", ".htm"):
+        raise FileError(f"{path} is to be a page: call it {path.stem}.html", path=str(path))
+    return path
+
+
+def write_page(
+    path: Path,
+    model: nn.Module,
+    coverage: CoverageReport,
+    seen: Mapping[str, Seen],
+    results: Sequence[Report] = (),
+    *,
+    calls: str,
+    title: str = "",
+) -> None:
+    """Writes the page of a model that has run.
+
+    Args:
+        path: Where to.
+        model: The model.
+        coverage: How much of it ran quantized.
+        seen: What its quantizers saw, by name.
+        results: What else is known of it.
+        calls: What made the page.
+        title: Stands above it; default: the model's class.
+    """
+    template, style, script = _extra()
+    overview = summary(model)
+    shown = [r for r in results if not isinstance(r, (CoverageReport, Summary))]
     sections = [layers(coverage, overview), *sections_of(shown), quantizers(overview, seen)]
-    formats = formats_of(coverage, overview)
     cells = [
         (row.module, format, row.macs)
-        for row, format in zip(coverage.rows, formats, strict=True)
+        for row, format in zip(coverage.rows, formats_of(coverage, overview), strict=True)
         if not row.of_weight and row.macs
     ]
     drawn = list(seen.values())
     if len(drawn) > _FIGURES:  # those whose ranges cut off most
         drawn = sorted(drawn, key=lambda look: -(look.clipped or 0.0))[:_FIGURES]
     text = template.render(
-        title=title or written_name(type(runner)),
+        title=title or written_name(type(model)),
         headline=coverage.headline(),
-        numbers=_numbers(runner, coverage, shown),
+        numbers=_numbers(model, coverage, shown),
         treemap=charts.treemap(cells) if cells else "",
         advices=_advices(coverage, overview, shown, sections),
         sections=sections,
@@ -131,13 +168,12 @@ def report(
         figures_note=f"The values of {len(drawn)} of {len(seen)} quantizers in this run, each with its range "
         f"as dashed lines; heights are square roots of counts.",
         environment=_environment(),
-        calls=_calls(runner, args, kwargs, given, float_model, path),
+        calls=calls,
         table_style=style,
         table_script=script,
     )
     with written_whole(path) as folder:
         (folder / path.name).write_text(text, encoding="utf-8")
-    return path
 
 
 def _extra() -> tuple[Any, str, str]:

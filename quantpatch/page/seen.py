@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -44,8 +44,9 @@ class Seen:
     zero_point: int | None
 
 
-def seen_in(model: nn.Module, run: Callable[[], Any]) -> dict[str, Seen]:
-    """Runs a model, in eval mode and without gradients, and gives what each quantizer saw, by its name."""
+@contextlib.contextmanager
+def seeing(model: nn.Module) -> Iterator[dict[str, Seen]]:
+    """A block that notes what each quantizer of a model sees first, by its name."""
     found: dict[str, Seen] = {}
     of_weights = weight_quantizers(model)
 
@@ -59,9 +60,12 @@ def seen_in(model: nn.Module, run: Callable[[], Any]) -> dict[str, Seen]:
             if not quantizer.disabled:
                 handle = quantizer.register_forward_pre_hook(functools.partial(look, name))
                 stack.callback(handle.remove)
-        stack.enter_context(evaluating(model))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        yield found
+
+
+def seen_in(model: nn.Module, run: Callable[[], Any]) -> dict[str, Seen]:
+    """Runs a model, in eval mode and without gradients, and gives what each quantizer saw, by its name."""
+    with seeing(model) as found, evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         run()
     return found
 

@@ -8,10 +8,12 @@ cannot be seen; the calls that are looked at run without ``torch.compile``.
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +24,8 @@ from quantpatch.analysis.audit.coverage import report_of
 from quantpatch.analysis.audit.trace import tracing
 from quantpatch.errors import ArgumentError, QuantPatchError
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
+from quantpatch.page.page import write_page
+from quantpatch.page.seen import seeing
 from quantpatch.quantize.calibration import Calibration
 from quantpatch.quantize.configure import configure
 from quantpatch.quantize.rules import Rules
@@ -39,6 +43,7 @@ class WatchedModels:
         calibrate: How many calls of each model calibrate it; 0: none.
         calibration: How these do so: keywords of ``Calibration``, such as the method.
         audit: Whether to audit the call after these.
+        page: Where to write a page about the first model; None for none. Those of others are beside it.
         rules: What is to be configured by name before the first call.
         operations: What becomes of the operations inside forwards before that: gets the model.
     """
@@ -49,6 +54,7 @@ class WatchedModels:
         calibration: Mapping[str, Any] = MappingProxyType({"existing": "keep"}),
         *,
         audit: bool,
+        page: Path | None = None,
         rules: Rules = (),
         operations: Callable[[nn.Module], None] | None = None,
     ) -> None:
@@ -57,6 +63,7 @@ class WatchedModels:
         self._calibrate = calibrate
         self._calibration = calibration
         self._audit = audit
+        self._page = page
         self._local = threading.local()
         self._watched: weakref.WeakKeyDictionary[nn.Module, _Model | None] = weakref.WeakKeyDictionary()
         self._all: list[_Model] = []
@@ -76,7 +83,7 @@ class WatchedModels:
         """What is to be reported of the models, by name."""
         found = [note for model in self._all for note in model.all_notes()]
         left = len(self._all) - MOST_AUDITS
-        if self._audit and left > 0:
+        if (self._audit or self._page) and left > 0:
             found.append(f"{left} more models ran than are audited: {self._all[-1].name} was the last")
         return tuple(found)
 
@@ -127,8 +134,17 @@ class WatchedModels:
             return None
         same = sum(type(runner).__name__ == model.kind for model in self._all)
         name = type(runner).__name__ + (f" ({same + 1})" if same else "")
-        audit = self._audit and len(self._all) < MOST_AUDITS
-        model = _Model(runner, name, self._calibrate, self._calibration, audit=audit)
+        few, count, page = len(self._all) < MOST_AUDITS, len(self._all), self._page
+        if page is not None and count:
+            page = page.with_stem(f"{page.stem}-{count + 1}")
+        model = _Model(
+            runner,
+            name,
+            self._calibrate,
+            self._calibration,
+            audit=self._audit and few,
+            page=page if few else None,
+        )
         self._all.append(model)
         if problem:
             model.note(problem)
@@ -161,7 +177,14 @@ class _Model:
     """One model: in its first calls it calibrates, in the next it is audited, then it is left alone."""
 
     def __init__(
-        self, model: nn.Module, name: str, calibrate: int, calibration: Mapping[str, Any], *, audit: bool
+        self,
+        model: nn.Module,
+        name: str,
+        calibrate: int,
+        calibration: Mapping[str, Any],
+        *,
+        audit: bool,
+        page: Path | None,
     ) -> None:
         self.name = name
         self.kind = type(model).__name__
@@ -169,14 +192,15 @@ class _Model:
         self._notes: list[str] = []
         self._wanted = calibrate
         self._calibration = calibration
-        self._audited = audit
+        self._audited = audit or page is not None
+        self._prints, self._page = audit, page
         self._calls = 0
         self._lock = threading.Lock()
         self._caller: int | None = None  # the thread whose call is looked at
         self._handled: BaseException | None = None  # what the script was handling when the call began
-        self._life: Generator[None, None, None] | None = self._lived(model, audit)
+        self._life: Generator[None, None, None] | None = self._lived(model)
 
-    def _lived(self, model: nn.Module, audit: bool) -> Generator[None, None, None]:
+    def _lived(self, model: nn.Module) -> Generator[None, None, None]:
         """Goes on where a call begins and where it ends."""
         by_itself = any(q.calibrating for q in named_quantizers(model).values())
         if self._wanted and not by_itself:
@@ -194,13 +218,21 @@ class _Model:
         if self._wanted and not self._calls:
             self.note("nothing to calibrate: its quantizers are dynamic, off, or have ranges")
             self._wanted = 0
-        if audit:
+        if self._audited:
             while any(q.calibrating for q in named_quantizers(model).values()):  # by the script itself
                 yield  # until this call is over
                 yield  # until the next one begins
-            with _Eager(), tracing(model) as trace:
+            with contextlib.ExitStack() as looking:
+                seen = {} if self._page is None else looking.enter_context(seeing(model))
+                looking.enter_context(_Eager())
+                trace = looking.enter_context(tracing(model))
                 yield
-            self.audit = str(report_of(model, trace)).rstrip()
+            coverage = report_of(model, trace)
+            if self._prints:
+                self.audit = str(coverage).rstrip()
+            if self._page is not None:
+                write_page(self._page, model, coverage, seen, calls=shlex.join(sys.argv))
+                self.note(f"its page is {self._page}")
 
     def _note_of(self, calibration: Calibration) -> None:
         report, count = calibration.report, len(calibration.quantizers)

@@ -20,23 +20,35 @@ class Session:
 
     Args:
         settings: How to quantize, and where to leave it.
+        is_main: Whether this is the first process.
     """
 
-    def __init__(self, settings: RunSettings) -> None:
+    def __init__(self, settings: RunSettings, *, is_main: bool) -> None:
         self.settings = settings
+        self._is_main = is_main
         self._scope = settings.scope().start()
         self._models = self._watched()
 
     def _watched(self) -> WatchedModels | None:
         settings, rules = self.settings, self.settings.rules()
-        if not (settings.audit or settings.calibrate or rules or settings.operations):
+        if not (settings.audit or settings.report or settings.calibrate or rules or settings.operations):
             return None
         return WatchedModels(
             settings.calibrate,
             settings.calibration,
             audit=settings.audit,
+            page=self._page(),
             rules=rules,
             operations=settings.quantize_operations if settings.operations else None,
+        )
+
+    def _page(self) -> Path | None:
+        """Where the page about the first model goes; of other processes beside the first one's."""
+        path = Path(self.settings.report)
+        if not self.settings.report:
+            return None
+        return (
+            path if self._is_main else path.with_stem(f"{path.stem}-{_name_of_process().replace(' ', '-')}")
         )
 
     def part(self) -> Part:
@@ -89,7 +101,7 @@ def start(is_main: bool) -> None:
         _say(f"{VARIABLE} cannot be read ({shown(error)}); what this process builds stays float")
         return
     try:
-        current = Session(settings)
+        current = Session(settings, is_main=is_main)
     except QuantPatchError as error:  # the command had no such trouble: another environment, say
         _say(f"the block cannot be opened: {error}")
         raise SystemExit(2) from None
@@ -119,7 +131,10 @@ def report_all(directory: str) -> None:
         report(left_in(directory), models=False)
         return
     settings = session.settings
-    report([session.close(), *left_in(directory)], models=bool(settings.calibrate or settings.audit))
+    report(
+        [session.close(), *left_in(directory)],
+        models=bool(settings.calibrate or settings.audit or settings.report),
+    )
 
 
 def leave() -> None:
@@ -136,5 +151,5 @@ def _begin_again() -> None:
     if current is None:
         return
     current.close()
-    current = Session(current.settings)
+    current = Session(current.settings, is_main=False)
     atexit.register(leave)

@@ -30,6 +30,7 @@ class RunSettings:
         calibrate: How many calls of each model calibrate it; 0: none.
         calibration: How these do so: keywords of ``Calibration``, such as the method.
         audit: Whether to audit the models that run.
+        report: Where to write a page about each; empty for none.
         directory: Where the processes leave their reports.
     """
 
@@ -37,6 +38,7 @@ class RunSettings:
     calibrate: int = 0
     calibration: Mapping[str, Any] = attrs.field(factory=lambda: {"existing": "keep"})
     audit: bool = False
+    report: str = ""
     directory: str = ""
 
     def scope(self) -> Scope:

@@ -216,6 +216,39 @@ def test_torchrun(inside, write, tmp_path):
         assert "Sequential: 100.0% of" in text, text
 
 
+def test_a_page_is_written_of_each_model_that_ran(write, tmp_path):
+    for package in ("jinja2", "itables", "vl_convert"):
+        pytest.importorskip(package)
+    write(
+        """
+        import torch
+        from torch import nn
+        for model in (nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 2))):
+            for _ in range(3):
+                model(torch.ones(2, 4))
+        """
+    )
+    done = command("--calibrate", "1", "--report", "page.html", "script.py", "--x", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pages = sorted(tmp_path.glob("*.html"))
+    assert [page.name for page in pages] == ["page-2.html", "page.html"]
+    for page in pages:
+        assert f"its page is {page}" in done.stderr
+        assert "100.0% of" in page.read_text()
+        assert "0.input_quantizer; range -1 to 1; 0.0% clipped" in page.read_text()
+        assert "script.py --x" in page.read_text()
+    assert "multiply-accumulates" not in done.stderr  # which --audit prints
+
+
+def test_a_page_that_cannot_be_is_refused_before_the_script_runs(write, tmp_path):
+    for package in ("jinja2", "itables", "vl_convert"):
+        pytest.importorskip(package)
+    write("raise SystemExit('ran')")
+    done = command("--report", "page.pdf", "script.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "call it page.html" in done.stderr
+
+
 RAISING = """
     def inner(x):
         raise ValueError("what went wrong")

@@ -47,6 +47,8 @@ class Callees:
             The function, and whether an object is given to it first, as to a method.
         """
         function = node.func
+        if isinstance(function, ast.Attribute) and function.attr == "apply":
+            self._look_at_backward(self._names.meaning(function.value))
         if found is not None:
             followed = self._followed(found)
             return None if followed is None else (followed, False)
@@ -68,15 +70,15 @@ class Callees:
             self._progress.hide(self._progress.float_class, why)
         return asked.function(node, self._names.known, self._names.own, self._names.where)
 
+    def _look_at_backward(self, cls: Any) -> None:
+        """An ``autograd.Function`` cannot be rewritten: what it saves is for a backward of its own."""
+        if isinstance(cls, type) and issubclass(cls, torch.autograd.Function):
+            inner = plain(inspect.getattr_static(cls, "forward", None))
+            if inner is not None and self._progress.wanted.hinted(inner.__code__):
+                self._progress.hide(cls, "an autograd.Function, which has a backward of its own")
+
     def _followed(self, function: Any) -> Any:
         """A function that a global name means, if it is to be looked into."""
-        if isinstance(function, types.MethodType) and function.__name__ == "apply":
-            backward: Any = function.__self__
-            if isinstance(backward, type) and issubclass(backward, torch.autograd.Function):
-                inner = plain(inspect.getattr_static(backward, "forward", None))
-                if inner is not None and self._progress.wanted.hinted(inner.__code__):
-                    self._progress.hide(backward, "an autograd.Function, which has a backward of its own")
-            return None
         inner = None if isinstance(function, type) else plain(function)
         if inner is None or (is_in_torch(inner) and inner not in _OF_TORCH_FOLLOWED):
             return None

@@ -91,11 +91,11 @@ def attend_quantized(
         *args: See there.
         **kwargs: See there.
     """
-    query, key, value = (
-        x if name is None else quantized(layer, name, x)
-        for name, x in zip(names, (query, key, value), strict=False)
-    )
-    quantizer = layer._modules.get(names[3])
+    of_query, of_key, of_value, of_probabilities = names
+    query = query if of_query is None else quantized(layer, of_query, query)
+    key = key if of_key is None else quantized(layer, of_key, key)
+    value = value if of_value is None else quantized(layer, of_value, value)
+    quantizer = layer._modules.get(of_probabilities)
     is_active = quantizer is not None and quantizer.is_active
     return attend(quantizer if is_active else None, query, key, value, *args, **kwargs)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from quantpatch.errors import ArgumentError
 from quantpatch.tune.operands import Layout, Moments
 from quantpatch.tune.products import Product
+from quantpatch.tune.reasons import NoData, NotBetter
 from quantpatch.tune.report import Tuned
 from quantpatch.tune.scaling import Scaling, most, relative
 from quantpatch.tune.tuner import Tuner
@@ -72,6 +73,9 @@ class AWQ(Tuner):
 
     def _clip(self, tuning: Tuning, weight: Weight, seen: Seen) -> None:
         own, by_layout = weight.tensor.detach().float(), seen[weight.name]
+        if not by_layout:
+            tuning.skipped[weight.name] = NoData()
+            return
         ranges = weight.own_ranges(own)
         result, best = own, weight.summed(_costs(weight, own, own, by_layout, alone=True))
         for share in _SHARES:
@@ -81,6 +85,8 @@ class AWQ(Tuner):
             best = torch.minimum(best, costs)
         before, after = (float(_costs(weight, own, t, by_layout).sum()) for t in (own, result))
         if not after < before:
+            if weight.name not in tuning.tuned:
+                tuning.skipped.setdefault(weight.name, NotBetter(relative(before, _size(own, by_layout))))
             return
         tuning.write(weight.owner, weight.attribute, result)
         tuning.forget(weight.quantizer)

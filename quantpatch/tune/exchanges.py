@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quantpatch.dataflow import BATCHNORM, Dataflow, Operator, Value, traits
 from quantpatch.tune.operands import Convolved, Layout, Multiplied
-from quantpatch.tune.reasons import NoExchange, Reason
+from quantpatch.tune.reasons import NoData, NoExchange, Reason
 
 # Through which a positive factor for each channel of the first argument goes; besides what moves values.
 _HOMOGENEOUS = frozenset(
@@ -344,6 +344,7 @@ def exchanges(
             skipped[name] = NoExchange(str(why))
         else:
             found.setdefault(frozenset(exchange.parameters), exchange)
+    skipped |= {name: NoData() for name in sorted(wanted - done)}
     return list(found.values()), skipped
 
 

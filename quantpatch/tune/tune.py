@@ -14,6 +14,7 @@ from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.plugins.registry import registry
 from quantpatch.recipes.descriptor import Recipe
 from quantpatch.torch_tools.class_swap import written_name
+from quantpatch.torch_tools.fast_paths import without_fast_paths
 from quantpatch.torch_tools.forward import demand_model
 from quantpatch.torch_tools.sharded import sharding_of
 from quantpatch.tune.report import TuningReport
@@ -84,7 +85,9 @@ def tune(
         raise TuningError("parameters of the model are on the meta device: give them values first")
     steps = []
     with (
+        torch.inference_mode(False),
         torch.random.fork_rng(devices=[]),
+        without_fast_paths(),
         Tuning(model, data, calibration=calibration or {}, progress=progress) as tuning,
     ):
         torch.manual_seed(seed)

@@ -293,3 +293,29 @@ def test_arguments_that_cannot_be_are_errors() -> None:
     model[0].input_quantizer.enable_calib()
     with pytest.raises(TuningError, match="being calibrated"):
         qp.tune(model, data, method="gptq")
+
+
+@pytest.mark.parametrize("method", ["smoothquant", "awq", "equalize", "rotate", "gptq"])
+def test_every_weight_is_tuned_or_named(method: str) -> None:
+    """Also where torch would take a fast path for the whole of attention."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    qp.convert(model, "int8")
+    report = qp.tune(model, [torch.randn(3, 5, 16)], method=method)
+    names = {name for name, p in model.named_parameters() if p.dim() == 2}
+    said = {name.replace("out_proj_weight", "out_proj.weight") for name in {**report.tuned, **report.skipped}}
+    assert said == names
+
+
+def test_it_works_in_inference_mode() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    before = state(model)
+    with torch.inference_mode():
+        qp.convert(model, W4)
+        x = torch.randn(3, 5, 16)
+        gptq = qp.tune(model, [x], method="gptq")
+        assert len(gptq.tuned) == 4
+        qp.revert(model)
+        qp.convert(model, W4)
+        assert qp.tune(model, [x], method="adaround", steps=20).steps
+        qp.revert(model)
+    assert_same(model, before)

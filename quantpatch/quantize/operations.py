@@ -74,10 +74,15 @@ class OperationsOption:
     Attributes:
         rules: In their order; of several for one operation of a layer the last one is in force.
         demands: Whether a rule that matches nothing is an error.
+        given: What the user gave.
     """
 
     rules: tuple[OperationRule, ...] = ()
     demands: bool = False
+    given: Any = attrs.field(default=None, eq=False)
+
+    def __repr__(self) -> str:
+        return repr(self.given)
 
     @classmethod
     def of(cls, given: OperationRules | None) -> OperationsOption | None:
@@ -85,13 +90,13 @@ class OperationsOption:
 
         Raises:
             ArgumentTypeError: A part of it is of another type.
-            ArgumentError: Two rules contradict each other.
             UnknownNameError: There is no operation, or no recipe, of a name.
         """
         if given is None:
             return None
         if not isinstance(given, Mapping):
-            return cls(tuple(OperationRule("*", name, "") for name in _names(given)))
+            names = _names(given)
+            return cls(tuple(OperationRule("*", name, "") for name in names), given=given)
         rules: list[OperationRule] = []
         for where, wanted in given.items():
             if not isinstance(where, (str, type)):
@@ -104,7 +109,7 @@ class OperationsOption:
                 pairs = [(name, "") for name in _names(wanted)]
             named(name for name, _ in pairs)
             rules += [OperationRule(where, name, value) for name, value in pairs]
-        return cls(tuple(rules), demands=True)
+        return cls(tuple(rules), demands=True, given=given)
 
     def for_layer(
         self, name: str, layer: nn.Module, in_force: Recipe

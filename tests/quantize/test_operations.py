@@ -412,6 +412,13 @@ def test_rules_say_where_which_and_how():
     assert type(model.second) is Attention
 
 
+def test_a_block_shows_its_operations_as_they_were_given():
+    for given in ("products", {"*": "matmul"}):
+        assert repr(qp.quantize_modules(operations=given)).startswith(
+            f"quantize_modules(operations={given!r}"
+        )
+
+
 def test_a_class_or_its_name_says_where_too():
     for where in (Attention, "Attention", f"{__name__}.Attention", "*Attention"):
         assert inner(build(operations={where: "attention"})) == [f"second.{name}" for name in FUSED]

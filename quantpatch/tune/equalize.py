@@ -75,7 +75,7 @@ class Equalize(Tuner):
             for channels in exchange.used_by:
                 name = scaling.weights[channels.parameter].name
                 if index in kept:
-                    tuning.tuned[name] = Tuned(before[index], min(before[index], after[index]))
+                    tuning.tuned[name] = Tuned(before[index], after[index])
                 elif not better:
                     tuning.skipped[name] = NotBetter(before[index])
 

@@ -19,7 +19,8 @@ class Tuned:
 
     Attributes:
         before: What the method minimizes, without it; relative, so that 0 is nothing lost.
-        after: The same with it; never more.
+        after: The same with it. Never more, but for one of several that are equalized together, of which the
+            sum is less.
         note: What is special about it, such as a damping above the one asked for.
     """
 

@@ -22,6 +22,7 @@ SUITES = (
     "models",
     "compiled",
     "export",
+    "lowered",
     "mixed_precision",
     "gpu",
 )

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
@@ -37,6 +38,7 @@ from quantpatch.torch_tools.progress import Bar, progress_bar
 from quantpatch.torch_tools.random_inputs import random_like
 from quantpatch.torch_tools.tracing import tracing
 
+_USER = InputKind.USER_INPUT
 _SECONDS, _ROUNDS, _LEAST = 0.5, 50, 5
 
 
@@ -79,14 +81,28 @@ class _Inputs:
     """What a lowered model takes.
 
     Args:
+        args: The arguments that it was lowered for.
+        kwargs: The keyword arguments.
         program: The program that it was made of.
     """
 
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
-        self._spec = program.call_spec.in_spec
-        users = set(program.graph_signature.user_inputs)
-        nodes = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in users]
-        self._values = [node.meta.get("val") for node in nodes]
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: torch.export.ExportedProgram
+    ) -> None:
+        self._keywords = tuple(kwargs)
+        self._given, self._spec = pytree.tree_flatten((args, dict(kwargs)))
+        users = [str(spec.arg.name) for spec in program.graph_signature.input_specs if spec.kind == _USER]
+        values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+        self._values: list[Any] = [values.get(name) for name in users]
+
+    def flat(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The inputs that are tensors, in the order of those that it was lowered for."""
+        return [x for x in self._flattened(args, kwargs)[0] if isinstance(x, Tensor)]
+
+    def _flattened(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
+        first = {name: kwargs[name] for name in self._keywords if name in kwargs}
+        leaves, spec = pytree.tree_flatten((args, {**first, **kwargs}))
+        return leaves, spec
 
     def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Compares inputs.
@@ -94,15 +110,22 @@ class _Inputs:
         Raises:
             InputError: They are others.
         """
-        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        leaves, spec = self._flattened(args, kwargs)
         if spec != self._spec:
             raise InputError(
                 f"the lowered model takes arguments that are nested as {self._spec}, got {spec}: call it as "
                 f"the model was called when it was lowered"
             )
-        for given, known in zip(leaves, self._values, strict=False):
-            if not isinstance(known, Tensor) or not isinstance(given, Tensor):
+        for given, constant, known in zip(leaves, self._given, self._values, strict=True):
+            if not isinstance(constant, Tensor):
+                if type(given) is not type(constant) or given != constant:
+                    raise InputError(
+                        f"the model was lowered for the value {constant!r} of an argument, a constant of the "
+                        f"compiled code, got {given!r}: lower it for that value"
+                    )
                 continue
+            if not isinstance(given, Tensor):
+                raise InputError(f"the lowered model takes a tensor where it was given {given!r}")
             if given.dtype != known.dtype:
                 raise InputError(
                     f"the model was lowered for inputs of {known.dtype}, got {given.dtype}: write "
@@ -209,12 +232,8 @@ class _Build:
         program = captured(model, args, kwargs, found, dynamic_shapes=dynamic_shapes, as_uint8=True)
         self._program = program.run_decompositions({})
         self.constants: Mapping[str, Tensor] = dict(self._program.state_dict)
-        self.inputs = _Inputs(self._program)
+        self.inputs = _Inputs(args, self._kwargs, self._program)
         self.recorder = Recorder(self.constants)
-
-    def flat_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The inputs that are tensors, in their order."""
-        return [x for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
 
     def in_memory(self) -> Callable[..., Any]:
         """The compiled model."""
@@ -223,7 +242,7 @@ class _Build:
         module, out_spec = self._module(), self._program.call_spec.out_spec
         module.graph.set_codegen(CodeGen())
         users = set(self._program.graph_signature.user_inputs)
-        examples: list[Any] = self.flat_inputs(self._args, self._kwargs)
+        examples: list[Any] = [*self.inputs.flat(self._args, self._kwargs)]
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
         for node in placeholders:
             if not isinstance(node.meta.get("val"), Tensor) and not node.users:
@@ -241,7 +260,7 @@ class _Build:
                 raise _not_compiled(error) from error
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            return pytree.tree_unflatten(list(compiled(*self.flat_inputs(args, kwargs))), out_spec)
+            return pytree.tree_unflatten(list(compiled(*self.inputs.flat(args, kwargs))), out_spec)
 
         return run
 
@@ -389,7 +408,7 @@ def _compare(
                 break
             results = _tensors(run(*given, **named))
             if not index:
-                checked = check_kernels(built.recorder, built.constants, built.flat_inputs(given, named))
+                checked = check_kernels(built.recorder, built.constants, [*built.inputs.flat(given, named)])
         for ours, theirs in zip(expected, results, strict=True):
             size = ours.abs().max().item() if ours.numel() else 0.0
             off = (ours - theirs).abs().masked_fill((ours == theirs) | (ours.isnan() & theirs.isnan()), 0.0)

@@ -146,6 +146,31 @@ def test_the_batch_may_be_dynamic() -> None:
         lowered(torch.randn(3, 31))
 
 
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 8)
+
+    def forward(self, x: Tensor, *, scale: float = 1.0, other: Tensor | None = None) -> dict[str, Tensor]:
+        y = self.linear(x) * scale
+        return {"y": y, "sum": y if other is None else y + other}
+
+
+def test_arguments_and_results_may_be_named_and_nested() -> None:
+    model = built(Named, ROWS, prepare=False)
+    keywords: dict[str, Any] = {"scale": 2.0, "other": torch.ones(16, 8)}
+    lowered = lower(model, ROWS, kwargs=keywords)
+    with torch.no_grad():
+        expected = model(ROWS, **keywords)
+    result = lowered(ROWS, **keywords)
+    assert set(result) == {"y", "sum"}
+    assert all(torch.allclose(result[key], expected[key], atol=1e-5) for key in result)
+    swapped = lowered(ROWS, **dict(reversed(keywords.items())))
+    assert torch.equal(swapped["sum"], result["sum"])
+    with pytest.raises(InputError, match=r"lowered for the value 2\.0 of an argument.*got 3\.0"):
+        lowered(ROWS, scale=3.0, other=keywords["other"])
+
+
 def test_two_may_be_lowered_at_once_and_the_model_is_unchanged() -> None:
     model = built(mlp, ROWS).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

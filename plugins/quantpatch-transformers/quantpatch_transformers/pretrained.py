@@ -26,6 +26,7 @@ from quantpatch.layers import RANGE_KEY, QuantizedLayer, named_quantizers
 from quantpatch.recipes import active_recipe
 from quantpatch_transformers.attention import attention_is_quantized, quantize_attention
 from quantpatch_transformers.checkpoint_keys import Checkpoint, aliased, names_in
+from quantpatch_transformers.tied_weights import leave_ranges_untied
 
 __all__ = ["METHOD", "QuantPatchConfig", "QuantPatchQuantizer", "get_hf_quantizer", "make_savable"]
 
@@ -366,3 +367,4 @@ auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
 auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
 auto.register_quantization_config(METHOD)(QuantPatchConfig)
 auto.register_quantizer(METHOD)(QuantPatchQuantizer)
+leave_ranges_untied()

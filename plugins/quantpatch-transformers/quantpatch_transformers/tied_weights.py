@@ -1,7 +1,7 @@
 """Weights that transformers ties, by patterns on names: no range is among them.
 
-``"predictions.decoder.weight"``, searched for, is also found in ``"predictions.decoder.weight_quantizer._amax"``,
-and ``"class_embed.1"`` ties all that is below it. A range is its own layer's, whatever weight that has.
+``"predictions.decoder.weight"``, searched for, is found in ``"predictions.decoder.weight_quantizer._amax"``,
+too, and ``"class_embed.1"`` ties all that is below it. A range is its own layer's, whatever weight that has.
 """
 
 from __future__ import annotations

@@ -111,6 +111,8 @@ def minilm(seed: int) -> Task:
         return f"cosine {float((embed(model) * wanted).sum(-1).mean()):.4f}"
 
     w4 = qp.Recipe(name="w4", input=None, weight=_CHANNELS4)
+    blocks = qp.QuantDescriptor(format="int4_g32", axis="reduction", dynamic=True)
+    groups = qp.Recipe(name="w4 g32", input=None, weight=blocks)
     runtime = AWQ(at_runtime=True, clip=False)
     low: dict[str, Method] = {
         "gptq": ["gptq"],
@@ -134,6 +136,7 @@ def minilm(seed: int) -> Task:
             {"smoothquant, gptq": ["smoothquant", "gptq"]},
         ),
         Setting("W4 in groups of 128", "int4-weight-only", {}, low),
+        Setting("W4 in groups of 32", groups, {}, low),
         Setting("W4 per channel", w4, {"weight_method": "mse"}, low),
         Setting("W3 per channel", w4.replace(name="w3", weight=_CHANNELS3), {"weight_method": "mse"}, low),
     ]  # fmt: skip

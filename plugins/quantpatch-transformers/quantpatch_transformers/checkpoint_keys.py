@@ -121,8 +121,14 @@ class Checkpoint:
         return self._where.keys()
 
     def ranges(self) -> dict[str, Tensor]:
-        """The ranges, by their names in the model's ``state_dict``."""
-        return {f"{name}.{RANGE_KEY}": self._tensor(file, key) for name, (file, key) in self._where.items()}
+        """The ranges and the zero points beside them, by their names in the model's ``state_dict``."""
+        found = {}
+        for name, (file, key) in self._where.items():
+            found[f"{name}.{RANGE_KEY}"] = self._tensor(file, key)
+            beside = key.removesuffix(RANGE_KEY) + ZERO_POINT_KEY
+            if beside in self._keys:
+                found[f"{name}.{ZERO_POINT_KEY}"] = self._tensor(self._keys[beside], beside)
+        return found
 
     def _tensor(self, file: str, key: str) -> Tensor:
         found: Tensor = self._read(file, lambda f: f.get_tensor(key))
@@ -135,7 +141,8 @@ class Checkpoint:
     def patterns_of(self, quantizers: Collection[str]) -> set[str]:
         """Regular expressions for the keys of ranges of these quantizers and of zero points, and no more."""
         ranges = [new for name, new in self._renamed.items() if name in quantizers]
-        zero_points = (key for key in self._keys if key.endswith(_ZERO_POINT_SUFFIX))
+        beside = {key.removesuffix(RANGE_KEY) + ZERO_POINT_KEY for _, key in self._where.values()}
+        zero_points = (key for key in self._keys if key.endswith(_ZERO_POINT_SUFFIX) or key in beside)
         return {rf"^{re.escape(key)}$" for key in (*ranges, *zero_points)}
 
     def _read(self, file: str, what: Any) -> Any:

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import quantpatch as qp
 from quantpatch.errors import CheckpointError, ConversionError, QuantPatchWarning
 from quantpatch.export import StructurePlan, describe
-from quantpatch.layers import RANGE_KEY, QuantizedLayer, named_quantizers
+from quantpatch.layers import RANGE_KEY, ZERO_POINT_KEY, QuantizedLayer, named_quantizers
 from quantpatch.recipes import active_recipe
 from quantpatch_transformers.attention import attention_is_quantized, quantize_attention
 from quantpatch_transformers.checkpoint_keys import Checkpoint, aliased, names_in
@@ -290,8 +290,12 @@ class QuantPatchQuantizer(HfQuantizer):
         state = None
         if aliases:
             description["aliases"] = aliases
-            ranges = {key: quantizers[name].state_dict()[RANGE_KEY] for name, key in aliases.items()}
-            state = {**qp.float_state_dict(model), **ranges}
+            state = dict(qp.float_state_dict(model))
+            for name, key in aliases.items():
+                held = quantizers[name].state_dict()
+                state[key] = held[RANGE_KEY]
+                if ZERO_POINT_KEY in held:
+                    state[key.removesuffix(RANGE_KEY) + ZERO_POINT_KEY] = held[ZERO_POINT_KEY]
         return state, {_METADATA: json.dumps(description)}
 
 

@@ -6,6 +6,8 @@ have no gradients of their own.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def fake_tensor_quant(
     x = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
     bound = bound_of(num_bits, unsigned)
     range_ = as_tensor(amax).to(device=x.device, dtype=x.dtype)
-    dead = (range_ <= 2.0**-24) | (bound == 0)
+    dead = range_ <= (2.0**-24 if bound else math.inf)
     scale = (torch.full_like(range_, bound) / range_).masked_fill(dead, 1.0)
     rounded = (x * scale).round_().clamp_(0.0 if unsigned else -bound, bound) / scale
     return rounded.masked_fill(dead, 0.0).to(inputs.dtype)

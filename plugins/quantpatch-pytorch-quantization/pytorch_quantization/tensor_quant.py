@@ -7,6 +7,7 @@ run the same way, hence this file.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -216,7 +217,7 @@ def round_to_integers(
     # Not `bound / amax`, which torch computes as a reciprocal times the bound, rounded twice: the toolkit's
     # kernels divide.
     scale = torch.full_like(amax, bound) / amax
-    dead = (amax <= _DEAD) | (bound == 0)
+    dead = amax <= (_DEAD if bound else math.inf)
     # The quotient of a range of 0 is infinite, and times 0 would be NaN.
     quantized = (working(x) * scale.masked_fill(dead, 0.0)).round_().clamp_(lowest, bound)
     return quantized, scale.masked_fill(dead, 1.0)

@@ -101,6 +101,7 @@ def _describe_quantizer(quantizer: TensorQuantizer, name: str) -> Quantizer:
         quantizer.disabled,
         quantizer.lasting["quantizing"],  # a file may be written during a calibration
         known=quantizer.amax is not None,
+        zero_point=quantizer.zero_point if quantizer.zero_point_is_found else None,
     )
 
 

@@ -74,12 +74,15 @@ class Quantizer:
         disabled: Whether tensors pass unchanged.
         quantizing: Whether it quantizes.
         known: Whether its range is known.
+        zero_point: That which data was found to need; None: it is the descriptor's. It is there for those who
+            load the tensors later, which have it as well.
     """
 
     descriptor: dict[str, Any]
     disabled: bool
     quantizing: bool
     known: bool
+    zero_point: int | None = None
 
 
 @attrs.frozen

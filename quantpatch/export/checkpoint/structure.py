@@ -32,7 +32,7 @@ from quantpatch.layers.range_tensor import RANGE_KEY
 from quantpatch.layers.subclass import combine, replacement_of
 from quantpatch.layers.with_operations import find_operations
 from quantpatch.layers.zero_point_state import ZERO_POINT_KEY
-from quantpatch.numerics.qparams import read_zero_point
+from quantpatch.numerics.qparams import check_zero_point, read_zero_point
 from quantpatch.numerics.ranges import range_shape
 from quantpatch.recipes.descriptor import EVERY_OPERAND
 from quantpatch.torch_tools.class_swap import change_class, dotted, own_class
@@ -185,8 +185,14 @@ class StructurePlan:
             try:
                 descriptor = descriptor_of(saved.descriptor)
                 made = TensorQuantizer(descriptor)
-                zero_point = self._tensors.pop(f"{name}.{ZERO_POINT_KEY}", None)
-                number = made.zero_point if zero_point is None else read_zero_point(zero_point, made.format)
+                number = made.zero_point if saved.zero_point is None else saved.zero_point
+                if number is not None:
+                    check_zero_point(number, made.format)
+                tensor = self._tensors.pop(f"{name}.{ZERO_POINT_KEY}", None)
+                if tensor is not None and (found := read_zero_point(tensor, made.format)) != number:
+                    raise CheckpointError(
+                        f"its zero point is {number} in the description, and {found} beside its range"
+                    )
                 amax = self._range_of(name, made, amax, known=saved.known)
             except QuantPatchError as error:
                 self._refuse(name, error)

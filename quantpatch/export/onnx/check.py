@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from quantpatch.errors import ExportError
 from quantpatch.export.onnx.comparison import Comparison, Latency
-from quantpatch.export.onnx.latency import measure, without_kernels
+from quantpatch.export.onnx.latency import measure, padded, without_kernels
 from quantpatch.export.onnx.optimized_check import check_optimized
 from quantpatch.export.onnx.sessions import changed, session_options
 from quantpatch.export.prepare.exported import ExportedQuantizer, codes_name
@@ -68,7 +68,7 @@ def compare_with_torch(
     bar.step("measuring the file beside float")
     if float_path is not None:
         times = measure(path, float_path, runs[0][0])
-        latency = Latency(*times, left, without_kernels(left, found))
+        latency = Latency(*times, left, without_kernels(left, found), padded(found))
     return Comparison(
         max(largest),
         max(relative),

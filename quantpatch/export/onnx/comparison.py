@@ -24,12 +24,14 @@ class Latency:
         float_ms: Of the same file in float.
         on_floats: Names of the layers whose weights are quantized, but run on float kernels.
         without_kernels: The formats of activations that integer kernels do not take as they are.
+        padded: Names of the convolutions of 1 to 3 channels, which integer kernels pad to 4.
     """
 
     ms: float
     float_ms: float
     on_floats: tuple[str, ...] = ()
     without_kernels: tuple[str, ...] = ()
+    padded: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -66,6 +68,12 @@ class Latency:
         else:
             text += ". Its layers run on integers, but what is between them costs more than that gains. "
             text += advice
+            if self.padded:
+                text += (
+                    f". The images that {listed(self.padded)} takes are padded to 4 channels, which may "
+                    f"cost more than integers gain: qp.configure(model, {{{self.padded[0]!r}: None}}) leaves "
+                    f"it float"
+                )
         return f"{text}. export_onnx(..., latency=False) does not measure"
 
 

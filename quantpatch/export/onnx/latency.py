@@ -22,6 +22,7 @@ from quantpatch.export.onnx.weights import fold_weight
 from quantpatch.export.prepare.exported import ExportedQuantizer
 from quantpatch.layers.operations import quantizer_name
 from quantpatch.numerics.formats import Integer
+from quantpatch.torch_tools import nn
 
 # Rounds to measure at most and at least, and after how many seconds no other one begins.
 _ROUNDS, _LEAST, _SECONDS = 21, 3, 0.5
@@ -130,6 +131,17 @@ def without_kernels(layers: Collection[str], found: Collection[ExportedQuantizer
         if operand.is_clipped or (layer in layers and not kernel):
             formats.append(operand.format.name)
     return tuple(dict.fromkeys(formats))
+
+
+def padded(found: Collection[ExportedQuantizer]) -> tuple[str, ...]:
+    """The convolutions of images with so few channels that integer kernels add some."""
+    layers = {
+        operand.name.rpartition(".")[0] or "the model": operand.layer
+        for operand in found
+        if operand.weight is not None
+    }
+    few = (n for n, layer in layers.items() if isinstance(layer, nn.Conv2d) and layer.in_channels < 4)
+    return tuple(name for name in few if layers[name].groups == 1)
 
 
 def _named(quantizers: Collection[str], constants: Any) -> set[str]:

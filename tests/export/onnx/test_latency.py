@@ -120,6 +120,20 @@ def test_activations_that_no_integer_kernel_takes_are_named_and_preparing_is_not
     assert "qp.prepare" not in str(caught[0].message)
 
 
+def test_a_convolution_of_few_channels_is_named_where_integers_do_not_gain(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measuring(monkeypatch, 3.0, 2.0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU()).eval()
+    qp.convert(model)
+    qp.prepare(model, X[:, :1])
+    qp.calibrate(model, [X[:, :1]], progress=False)
+    with pytest.warns(QuantPatchWarning, match="images that 0 takes are padded to 4 channels") as caught:
+        export_onnx(model, X[:, :1], tmp_path / "m.onnx")
+    assert "qp.configure(model, {'0': None}) leaves it float" in str(caught[0].message)
+
+
 def test_noise_and_the_smallest_of_models_are_not_warned_of() -> None:
     assert Latency(1.2, 1.0).is_slower
     assert not Latency(1.05, 1.0).is_slower

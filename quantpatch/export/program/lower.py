@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -374,20 +375,22 @@ def _layers(found: Sequence[ExportedQuantizer], recorder: Recorder) -> tuple[dic
     """The layers that run on integers, and why the others do not."""
     kernels = {kernel.weight: str(kernel) for kernel in recorder.kernels}
     quantized = {id(operand.layer) for operand in found if operand.weight is None}
+    weights = [operand for operand in found if operand.weight is not None]
+    count = Counter(id(operand.layer) for operand in weights)
     integers: dict[str, str] = {}
     skipped: dict[str, str] = {}
-    for operand in found:
-        if operand.weight is None:
-            continue
-        name = operand.name.rpartition(".")[0] or operand.name
+    for operand in weights:
+        layer = operand.name.rpartition(".")[0]
+        # Attention has several weights, each with a kernel of its own, or none.
+        name = layer if layer and count[id(operand.layer)] == 1 else operand.name.removesuffix("_quantizer")
         if operand.name in kernels:
             integers[name] = kernels[operand.name]
-        elif name not in integers:
+        else:
             why = why_float(operand.layer) if operand.layer is not None else None
             if why is None and id(operand.layer) not in quantized:
                 why = "its input is float, and integer kernels take integers on both sides"
             skipped[name] = why or "the compiler found no kernel for how its operands are computed"
-    return integers, {name: why for name, why in skipped.items() if name not in integers}
+    return integers, skipped
 
 
 def _compare(

@@ -85,8 +85,8 @@ class LoweringReport(Report):
     """What ``lower`` made of a model.
 
     Attributes:
-        integers: The layers that run on integer kernels, by name, and what each kernel computes: as the
-            compiler's own graph has them.
+        integers: The layers that run on integer kernels, by name (of a layer with several weights: the
+            weights), and what each kernel computes: as the compiler's own graph has them.
         skipped: The other layers with quantized weights, and why they run on float kernels.
         instructions: What this processor multiplies integers with.
         comparison: How the results compare with the model's; None if that was not asked for.

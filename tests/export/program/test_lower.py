@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 import quantpatch as qp
 from quantpatch.errors import ExportError, InputError, QuantPatchWarning
+from quantpatch.export.prepare.exported import operands
 from quantpatch.export.program.capture import captured
 from quantpatch.export.program.export import checked_operands
+from quantpatch.export.program.lower import _instructions, _layers
 from quantpatch.export.program.passes import before_compiling
 from quantpatch.numerics.fake_quant import quantize
 
@@ -144,6 +147,21 @@ def test_the_batch_may_be_dynamic() -> None:
             assert (lowered(x) - model(x)).abs().max() < model(x).abs().max() / 127
     with pytest.raises(InputError, match=r"\(any, 32\), got \(3, 31\)"):
         lowered(torch.randn(3, 31))
+
+
+def test_each_weight_of_a_layer_of_several_is_named() -> None:
+    class Kernel:
+        weight = "b.out_proj_weight_quantizer"
+
+        def __str__(self) -> str:
+            return "linear"
+
+    with qp.quantize_modules():
+        model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.MultiheadAttention(8, 2)})
+    recorder: Any = SimpleNamespace(kernels=[Kernel()])
+    integers, skipped = _layers(operands(model), recorder)
+    assert integers == {"b.out_proj_weight": "linear"}
+    assert set(skipped) == {"a", "b.in_proj_weight"}
 
 
 class Named(nn.Module):
@@ -320,8 +338,6 @@ def test_a_cache_folder_that_cannot_be_written_is_named(
 
 
 def test_a_processor_without_integer_instructions_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantpatch.export.program.lower import _instructions
-
     for name in ("_is_amx_tile_supported", "_is_vnni_supported", "_is_avx512_vnni_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
     with pytest.warns(QuantPatchWarning, match=r"no instructions for products of 8-bit integers.*num_bits=7"):

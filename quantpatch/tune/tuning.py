@@ -9,12 +9,13 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantpatch.errors import CalibrationError, TuningError, listed
 from quantpatch.layers.before_tuning import held, remember, restore, rounded_by
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.quantize.calibrate import calibrate
+from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import (
     EnoughOfBatch,
     as_batches,

@@ -7,13 +7,13 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.nn import functional as F
 
 from quantpatch.export.program.capture import CODES, SCALE
 from quantpatch.export.program.passes import after_fusing, constant_of
+from quantpatch.torch_tools import nn
 
 # Where the arguments of oneDNN's operators are that say what else a kernel does.
 _KINDS = {
@@ -46,8 +46,8 @@ class Kernel:
         return ", ".join((self.kind, *self.fused, f"gives {self.result}"))
 
 
-class Recorder(CustomGraphPass):
-    """The pass that the compiler runs after it has fused: it finds kernels, and rewrites what is left.
+class Recorder:
+    """What the compiler runs after it has fused: it finds kernels, and rewrites what is left.
 
     Args:
         constants: The program's tensors by name, with those of weights.
@@ -68,13 +68,24 @@ class Recorder(CustomGraphPass):
         copied.output(copied.graph_copy(graph, {}))
         self.fused = GraphModule(module, copied)
 
-    def __deepcopy__(self, memo: Any) -> Recorder:
-        """Itself: the compiler copies its options."""
-        return self
+    def as_pass(self) -> Any:
+        """The same, as the compiler takes it."""
+        # Only now: it brings the compiler along, which takes longer to import than torch.
+        from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    def uuid(self) -> Any:
-        """None: the compiler caches nothing of what this pass saw, and so runs it each time."""
-        return None
+        record = self.__call__
+
+        class Pass(CustomGraphPass):
+            def __call__(self, graph: Graph) -> None:
+                record(graph)
+
+            def __deepcopy__(self, memo: Any) -> Pass:
+                return self  # the compiler copies its options
+
+            def uuid(self) -> Any:
+                return None  # it caches nothing of what this pass saw, and so runs it each time
+
+        return Pass()
 
     def _kernel(self, module: GraphModule, node: Node) -> Kernel | None:
         kind = _KINDS.get(_name(node))

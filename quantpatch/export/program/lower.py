@@ -293,7 +293,7 @@ class _Build:
         return copy.copy(module)  # type: ignore[no-any-return]
 
     def _options(self) -> dict[str, Any]:
-        return {"freezing": True, "post_grad_custom_pre_pass": self.recorder}
+        return {"freezing": True, "post_grad_custom_pre_pass": self.recorder.as_pass()}
 
 
 def _tracing_with(mode: Any) -> Any:

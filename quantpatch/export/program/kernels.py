@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from quantpatch.export.program.capture import CODES, SCALE
 from quantpatch.export.program.passes import after_fusing, constant_of
@@ -207,7 +208,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, Any, str], Tensor]] = {
 def why_float(layer: nn.Module) -> str | None:
     """Why torch's compiler has no integer kernel for a layer's products, as a clause; None if it has one."""
     without = (
-        (nn.modules.conv._ConvTransposeNd, "transposed convolutions"),
+        (_ConvTransposeNd, "transposed convolutions"),
         (nn.Conv3d, "convolutions of volumes"),
         (nn.RNNBase, "recurrent layers"),
         (nn.RNNCellBase, "recurrent layers"),

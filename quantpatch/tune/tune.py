@@ -122,7 +122,7 @@ def _several(
     if options and len(several) > 1:
         raise ArgumentError(
             f"{next(iter(options))!r} is given beside {len(several)} methods: give it to its own method, "
-            f"such as quantpatch.tune.GPTQ(damping=0.1) in the place of 'gptq'",
+            f"such as GPTQ(damping=0.1) of `from quantpatch.tune import GPTQ` in the place of 'gptq'",
             **dict(list(options.items())[:1]),
         )
     return several

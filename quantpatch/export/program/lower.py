@@ -232,7 +232,7 @@ class _Build:
         self._args, self._kwargs, self._dynamic_shapes = args, dict(kwargs), dynamic_shapes
         program = captured(model, args, kwargs, found, dynamic_shapes=dynamic_shapes, as_uint8=True)
         self._program = program.run_decompositions({})
-        self.constants: Mapping[str, Tensor] = dict(self._program.state_dict)
+        self.constants: dict[str, Tensor] = dict(self._program.state_dict)
         self.inputs = _Inputs(args, self._kwargs, self._program)
         self.recorder = Recorder(self.constants)
 
@@ -289,7 +289,7 @@ class _Build:
     def _module(self) -> GraphModule:
         takes = inspect.signature(self._program.module).parameters
         module: Any = self._program.module(**({"check_guards": False} if "check_guards" in takes else {}))
-        before_compiling(module)
+        self.constants |= before_compiling(module)
         return copy.copy(module)  # type: ignore[no-any-return]
 
     def _options(self) -> dict[str, Any]:
@@ -373,7 +373,9 @@ def _not_compiled(error: Exception) -> ExportError:
 
 def _layers(found: Sequence[ExportedQuantizer], recorder: Recorder) -> tuple[dict[str, str], dict[str, str]]:
     """The layers that run on integers, and why the others do not."""
-    kernels = {kernel.weight: str(kernel) for kernel in recorder.kernels}
+    kernels: dict[str, str] = {}
+    for kernel in recorder.kernels:  # of a weight in parts, there is one for each
+        kernels.setdefault(kernel.weight.partition("[")[0], str(kernel))
     quantized = {id(operand.layer) for operand in found if operand.weight is None}
     weights = [operand for operand in found if operand.weight is not None]
     count = Counter(id(operand.layer) for operand in weights)

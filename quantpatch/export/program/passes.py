@@ -35,13 +35,17 @@ _PRODUCTS = (
 _POOLS = ("aten::max_pool2d", "aten::max_pool1d", "aten::max_pool3d")
 
 
-def before_compiling(module: GraphModule) -> None:
+def before_compiling(module: GraphModule) -> dict[str, Tensor]:
     """Rewrites a functional program for the compiler; nothing here changes a value.
 
     Args:
         module: The program, its weights attributes; changed in place.
+
+    Returns:
+        The tensors of parts of weights that are weights by themselves now, ``"<weight>[0].codes"``.
     """
     _merge_equal(module.graph)
+    parts = _split_weights(module)
     _quantize_once(module.graph)
     for node in list(module.graph.nodes):
         if node.target is _DEQUANTIZE_CHANNELS and not all(_is_for_a_kernel(use, node) for use in node.users):
@@ -50,6 +54,7 @@ def before_compiling(module: GraphModule) -> None:
             _by_division(node)
     module.graph.eliminate_dead_code()
     module.recompile()
+    return parts
 
 
 def after_fusing(graph: Graph) -> None:
@@ -77,6 +82,40 @@ def _merge_equal(graph: Graph) -> None:
             if first is not node:
                 node.replace_all_uses_with(first)
                 graph.erase_node(node)
+
+
+def _split_weights(module: GraphModule) -> dict[str, Tensor]:
+    """Parts of a weight along its channels, as attention has of its projections, become weights."""
+    parts: dict[str, Tensor] = {}
+    for node in list(module.graph.nodes):
+        if node.target is not _DEQUANTIZE_CHANNELS:
+            continue
+        dim, tensors = node.args[3], [constant_of(module, argument) for argument in node.args[:3]]
+        splits = [use for use in node.users if use.target is _ATEN.split.Tensor]
+        if len(splits) != len(node.users) or any(t is None for t in tensors):
+            continue
+        for split in splits:
+            if (split.args[2] if len(split.args) > 2 else 0) != dim:
+                continue
+            for piece in list(split.users):
+                index, size = int(piece.args[1]), int(split.args[1])
+                name = f"{str(node.args[0].target).rpartition('.')[0]}[{index}]"
+                constants = []
+                for end, tensor in zip(("codes", "scale", "zero_point"), tensors, strict=True):
+                    assert tensor is not None
+                    along = dim if end == "codes" else 0
+                    own = torch.split(tensor.detach(), size, along)[index].clone()
+                    parts[f"{name}.{end}"] = own
+                    attribute = f"_part_{len(parts)}"
+                    module.register_buffer(attribute, own)
+                    with module.graph.inserting_before(piece):
+                        constants.append(module.graph.create_node("get_attr", attribute))
+                with module.graph.inserting_before(piece):
+                    new = module.graph.call_function(node.target, (*constants, *node.args[3:]))
+                new.meta.update(piece.meta)
+                piece.replace_all_uses_with(new)
+                module.graph.erase_node(piece)
+    return parts
 
 
 def _quantize_once(graph: Graph) -> None:

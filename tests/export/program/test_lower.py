@@ -271,6 +271,23 @@ def test_weights_without_a_kernel_are_constants_of_floats() -> None:
     assert not any("dequantize_per_channel" in name for name in targets(rewritten(model, X)))
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return result
+
+
+def test_parts_of_a_weight_are_weights_with_kernels_of_their_own() -> None:
+    module = rewritten(built(Attention, ROWS, prepare=False), ROWS)
+    linear = [node for node in module.graph.nodes if "linear" in str(node.target)]
+    assert len(linear) == 4
+    assert all("dequantize_per_channel" in str(node.args[1].target) for node in linear)
+
+
 def test_integers_are_not_pooled_into_another_scale() -> None:
     """The compiler would take the integers as they are."""
     model: Any = built(

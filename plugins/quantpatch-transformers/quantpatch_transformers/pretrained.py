@@ -24,7 +24,6 @@ from quantpatch.errors import CheckpointError, ConversionError, QuantPatchWarnin
 from quantpatch.export import StructurePlan, describe
 from quantpatch.layers import RANGE_KEY, ZERO_POINT_KEY, QuantizedLayer, named_quantizers
 from quantpatch.recipes import active_recipe
-from quantpatch_transformers.attention import attention_is_quantized, quantize_attention
 from quantpatch_transformers.checkpoint_keys import Checkpoint, aliased, names_in
 from quantpatch_transformers.tied_weights import leave_ranges_untied
 
@@ -52,7 +51,7 @@ class QuantPatchConfig(QuantizationConfigMixin):
         include: See there.
         plugins: See there.
         rules: As in ``quantpatch.configure``: what names match, and a recipe or None for float.
-        attention: Whether to quantize the products of attention as well, by ``quantize_attention``.
+        operations: As in ``quantpatch.convert``: ``"products"`` quantizes attention's products as well.
         **kwargs: What ``config.json`` has beside these: the method, and quantpatch's version.
     """
 
@@ -63,14 +62,14 @@ class QuantPatchConfig(QuantizationConfigMixin):
         include: Iterable[str | type] = (),
         plugins: Iterable[str] | None = None,
         rules: Mapping[Any, Any] | None = None,
-        attention: bool = False,
+        operations: Any = None,
         **kwargs: Any,
     ) -> None:
         unknown = sorted(kwargs.keys() - {"quant_method", "quantpatch_version"})
         if unknown:
             raise TypeError(
                 f"QuantPatchConfig has no {unknown[0]!r}; it takes recipe, skip, include, plugins, rules and "
-                f"attention"
+                f"operations"
             )
         self.quant_method = METHOD  # type: ignore[assignment]
         self.recipe = recipe
@@ -78,7 +77,7 @@ class QuantPatchConfig(QuantizationConfigMixin):
         self.include = (include,) if isinstance(include, (str, type)) else tuple(include)
         self.plugins = None if plugins is None else tuple(plugins)
         self.rules = dict(rules or {})
-        self.attention = attention
+        self.operations = operations
         self.quantpatch_version = kwargs.get("quantpatch_version", qp.__version__)
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,17 +88,21 @@ class QuantPatchConfig(QuantizationConfigMixin):
                 return value.name
             if isinstance(value, type):
                 return f"{value.__module__}.{value.__qualname__}"
-            return value if value is None or isinstance(value, (str, bool)) else str(value)
+            if isinstance(value, Mapping):
+                return {named(key): named(each) for key, each in value.items()}
+            if isinstance(value, (list, tuple, set, frozenset)):
+                return [named(each) for each in value]
+            return value if value is None or isinstance(value, str) else str(value)
 
         return {
             "quant_method": self.quant_method,
             "quantpatch_version": self.quantpatch_version,
             "recipe": named(self.recipe),
-            "skip": [named(each) for each in self.skip],
-            "include": [named(each) for each in self.include],
-            "plugins": None if self.plugins is None else list(self.plugins),
-            "rules": {named(matcher): named(value) for matcher, value in self.rules.items()},
-            "attention": self.attention,
+            "skip": named(self.skip),
+            "include": named(self.include),
+            "plugins": named(self.plugins),
+            "rules": named(self.rules),
+            "operations": named(self.operations),
         }
 
 
@@ -170,8 +173,6 @@ class QuantPatchQuantizer(HfQuantizer):
             described = description["quantizers"]
             for name in described.keys() & {name for names in self._anew.values() for name in names}:
                 described[name] = {**described[name], "known": False}
-            if description["attention"] and not attention_is_quantized(model):
-                quantize_attention(model)
         else:
             if not self.built_in_block:
                 self._convert(model)
@@ -236,10 +237,13 @@ class QuantPatchQuantizer(HfQuantizer):
                 f"quantization_config=QuantPatchConfig(...), or load it outside the block"
             )
         qp.convert(
-            model, skip=config.skip, recipe=config.recipe, plugins=config.plugins, include=config.include
+            model,
+            skip=config.skip,
+            recipe=config.recipe,
+            plugins=config.plugins,
+            include=config.include,
+            operations=config.operations,
         )
-        if config.attention:
-            quantize_attention(model, config.recipe)
         if config.rules:
             qp.configure(model, config.rules)
 
@@ -264,7 +268,6 @@ class QuantPatchQuantizer(HfQuantizer):
                     for kind in ("layers", "quantizers")
                 },
                 "aliases": dict(saved["aliases"]),
-                "attention": bool(saved["attention"]),
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
@@ -308,7 +311,7 @@ def _describe(model: PreTrainedModel, known: Iterable[str] | None = None) -> dic
             quantizer["known"] = name in names
     # Quantizers that are shared are shared again where the model is built.
     del description["shared"]
-    return {**description, "attention": attention_is_quantized(model), "aliases": {}, "tied": {}}
+    return {**description, "aliases": {}, "tied": {}}
 
 
 def make_savable(model: PreTrainedModel) -> None:

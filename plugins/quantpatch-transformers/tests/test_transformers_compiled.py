@@ -9,7 +9,6 @@ import torch
 import transformers
 
 import quantpatch as qp
-from quantpatch_transformers import quantize_attention
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it traces
@@ -33,9 +32,8 @@ def test_a_llama_is_one_graph_that_equals_eager(training):
         num_key_value_heads=1,
     )  # fmt: skip
     torch.manual_seed(0)
-    with qp.quantize_modules():
+    with qp.quantize_modules(operations="products"):
         model = transformers.LlamaForCausalLM(config)
-    quantize_attention(model)
     qp.calibrate(model, [{"input_ids": IDS}], progress=False)
     assert qp.audit(model, IDS).share == 1.0
     model.train(training)

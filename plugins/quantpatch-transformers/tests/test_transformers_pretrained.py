@@ -19,7 +19,7 @@ from torch import nn
 
 import quantpatch as qp
 from quantpatch.errors import ArgumentError, CheckpointError, ConversionError, UnknownNameError
-from quantpatch_transformers import QuantPatchConfig, make_savable, quantize_attention
+from quantpatch_transformers import QuantPatchConfig, make_savable
 from quantpatch_transformers.pretrained import METHOD
 
 
@@ -28,12 +28,10 @@ def output(model, name="gpt2"):
         return model(**MODELS[name].inputs)[0]
 
 
-def calibrated(name="gpt2", attention=False, recipe=None):
+def calibrated(name="gpt2", operations=None, recipe=None):
     torch.manual_seed(0)
     model = MODELS[name].build().eval()
-    qp.convert(model, recipe=recipe)
-    if attention:
-        quantize_attention(model)
+    qp.convert(model, recipe=recipe, operations=operations)
     qp.calibrate(model, [MODELS[name].inputs], progress=False)
     return model
 
@@ -72,7 +70,7 @@ def assert_same(model, other, name="gpt2"):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_comes_back_without_a_block(name, tmp_path):
-    model = saved(calibrated(name, attention=name != "mamba"), tmp_path)
+    model = saved(calibrated(name, operations="products"), tmp_path)
     again = loaded(type(model), tmp_path)
     assert set(states(again).values()) == {"calibrated"}
     assert_same(again, model, name)
@@ -361,7 +359,7 @@ with torch.no_grad():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_float_weights_load_strictly_into_every_architecture_and_come_out(name):
-    model = calibrated(name, attention=name != "mamba")
+    model = calibrated(name, operations="products")
     before = states(model)
     torch.manual_seed(1)
     reference = MODELS[name].build().eval()
@@ -414,11 +412,10 @@ def float_path(tmp_path):
 
 
 def test_a_configuration_quantizes_a_float_checkpoint(float_path):
-    config = QuantPatchConfig("w4a8", include=["Embedding"], rules={"lm_head": None}, attention=True)
+    config = QuantPatchConfig("w4a8", include=["Embedding"], rules={"lm_head": None}, operations="products")
     model = loaded(transformers.GPT2LMHeadModel, float_path, quantization_config=config)
     by_hand = loaded(transformers.GPT2LMHeadModel, float_path)
-    qp.convert(by_hand, recipe="w4a8", include=["Embedding"])
-    quantize_attention(by_hand, "w4a8")
+    qp.convert(by_hand, recipe="w4a8", include=["Embedding"], operations="products")
     qp.configure(by_hand, {"lm_head": None})
     assert_same(model, by_hand)
     assert isinstance(model.transformer.wte, qp.QuantizedLayer)
@@ -439,7 +436,7 @@ def test_it_is_written_into_the_configuration_and_names_what_was_asked_for(float
         "include": [],
         "plugins": None,
         "rules": {"lm_head": None},
-        "attention": False,
+        "operations": None,
     }
     assert "mine" in repr(config)
     assert_same(loaded(transformers.GPT2LMHeadModel, tmp_path / "out"), model)

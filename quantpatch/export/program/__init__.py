@@ -4,6 +4,7 @@
 export.py       ``export_program``, with torch's operators for quantized values
 capture.py      the model traced, each quantizer as such operators
 lower.py        ``lower``, the program compiled to integer kernels, and the report (report.py)
+needs.py        what that needs of the machine
 passes.py       what is rewritten before torch's compiler gets it, and after it has fused
 kernels.py      the integer kernels in what it made
 ==============  ==============================================================================

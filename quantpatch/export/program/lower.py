@@ -29,6 +29,7 @@ from quantpatch.export.prepare.exported import ExportedQuantizer
 from quantpatch.export.program.capture import captured
 from quantpatch.export.program.export import checked_operands
 from quantpatch.export.program.kernels import KernelCheck, Recorder, check_kernels, why_float
+from quantpatch.export.program.needs import demand_compiler, demand_cpu, instructions
 from quantpatch.export.program.passes import before_compiling
 from quantpatch.export.program.report import CompiledLatency, LoweringComparison, LoweringReport
 from quantpatch.layers.quantizer import in_float
@@ -191,9 +192,9 @@ def lower(
     demand_model(model, "lower")
     model = uncompiled(model)
     args, kwargs = arguments(args, kwargs)
-    _demand_cpu(model, (args, kwargs))
-    _demand_compiler()
-    instructions = _instructions()
+    demand_cpu(model, (args, kwargs))
+    demand_compiler()
+    multiplied_with = instructions()
     name, steps = type(model).__name__, 1 + check + 2 * latency
     bar = progress_bar(name, steps, progress=progress)
     with tracing(), evaluating(model), bar as shown, warnings.catch_warnings():
@@ -210,7 +211,7 @@ def lower(
         if latency:
             measured = _measure(model, run, args, kwargs, dynamic_shapes, shown)
     integers, skipped = _layers(found, built.recorder)
-    report = LoweringReport(integers, skipped, instructions, compared, measured, package)
+    report = LoweringReport(integers, skipped, multiplied_with, compared, measured, package)
     if found and not integers:
         warn_caller(f"{type(model).__name__} was lowered, and no layer of it runs on integers:\n  {report}")
     elif measured is not None and measured.is_slower:
@@ -302,65 +303,6 @@ def _tracing_with(mode: Any) -> Any:
     from torch._guards import tracing as with_context
 
     return with_context(None if mode is None else TracingContext(mode))
-
-
-# --- What it needs -----------------------------------------------------------------------------------------
-
-
-def _demand_cpu(model: nn.Module, inputs: Any) -> None:
-    tensors = [*model.parameters(), *model.buffers()]
-    tensors += [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
-    others = sorted({str(x.device) for x in tensors} - {"cpu"})
-    if others:
-        raise ExportError(
-            f"lower compiles for CPUs, and the model or its inputs are on {', '.join(others)}: write "
-            f"model.cpu()"
-        )
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        raise ExportError("this PyTorch is built without oneDNN, which has the integer kernels")
-
-
-def _demand_compiler() -> None:
-    from torch._inductor import cpp_builder, exc
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler as error:
-        raise ExportError(
-            "lower needs a C++ compiler, which PyTorch's compiler runs, and found none. Install one (on "
-            "Debian and Ubuntu: apt-get install g++), or name it in the environment variable CXX"
-        ) from error
-    try:
-        folder = Path(cache_dir())
-        folder.mkdir(parents=True, exist_ok=True)
-        is_writable = os.access(folder, os.W_OK)
-    except OSError:
-        folder, is_writable = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "its cache folder")), False
-    if not is_writable:
-        raise ExportError(
-            f"PyTorch's compiler cannot write to {folder}, where it keeps what it compiles: name another "
-            f"folder in the environment variable TORCHINDUCTOR_CACHE_DIR"
-        )
-
-
-def _instructions() -> str:
-    """What this processor multiplies integers with."""
-
-    def has(name: str) -> bool:
-        return bool(getattr(torch.cpu, name, lambda: False)())
-
-    if has("_is_amx_tile_supported"):
-        return "AMX"
-    if has("_is_vnni_supported") or has("_is_avx512_vnni_supported"):
-        return "VNNI"
-    kind = torch.backends.cpu.get_cpu_capability()
-    warn_caller(
-        f"this processor ({kind}) has no instructions for products of 8-bit integers (VNNI, AMX): the "
-        f"kernels compute with 16 bits in between, which may saturate, and gain little over float. Weights "
-        f'of 7 bits do not saturate: QuantDescriptor(num_bits=7, axis="channel", narrow_range=True)'
-    )
-    return kind
 
 
 def _not_compiled(error: Exception) -> ExportError:

@@ -21,7 +21,8 @@ from quantpatch.errors import ExportError, InputError, QuantPatchWarning
 from quantpatch.export.prepare.exported import operands
 from quantpatch.export.program.capture import captured
 from quantpatch.export.program.export import checked_operands
-from quantpatch.export.program.lower import _instructions, _layers
+from quantpatch.export.program.lower import _layers
+from quantpatch.export.program.needs import instructions
 from quantpatch.export.program.passes import before_compiling
 from quantpatch.numerics.fake_quant import quantize
 
@@ -358,7 +359,7 @@ def test_a_processor_without_integer_instructions_is_said(monkeypatch: pytest.Mo
     for name in ("_is_amx_tile_supported", "_is_vnni_supported", "_is_avx512_vnni_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
     with pytest.warns(QuantPatchWarning, match=r"no instructions for products of 8-bit integers.*num_bits=7"):
-        _instructions()
+        instructions()
 
 
 def test_a_model_elsewhere_or_not_calibrated_is_refused() -> None:

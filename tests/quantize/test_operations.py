@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import pickle
 import threading
@@ -597,3 +598,36 @@ def test_a_file_gives_a_float_model_its_operations_and_their_ranges(tmp_path):
         assert torch.equal(loaded(x), model(x))
         qp.revert(loaded)
         assert {type(module) for module in loaded.modules()} == {Net, Attention, nn.Linear}
+
+
+def known_keywords_alone(function):
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        kwargs = {name: value for name, value in kwargs.items() if name in ("x", "weight")}
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+@known_keywords_alone
+def sifted(x, weight):
+    return x @ weight.mT
+
+
+class CallsSifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4))
+
+    def forward(self, x):
+        return sifted(x, weight=self.weight) @ self.weight
+
+
+def test_a_decorator_that_sifts_keywords_is_named_and_its_function_runs_without_quantizers():
+    model = nn.Sequential(CallsSifted())
+    conversion = qp.convert(model, operations="products")
+    assert any("sifted: the decorator of sifted does not hand on" in row.reason for row in conversion.skipped)
+    x = torch.randn(3, 4)
+    qp.calibrate(model, [x], progress=False)  # each quantizer sees data
+    assert len(model[0].quantizers()) == 2
+    torch.testing.assert_close(model(x), x, atol=0.05, rtol=0)

@@ -89,12 +89,14 @@ class _Work(Progress):
         """A method of the class, remade (None if nothing changes), and the methods that it uses."""
         inner = plain(function)
         assert inner is not None
+        before = dict(self.operands)
         try:
             function_of = _Function(self, function, inner)
             return function_of.remade(), function_of.methods
         except Unreadable as error:
             if self._demand:
                 raise
+            self.operands = before  # those that it found are of code that does not run
             self.hide(inner, error)
             return None, set()
 
@@ -111,12 +113,14 @@ class _Work(Progress):
             return None
         made = None
         if self.may_multiply(inner):
+            before = dict(self.operands)
             self._stack.append(inner)
             try:
                 made = _Function(self, function, inner, layer=_LAYER, weights=weights, own=own).remade()
             except Unreadable as error:
                 if self._demand:
                     raise
+                self.operands = before
                 self.hide(inner, error)
             finally:
                 self._stack.pop()

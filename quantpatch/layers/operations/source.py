@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import inspect
 import textwrap
@@ -117,10 +118,10 @@ def remade(
     )
     made.__kwdefaults__ = inner.__kwdefaults__
     made.__doc__, made.__qualname__, made.__module__ = inner.__doc__, inner.__qualname__, inner.__module__
-    return _wrapped_as(function, inner, made)
+    return _wrapped_as(function, inner, made, takes)
 
 
-def _wrapped_as(outer: Any, inner: types.FunctionType, made: types.FunctionType) -> Any:
+def _wrapped_as(outer: Any, inner: types.FunctionType, made: types.FunctionType, takes: str | None) -> Any:
     """What decorators made of a function, made of another one: they do not run again."""
     outer = getattr(outer, "__func__", outer)
     if outer is inner or getattr(outer, "_torchdynamo_inline", None) is inner:
@@ -128,7 +129,12 @@ def _wrapped_as(outer: Any, inner: types.FunctionType, made: types.FunctionType)
     wrapped = getattr(outer, "__wrapped__", None)
     if not isinstance(outer, types.FunctionType) or wrapped is None:
         return made
-    below = _wrapped_as(wrapped, inner, made)
+    if takes is not None and not _hands_on_keywords(outer.__code__):
+        raise Unreadable(
+            f"the decorator of {inner.__qualname__} does not hand on every keyword as it is. {BY_HAND}",
+            layer=None,
+        )
+    below = _wrapped_as(wrapped, inner, made, takes)
     held = [_holds(cell, wrapped) for cell in outer.__closure__ or ()]
     if not any(held):
         raise Unreadable(
@@ -146,6 +152,16 @@ def _wrapped_as(outer: Any, inner: types.FunctionType, made: types.FunctionType)
     functools.update_wrapper(copy, outer)
     copy.__wrapped__ = below  # type: ignore[attr-defined]
     return copy
+
+
+def _hands_on_keywords(code: types.CodeType) -> bool:
+    """Whether a decorator's function takes any keyword, and does not put others in their place."""
+    if not code.co_flags & inspect.CO_VARKEYWORDS:
+        return False
+    position = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    keywords = code.co_varnames[position]
+    stored = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_FAST", "STORE_DEREF")}
+    return keywords not in stored
 
 
 def _holds(cell: types.CellType, value: Any) -> bool:

@@ -38,6 +38,7 @@ def project(x, weight):
 FORWARDS = {
     "Matmul": "torch.matmul(self.fc(x), x.mT)",
     "At": "self.fc(x) @ x.mT",
+    "Cast": "self.fc(x).float() @ x.mT.float()",
     "Method": "self.fc(x).matmul(x.mT)",
     "Bmm": "torch.bmm(self.fc(x), x.mT)",
     "Mm": "torch.mm(self.fc(x)[0], x[0].T)",

@@ -23,8 +23,9 @@ def is_number(node: ast.expr) -> bool:
     if isinstance(node, ast.Attribute):
         return node.attr in ("shape", "ndim")
     if isinstance(node, ast.Call):
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        return name in ("size", "dim", "numel", "len", "int", "float", "range", "item")
+        if isinstance(node.func, ast.Attribute):  # .float() and .int() of a tensor are tensors
+            return node.func.attr in ("size", "dim", "numel", "item")
+        return isinstance(node.func, ast.Name) and node.func.id in ("len", "int", "float", "range")
     return False
 
 

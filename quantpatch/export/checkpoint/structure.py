@@ -186,8 +186,8 @@ class StructurePlan:
                 descriptor = descriptor_of(saved.descriptor)
                 made = TensorQuantizer(descriptor)
                 number = made.zero_point if saved.zero_point is None else saved.zero_point
-                if number is not None:
-                    check_zero_point(number, made.format)
+                if saved.zero_point is not None:
+                    check_zero_point(saved.zero_point, made.format)
                 tensor = self._tensors.pop(f"{name}.{ZERO_POINT_KEY}", None)
                 if tensor is not None and (found := read_zero_point(tensor, made.format)) != number:
                     raise CheckpointError(

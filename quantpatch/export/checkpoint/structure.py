@@ -32,6 +32,7 @@ from quantpatch.layers.range_tensor import RANGE_KEY
 from quantpatch.layers.subclass import combine, replacement_of
 from quantpatch.layers.with_operations import find_operations
 from quantpatch.layers.zero_point_state import ZERO_POINT_KEY
+from quantpatch.numerics.formats import Integer
 from quantpatch.numerics.qparams import check_zero_point, read_zero_point
 from quantpatch.numerics.ranges import range_shape
 from quantpatch.recipes.descriptor import EVERY_OPERAND
@@ -189,7 +190,8 @@ class StructurePlan:
                 if saved.zero_point is not None:
                     check_zero_point(saved.zero_point, made.format)
                 tensor = self._tensors.pop(f"{name}.{ZERO_POINT_KEY}", None)
-                if tensor is not None and (found := read_zero_point(tensor, made.format)) != number:
+                used = tensor if type(made.format) is Integer else None  # others round as they say
+                if used is not None and (found := read_zero_point(used, made.format)) != number:
                     raise CheckpointError(
                         f"its zero point is {number} in the description, and {found} beside its range"
                     )

@@ -20,10 +20,11 @@ import attrs
 
 from quantpatch.errors import LayerError
 from quantpatch.interception.slots import lock
-from quantpatch.layers.base import QuantizedLayer, make_replacement
+from quantpatch.layers.base import QuantizedLayer, make_replacement, quantizers_of
 from quantpatch.layers.stand_ins import is_stand_in
 from quantpatch.recipes.descriptor import Recipe
 from quantpatch.torch_tools.class_swap import change_class, dotted
+from quantpatch.torch_tools.fast_paths import allow_fast_paths
 
 
 @attrs.frozen
@@ -120,6 +121,20 @@ def take_over(layer: Any, replacement: type[QuantizedLayer], recipe: Recipe) -> 
     layer.add_quantizers(recipe)
     for name in layer.quantizers():
         layer._modules[name].train(layer.training)
+
+
+def give_back(layer: Any, cls: type[Any], children: tuple[str, ...]) -> None:
+    """Makes a layer one of another class again, with those children alone."""
+    change_class(layer, cls)
+    allow_fast_paths(layer)
+    for name in [name for name in layer._modules if name not in children]:
+        del layer._modules[name]
+
+
+def make_float(layer: Any) -> None:
+    """Makes a quantized layer the float one that it stands for: the same object, without quantizers."""
+    own = quantizers_of(layer)
+    give_back(layer, layer.float_class, tuple(name for name in layer._modules if name not in own))
 
 
 def _combined_now(replacement: type[QuantizedLayer], subclass: type[Any]) -> type[QuantizedLayer]:

@@ -18,7 +18,7 @@ from quantpatch.layers.before_tuning import put_back
 from quantpatch.layers.input_factor import INPUT_FACTOR, drop_input_factor, named_input_factors
 from quantpatch.layers.placed import placed_in, take_out
 from quantpatch.layers.quantizer import named_quantizers
-from quantpatch.layers.subclass import take_over
+from quantpatch.layers.subclass import give_back, take_over
 from quantpatch.plugins.entry import EntryLike
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.configure import apply_rules
@@ -31,8 +31,7 @@ from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
 from quantpatch.report.report import ChangeReport
 from quantpatch.torch_tools import nn
-from quantpatch.torch_tools.class_swap import change_class, dotted, own_class, written_name
-from quantpatch.torch_tools.fast_paths import allow_fast_paths
+from quantpatch.torch_tools.class_swap import dotted, own_class, written_name
 from quantpatch.torch_tools.forward import demand_model
 
 
@@ -92,7 +91,7 @@ def convert(
         )
     with contextlib.ExitStack() as undo:
         for layer, replacement in planned:
-            undo.callback(_unconvert, layer, own_class(layer), tuple(layer._modules))
+            undo.callback(give_back, layer, own_class(layer), tuple(layer._modules))
             take_over(layer, replacement, chosen)
         if options.operations is not None:
             undo.callback(_undo_all, _state_of(model))
@@ -144,7 +143,7 @@ def _state_of(model: nn.Module) -> list[tuple[nn.Module, type[Any], tuple[str, .
 def _undo_all(state: list[tuple[nn.Module, type[Any], tuple[str, ...]]]) -> None:
     for layer, cls, children in state:
         if own_class(layer) is not cls:
-            _unconvert(layer, cls, children)
+            give_back(layer, cls, children)
 
 
 def _fit_for_conversion(decision: Decision) -> type[QuantizedLayer]:
@@ -159,13 +158,6 @@ def _fit_for_conversion(decision: Decision) -> type[QuantizedLayer]:
         f"not a QuantizedLayer. Write: class Quant{entry.name}(quantpatch.QuantizedLayer, {entry.name})",
         entry=entry,
     )
-
-
-def _unconvert(layer: Any, cls: type, children: tuple[str, ...]) -> None:
-    change_class(layer, cls)
-    allow_fast_paths(layer)
-    for name in [name for name in layer._modules if name not in children]:
-        del layer._modules[name]
 
 
 def revert(model: nn.Module) -> ChangeReport:

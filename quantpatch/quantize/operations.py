@@ -10,9 +10,10 @@ import attrs
 from torch import nn
 
 from quantpatch.errors import ArgumentError, ArgumentTypeError, ConversionError, listed, near_misses
-from quantpatch.layers.base import QuantizedLayer, quantizers_of
+from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.operations import NAMES, PRODUCTS, named
 from quantpatch.layers.quantizer import TensorQuantizer
+from quantpatch.layers.subclass import make_float
 from quantpatch.layers.with_operations import (
     QuantizedOperations,
     find_operations,
@@ -26,8 +27,7 @@ from quantpatch.quantize.outcome import Outcome
 from quantpatch.quantize.reasons import HiddenOperations
 from quantpatch.quantize.resolve import Decision
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
-from quantpatch.torch_tools.class_swap import change_class, dotted, own_class
-from quantpatch.torch_tools.fast_paths import allow_fast_paths
+from quantpatch.torch_tools.class_swap import dotted, own_class
 
 Value = str | Recipe | QuantDescriptor | None
 #: What ``operations`` takes.
@@ -231,20 +231,11 @@ def quantize_operations(
         for name in plan.made._prepared.read_only if plan.made._prepared else ():
             part: Any = plan.layer._modules.get(name)
             if isinstance(part, QuantizedLayer) and owners.get(part) == 1:  # type: ignore[call-overload]
-                _make_float(part)
+                make_float(part)  # which never sees anything: what holds it reads its weight itself
         target: Any = plan.made.float_class
         entry = Entry(target.__module__, target.__name__, QuantizedOperations, plugin=BUILTIN)
         outcome.covered(Decision(dotted(target), entry, None, target, plan.made))
     return len(planned)
-
-
-def _make_float(layer: Any) -> None:
-    """Takes a layer's quantizers away, which never see anything: what holds it reads its weight itself."""
-    own = quantizers_of(layer)
-    change_class(layer, layer.float_class)
-    allow_fast_paths(layer)
-    for name in own:
-        del layer._modules[name]
 
 
 def _unmatched(rule: OperationRule, modules: Mapping[str, nn.Module]) -> ArgumentError:

@@ -9,14 +9,12 @@ import attrs
 from rich.table import Table
 
 from quantpatch.errors import listed
+from quantpatch.report.latency import BesideFloat
 from quantpatch.report.report import Report, facts_table
-
-# A call itself takes some 10 us; below that many ms, and so near, it is not known which file is faster.
-_MEASURABLE, _NOISE = 0.05, 1.1
 
 
 @attrs.frozen
-class Latency:
+class Latency(BesideFloat):
     """How long a file takes in ONNX Runtime, with the options of a session that was given none.
 
     Attributes:
@@ -27,21 +25,9 @@ class Latency:
         padded: Names of the convolutions of 1 to 3 channels, which integer kernels pad to 4.
     """
 
-    ms: float
-    float_ms: float
     on_floats: tuple[str, ...] = ()
     without_kernels: tuple[str, ...] = ()
     padded: tuple[str, ...] = ()
-
-    @property
-    def ratio(self) -> float:
-        """Latency to the float file's; below 1 is faster."""
-        return self.ms / self.float_ms
-
-    @property
-    def is_slower(self) -> bool:
-        """Whether the file is slower than float, by more than what a few runs leave open."""
-        return max(self.ms, self.float_ms) >= _MEASURABLE and self.ratio > _NOISE
 
     def __str__(self) -> str:
         text = f"{self.ms:.3g} ms here, {self.ratio:.2f} of float ({self.float_ms:.3g} ms)"

@@ -8,14 +8,12 @@ from pathlib import Path
 import attrs
 
 from quantpatch.errors import listed
+from quantpatch.report.latency import BesideFloat
 from quantpatch.report.report import Report
-
-# A call itself takes some 10 us; below that many ms, and so near, it is not known which is faster.
-_MEASURABLE, _NOISE = 0.05, 1.1
 
 
 @attrs.frozen
-class CompiledLatency:
+class CompiledLatency(BesideFloat):
     """How long a lowered model takes, beside the same model in float, compiled by the same compiler.
 
     Attributes:
@@ -24,19 +22,7 @@ class CompiledLatency:
         bfloat16_ms: Of the model in bfloat16; None if it could not be measured.
     """
 
-    ms: float
-    float_ms: float
     bfloat16_ms: float | None = None
-
-    @property
-    def ratio(self) -> float:
-        """Latency to that in float; below 1 is faster."""
-        return self.ms / self.float_ms
-
-    @property
-    def is_slower(self) -> bool:
-        """Whether it is slower than float, by more than what a few runs leave open."""
-        return max(self.ms, self.float_ms) >= _MEASURABLE and self.ratio > _NOISE
 
     def __str__(self) -> str:
         text = f"{self.ms:.3g} ms here, {self.ratio:.2f} of compiled float ({self.float_ms:.3g} ms)"

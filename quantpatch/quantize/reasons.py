@@ -14,7 +14,7 @@ Pattern = str | type
 
 @attrs.frozen
 class Reason:
-    """Why something stays float; its ``str`` is what reports print."""
+    """Why something was left as it is; its ``str`` is what reports print."""
 
 
 @attrs.frozen

@@ -22,9 +22,7 @@ from quantpatch.numerics.backends.scales import divisor
 from quantpatch.numerics.formats import Integer
 from quantpatch.tune.exchanges import weight_of
 from quantpatch.tune.operands import Layout, Moments
-from quantpatch.tune.reasons import NotBetter, OffGrid, WrongFormat
-from quantpatch.tune.report import Tuned
-from quantpatch.tune.scaling import relative
+from quantpatch.tune.reasons import WrongFormat
 from quantpatch.tune.tuner import Tuner
 from quantpatch.tune.tuning import Tuning
 from quantpatch.tune.weights import Grid, Weight
@@ -98,16 +96,8 @@ class AdaRound(Tuner):
             view.copy_(torch.where(better, learned, rtn).reshape(view.shape))
             before, after = before + float(errors[0].sum()), after + float(torch.minimum(*errors).sum())
             size += float(wanted.square().sum())
-        if not after < before:
-            tuning.skipped[weight.name] = NotBetter(relative(before, size))
-            return
-        settled = weight.settled(result)
-        if settled is None:
-            tuning.skipped[weight.name] = OffGrid(weight.quantizer.format_name)
-            return
-        tuning.write(weight.owner, weight.attribute, settled, rounded=True)
         note = "by the output of its ReLU" if relu else ""
-        tuning.tuned[weight.name] = Tuned(relative(before, size), relative(after, size), note)
+        tuning.write_rounded(weight, result, before, after, size, note)
 
     def _learn(
         self,

@@ -18,8 +18,8 @@ from quantpatch.errors import ArgumentError
 from quantpatch.tune.operands import Layout, Moments
 from quantpatch.tune.products import Product
 from quantpatch.tune.reasons import NoData, NotBetter
-from quantpatch.tune.report import Tuned
-from quantpatch.tune.scaling import Scaling, most, relative
+from quantpatch.tune.report import Tuned, relative
+from quantpatch.tune.scaling import Scaling, most
 from quantpatch.tune.tuner import Tuner
 from quantpatch.tune.tuning import Seen, Tuning
 from quantpatch.tune.weights import Weight

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from quantpatch.dataflow import BATCHNORM, Dataflow, Operator, Value, traits
+from quantpatch.quantize.reasons import Reason
 from quantpatch.tune.operands import Convolved, Layout, Multiplied
-from quantpatch.tune.reasons import NoData, NoExchange, Reason
+from quantpatch.tune.reasons import NoData, NoExchange
 
 # Through which a positive factor for each channel of the first argument goes; besides what moves values.
 _HOMOGENEOUS = frozenset(

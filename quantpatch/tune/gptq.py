@@ -20,8 +20,6 @@ from torch import Tensor
 
 from quantpatch.errors import ArgumentError
 from quantpatch.tune.operands import Layout, Moments
-from quantpatch.tune.reasons import NotBetter, OffGrid
-from quantpatch.tune.report import Tuned
 from quantpatch.tune.tuner import Tuner
 from quantpatch.tune.tuning import Tuning
 from quantpatch.tune.weights import Grid, Weight
@@ -83,15 +81,7 @@ class GPTQ(Tuner):
                 notes[f"damping {damping:.3g}"] = None
             if moments.count < w.shape[-1]:
                 notes[f"damped: {moments.count} examples for {w.shape[-1]} inputs"] = None
-        if not after < before:
-            tuning.skipped[weight.name] = NotBetter(_relative(before, size))
-            return
-        settled = weight.settled(result)
-        if settled is None:
-            tuning.skipped[weight.name] = OffGrid(weight.quantizer.format_name)
-            return
-        tuning.write(weight.owner, weight.attribute, settled, rounded=True)
-        tuning.tuned[weight.name] = Tuned(_relative(before, size), _relative(after, size), ", ".join(notes))
+        tuning.write_rounded(weight, result, before, after, size, ", ".join(notes))
 
     def solve(self, w: Tensor, gram: Tensor, grid: Grid) -> tuple[Tensor, float]:
         """Rounds matrices of weights.
@@ -163,7 +153,3 @@ def _turned(t: Tensor) -> Tensor:
 def _cost(error: Tensor, gram: Tensor) -> Tensor:
     """The squared error at each output, ``(groups, outputs)``."""
     return torch.bmm(error, gram).mul_(error).sum(-1)
-
-
-def _relative(cost: float, size: float) -> float:
-    return (max(cost, 0.0) / size) ** 0.5 if size > 0 else 0.0

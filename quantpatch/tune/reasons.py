@@ -5,11 +5,7 @@ from __future__ import annotations
 import attrs
 
 from quantpatch.errors import listed
-
-
-@attrs.frozen
-class Reason:
-    """Why something was not tuned; its ``str`` is what reports print."""
+from quantpatch.quantize.reasons import Reason
 
 
 @attrs.frozen

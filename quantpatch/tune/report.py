@@ -9,8 +9,8 @@ import attrs
 from rich.table import Table
 
 from quantpatch.errors import listed
+from quantpatch.quantize.reasons import Reason
 from quantpatch.report.report import Report, by_reason, table_of
-from quantpatch.tune.reasons import Reason
 
 
 @attrs.frozen
@@ -27,6 +27,11 @@ class Tuned:
     before: float
     after: float
     note: str = ""
+
+
+def relative(cost: float, size: float) -> float:
+    """The root of a squared error over what there is."""
+    return (max(cost, 0.0) / size) ** 0.5 if size > 0 else 0.0
 
 
 @attrs.frozen

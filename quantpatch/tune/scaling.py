@@ -14,11 +14,12 @@ from quantpatch.dataflow import Dataflow, Operator, dataflow
 from quantpatch.dataflow.verified import apply_if_same
 from quantpatch.layers.input_factor import drop_input_factor, input_factor_of, multiply_input_of
 from quantpatch.layers.quantizer import in_float
+from quantpatch.quantize.reasons import Reason
 from quantpatch.tune.exchanges import Channels, Exchange, before_moves, exchanges, weight_of
 from quantpatch.tune.operands import Layout
 from quantpatch.tune.products import Product
-from quantpatch.tune.reasons import Different, NoExchange, NotBetter, Reason
-from quantpatch.tune.report import Tuned
+from quantpatch.tune.reasons import Different, NoExchange, NotBetter
+from quantpatch.tune.report import Tuned, relative
 from quantpatch.tune.tuning import Seen, Tuning
 from quantpatch.tune.weights import Weight
 
@@ -244,11 +245,6 @@ class Scaling:
 def most(values: Iterable[Tensor]) -> Tensor:
     """The largest of each element."""
     return torch.stack(list(values)).amax(0)
-
-
-def relative(cost: float, size: float) -> float:
-    """The root of a squared error over what there is."""
-    return (max(cost, 0.0) / size) ** 0.5 if size > 0 else 0.0
 
 
 def _sums(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from quantpatch.errors import CalibrationError, TuningError, listed
 from quantpatch.layers.before_tuning import held, remember, restore, rounded_by
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.quantize.calibrate import calibrate
+from quantpatch.quantize.reasons import Reason
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import (
     EnoughOfBatch,
@@ -25,8 +26,8 @@ from quantpatch.torch_tools.forward import (
     unwrapped,
 )
 from quantpatch.tune.operands import Layout, Moments, Operand, Operands
-from quantpatch.tune.reasons import AlreadyRounded, NoData, Reason
-from quantpatch.tune.report import Tuned, TuningStep
+from quantpatch.tune.reasons import AlreadyRounded, NoData, NotBetter, OffGrid
+from quantpatch.tune.report import Tuned, TuningStep, relative
 from quantpatch.tune.weights import Weight, weights_of
 
 #: What is known of the inputs of a weight, by how products read it.
@@ -233,6 +234,28 @@ class Tuning:
         return lists[0] if lists else sequences[-1] if sequences else layer
 
     # --- changing --------------------------------------------------------------------------------
+
+    def write_rounded(
+        self, weight: Weight, value: Tensor, before: float, after: float, size: float, note: str
+    ) -> None:
+        """Gives a weight the values that it was rounded to, if that is better and they are on its grid.
+
+        Args:
+            weight: The weight.
+            value: What it was rounded to.
+            before: The squared error of rounding to nearest.
+            after: That of the values.
+            size: What errors are relative to.
+            note: What else is to be reported of it.
+        """
+        settled = weight.settled(value) if after < before else None
+        if not after < before:
+            self.skipped[weight.name] = NotBetter(relative(before, size))
+        elif settled is None:
+            self.skipped[weight.name] = OffGrid(weight.quantizer.format_name)
+        else:
+            self.write(weight.owner, weight.attribute, settled, rounded=True)
+            self.tuned[weight.name] = Tuned(relative(before, size), relative(after, size), note)
 
     def write(
         self,

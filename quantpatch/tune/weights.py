@@ -16,7 +16,8 @@ from quantpatch.numerics.fake_quant import fake_quantize, quantize
 from quantpatch.numerics.grouped_axes import GroupedAxes
 from quantpatch.numerics.qparams import QParams
 from quantpatch.numerics.ranges import own_range
-from quantpatch.tune.reasons import NotQuantized, Parametrized, Reason, Tied
+from quantpatch.quantize.reasons import Reason
+from quantpatch.tune.reasons import NotQuantized, Parametrized, Tied
 
 # Scales that follow from what was rounded may be off by a unit of the last place the first time.
 _TRIES = 4

@@ -51,7 +51,8 @@ class QuantizedLayer:
             of several experts in one, such as ``(0, 1)``; None for one that always has one range.
         operations: Operations that ``forward`` makes itself, such as ``+`` or ``torch.matmul``, each with
             names for its operands: ``{torch.add: ("branch", "skip")}``. Each of these activations is
-            quantized where it is used. A class with operations has no other operands, unless it names them.
+            quantized where it is used. A name, such as ``"products"``, stands for all of these, as in
+            ``quantize_modules``. A class with operations has no other operands, unless it names them.
         parts: Submodules whose weights the layer multiplies itself and that it never calls, by name, each
             with its class. Nothing replaces them; their weights are operands of the layer: that of
             ``out_proj`` is ``out_proj_weight``.
@@ -62,7 +63,7 @@ class QuantizedLayer:
 
     inputs: ClassVar[tuple[str, ...]] = ("input",)
     weights: ClassVar[Mapping[str, Axis]] = {"weight": 0}
-    operations: ClassVar[Operations] = {}
+    operations: ClassVar[Operations | str] = {}
     parts: ClassVar[Mapping[str, type[nn.Module]]] = {}
     feature_axis: ClassVar[int] = -1
     float_class: ClassVar[type[nn.Module]]
@@ -89,7 +90,7 @@ class QuantizedLayer:
         if cls._prepared is not None:
             cls._use(cls._prepared)
         elif cls.operations:
-            cls._use(rewrite(cls.float_class, Wanted.declared(cls.operations), demand=True))
+            cls._use(rewrite(cls.float_class, Wanted.of(cls.operations), demand=True))
         cls._check_inputs()
         cls._show_parameters()
         if "__init__" not in vars(cls):

@@ -93,6 +93,7 @@ class CoverageReport(Report):
         opaque: Operators that are not torch's own: what they multiply is not counted.
         to_paste: A block whose ``operations`` quantize what classes multiply that nothing covers here; empty
             if there are none.
+        replacements: The same as classes that quantize it always, and a block that uses them.
         hidden: Classes that nothing covers, with the reason why ``operations`` would not either.
         outgrown: Quantizers of weights whose range is that of other values, as after an adapter was merged
             into the weight; with how many times the error of a range of its own the weight has now.
@@ -103,6 +104,7 @@ class CoverageReport(Report):
     unreached: tuple[str, ...]
     opaque: tuple[str, ...]
     to_paste: str = ""
+    replacements: str = ""
     hidden: tuple[tuple[str, str], ...] = ()
     outgrown: tuple[tuple[str, float], ...] = ()
 
@@ -196,6 +198,9 @@ class CoverageReport(Report):
         if self.to_paste:
             notes.append(Text("\nForwards multiply by themselves. This quantizes their operands:"))
             notes.append(Text(self.to_paste, no_wrap=True))  # to be pasted as it is
+        if self.replacements:
+            notes.append(Text("\nOr as replacements, for a plugin:"))
+            notes.append(Text(self.replacements, no_wrap=True))
         for name, why in self.hidden:
             notes.append(Text(f"\nNothing covers {name}: {why}"))
         return Group(*notes)
@@ -296,6 +301,7 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
         if why is not None and not (covered or item.of_weight):
             uncovered.setdefault(cls, item.layer)
     hidden = {cls: why_hidden(layer, cls) for cls, layer in uncovered.items()}
+    multiplying = [cls for cls, why in hidden.items() if why is None]
     used = seen.reached | _served(model, seen.reached)
     unreached = [
         name
@@ -307,7 +313,8 @@ def report_of(model: nn.Module, seen: Trace) -> CoverageReport:
         tuple(rows.values()),
         tuple(unreached),
         tuple(sorted(seen.opaque)),
-        _to_paste([cls for cls, why in hidden.items() if why is None]),
+        _to_paste(multiplying),
+        _replacements(multiplying),
         tuple((dotted(cls), why) for cls, why in hidden.items() if why is not None),
         tuple(_outgrown(model)),
     )
@@ -321,6 +328,24 @@ def _to_paste(classes: Sequence[type[Any]]) -> str:
     return (
         f"operations = {{\n{rules}}}\nwith quantpatch.quantize_modules(operations=operations):\n"
         f"    ...  # build the model here"
+    )
+
+
+def _replacements(classes: Sequence[type[Any]]) -> str:
+    """Replacements for classes that a module has under their names, and a block that uses them."""
+    named = [cls for cls in classes if cls.__qualname__ == cls.__name__ and cls.__module__ != "__main__"]
+    if not named:
+        return ""
+    imports = "".join(f"from {cls.__module__} import {cls.__name__}\n" for cls in named)
+    made = "".join(
+        f"\n\nclass Quant{cls.__name__}(quantpatch.QuantizedLayer, {cls.__name__}):\n"
+        f'    operations = "products"\n'
+        for cls in named
+    )
+    entries = "".join(f"    ({cls.__module__!r}, {cls.__name__!r}, Quant{cls.__name__}),\n" for cls in named)
+    return (
+        f"import quantpatch\n{imports}{made}\n\ncustom = [\n{entries}]\n"
+        f"with quantpatch.quantize_modules(custom=custom):\n    ...  # build the model here"
     )
 
 

@@ -181,6 +181,11 @@ class Wanted:
         return cls(known, names)
 
     @classmethod
+    def of(cls, operations: Operations | str) -> Wanted:
+        """Those of a replacement: what its author declares, or a name, such as ``"products"``."""
+        return cls.by_name([operations]) if isinstance(operations, str) else cls.declared(operations)
+
+    @classmethod
     def by_name(cls, names: Iterable[str]) -> Wanted:
         """Those that a user asks for."""
         chosen = named(names)

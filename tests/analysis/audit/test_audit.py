@@ -260,6 +260,18 @@ def test_the_code_to_paste_runs_and_covers_the_class(layers, name):
     assert torch.equal(model(x), reference(x))
 
 
+@pytest.mark.parametrize("name", ["Transposed", "Shifted"])
+def test_the_replacements_to_paste_run_and_cover_the_class(layers, name):
+    build = getattr(layers, name)
+    x = torch.randn(2, 4)
+    report = qp.audit(build(), x)
+    assert report.replacements in str(report)
+    namespace = {"build": build}
+    exec(report.replacements.replace("...  # build the model here", "model = build()"), namespace)
+    assert type(namespace["model"]) is namespace[f"Quant{name}"]
+    assert qp.audit(namespace["model"], x).share == 1.0
+
+
 class Hidden(nn.Module):
     """What multiplies is no part of the code of its forward."""
 

@@ -37,6 +37,7 @@ class Clipping(nn.Module):
 
 @pytest.mark.parametrize("half", [False, True])
 def test_it_gives_the_same_with_optimizations_on(half: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)  # of few numbers one in halves lies between two of 8 bits, where either is right
     x = torch.randn(6, 3, 4, 4)
     model = calibrated(Clipping, x, recipe="fp8")
     if half:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch.onnx._internal.exporter import _registration
 
-from quantpatch.report import render
+from quantpatch.reports import render
 
 with warnings.catch_warnings():
     # torch.compile imports it when it is first called, in whichever test that is, and torch warns of itself.

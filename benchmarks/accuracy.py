@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantpatch as qp
-from quantpatch.tune import AWQ, AdaRound, Tuner
+from quantpatch.tuning import AWQ, AdaRound, Tuner
 
 Method = Sequence[str | Tuner]
 

@@ -38,8 +38,8 @@ from quantpatch.quantize import (
     revert,
 )
 from quantpatch.recipes import QuantDescriptor, Recipe
-from quantpatch.report import summary
-from quantpatch.tune import tune
+from quantpatch.reports import summary
+from quantpatch.tuning import tune
 
 __version__ = "0.1.0"
 

@@ -24,9 +24,9 @@ FLOORS = [
     {"calibrators", "recipes"},
     {"plugins"},
     {"layers"},
-    {"dataflow", "report"},
+    {"dataflow", "reports"},
     {"quantize"},
-    {"tune"},
+    {"tuning"},
     {"analysis", "export.checkpoint", "export.prepare"},
     {"export.onnx", "export.program"},
     {"export"},
@@ -42,7 +42,7 @@ PUBLIC = {"quantpatch"} | {
     f"quantpatch.{name}"
     for name in (
         *("analysis", "calibrators", "errors", "export", "layers", "numerics", "plugins", "quantize"),
-        *("mixed_precision", "recipes", "report", "testing", "tune"),
+        *("mixed_precision", "recipes", "reports", "testing", "tuning"),
     )
 }
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

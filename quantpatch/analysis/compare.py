@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from quantpatch.errors import ArgumentError
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.quantizer import TensorQuantizer
-from quantpatch.report.report import Report, table_of
+from quantpatch.reports.report import Report, table_of
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.fast_paths import without_fast_paths
 from quantpatch.torch_tools.forward import as_batches, demand_model, evaluating, run_batch

@@ -15,7 +15,7 @@ from torch import nn
 from quantpatch.analysis.measuring import Changes, Results, as_number, demand_evaluate, fingerprint
 from quantpatch.errors import ArgumentError
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
-from quantpatch.report.report import Report, table_of
+from quantpatch.reports.report import Report, table_of
 from quantpatch.torch_tools.forward import demand_model, evaluating
 from quantpatch.torch_tools.progress import progress_over
 

@@ -24,7 +24,7 @@ from quantpatch.errors import MissingExtraError
 from quantpatch.export import export_onnx
 from quantpatch.quantize.calibrate import calibrate
 from quantpatch.quantize.scope import Scope, quantize_modules
-from quantpatch.report.report import Report, table_of
+from quantpatch.reports.report import Report, table_of
 
 Data = tuple[Tensor, Tensor]
 

@@ -35,9 +35,9 @@ from quantpatch.quantize.scope import quantize_modules
 from quantpatch.quantize.to_calibrate import Existing
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import CHANNEL, REDUCTION, QuantDescriptor
-from quantpatch.report.folding import alike
-from quantpatch.report.render import as_text
-from quantpatch.report.report import table_of
+from quantpatch.reports.folding import alike
+from quantpatch.reports.render import as_text
+from quantpatch.reports.report import table_of
 from quantpatch.run import RunSettings, launch
 from quantpatch.torch_tools.atomic_files import own_version
 

@@ -39,7 +39,7 @@ FAMILIES = {
 # Modules of quantpatch's own, for operations that no layer of torch owns.
 OPERATIONS = ("Add", "Cat", "MatMul", "Mul", "ScaledDotProductAttention")
 
-# Methods of quantpatch.tune, a file each, and their classes.
+# Methods of quantpatch.tuning, a file each, and their classes.
 TUNERS = {
     "adaround": "AdaRound",
     "awq": "AWQ",
@@ -130,5 +130,5 @@ def quantpatch_runtimes() -> Mapping[str, Runtime]:
 
 @hookimpl
 def quantpatch_tuners() -> Mapping[str, str]:
-    """The methods of ``quantpatch.tune``, a file each; imported when they are asked for."""
-    return {name: f"quantpatch.tune.{name}:{cls}" for name, cls in TUNERS.items()}
+    """The methods of ``quantpatch.tuning``, a file each; imported when they are asked for."""
+    return {name: f"quantpatch.tuning.{name}:{cls}" for name, cls in TUNERS.items()}

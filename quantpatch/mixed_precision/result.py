@@ -17,9 +17,9 @@ from rich.text import Text
 from quantpatch.errors import ArgumentError, MissingExtraError, listed
 from quantpatch.mixed_precision.evaluations import difference
 from quantpatch.recipes.descriptor import Recipe
-from quantpatch.report.folding import alike, folded_names, starred
-from quantpatch.report.render import as_percent
-from quantpatch.report.report import Report, by_reason, table_of
+from quantpatch.reports.folding import alike, folded_names, starred
+from quantpatch.reports.render import as_percent
+from quantpatch.reports.report import Report, by_reason, table_of
 from quantpatch.torch_tools.atomic_files import written_whole
 
 

@@ -39,7 +39,7 @@ from quantpatch.mixed_precision.strategy import Choice, Search, expected_evaluat
 from quantpatch.mixed_precision.task import Task, prepared
 from quantpatch.quantize.convert import convert, revert
 from quantpatch.recipes.descriptor import Recipe
-from quantpatch.report.render import as_percent
+from quantpatch.reports.render import as_percent
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.forward import demand_model, evaluating, uncompiled
 from quantpatch.torch_tools.progress import progress_bar

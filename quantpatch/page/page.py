@@ -25,9 +25,9 @@ from quantpatch.mixed_precision import SearchResult
 from quantpatch.page import charts
 from quantpatch.page.sections import Section, formats_of, layers, quantizers, sections_of
 from quantpatch.page.seen import Seen, seen_in
-from quantpatch.report import Summary, summary
-from quantpatch.report.render import as_percent
-from quantpatch.report.report import Report
+from quantpatch.reports import Summary, summary
+from quantpatch.reports.render import as_percent
+from quantpatch.reports.report import Report
 from quantpatch.torch_tools.atomic_files import own_version, written_whole
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.forward import arguments, as_batch, demand_model, uncompiled

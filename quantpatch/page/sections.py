@@ -13,9 +13,9 @@ from quantpatch.analysis import ComparisonReport, CoverageReport, SensitivityRep
 from quantpatch.mixed_precision import SearchResult
 from quantpatch.page import charts
 from quantpatch.page.seen import Seen
-from quantpatch.report import Summary
-from quantpatch.report.render import as_percent
-from quantpatch.report.report import Report
+from quantpatch.reports import Summary
+from quantpatch.reports.render import as_percent
+from quantpatch.reports.report import Report
 
 #: Where a layer is looked up.
 LAYERS = "layers"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quantpatch.plugins.example import Example
     from quantpatch.plugins.runtime import Runtime
     from quantpatch.recipes.descriptor import Recipe
-    from quantpatch.tune import Tuner
+    from quantpatch.tuning import Tuner
 
 __all__ = [
     "API_VERSION",
@@ -183,7 +183,7 @@ def quantpatch_tuners() -> Mapping[str, type[Tuner] | str]:
             return {"stochastic": "my_plugin.stochastic:Stochastic"}
 
     Returns:
-        Subclass of ``quantpatch.tune.Tuner`` by name, or where it is: ``"package.module:ClassName"``, which
+        Subclass of ``quantpatch.tuning.Tuner`` by name, or where it is: ``"package.module:ClassName"``, which
         is imported when that name is asked for. A name that another plugin uses already is an error that
         names both.
     """

@@ -25,7 +25,7 @@ from quantpatch.quantize.convert import convert, quantized, revert
 from quantpatch.quantize.explain import explain
 from quantpatch.quantize.scope import keep_float, quantize_modules
 from quantpatch.quantize.zero_points import fit_zero_points
-from quantpatch.report.report import CalibrationReport, ZeroPointReport
+from quantpatch.reports.report import CalibrationReport, ZeroPointReport
 
 __all__ = [
     "Calibration",

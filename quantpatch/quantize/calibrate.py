@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantpatch.quantize.calibration import Calibration
 from quantpatch.quantize.to_calibrate import Existing
-from quantpatch.report.report import CalibrationReport
+from quantpatch.reports.report import CalibrationReport
 from quantpatch.torch_tools.forward import demand_model, run_over
 
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]

@@ -26,7 +26,7 @@ from quantpatch.quantize.call_ranges import CallRanges
 from quantpatch.quantize.to_calibrate import Existing, checked_existing, patterns, to_calibrate, why_none
 from quantpatch.quantize.weight_reads import FirstCall
 from quantpatch.quantize.zero_points import ends_on_all, fitted, to_fit, watching_ends, without_those_found
-from quantpatch.report.report import CalibrationReport
+from quantpatch.reports.report import CalibrationReport
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.distributed import Ranks
 from quantpatch.torch_tools.forward import evaluating, naming_quantizers

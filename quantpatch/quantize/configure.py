@@ -15,7 +15,7 @@ from quantpatch.layers.operations import quantizer_name
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.quantize.rules import EDGES, Matcher, Rules, Value, checked_rules, fits, shown_matcher
 from quantpatch.recipes.descriptor import EVERY_OPERAND, QuantDescriptor, Recipe
-from quantpatch.report.report import ChangeReport
+from quantpatch.reports.report import ChangeReport
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.forward import demand_model
 

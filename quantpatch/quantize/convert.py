@@ -29,7 +29,7 @@ from quantpatch.quantize.reasons import Pattern
 from quantpatch.quantize.resolve import Decision, Table, resolver
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
-from quantpatch.report.report import ChangeReport
+from quantpatch.reports.report import ChangeReport
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import dotted, own_class, written_name
 from quantpatch.torch_tools.forward import demand_model

@@ -21,7 +21,7 @@ from quantpatch.quantize.resolve import Decision, Table, resolve
 from quantpatch.quantize.targets import slot_of
 from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
-from quantpatch.report.report import Report, table_of
+from quantpatch.reports.report import Report, table_of
 from quantpatch.torch_tools.class_swap import dotted
 
 State = Literal["replaced", "float", "conflict", "waiting", "error"]

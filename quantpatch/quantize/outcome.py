@@ -12,7 +12,7 @@ from quantpatch.interception.slots import lock
 from quantpatch.plugins.entry import Entry
 from quantpatch.quantize.reasons import Reason, SubclassOf
 from quantpatch.quantize.resolve import Decision
-from quantpatch.report.report import Report, table_of
+from quantpatch.reports.report import Report, table_of
 from quantpatch.torch_tools import debug_trace
 from quantpatch.torch_tools.class_swap import dotted
 

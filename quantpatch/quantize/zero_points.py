@@ -19,7 +19,7 @@ from quantpatch.errors import CalibrationError, listed
 from quantpatch.layers.base import weight_quantizers
 from quantpatch.layers.late_ranges import warning_of_late_ranges
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
-from quantpatch.report.report import ZeroPointReport
+from quantpatch.reports.report import ZeroPointReport
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.distributed import Ranks
 from quantpatch.torch_tools.forward import demand_model, evaluating, run_over

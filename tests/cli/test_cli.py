@@ -16,7 +16,7 @@ from quantpatch.cli.main import _Layers, app, main
 from quantpatch.plugins.plugin import BUILTIN
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.compose import compose
-from quantpatch.report.render import as_text
+from quantpatch.reports.render import as_text
 
 
 def run(*arguments):

@@ -19,7 +19,7 @@ from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.numerics.fake_quant import fake_quantize
 from quantpatch.numerics.formats import Integer
 from quantpatch.recipes.descriptor import QuantDescriptor
-from quantpatch.report import summary
+from quantpatch.reports import summary
 
 
 def quantizer(**kwargs):

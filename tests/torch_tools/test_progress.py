@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.report import ChangeReport
+from quantpatch.reports import ChangeReport
 from quantpatch.torch_tools import notebooks, progress
 from quantpatch.torch_tools.progress import Bar, progress_bar, progress_over
 

@@ -26,9 +26,9 @@ from quantpatch.quantize.call_ranges import CallRanges
 from quantpatch.quantize.compose import compose
 from quantpatch.quantize.reasons import Reason
 from quantpatch.quantize.resolve import resolver
-from quantpatch.report.folding import alike, folded_name, folded_names, starred
-from quantpatch.report.render import as_percent
-from quantpatch.report.report import Report, table_of
+from quantpatch.reports.folding import alike, folded_name, folded_names, starred
+from quantpatch.reports.render import as_percent
+from quantpatch.reports.report import Report, table_of
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.class_swap import dotted, own_class, written_name
 from quantpatch.torch_tools.forward import arguments, demand_model, explaining, uncompiled

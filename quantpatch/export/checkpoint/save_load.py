@@ -27,7 +27,7 @@ from quantpatch.export.checkpoint.saved import Packed, read_json
 from quantpatch.layers.base import quantized_weights
 from quantpatch.layers.input_factor import named_input_factors
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers, outside_of
-from quantpatch.report.report import Report, facts_table
+from quantpatch.reports.report import Report, facts_table
 from quantpatch.torch_tools.atomic_files import written_whole
 from quantpatch.torch_tools.forward import demand_model
 

@@ -9,8 +9,8 @@ import attrs
 from rich.table import Table
 
 from quantpatch.errors import listed
-from quantpatch.report.latency import BesideFloat
-from quantpatch.report.report import Report, facts_table
+from quantpatch.reports.latency import BesideFloat
+from quantpatch.reports.report import Report, facts_table
 
 
 @attrs.frozen

@@ -29,7 +29,7 @@ from quantpatch.export.prepare.folded_batchnorm import (
     is_per_channel,
 )
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.report.report import Report, table_of
+from quantpatch.reports.report import Report, table_of
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import arguments, demand_model
 

@@ -27,7 +27,7 @@ from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.plugins.registry import registry
 from quantpatch.plugins.runtime import Runtime
 from quantpatch.quantize.call_ranges import CallRanges
-from quantpatch.report.report import Report, by_reason, outcome_table
+from quantpatch.reports.report import Report, by_reason, outcome_table
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import arguments, demand_model, explaining, uncompiled
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import attrs
 
 from quantpatch.errors import listed
-from quantpatch.report.latency import BesideFloat
-from quantpatch.report.report import Report
+from quantpatch.reports.latency import BesideFloat
+from quantpatch.reports.report import Report
 
 
 @attrs.frozen

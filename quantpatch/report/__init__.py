@@ -1,6 +1,0 @@
-"""What a model's quantizers are and do, for people and for programs."""
-
-from quantpatch.report.report import CalibrationReport, ChangeReport, ZeroPointReport
-from quantpatch.report.summary import QuantizerRow, Summary, summary
-
-__all__ = ["CalibrationReport", "ChangeReport", "QuantizerRow", "Summary", "ZeroPointReport", "summary"]

@@ -1,0 +1,144 @@
+"""Bias correction: what quantization adds to the mean of each channel is taken from the bias.
+
+Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction" (arXiv
+1906.04721), section 4.2, with means of data (appendix D): the biases of one layer after the other become such
+that the mean of each of its outputs is what it is in float, with all layers before it quantized and
+corrected.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from quantpatch.layers.base import named_layers
+from quantpatch.tuning.reasons import NoBias, NoData, NotQuantized
+from quantpatch.tuning.report import Tuned
+from quantpatch.tuning.tuner import Tuner
+from quantpatch.tuning.tuning import Tuning
+
+
+@attrs.frozen
+class BiasCorrection(Tuner):
+    """Biases that make the mean of each output what it is in float.
+
+    Layers that have a bias and are called. The model runs once in float, then once for each layer, or for
+    several that get the same input.
+    """
+
+    def tune(self, tuning: Tuning) -> None:
+        """See there."""
+        tuning.calibrate()
+        layers: dict[str, Any] = {}
+        for name, layer in named_layers(tuning.model).items():
+            if not any(q.is_active for q in layer.quantizers().values()):
+                tuning.skipped[name] = NotQuantized()
+            elif not _has_bias(layer):
+                tuning.skipped[name] = NoBias()
+            else:
+                layers[name] = layer
+        means = _Means(layers)
+        with means:
+            calls = tuning.run_in_float("runs in float")
+        once = {name for name, count in means.calls.items() if count == calls}
+        tuning.skipped |= {name: NoData() for name in layers if name not in means.of}
+        groups = means.fed_alike()
+        for index, names in enumerate(groups, 1):
+            ran = tuning.until_all(names, once)
+            with _Means({name: layers[name] for name in names}, ran) as now:
+                tuning.run(f"{names[0]} ({index} of {len(groups)})")
+            for name in names:
+                self._correct(tuning, name, layers[name], means.of[name], now.of[name])
+
+    def _correct(self, tuning: Tuning, name: str, layer: Any, wanted: Mean, found: Mean) -> None:
+        error = (found.mean - wanted.mean).to(layer.bias)
+        tuning.write(layer, "bias", layer.bias.detach() - error)
+        size = float(wanted.mean.norm()) or 1.0
+        tuning.tuned[name] = Tuned(float(error.norm()) / size, 0.0)
+
+
+def _has_bias(layer: Any) -> bool:
+    """Whether a layer adds a bias, a parameter, to its outputs, one for each."""
+    bias = layer._parameters.get("bias")
+    weight = layer._parameters.get("weight")
+    return bias is not None and weight is not None and bias.dim() == 1
+
+
+class Mean:
+    """The mean of each channel of what a layer gives."""
+
+    def __init__(self) -> None:
+        self._sum: Any = 0.0
+        self._count = 0
+
+    def add(self, x: Tensor, axis: int) -> None:
+        """Takes in an output."""
+        channels = x.detach().transpose(axis, -1)
+        self._sum = self._sum + channels.flatten(0, -2).sum(0, dtype=torch.float64)
+        self._count += channels.numel() // max(1, channels.shape[-1])
+
+    @property
+    def mean(self) -> Tensor:
+        """It."""
+        found: Tensor = self._sum / max(1, self._count)
+        return found
+
+
+class _Means:
+    """A block in which the means of what layers give are found.
+
+    Attributes:
+        of: Them, by the name of the layer, in the order in which these ran first.
+        calls: How often each ran.
+    """
+
+    def __init__(self, layers: dict[str, Any], ran: Callable[[str], None] | None = None) -> None:
+        self.of: dict[str, Mean] = {}
+        self.calls: Counter[str] = Counter()
+        self._ran = ran
+        self._layers = layers
+        self._groups: list[list[str]] = []
+        self._input: Any = None
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Means:
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_hook(self._hook(name, layer)))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str, layer: Any) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found = output[0] if isinstance(output, tuple) else output
+            if not isinstance(found, Tensor):
+                return
+            if name not in self.of:
+                self.of[name] = Mean()
+                self._group(name, args)
+            self.of[name].add(found, layer.feature_axis)
+            self.calls[name] += 1
+            if self._ran is not None:
+                self._ran(name)
+
+        return hook
+
+    def _group(self, name: str, args: Any) -> None:
+        alike = bool(args) and self._input is not None and self._input() is args[0]
+        if alike:
+            self._groups[-1].append(name)
+        else:
+            self._groups.append([name])
+        self._input = weakref.ref(args[0]) if args and isinstance(args[0], Tensor) else None
+
+    def fed_alike(self) -> list[list[str]]:
+        """The layers, those together that ran one after the other on the same input."""
+        return self._groups

@@ -624,11 +624,50 @@ class CallsSifted(nn.Module):
         return sifted(x, weight=self.weight) @ self.weight
 
 
-def test_a_decorator_that_sifts_keywords_is_named_and_its_function_runs_without_quantizers():
-    model = nn.Sequential(CallsSifted())
-    conversion = qp.convert(model, operations="products")
-    assert any("sifted: the decorator of sifted does not hand on" in row.reason for row in conversion.skipped)
+class Counting:
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+        self.calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.__wrapped__(*args, **kwargs)
+
+
+@Counting
+def counted(x, weight):
+    return x @ weight.mT
+
+
+def test_a_decorator_may_sift_keywords():
+    model, other = (nn.Sequential(CallsSifted()) for _ in range(2))
     x = torch.randn(3, 4)
-    qp.calibrate(model, [x], progress=False)  # each quantizer sees data
+    for each in (model, other):
+        assert not qp.convert(each, operations="products").skipped
+        qp.calibrate(each, [x], progress=False)  # each quantizer sees data
+        assert qp.audit(each, x).share == 1
+        assert len(each[0].quantizers()) == 4
+    expected = model(x)
+    torch.testing.assert_close(expected, x, atol=0.05, rtol=0)
+    for quantizer in other[0].quantizers().values():  # of one layer alone
+        quantizer.disable()
+    assert not torch.equal(other(x), expected)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+
+
+def test_a_decorator_that_makes_an_object_is_named_and_its_function_runs_with_it():
+    class CallsCounted(CallsSifted):
+        def forward(self, x):
+            return counted(x, self.weight) @ self.weight
+
+    model = nn.Sequential(CallsCounted())
+    conversion = qp.convert(model, operations="products")
+    why = "counted: a decorator made an object of counted: Counting"
+    assert any(why in row.reason for row in conversion.skipped)
+    before = counted.calls
+    model(torch.randn(3, 4))
+    assert counted.calls == before + 1
     assert len(model[0].quantizers()) == 2
-    torch.testing.assert_close(model(x), x, atol=0.05, rtol=0)

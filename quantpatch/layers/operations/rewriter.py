@@ -23,11 +23,12 @@ from torch.overrides import get_testing_overrides
 
 from quantpatch.errors import LayerError
 from quantpatch.layers.operations.callees import Callees, is_of_module
+from quantpatch.layers.operations.decorators import decorated
 from quantpatch.layers.operations.facts import Asked, calling, still
 from quantpatch.layers.operations.names import Names
 from quantpatch.layers.operations.progress import InnerOperand, Progress, Rewritten
 from quantpatch.layers.operations.running import attend_quantized, quantized, quantized_weight
-from quantpatch.layers.operations.source import Unreadable, parsed, plain, remade
+from quantpatch.layers.operations.source import Unreadable, compiled, parsed, plain
 from quantpatch.layers.operations.syntax import as_list, call, equation, get, is_number, put, read
 from quantpatch.layers.operations.table import Operand, Wanted, quantizer_name, spelling
 
@@ -171,6 +172,7 @@ class _Function(ast.NodeTransformer):
         self.methods: set[str] = set()
         self._work = work
         self._function = function
+        self._inner = inner
         self._tree = parsed(inner, work.float_class)
         self._names = Names(inner, self._tree, layer=layer, weights=weights, own=own)
         self._callees = Callees(work, self._names)
@@ -184,7 +186,8 @@ class _Function(ast.NodeTransformer):
         if not self._changed:
             return None
         takes = _LAYER if self._names.layer == _LAYER else None
-        return remade(self._function, tree, self._given, takes=takes)
+        made = compiled(self._inner, tree, self._given, takes=takes)
+        return decorated(self._function, made, takes, self._work.float_class)
 
     # --- what runs -----------------------------------------------------------------------------
 

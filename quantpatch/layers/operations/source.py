@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dis
-import functools
 import inspect
 import textwrap
 import types
@@ -16,6 +14,9 @@ from quantpatch.errors import LayerError
 #: What to write where a function cannot be read.
 BY_HAND = 'Write forward in the replacement, with self.quantize_operand("name", x) around each operand'
 
+# Where what torch.jit.script compiled has its function.
+_SCRIPTED_FROM = "_torchdynamo_inline"
+
 
 class Unreadable(LayerError):
     """A function's source cannot be read."""
@@ -24,7 +25,7 @@ class Unreadable(LayerError):
 def plain(function: Any) -> types.FunctionType | None:
     """The function that a decorated one, or a bound or static method, is made of; None for other objects."""
     function = getattr(function, "__func__", function)
-    function = getattr(function, "_torchdynamo_inline", function)  # what torch.jit.script compiled
+    function = getattr(function, _SCRIPTED_FROM, function)
     try:
         found = inspect.unwrap(function)
     except ValueError:  # wrapped in itself
@@ -55,13 +56,13 @@ def parsed(function: types.FunctionType, owner: Any) -> ast.FunctionDef:
 def _read(function: types.FunctionType, owner: Any) -> tuple[ast.FunctionDef, int]:
     name = function.__qualname__
     try:
-        lines, first = inspect.getsourcelines(function)
+        lines, first = inspect.getsourcelines(function.__code__)
         tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError) as error:
         raise Unreadable(
             f"`operations` needs the source of {name}, which cannot be read: {error}. {BY_HAND}", layer=owner
         ) from error
-    if function.__name__ == "<lambda>":
+    if function.__code__.co_name == "<lambda>":
         raise Unreadable(f"`operations` cannot read a lambda ({name}); make it a def", layer=owner)
     if not isinstance(tree, ast.FunctionDef) or not _is_of(tree, function):
         raise Unreadable(
@@ -72,19 +73,17 @@ def _read(function: types.FunctionType, owner: Any) -> tuple[ast.FunctionDef, in
     return tree, first
 
 
-def remade(
-    function: Any, tree: ast.FunctionDef, given: Mapping[str, Any], *, takes: str | None = None
-) -> Any:
+def compiled(
+    function: types.FunctionType, tree: ast.FunctionDef, given: Mapping[str, Any], *, takes: str | None = None
+) -> types.FunctionType:
     """A function like another, of a changed tree.
 
     Args:
-        function: The other, with its decorators.
+        function: The other.
         tree: What it is to compute.
         given: Objects that the tree uses, by names that are its own.
         takes: The name of one more parameter, by keyword alone.
     """
-    inner = plain(function)
-    assert inner is not None
     tree.returns = None
     arguments = tree.args
     parts = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
@@ -96,79 +95,35 @@ def remade(
     if takes is not None:
         arguments.kwonlyargs.append(ast.arg(takes))
         arguments.kw_defaults.append(None)
-    cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True))
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     tree.decorator_list = []
     factory = ast.parse(f"def factory({', '.join({**cells, **given})}):\n    return {tree.name}").body[0]
     assert isinstance(factory, ast.FunctionDef)
     factory.body.insert(0, tree)
     module = ast.fix_missing_locations(ast.Module([factory], []))
     namespace: dict[str, Any] = {}
-    exec(compile(module, inner.__code__.co_filename, "exec"), inner.__globals__, namespace)
+    exec(compile(module, function.__code__.co_filename, "exec"), function.__globals__, namespace)
     placeholders = {**dict.fromkeys(cells), **given}
     made: types.FunctionType = namespace["factory"](**placeholders)
     new = dict(zip(made.__code__.co_freevars, made.__closure__ or (), strict=True))
     made = types.FunctionType(
         made.__code__,
-        inner.__globals__,
+        function.__globals__,
         made.__name__,
-        inner.__defaults__,
+        function.__defaults__,
         tuple(
             cells.get(name, cell) for name, cell in new.items()
         ),  # those of the function itself: they may change
     )
-    made.__kwdefaults__ = inner.__kwdefaults__
-    made.__doc__, made.__qualname__, made.__module__ = inner.__doc__, inner.__qualname__, inner.__module__
-    return _wrapped_as(function, inner, made, takes)
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__doc__, made.__qualname__ = function.__doc__, function.__qualname__
+    made.__module__ = function.__module__
+    return made
 
 
-def _wrapped_as(outer: Any, inner: types.FunctionType, made: types.FunctionType, takes: str | None) -> Any:
-    """What decorators made of a function, made of another one: they do not run again."""
-    outer = getattr(outer, "__func__", outer)
-    if outer is inner or getattr(outer, "_torchdynamo_inline", None) is inner:
-        return made
-    wrapped = getattr(outer, "__wrapped__", None)
-    if not isinstance(outer, types.FunctionType) or wrapped is None:
-        return made
-    if takes is not None and not _hands_on_keywords(outer.__code__):
-        raise Unreadable(
-            f"the decorator of {inner.__qualname__} does not hand on every keyword as it is. {BY_HAND}",
-            layer=None,
-        )
-    below = _wrapped_as(wrapped, inner, made, takes)
-    held = [_holds(cell, wrapped) for cell in outer.__closure__ or ()]
-    if not any(held):
-        raise Unreadable(
-            f"the decorator of {inner.__qualname__} keeps it where it cannot be exchanged. {BY_HAND}",
-            layer=None,
-        )
-    cells = [
-        types.CellType(below) if holds else cell
-        for holds, cell in zip(held, outer.__closure__ or (), strict=True)
-    ]
-    copy = types.FunctionType(
-        outer.__code__, outer.__globals__, outer.__name__, outer.__defaults__, tuple(cells)
-    )
-    copy.__kwdefaults__ = outer.__kwdefaults__
-    functools.update_wrapper(copy, outer)
-    copy.__wrapped__ = below  # type: ignore[attr-defined]
-    return copy
-
-
-def _hands_on_keywords(code: types.CodeType) -> bool:
-    """Whether a decorator's function takes any keyword, and does not put others in their place."""
-    if not code.co_flags & inspect.CO_VARKEYWORDS:
-        return False
-    position = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
-    keywords = code.co_varnames[position]
-    stored = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_FAST", "STORE_DEREF")}
-    return keywords not in stored
-
-
-def _holds(cell: types.CellType, value: Any) -> bool:
-    try:
-        return cell.cell_contents is value
-    except ValueError:  # it is empty
-        return False
+def is_scripted_from(function: Any, inner: types.FunctionType | None) -> bool:
+    """Whether torch.jit.script compiled a function from another."""
+    return getattr(function, _SCRIPTED_FROM, None) is inner
 
 
 def codes(code: types.CodeType) -> list[types.CodeType]:
@@ -179,7 +134,8 @@ def codes(code: types.CodeType) -> list[types.CodeType]:
 
 def _spell_private_names(tree: ast.FunctionDef, function: types.FunctionType) -> None:
     """Writes ``self.__x`` as Python does inside a class, where the function no longer is."""
-    parts = function.__qualname__.split(".")
+    # A decorator's function goes by the name of what it wraps.
+    parts = [] if hasattr(function, "__wrapped__") else function.__qualname__.split(".")
     owner = parts[-2].lstrip("_") if len(parts) > 1 else ""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr.startswith("__") and not node.attr.endswith("__"):
@@ -193,7 +149,7 @@ def _is_of(tree: ast.FunctionDef, function: types.FunctionType) -> bool:
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     known = {name for c in codes(code) for name in c.co_names}
     return (
-        tree.name == function.__name__
+        tree.name == function.__code__.co_name
         and arguments == list(code.co_varnames[: code.co_argcount])
         and all(name in known or name.startswith("__") for name in attributes - _in_signature(tree))
     )

@@ -639,6 +639,7 @@ def counted(x, weight):
     return x @ weight.mT
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 def test_a_decorator_may_sift_keywords():
     model, other = (nn.Sequential(CallsSifted()) for _ in range(2))
     x = torch.randn(3, 4)

@@ -86,7 +86,7 @@ def _with_bound(
         text += f"return {_BELOW}(*args, **kwargs, {takes}={takes})"
         binding = ast.parse(text).body[0]
         for node in ast.walk(binding):
-            ast.copy_location(node, tree.body[0])
+            ast.copy_location(node, tree)
         tree.body.insert(0, binding)
     return compiled(outer, tree, {_BELOW: below, _WRAPS: functools.wraps}, takes=takes)
 

@@ -173,7 +173,7 @@ class QuantizedLayer:
 
     def add_quantizers(self, recipe: Recipe) -> None:
         """Gives the layer its quantizers; an operand that the recipe leaves float gets none."""
-        self.put_quantizers(self.descriptors(recipe))
+        self.put_quantizers(type(self).descriptors(self, recipe))
 
     def put_quantizers(self, descriptors: Iterable[tuple[str, QuantDescriptor]]) -> None:
         """Gives the layer a quantizer for each of these operands."""
@@ -222,7 +222,7 @@ class QuantizedLayer:
         first = self._first_tensor()
         device = None if first is None else first.device
         weights = self.weight_axes()
-        for name, quantizer in self.quantizers().items():
+        for name, quantizer in type(self).quantizers(self).items():
             operand = name.removesuffix("_quantizer")
             quantizer.make_room(device, _shaped(self, operand) if operand in weights else None)
 
@@ -238,13 +238,15 @@ class QuantizedLayer:
         # What was built on the meta device, or in a lazy layer, has its tensors by now.
         first = self._first_tensor()
         is_there = first is not None and not first.is_meta and not is_lazy(first)
-        if is_there and any((held := q.held) is None or held.is_meta for q in self.quantizers().values()):
+        if is_there and any(
+            (held := q.held) is None or held.is_meta for q in type(self).quantizers(self).values()
+        ):
             self.make_room_for_ranges()
         super()._save_to_state_dict(*args)  # type: ignore[misc]
 
     def guard_fast_paths(self) -> None:
         """Refuses torch's fast paths, if they would pass a quantizer of this layer by, else allows them."""
-        (refuse_fast_paths if self.quantizers() else allow_fast_paths)(self)  # type: ignore[arg-type]
+        (refuse_fast_paths if type(self).quantizers(self) else allow_fast_paths)(self)  # type: ignore[arg-type]
 
     def descriptors(self, recipe: Recipe) -> Iterable[tuple[str, QuantDescriptor]]:
         """Each operand that a recipe quantizes, with its descriptor."""
@@ -277,7 +279,7 @@ class QuantizedLayer:
         Raises:
             ConversionError: It is a range, which torch's ``ColwiseParallel`` is about to cut.
         """
-        if "." in name and name.partition(".")[0] in self.quantizers():
+        if "." in name and name.partition(".")[0] in type(self).quantizers(self):
             raise ConversionError(f"{self._get_name()} has learned ranges. {PARALLELIZE_FIRST}")
         super().register_parameter(name, param)  # type: ignore[misc]
 
@@ -392,7 +394,7 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, Any, str, TensorQ
     """Each weight that has a quantizer: that one's name, the layer, the weight's name in it, and it."""
     for name, layer in named_layers(model).items():
         for operand in layer.weight_axes():
-            quantizer = layer.quantizer(operand)
+            quantizer = type(layer).quantizer(layer, operand)
             if quantizer is not None:
                 yield f"{name}.{quantizer_name(operand)}".lstrip("."), layer, operand, quantizer
 
@@ -403,7 +405,7 @@ def weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:
         quantizer
         for layer in named_layers(model).values()
         for name, operand in layer._inner.items()
-        if operand.is_weight and (quantizer := layer.quantizer(name)) is not None
+        if operand.is_weight and (quantizer := type(layer).quantizer(layer, name)) is not None
     }
     return inner | {quantizer for *_, quantizer in quantized_weights(model)}
 

@@ -119,7 +119,7 @@ def take_over(layer: Any, replacement: type[QuantizedLayer], recipe: Recipe) -> 
     """Makes a float layer that exists a quantized one: the same object, with quantizers."""
     change_class(layer, replacement)
     layer.add_quantizers(recipe)
-    for name in layer.quantizers():
+    for name in type(layer).quantizers(layer):
         layer._modules[name].train(layer.training)
 
 

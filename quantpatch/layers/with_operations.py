@@ -15,7 +15,7 @@ import attrs
 from torch import nn
 
 from quantpatch.interception.slots import lock
-from quantpatch.layers.base import QuantizedLayer, make_replacement
+from quantpatch.layers.base import QuantizedLayer, make_replacement, quantized_output
 from quantpatch.layers.operations import Asked, Rewritten, Wanted, rewrite
 from quantpatch.layers.subclass import MADE_OF, reduce_made
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
@@ -35,7 +35,9 @@ class QuantizedOperations(QuantizedLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The float class's forward, with quantized operands."""
         forward = type(self)._rewritten or type(self).float_class.forward
-        return self.quantize_output(forward(self, *args, **kwargs))
+        output = forward(self, *args, **kwargs)
+        quantizer: Any = self._modules.get("output_quantizer")  # type: ignore[attr-defined]
+        return output if quantizer is None else quantized_output(quantizer, output)
 
 
 @attrs.define
@@ -77,30 +79,35 @@ def find_operations(layer: nn.Module, cls: type[Any], operations: frozenset[str]
     made, taken = None, _taken(layer, cls) if rewritten.operands else ()
     if taken:
         shown = ", ".join(map(repr, taken))
-        rewritten = attrs.evolve(
-            rewritten, hidden=(f"it has {shown} of its own, which quantized layers use",)
-        )
+        why = f"it has {shown} of its own, which quantized layers use: call it otherwise"
+        rewritten = attrs.evolve(rewritten, hidden=(why,))
     elif rewritten.operands:
         made = _class_of(cls, tuple(sorted(operations)), tuple(sorted(asked.facts.items())), rewritten)
     known.append(Found(asked, rewritten.hidden, made))
     return known[-1]
 
 
-# What a class of quantized layers declares; a float class may have the same names for its own use.
-_DECLARED = ("inputs", "weights", "operations", "parts", "feature_axis")
+# Names of quantized layers that a float class may use for something of its own. On its objects they mean
+# that; the library asks the class, as ``type(layer).quantizers(layer)``.
+_YIELDING = (
+    *("inputs", "weights", "operations", "parts", "feature_axis"),
+    *("quantizer", "quantizers", "descriptors"),
+)
 _METHODS = tuple(
-    name for name in vars(QuantizedLayer) if not name.startswith("__") and not hasattr(nn.Module, name)
+    name
+    for name in vars(QuantizedLayer)
+    if not name.startswith("__") and not hasattr(nn.Module, name) and name not in _YIELDING
 )
 
 
 def _taken(layer: nn.Module, cls: type[Any]) -> tuple[str, ...]:
     """Methods of quantized layers whose names a float layer uses for something else."""
     own = {*layer.__dict__, *layer._modules, *layer._parameters, *layer._buffers}
-    return tuple(n for n in _METHODS if n not in _DECLARED and (n in own or hasattr(cls, n)))
+    return tuple(n for n in _METHODS if n in own or hasattr(cls, n))
 
 
 class _Own:
-    """What a class declares as a quantized one; its objects have something of their own under the name.
+    """What a class has as a quantized one; its objects may have something of their own under the name.
 
     Args:
         name: The name.
@@ -120,8 +127,7 @@ class _Own:
             if self._name in held:
                 return held[self._name]
         found = inspect.getattr_static(self._below, self._name, _Own)
-        if found is _Own:
-            return self._declared
+        found = self._declared if found is _Own else found
         return found.__get__(layer, owner) if hasattr(found, "__get__") else found
 
 
@@ -153,7 +159,7 @@ def _class_of(
                 "__reduce_ex__": reduce_made,
                 MADE_OF: (QuantizedOperations, with_operations, key),
                 "_prepared": rewritten,
-                **{name: _Own(name, getattr(QuantizedOperations, name), cls) for name in _DECLARED},
+                **{name: _Own(name, getattr(QuantizedOperations, name), cls) for name in _YIELDING},
             }
             known = make_replacement(f"Quant{cls.__name__}", (QuantizedOperations, cls), members)
             _made[key] = known
@@ -176,7 +182,7 @@ def take_over_operations(
     descriptors = operand_descriptors(made, recipes)
     change_class(layer, made)
     layer.put_quantizers(descriptors.items())
-    for name in layer.quantizers():
+    for name in type(layer).quantizers(layer):
         layer._modules[name].train(layer.training)
     return descriptors
 

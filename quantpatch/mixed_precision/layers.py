@@ -39,7 +39,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
         name: module
         for name, module in model.named_modules()
         if own_quantizers(module)
-        or (isinstance(module, QuantizedLayer) and any(module.descriptors(EVERY_OPERAND)))
+        or (isinstance(module, QuantizedLayer) and any(type(module).descriptors(module, EVERY_OPERAND)))
     }
 
 

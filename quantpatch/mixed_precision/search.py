@@ -161,7 +161,7 @@ def _searched(
     outputs = any(candidate.recipe and candidate.recipe.output for candidate in candidates)
     placed = dict(placed_in(model))
     for name, layer in named_layers(model).items():
-        quantizer = layer.quantizer("output")
+        quantizer = type(layer).quantizer(layer, "output")
         if quantizer is not None and not quantizer.disabled and not outputs:
             placed[name] = layer
     if placed:

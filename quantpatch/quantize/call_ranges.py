@@ -84,7 +84,7 @@ class CallRanges:
         for layer in named_layers(self._model).values():
             if isinstance(layer, stepping):
                 continue
-            for quantizer in layer.quantizers().values():
+            for quantizer in type(layer).quantizers(layer).values():
                 one = quantizer.descriptor.kept_axes is None and quantizer.format.block_size is None
                 if one and quantizer not in of_weights and not quantizer.descriptor.dynamic:
                     yield quantizer

@@ -155,7 +155,7 @@ def _own_names(holder: nn.Module) -> Iterable[str]:
 
 def _operands(layer: QuantizedLayer, recipe: Recipe) -> dict[str, QuantDescriptor]:
     """The operands of a layer that a recipe quantizes, by the names of their quantizers."""
-    return {quantizer_name(name): descriptor for name, descriptor in layer.descriptors(recipe)}
+    return {quantizer_name(name): descriptor for name, descriptor in type(layer).descriptors(layer, recipe)}
 
 
 def _matches(matcher: Matcher, place: _Place) -> bool:

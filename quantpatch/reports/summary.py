@@ -151,7 +151,7 @@ def _is_operand(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> 
     owners = (weight_owner(lambda n: type(modules.get(n)), f"{name}.{own}") for own in module._parameters)
     layers: list[tuple[Any, str]] = [(modules.get(layer), operand) for layer, operand in owners]
     return any(
-        isinstance(layer, QuantizedLayer) and layer.quantizer(operand) is not None
+        isinstance(layer, QuantizedLayer) and type(layer).quantizer(layer, operand) is not None
         for layer, operand in layers
     )
 

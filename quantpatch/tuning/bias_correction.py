@@ -37,7 +37,7 @@ class BiasCorrection(Tuner):
         tuning.calibrate()
         layers: dict[str, Any] = {}
         for name, layer in named_layers(tuning.model).items():
-            if not any(q.is_active for q in layer.quantizers().values()):
+            if not any(q.is_active for q in type(layer).quantizers(layer).values()):
                 tuning.skipped[name] = NotQuantized()
             elif not _has_bias(layer):
                 tuning.skipped[name] = NoBias()

@@ -22,6 +22,7 @@ from quantpatch.errors import (
     QuantPatchWarning,
     UnknownNameError,
 )
+from quantpatch.layers import QuantizedLayer
 from quantpatch.layers.quantizer import named_quantizers
 
 HELPERS = """
@@ -356,13 +357,29 @@ class Named(nn.Module):
         return F.linear(x, self.weights)
 
 
+class Vectors(nn.Module):
+    """Quantizes vectors: to it a quantizer is something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.quantizer = nn.Linear(4, 4)
+        self.register_buffer("descriptors", torch.randn(4, 4))
+
+    def quantizers(self):
+        return [self.quantizer]
+
+    def forward(self, x):
+        (quantizer,) = self.quantizers()
+        return quantizer(x) @ self.descriptors
+
+
 class Clashing(nn.Module):
     def __init__(self):
         super().__init__()
-        self.quantizer = nn.Identity()
+        self.weight_axes = nn.Identity()
 
     def forward(self, x):
-        return self.quantizer(x) @ x.mT
+        return self.weight_axes(x) @ x.mT
 
 
 def test_names_of_a_class_s_own_stay_its_own():
@@ -373,14 +390,45 @@ def test_names_of_a_class_s_own_stay_its_own():
     assert qp.audit(pickle.loads(pickle.dumps(model)), x).share == 1.0
 
 
+def test_a_class_may_have_quantizers_of_its_own(tmp_path):
+    torch.manual_seed(0)
+    with qp.quantize_modules(operations="products") as block:
+        model = nn.Sequential(Vectors(), nn.Linear(4, 4)).eval()
+    x = torch.randn(8, 4)
+    assert not block.skipped
+    layer = model[0]
+    assert layer.quantizers() == [layer.quantizer]
+    expected = nn.functional.linear(x, layer.quantizer.weight, layer.quantizer.bias) @ layer.descriptors
+    own = QuantizedLayer.quantizers(layer)
+    assert list(own) == ["matmul_0_left_quantizer", "matmul_0_right_quantizer"]
+    assert len(qp.summary(model).rows) == 6
+    qp.configure(model, {"0.matmul_0_left_quantizer": qp.QuantDescriptor(num_bits=6)})
+    qp.calibrate(model, [x], progress=False)
+    assert qp.audit(model, x).share == 1
+    float_model = nn.Sequential(Vectors(), nn.Linear(4, 4)).eval()
+    float_model.load_state_dict(qp.float_state_dict(model))
+    qp.compare(model, float_model, [x])
+    qp.sensitivity(model, lambda net: net(x).sum().item(), progress=False)
+    qp.tune(model, [x], method="bias_correction", progress=False)
+    qp.save(model, tmp_path / "model.safetensors")
+    loaded = qp.load(nn.Sequential(Vectors(), nn.Linear(4, 4)).eval(), tmp_path / "model.safetensors")
+    for other in (loaded, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(other(x), model(x))
+    qp.prepare(model, x)
+    qp.export_onnx(model, x, tmp_path / "model.onnx", latency=False)
+    qp.revert(model)
+    assert type(model[0]) is Vectors
+    torch.testing.assert_close(model[0](x), expected)
+
+
 def test_a_class_that_uses_the_name_of_a_method_is_left_with_the_reason():
     with qp.quantize_modules(operations="products") as block:
         model = nn.Sequential(Clashing(), nn.Linear(2, 2))
     assert type(model[0]) is Clashing
     (row,) = block.skipped
-    assert "it has 'quantizer' of its own, which quantized layers use" in row.reason
+    assert "it has 'weight_axes' of its own, which quantized layers use" in row.reason
     with pytest.raises(
-        ConversionError, match=r"strict=True: 1 layers may multiply .* 0 \(it has 'quantizer'"
+        ConversionError, match=r"strict=True: 1 layers may multiply .* 0 \(it has 'weight_axes'"
     ):
         qp.convert(nn.Sequential(Clashing(), nn.Linear(2, 2)), operations="products", strict=True)
 

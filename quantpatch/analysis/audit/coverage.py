@@ -382,7 +382,9 @@ def _served(model: nn.Module, reached: set[str]) -> set[str]:
     """
     served = set()
     for name, layer in named_layers(model).items():
-        own = {quantizer_name(operand): layer.quantizer(operand) for operand in type(layer).inputs}
+        own = {
+            quantizer_name(operand): type(layer).quantizer(layer, operand) for operand in type(layer).inputs
+        }
         named = {".".join(filter(None, (name, key))): q for key, q in own.items() if q is not None}
         done = [quantizer for full, quantizer in named.items() if full in reached]
         served |= {full for full, q in named.items() if any(q.agrees_with(other) for other in done)}

@@ -274,7 +274,7 @@ class StructurePlan:
         for name, cls in self._converted.items():
             layer: Any = self._modules[name]
             if isinstance(layer, QuantizedLayer):
-                for own in layer.quantizers():
+                for own in type(layer).quantizers(layer):
                     del self._modules[name]._modules[own]
                     self._modules.pop(f"{name}.{own}".lstrip("."), None)  # a new one takes its place
             change_class(layer, cls)
@@ -289,7 +289,7 @@ class StructurePlan:
         for name in described:
             now: Any = self._modules[name]
             prefix = f"{name}." if name else ""
-            for own in list(now.quantizers()):
+            for own in list(type(now).quantizers(now)):
                 if prefix + own not in self._quantizers and id(now._modules[own]) not in kept:
                     del now._modules[own]
         names: dict[int, list[str]] = {}
@@ -371,4 +371,4 @@ def _operands(layer: Any, cls: type[Any]) -> list[str]:
     seen = object.__new__(type(layer))
     seen.__dict__ = vars(layer)
     change_class(seen, cls)
-    return [operand for operand, _ in cast(QuantizedLayer, seen).descriptors(EVERY_OPERAND)]
+    return [operand for operand, _ in cast(type[QuantizedLayer], cls).descriptors(seen, EVERY_OPERAND)]

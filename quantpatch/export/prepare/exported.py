@@ -180,9 +180,9 @@ def operands(model: nn.Module) -> list[ExportedQuantizer]:
     for layer in model.modules():
         if isinstance(layer, QuantizedLayer):
             weights = layer.weight_axes()
-            for operand in layer.quantizers():
+            for operand in type(layer).quantizers(layer):
                 own = operand.removesuffix("_quantizer")
-                owners[id(layer.quantizer(own))] = (layer, own if own in weights else "")
+                owners[id(type(layer).quantizer(layer, own))] = (layer, own if own in weights else "")
     found = []
     for name, quantizer in named_quantizers(model).items():
         if quantizer.disabled or not (quantizer.quantizing or quantizer.calibrating):

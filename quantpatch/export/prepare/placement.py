@@ -132,7 +132,7 @@ def prepare(
         unsigned = tuple(_never_negative(model, flow)) if target.unsigned else ()
         turned = () if target.transposed_axis is None else tuple(_turn_transposed(model, skipped))
         for layer in rules.float_layers:
-            for quantizer in layer.quantizers().values():
+            for quantizer in type(layer).quantizers(layer).values():
                 quantizer.disable()
         changes = _changes(model, rules, allow_unsigned=target.unsigned)
         for place, how in apply_if_same(model, run, changes).items():
@@ -156,9 +156,11 @@ def prepare(
 def _without_kernels(model: nn.Module, runtime: Runtime) -> Iterator[tuple[str, str]]:
     """Switches off the quantizers of layers that a runtime has no integer kernel for: names, and why."""
     layers = named_layers(model)
-    owners = Counter(quantizer for layer in layers.values() for quantizer in layer.quantizers().values())
+    owners = Counter(
+        quantizer for layer in layers.values() for quantizer in type(layer).quantizers(layer).values()
+    )
     for name, layer in layers.items():
-        own = [quantizer for quantizer in layer.quantizers().values() if not quantizer.disabled]
+        own = [quantizer for quantizer in type(layer).quantizers(layer).values() if not quantizer.disabled]
         why = runtime.call("why_float", layer)
         if why is None or not own or any(owners[quantizer] > 1 for quantizer in own):
             continue
@@ -189,7 +191,7 @@ def _turn_transposed(model: nn.Module, skipped: dict[str, str]) -> Iterator[str]
     for name, layer in named_layers(model).items():
         if not getattr(layer, "transposed", False):
             continue
-        old = layer.quantizer("weight")
+        old = type(layer).quantizer(layer, "weight")
         # A format in blocks has its own rules, which the export knows.
         if old is None or old.descriptor.kept_axes in (None, 0) or old.format.block_size is not None:
             continue

@@ -92,7 +92,7 @@ class Rules:
             why = _why_slow_with_few_channels(layer)
             if why is None and isinstance(layer, nn.Conv2d):
                 why = _why_slow_on_images(layer, operator)
-            own = layer.quantizers().values()
+            own = type(layer).quantizers(layer).values()
             if why is None or self._of_convolution(operator) is None or any(self._uses[q] > 1 for q in own):
                 continue
             self._float[operator] = layer

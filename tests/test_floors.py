@@ -227,13 +227,27 @@ sys.exit(", ".join(failed) or 0)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_importing_the_package_imports_no_target_package_and_no_compiler() -> None:
-    names = ("transformers", "timm", "torch._dynamo", "torch._inductor", "onnx", "numba", "triton", "jinja2")
+def test_importing_the_package_imports_only_what_quantizing_needs() -> None:
+    targets = ("transformers", "timm")
+    compilers = ("torch._dynamo", "torch._inductor", "numba", "triton", "torch.ao.quantization.fx")
+    to_show = ("onnx", "jinja2", "rich", "typer")
+    later = ("analysis", "tuning", "mixed_precision", "page", "export")
+    rooms = tuple(f"quantpatch.{room}" for room in later)
+    names = (*targets, *compilers, *to_show, *rooms)
     code = f"import sys, quantpatch; print([m for m in {names} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_front_door_has_every_public_name_and_those_rooms_that_are_imported_at_their_first_use() -> None:
+    assert all(hasattr(quantpatch, name) for name in quantpatch.__all__)
+    assert set(quantpatch.__all__) <= set(dir(quantpatch))
+    assert quantpatch.export is importlib.import_module("quantpatch.export")
+    assert quantpatch.audit is importlib.import_module("quantpatch.analysis.audit").audit
+    with pytest.raises(AttributeError, match="module 'quantpatch' has no attribute 'quantise_modules'"):
+        quantpatch.quantise_modules  # noqa: B018
 
 
 def test_every_room_has_a_floor() -> None:

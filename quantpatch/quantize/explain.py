@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
-from rich.console import Group
-from rich.text import Text
 
 from quantpatch.errors import EntryError, UnknownNameError
 from quantpatch.plugins.entry import Entry, EntryLike
@@ -23,6 +21,9 @@ from quantpatch.recipes.builtin import DEFAULT_RECIPE
 from quantpatch.recipes.descriptor import Recipe
 from quantpatch.reports.report import Report, table_of
 from quantpatch.torch_tools.class_swap import dotted
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 State = Literal["replaced", "float", "conflict", "waiting", "error"]
 
@@ -72,6 +73,9 @@ class Explanation(Report):
     _rows = ("claims",)
 
     def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.text import Text
+
         by = f" by {self.replacement}" if self.state == "replaced" else ""
         parts: list[Any] = [Text(f"{self.target}: {self.state}{by}"), Text(f"  {self.because}")]
         parts += [Text(f"  or: {way}") for way in self.ways]

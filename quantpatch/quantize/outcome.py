@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
-from rich.table import Table
 
 from quantpatch.interception.slots import lock
 from quantpatch.plugins.entry import Entry
@@ -15,6 +14,9 @@ from quantpatch.quantize.resolve import Decision
 from quantpatch.reports.report import Report, table_of
 from quantpatch.torch_tools import debug_trace
 from quantpatch.torch_tools.class_swap import dotted
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @attrs.frozen

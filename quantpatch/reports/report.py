@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import attrs
-from rich.table import Table
-from rich.text import Text
 
 from quantpatch.errors import listed
-from quantpatch.reports.render import as_text, whole_or_folded
 from quantpatch.torch_tools.notebooks import as_html
+
+if TYPE_CHECKING:  # imported when a report is printed
+    from rich.table import Table
 
 
 class Report:
@@ -55,13 +55,19 @@ class Report:
         return attrs.asdict(cast(Any, self), value_serializer=_finite)
 
     def __rich__(self) -> Any:
+        from rich.text import Text
+
         return Text(str(self))
 
     def __str__(self) -> str:
+        from quantpatch.reports.render import as_text
+
         return as_text(self, of_names=self._of_names)
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
+        from quantpatch.reports.render import whole_or_folded
+
         return as_html(whole_or_folded(self))
 
 
@@ -103,6 +109,8 @@ def table_of(
         title: Stands above it.
         caption: Stands below it.
     """
+    from rich.table import Table
+
     table = Table(title=title, caption=caption)
     for heading in headings:
         table.add_column(heading, overflow="fold", justify="right" if heading in right else "left")

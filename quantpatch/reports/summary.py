@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
-from rich.table import Table
 from torch import nn
 
 from quantpatch.layers.base import QuantizedLayer, is_quantizer, weight_owner
@@ -17,6 +16,9 @@ from quantpatch.reports.report import Report, table_of
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.forward import demand_model
 from quantpatch.torch_tools.sharded import local_part
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @attrs.frozen

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from rich.console import Console
-
 # What a cell of a notebook has room for; tables that are narrower are no wider than they need.
 _WIDTH = 140
 _FORMAT = (
@@ -17,6 +15,8 @@ _FORMAT = (
 
 def in_notebook() -> bool:
     """Whether what is displayed lands in a notebook."""
+    from rich.console import Console
+
     return Console().is_jupyter
 
 
@@ -26,6 +26,8 @@ def as_html(renderable: Any) -> str:
     Args:
         renderable: A table, a text, a group of these, or what gives one to rich.
     """
+    from rich.console import Console
+
     console = Console(
         file=io.StringIO(), record=True, width=_WIDTH, force_jupyter=False, markup=False, emoji=False,
         highlight=False, legacy_windows=False,

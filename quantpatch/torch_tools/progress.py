@@ -6,13 +6,12 @@ import contextlib
 import importlib
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any, TypeVar
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantpatch.torch_tools.notebooks import as_html, in_notebook
+
+if TYPE_CHECKING:  # imported when something is shown
+    from rich.progress import Progress
 
 T = TypeVar("T")
 
@@ -39,9 +38,12 @@ class _Shown(Bar):
     """One that is shown by rich."""
 
     def __init__(self, progress: Progress, description: str, total: float | None) -> None:
+        from rich.markup import escape
+
+        self._escape = escape
         self._progress = progress
         self._description = escape(description)
-        self._task = progress.add_task(escape(description), total=total)
+        self._task = progress.add_task(self._description, total=total)
         self._begun = False
 
     @property
@@ -53,7 +55,7 @@ class _Shown(Bar):
         self._progress.update(self._task, total=total)
 
     def step(self, text: str) -> None:
-        self._progress.update(self._task, description=f"{self._description}: {escape(text)}")
+        self._progress.update(self._task, description=f"{self._description}: {self._escape(text)}")
         self.advance(self._begun)
         self._begun = True
 
@@ -96,14 +98,20 @@ def progress_bar(description: str, total: float | None = None, *, progress: bool
         total: How many steps there are; None if that is not known.
         progress: Whether to show it (on a terminal or in a notebook only).
     """
+    if not progress:
+        yield Bar()
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
     console = Console(stderr=True)
-    if progress and in_notebook():
+    if in_notebook():
         shown = _InNotebook(Progress(console=console, auto_refresh=False), description, total)
         try:
             yield shown
         finally:
             shown.close()
-    elif progress and console.is_terminal:
+    elif console.is_terminal:
         with Progress(console=console, transient=True) as bar:
             yield _Shown(bar, description, total)
     else:  # without a bar: one that is disabled still ends with an empty line in older rich

@@ -20,7 +20,7 @@ from quantpatch.torch_tools.progress import Bar, progress_bar, progress_over
 def on(monkeypatch, *, terminal):
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=80)
-    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    monkeypatch.setattr("rich.console.Console", lambda **_: console)
     return stream
 
 

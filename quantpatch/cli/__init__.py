@@ -1,3 +1,6 @@
-"""The command line: ``main.py`` has the commands, ``demo.py`` what ``quantpatch demo`` runs."""
+"""The command line: ``main.py`` has the command, ``app.py`` what its commands share.
+
+Most of these are in ``lists.py`` and ``models.py``; ``demo.py`` is what ``quantpatch demo`` runs.
+"""
 
 __all__: list[str] = []

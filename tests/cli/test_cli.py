@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import quantpatch
 from quantpatch import hookimpl
-from quantpatch.cli.main import _Layers, app, main
+from quantpatch.cli.lists import Layers
+from quantpatch.cli.main import app, main
 from quantpatch.plugins.plugin import BUILTIN
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.compose import compose
@@ -98,7 +99,7 @@ def test_layers_lists_targets_that_two_plugins_replace(plugin):
 
 
 def test_targets_in_one_row_have_one_include_to_paste():
-    rows = _Layers(list(compose(registry.entries([]), plugins=[]).values())).folded()
+    rows = Layers(list(compose(registry.entries([]), plugins=[]).values())).folded()
     assert "include=['MaxPool1d', 'MaxPool2d'" in " ".join(as_text(rows).split())
 
 

@@ -1,4 +1,4 @@
-"""``save_pretrained`` and ``from_pretrained``: what was saved comes back, and what does not fit is named."""
+"""``save_pretrained`` and ``from_pretrained``: what was saved comes back."""
 
 from __future__ import annotations
 
@@ -13,59 +13,12 @@ import pytest
 import torch
 import transformers
 from architectures import IDS, MODELS
-from safetensors import safe_open
-from safetensors.torch import save_file
+from checkpoints import assert_same, calibrated, loaded, output, quantizers, saved, states
 from torch import nn
 
 import quantpatch as qp
-from quantpatch.errors import ArgumentError, CheckpointError, ConversionError, UnknownNameError
+from quantpatch.errors import CheckpointError
 from quantpatch_transformers import QuantPatchConfig, make_savable
-from quantpatch_transformers.pretrained import METHOD
-
-
-def output(model, name="gpt2"):
-    with torch.no_grad():
-        return model(**MODELS[name].inputs)[0]
-
-
-def calibrated(name="gpt2", operations=None, recipe=None):
-    torch.manual_seed(0)
-    model = MODELS[name].build().eval()
-    qp.convert(model, recipe=recipe, operations=operations)
-    qp.calibrate(model, [MODELS[name].inputs], progress=False)
-    return model
-
-
-def saved(model, path):
-    make_savable(model)
-    model.save_pretrained(path)
-    return model
-
-
-def loaded(cls, path, **options):
-    model, info = cls.from_pretrained(path, output_loading_info=True, **options)
-    assert not any(info.values()), info
-    return model
-
-
-def states(model):
-    return {name: quantizer.state for name, quantizer in quantizers(model).items()}
-
-
-def quantizers(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, qp.TensorQuantizer)}
-
-
-def assert_same(model, other, name="gpt2"):
-    assert states(model) == states(other)
-    mine, theirs = model.state_dict(), other.state_dict()
-    assert list(mine) == list(theirs)
-    for key, value in theirs.items():
-        torch.testing.assert_close(mine[key], value, rtol=0, atol=0, equal_nan=True, msg=key)
-    assert torch.equal(output(model, name), output(other, name))
-
-
-# --- there and back ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -374,109 +327,6 @@ def test_float_weights_load_strictly_into_every_architecture_and_come_out(name):
     assert torch.equal(output(other, name), output(reference, name))
 
 
-# --- a float checkpoint, quantized as it is loaded ---------------------------------------------------
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_every_architecture_is_quantized_inside_a_block_and_nothing_is_made_up(name, tmp_path, caplog):
-    """It is built on the meta device and filled: what a checkpoint does not have may not be left to fill."""
-    torch.manual_seed(0)
-    reference = MODELS[name].build().eval()
-    reference.save_pretrained(tmp_path)
-    caplog.clear()
-    with qp.quantize_modules():
-        model = loaded(type(reference), tmp_path, dtype=torch.bfloat16)
-    # Of kernels that are not installed and of the dtype nobody needs to be told here.
-    told = [r.getMessage() for r in caplog.records if "installed" not in r.getMessage()]
-    assert [
-        message
-        for message in told
-        if any(word in message for word in ("REPORT", "checkpoint", "initialized"))
-    ] == []
-    assert set(states(model).values()) == {"dynamic (not calibrated)"}
-    buffers = {key: tensor for key, tensor in model.named_buffers() if not key.endswith("_amax")}
-    assert buffers.keys() == dict(reference.named_buffers()).keys()
-    assert all(quantizer.state_dict()["_amax"].isnan().all() for quantizer in quantizers(model).values())
-    theirs = loaded(type(reference), tmp_path, dtype=torch.bfloat16).state_dict()
-    mine = qp.float_state_dict(model)
-    assert list(mine) == list(theirs)
-    assert all(torch.equal(mine[key], value) for key, value in theirs.items())
-
-
-@pytest.fixture
-def float_path(tmp_path):
-    torch.manual_seed(0)
-    model = MODELS["gpt2"].build().eval()
-    model.save_pretrained(tmp_path)
-    return tmp_path
-
-
-def test_a_configuration_quantizes_a_float_checkpoint(float_path):
-    config = QuantPatchConfig("w4a8", include=["Embedding"], rules={"lm_head": None}, operations="products")
-    model = loaded(transformers.GPT2LMHeadModel, float_path, quantization_config=config)
-    by_hand = loaded(transformers.GPT2LMHeadModel, float_path)
-    qp.convert(by_hand, recipe="w4a8", include=["Embedding"], operations="products")
-    qp.configure(by_hand, {"lm_head": None})
-    assert_same(model, by_hand)
-    assert isinstance(model.transformer.wte, qp.QuantizedLayer)
-    assert model.lm_head.weight_quantizer.disabled
-
-
-def test_it_is_written_into_the_configuration_and_names_what_was_asked_for(float_path, tmp_path):
-    recipe = qp.Recipe(name="mine", input=None)
-    config = QuantPatchConfig(recipe, skip=nn.Embedding, rules={"lm_head": None})
-    model = loaded(transformers.GPT2LMHeadModel, float_path, quantization_config=config)
-    model.save_pretrained(tmp_path / "out")
-    written = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
-    assert written.pop("quantpatch_version")
-    assert written == {
-        "quant_method": METHOD,
-        "recipe": "mine",
-        "skip": ["torch.nn.modules.sparse.Embedding"],
-        "include": [],
-        "plugins": None,
-        "rules": {"lm_head": None},
-        "operations": None,
-    }
-    assert "mine" in repr(config)
-    assert_same(loaded(transformers.GPT2LMHeadModel, tmp_path / "out"), model)
-
-
-def test_what_is_wrong_with_a_configuration_is_said_in_its_own_words(float_path):
-    def load(**options):
-        transformers.GPT2LMHeadModel.from_pretrained(
-            float_path, quantization_config=QuantPatchConfig(**options)
-        )
-
-    with pytest.raises(TypeError, match="has no 'bits'; it takes recipe, skip"):
-        load(bits=8)
-    with pytest.raises(UnknownNameError, match="'int9'.*int8"):
-        load(recipe="int9")
-    with pytest.raises(ArgumentError, match="'lm_haed' matches no layer.*lm_head"):
-        load(rules={"lm_haed": None})
-    with pytest.raises(UnknownNameError, match="Linaer"):
-        load(skip="Linaer")
-    with (
-        qp.quantize_modules(),
-        pytest.raises(ConversionError, match="was built inside a block, which has quantized it already"),
-    ):
-        load()
-
-
-def test_other_methods_are_left_to_transformers_inside_a_block(float_path):
-    with qp.quantize_modules(), pytest.raises(ImportError, match="bitsandbytes"):
-        transformers.GPT2LMHeadModel.from_pretrained(
-            float_path, quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True)
-        )
-
-
-def test_a_model_of_another_method_is_not_made_savable():
-    model = MODELS["gpt2"].build()
-    model.hf_quantizer = type("Other", (), {"quantization_config": transformers.BitsAndBytesConfig()})()
-    with pytest.raises(ConversionError, match="quantized by 'bitsandbytes' and saved its way"):
-        make_savable(model)
-
-
 # --- embeddings and heads ----------------------------------------------------------------------------
 
 
@@ -499,107 +349,3 @@ def test_a_skip_leaves_the_layers_of_a_class_float_and_a_rule_one_of_them():
     with qp.quantize_modules(skip=["Linear"]):
         model = MODELS["gpt2"].build()
     assert type(model.lm_head) is nn.Linear
-
-
-# --- what does not fit -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def quantized_path(tmp_path):
-    saved(calibrated(), tmp_path)
-    return tmp_path
-
-
-def rewrite(path, tensors=None, description=None, metadata=None):
-    """Changes the tensors or the description of a checkpoint."""
-    file = path / "model.safetensors"
-    with safe_open(file, "pt") as opened:
-        kept = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        written = opened.metadata()
-    if tensors:
-        tensors(kept)
-    if description:
-        described = json.loads(written["quantpatch"])
-        description(described)
-        written["quantpatch"] = json.dumps(described)
-    save_file(kept, file, metadata=written if metadata is None else metadata)
-
-
-ATTENTION = "transformer.h.0.attn.c_attn"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda t: t[f"{ATTENTION}.input_quantizer._amax"].fill_(torch.nan),
-            "c_attn.input_quantizer: its range holds NaN",
-        ),
-        (
-            lambda t: t[f"{ATTENTION}.weight_quantizer._amax"].neg_(),
-            "c_attn.weight_quantizer: its range is negative",
-        ),
-        (
-            lambda t: t.pop(f"{ATTENTION}.input_quantizer._amax"),
-            "c_attn.input_quantizer: its range is missing",
-        ),
-        (
-            lambda t: t.update({f"{ATTENTION}.weight_quantizer._amax": torch.ones(1, 5)}),
-            r"c_attn.weight_quantizer: its range has the shape \(1, 5\), expected \(1, 96\)",
-        ),
-        (
-            lambda t: t.update({f"{ATTENTION}.input_quantizer._amax": torch.ones((), dtype=torch.half)}),
-            "its range is torch.float16, expected torch.float32",
-        ),
-    ],
-)
-def test_a_damaged_range_is_named(change, message, quantized_path):
-    rewrite(quantized_path, tensors=change)
-    with pytest.raises(CheckpointError, match=message):
-        transformers.GPT2LMHeadModel.from_pretrained(quantized_path)
-
-
-def test_a_plugin_that_is_missing_is_named(quantized_path):
-    def change(description):
-        description["plugins"].append({"name": "far", "distribution": "quantpatch-far", "version": "2.0"})
-        description["layers"][ATTENTION]["replacement"] = "quantpatch_far.layers.QuantConv1D"
-
-    rewrite(quantized_path, description=change)
-    with pytest.raises(CheckpointError, match=r"'far' is not installed \(pip install quantpatch-far==2.0\)"):
-        transformers.GPT2LMHeadModel.from_pretrained(quantized_path)
-
-
-def test_another_architecture_is_named(quantized_path):
-    config = transformers.GPT2Config.from_pretrained(quantized_path, n_layer=1)
-    with pytest.raises(CheckpointError, match=r"transformer.h.1.attn.c_attn \(.*the model has no such layer"):
-        transformers.GPT2LMHeadModel.from_pretrained(quantized_path, config=config)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        ({"format": "pt"}, "its files do not say how; another program"),
-        ({"format": "pt", "quantpatch": "{"}, "its description cannot be read"),
-        ({"format": "pt", "quantpatch": '{"layers": 1}'}, "its description cannot be read"),
-    ],
-)
-def test_a_lost_or_damaged_description_is_named(metadata, message, quantized_path):
-    rewrite(quantized_path, metadata=metadata)
-    with pytest.raises(CheckpointError, match=message):
-        transformers.GPT2LMHeadModel.from_pretrained(quantized_path)
-
-
-def test_a_truncated_file_is_named(quantized_path):
-    file = quantized_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="model.safetensors cannot be read"):
-        transformers.GPT2LMHeadModel.from_pretrained(quantized_path)
-
-
-def test_a_range_that_no_quantizer_takes_is_reported_as_unexpected(tmp_path):
-    model = calibrated()
-    model.save_pretrained(tmp_path)
-    with qp.quantize_modules(skip=["Linear"]):
-        again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    assert info["unexpected_keys"] == {"lm_head.input_quantizer._amax", "lm_head.weight_quantizer._amax"}
-    assert set(states(again).values()) == {"calibrated"}

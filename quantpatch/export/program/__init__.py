@@ -5,8 +5,11 @@ export.py       ``export_program``, with torch's operators for quantized values
 capture.py      the model traced, each quantizer as such operators
 lower.py        ``lower``, the program compiled to integer kernels, and the report (report.py)
 needs.py        what that needs of the machine
-passes.py       what is rewritten before torch's compiler gets it, and after it has fused
+build.py        the program given to torch's compiler; inputs.py: what the result takes
+passes.py       what is rewritten before the compiler gets it, and after it has fused
+weight_only.py  layers of which the weights alone are quantized; weight_constants.py: weights as constants
 kernels.py      the integer kernels in what it made
+comparison.py   its results, and integers, beside the model's; measured.py: its latency
 ==============  ==============================================================================
 """
 

@@ -2,7 +2,7 @@
 
 These are ``quantized_decomposed.quantize_per_tensor`` and its kin, which torch's compiler, ExecuTorch and
 others know. Weights are constants: their integers, as ``numerics/fake_quant.py`` rounds them, and the
-operator that makes floats of these.
+operator that makes floats of these (``dequantize_per_channel_group`` if they are in blocks).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind
 from quantpatch.errors import ExportError
 from quantpatch.export.prepare.exported import ExportedQuantizer
 from quantpatch.layers.lowering import Lowering, lowered
+from quantpatch.numerics.formats import Blocked, Integer
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.tracing import tracing
 
@@ -44,7 +45,7 @@ def captured(
         model: The model, in eval mode.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        found: Its quantizers.
+        found: Its quantizers. Weights that have no operator become constants of floats.
         dynamic_shapes: As ``torch.export.export`` takes it.
         as_uint8: Whether signed activations are uint8 with zero point 128, the same values.
 
@@ -56,8 +57,10 @@ def captured(
     for operand in found:
         if operand.weight is None:
             forwards[operand.quantizer] = activation(operand, as_uint8=as_uint8)
-        else:
+        elif why_no_operator(operand) is None:
             forwards[operand.quantizer] = _weight(operand, constants)
+        else:
+            forwards[operand.quantizer] = _float_weight(operand)
     with lowered(Lowering(forwards)), tracing(logging.CRITICAL), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch's own, about what it calls itself
         try:
@@ -147,11 +150,18 @@ def _weight(operand: ExportedQuantizer, constants: dict[str, Tensor]) -> Callabl
     """What a quantizer of a weight computes through: its integers, constants that are noted by name."""
     codes, scale = (operand.joined(tensor.detach()).cpu() for tensor in operand.codes())
     low, high = int(operand.element.min), int(operand.element.max)
-    dim = 0 if operand.axis is None else operand.axis % max(codes.dim(), 1)
-    # One scale for all is as many that are equal: compilers know that of channels.
-    scale = scale.flatten() if operand.axis is not None else scale.expand(codes.shape[dim])
-    dead = (scale == 0).reshape([-1 if d == dim else 1 for d in range(codes.dim())])
-    codes = codes.masked_fill(dead, 0).contiguous()
+    is_blocked, size = isinstance(operand.format, Blocked), codes.shape[-1]
+    if is_blocked:
+        assert operand.format.block_size is not None
+        size = min(operand.format.block_size, size)
+        scale = scale.expand(codes.shape[0], codes.shape[1] // size)  # one range may be given for all
+        dim, alive = 0, (scale != 0).repeat_interleave(size, -1)
+    else:
+        dim = 0 if operand.axis is None else operand.axis % max(codes.dim(), 1)
+        # One scale for all is as many that are equal: compilers know that of channels.
+        scale = scale.flatten() if operand.axis is not None else scale.expand(codes.shape[dim])
+        alive = (scale != 0).reshape([-1 if d == dim else 1 for d in range(codes.dim())])
+    codes = codes.masked_fill(~alive, 0).contiguous()
     scale = scale.masked_fill(scale == 0, 1.0).float().contiguous()
     zeros = torch.zeros(scale.shape, dtype=torch.int64)
     constants |= {
@@ -160,11 +170,49 @@ def _weight(operand: ExportedQuantizer, constants: dict[str, Tensor]) -> Callabl
     kind = codes.dtype
 
     def forward(x: Tensor) -> Tensor:
-        result = OPERATORS.dequantize_per_channel.default(codes, scale, zeros, dim, low, high, kind)
+        if is_blocked:
+            result = OPERATORS.dequantize_per_channel_group.default(
+                codes, scale, zeros, low, high, kind, size, torch.float32
+            )
+        else:
+            result = OPERATORS.dequantize_per_channel.default(codes, scale, zeros, dim, low, high, kind)
         result = operand.apart(result, x.shape)
         return result if x.dtype == torch.float32 else result.to(x.dtype)
 
     return forward
+
+
+def _float_weight(operand: ExportedQuantizer) -> Callable[[Tensor], Tensor]:
+    """What the quantizer of a weight gives, as a constant."""
+    assert operand.weight is not None
+    with torch.no_grad():
+        values = operand.quantizer(operand.weight).detach().clone()
+    return lambda x: values
+
+
+def why_no_operator(operand: ExportedQuantizer) -> str | None:
+    """Why torch has no operator for the format of a quantizer, and what to change; None if it has one."""
+    format = operand.format
+    if isinstance(format, Blocked) and type(format.element) is Integer and operand.weight is not None:
+        shape = operand.weight.shape
+        if format.scale != "float32":
+            return f"the scales of its format {format.name} are not float32; use int8, or int4_g128"
+        if len(shape) != 2 or operand.axis not in (1, -1):
+            return "its blocks are not along the rows of a matrix; use int8 or int4 with axis='channel'"
+        if shape[1] > format.block_size and shape[1] % format.block_size:
+            return (
+                f"its rows of {shape[1]} are not a multiple of its blocks of {format.block_size}; use blocks "
+                f"that divide them"
+            )
+        return None
+    if isinstance(format, Blocked):
+        return (
+            f"its format {format.name} is in blocks, for which torch has an operator for weights of integers "
+            f"only; use int8 or int4 with axis='channel'"
+        )
+    if type(format) is not Integer:
+        return f"its format {format.name} is not one of the integers that torch's operators have; use int8"
+    return None
 
 
 # --- the program -------------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ from torch.export import ExportedProgram
 
 from quantpatch.errors import ExportError, listed, warn_caller
 from quantpatch.export.prepare.exported import ExportedQuantizer, operands
-from quantpatch.export.program.capture import captured
-from quantpatch.numerics.formats import Blocked, Integer
+from quantpatch.export.program.capture import captured, why_no_operator
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, explaining, uncompiled
 
@@ -28,8 +27,9 @@ def export_program(
 
     Activations pass ``quantized_decomposed.quantize_per_tensor`` and ``dequantize_per_tensor``
     (``_per_channel`` where a quantizer has several ranges), signed ones as int8 with zero point 0. Weights
-    are constants, their integers as int8, behind ``dequantize_per_channel``: the form that torch's compiler,
-    ExecuTorch and others take. torch's own operator multiplies by the inverse of the scale instead of
+    are constants, their integers as int8, behind ``dequantize_per_channel``, or behind
+    ``dequantize_per_channel_group`` if they are in blocks: the form that torch's compiler, ExecuTorch and
+    others take. torch's own operator multiplies by the inverse of the scale instead of
     dividing by it: of the values that lie halfway between two integers, some go to the other one.
 
     The model is exported in eval mode and is afterwards as it was.
@@ -55,8 +55,12 @@ def export_program(
         return captured(model, args, kwargs, found, dynamic_shapes=dynamic_shapes)
 
 
-def checked_operands(model: nn.Module) -> list[ExportedQuantizer]:
+def checked_operands(model: nn.Module, *, floats: bool = False) -> list[ExportedQuantizer]:
     """The quantizers of a model that is to be exported.
+
+    Args:
+        model: The model.
+        floats: Whether weights may be constants of floats, where there is no operator for their integers.
 
     Raises:
         ExportError: It cannot be traced at all, or there is no operator for some of them.
@@ -69,7 +73,13 @@ def checked_operands(model: nn.Module) -> list[ExportedQuantizer]:
             f"{type(model).__name__} holds no quantizer that is on, so the program will be float. Build the "
             f"model inside `with quantize_modules():`, or write qp.convert(model), and calibrate it"
         )
-    refused = {operand.name: why for operand in found if (why := _why_refused(operand))}
+    refused: dict[str, str] = {}
+    for operand in found:
+        why = operand.why_not_constant()
+        if why is None and not (floats and operand.weight is not None):
+            why = why_no_operator(operand)
+        if why is not None:
+            refused[operand.name] = why
     if refused:
         lines = listed((f"{name}: {why}" for name, why in refused.items()), 12, "\n  ")
         raise ExportError(
@@ -77,18 +87,3 @@ def checked_operands(model: nn.Module) -> list[ExportedQuantizer]:
             quantizers=tuple(refused),
         )
     return found
-
-
-def _why_refused(operand: ExportedQuantizer) -> str | None:
-    """Why there is no operator for a quantizer, and what to change; None if there is one."""
-    if why := operand.why_not_constant():
-        return why
-    format = operand.format
-    if isinstance(format, Blocked):
-        return (
-            f"its format {format.name} is in blocks, for which torch has no standard operator; use int8 or "
-            f"int4 with axis='channel'"
-        )
-    if type(format) is not Integer:
-        return f"its format {format.name} is not one of the integers that torch's operators have; use int8"
-    return None

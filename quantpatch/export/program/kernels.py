@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Interpreter, Node
-from torch.nn import functional as F
+from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from quantpatch.export.program.capture import CODES, SCALE
-from quantpatch.export.program.passes import after_fusing, constant_of
+from quantpatch.export.prepare.exported import ExportedQuantizer
+from quantpatch.export.program.capture import CODES, SCALE, why_no_operator
+from quantpatch.export.program.passes import after_fusing
+from quantpatch.export.program.weight_constants import constant_of
 from quantpatch.torch_tools import nn
 
 # Where the arguments of oneDNN's operators are that say what else a kernel does.
-_KINDS = {
+KINDS = {
     "onednn::qconv_pointwise": ("convolution", None, 7, 11),
     "onednn::qconv2d_pointwise.binary": ("convolution", 6, 8, 12),
     "onednn::qlinear_pointwise": ("linear", None, None, 7),
     "onednn::qlinear_pointwise.binary": ("linear", 6, None, 8),
+}
+
+
+# Those that read weights as integers and compute in floats.
+WEIGHT_ONLY = {
+    "aten::_weight_int8pack_mm": "linear of 8-bit weights alone",
+    "aten::_weight_int4pack_mm_for_cpu": "linear of 4-bit weights alone",
 }
 
 
@@ -31,7 +40,7 @@ class Kernel:
 
     Attributes:
         weight: Name of the quantizer of its weight.
-        kind: ``"convolution"`` or ``"linear"``.
+        kind: ``"convolution"`` or ``"linear"``, and whether the weights alone are integers.
         result: What it gives: ``"uint8"``, or ``"float32"``.
         fused: What it computes besides: ``"relu"``, ``"sum"``.
         node: The node of the compiler's graph.
@@ -63,8 +72,8 @@ class Recorder:
         """Runs on the compiler's graph."""
         module = graph.owning_module
         assert module is not None
-        after_fusing(graph)
         self.kernels = [k for node in graph.nodes if (k := self._kernel(module, node)) is not None]
+        after_fusing(graph)
         copied = Graph()
         copied.output(copied.graph_copy(graph, {}))
         self.fused = GraphModule(module, copied)
@@ -89,117 +98,72 @@ class Recorder:
         return Pass()
 
     def _kernel(self, module: GraphModule, node: Node) -> Kernel | None:
-        kind = _KINDS.get(_name(node))
-        if kind is None:
+        name = operator_name(node)
+        if name in WEIGHT_ONLY:
+            weight = self._weight(constant_of(module, node.args[1]), CODES)
+            return Kernel(weight, WEIGHT_ONLY[name], dtype_of(node), (), node.name)
+        if name not in KINDS:
             return None
-        given = constant_of(module, node.args[4])
-        weight = "" if given is None else self._weight(given)
-        layer, _, _, at = kind
-        rest = node.args[at + 3 :]
-        named = [x for x in rest if isinstance(x, str) and x not in ("", "none", "tanh")]
+        layer, _, _, at = KINDS[name]
+        weight = self._weight(constant_of(module, node.args[4]), SCALE)
+        named = [x for x in node.args[at + 3 :] if isinstance(x, str) and x not in ("", "none", "tanh")]
         result = str(node.args[at + 2]).removeprefix("torch.")
         return Kernel(weight, layer, result, tuple(named), node.name)
 
-    def _weight(self, scale: Tensor) -> str:
-        names = [name for name in self._constants if name.endswith(f".{SCALE}")]
-        same = [name for name in names if self._constants[name].data_ptr() == scale.data_ptr()]
-        same = same or [name for name in names if torch.equal(self._constants[name], scale)]
-        return same[0].removesuffix(f".{SCALE}") if same else ""
+    def _weight(self, tensor: Tensor | None, end: str) -> str:
+        """The quantizer of the weight that a tensor belongs to; freezing may have copied it."""
+        if tensor is None:
+            return ""
+        names = [name for name in self._constants if name.endswith(f".{end}")]
+        same = [name for name in names if self._constants[name].data_ptr() == tensor.data_ptr()]
+        same = same or [name for name in names if torch.equal(self._constants[name], tensor)]
+        return same[0].removesuffix(f".{end}") if same else ""
 
 
-def _name(node: Node) -> str:
+def operator_name(node: Node) -> str:
+    """The name of a node's operator with its overload, ``"onednn::qlinear_pointwise.binary"``."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return ""
     overload = node.target._overloadname
     return f"{node.target._schema.name}.{overload}".removesuffix(".default")
 
 
-@attrs.frozen
-class KernelCheck:
-    """How the integers of kernels compare with what the model's arithmetic makes of the same inputs.
-
-    Attributes:
-        integers: How many were compared.
-        differing: How many differ.
-        furthest: By how many steps at most.
-    """
-
-    integers: int = 0
-    differing: int = 0
-    furthest: int = 0
+def dtype_of(node: Node) -> str:
+    """The type of a node's values, ``"bfloat16"``."""
+    return str(node.meta["val"].dtype).removeprefix("torch.")
 
 
-def check_kernels(recorder: Recorder, constants: Mapping[str, Tensor], inputs: list[Any]) -> KernelCheck:
-    """Each kernel that gives integers, against the model's own arithmetic on the very integers it got.
+def layers_on_integers(
+    found: Sequence[ExportedQuantizer], recorder: Recorder, reasons: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The layers that run on integers, and why the others do not.
 
     Args:
-        recorder: Has the compiler's graph, and the kernels in it.
-        constants: The program's tensors by name.
-        inputs: Those of the compiled function.
+        found: The model's quantizers.
+        recorder: Has the kernels.
+        reasons: Why weights are read as floats, by the names of their quantizers, where that is known.
     """
-    if recorder.fused is None:
-        return KernelCheck()
-    runner = _Checking(recorder.fused, {k.node: k for k in recorder.kernels if k.weight}, constants)
-    with torch.no_grad():
-        runner.run(*inputs)
-    return KernelCheck(runner.integers, runner.differing, runner.furthest)
-
-
-class _Checking(Interpreter):
-    """Runs a graph, and compares kernels on the way."""
-
-    def __init__(
-        self, module: GraphModule, kernels: Mapping[str, Kernel], constants: Mapping[str, Tensor]
-    ) -> None:
-        super().__init__(module)
-        self._kernels = kernels
-        self._constants = constants
-        self.integers = self.differing = self.furthest = 0
-
-    def run_node(self, n: Node) -> Any:
-        kernel = self._kernels.get(n.name)
-        if kernel is None or kernel.result != "uint8":
-            return super().run_node(n)
-        args, _ = self.fetch_args_kwargs_from_env(n)
-        expected = self._expected(n, kernel, args)  # first: a sum is computed in place
-        result = super().run_node(n)
-        off = (expected.int() - result.int()).abs()
-        self.integers += off.numel()
-        self.differing += int((off != 0).sum())
-        self.furthest = max(self.furthest, int(off.max()))
-        return result
-
-    def _expected(self, node: Node, kernel: Kernel, args: tuple[Any, ...]) -> Tensor:
-        _, other, geometry, at = _KINDS[_name(node)]
-        x = (args[0].float() - args[2]) * args[1]
-        weight = self._constants[f"{kernel.weight}.{CODES}"].float()
-        scale = args[4].reshape([-1, *[1] * (weight.dim() - 1)])
-        bias = args[6 if other is None else 7]
-        if geometry is None:
-            y = F.linear(x, weight * scale, bias)
+    kernels: dict[str, str] = {}
+    for kernel in recorder.kernels:  # of a weight in parts, there is one for each
+        kernels.setdefault(kernel.weight.partition("[")[0], str(kernel))
+    quantized = {id(operand.layer) for operand in found if operand.weight is None}
+    weights = [operand for operand in found if operand.weight is not None]
+    count = Counter(id(operand.layer) for operand in weights)
+    integers: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    for operand in weights:
+        layer = operand.name.rpartition(".")[0]
+        # Attention has several weights, each with a kernel of its own, or none.
+        name = layer if layer and count[id(operand.layer)] == 1 else operand.name.removesuffix("_quantizer")
+        if operand.name in kernels:
+            integers[name] = kernels[operand.name]
         else:
-            stride, padding, dilation, groups = args[geometry : geometry + 4]
-            y = torch.convolution(
-                x, weight * scale, bias, stride, padding, dilation, False, [0] * len(stride), groups
-            )
-        rest = args[at + 3 :]
-        if other is not None:
-            added = args[other]
-            y = y + ((added.float() - rest[1]) * rest[0] if added.dtype == torch.uint8 else added)
-            rest = rest[4:]
-        y = _ACTIVATIONS[rest[0]](y, rest[1], rest[2])
-        codes: Tensor = (y / args[at]).round().add(args[at + 1]).clamp(0, 255)
-        return codes
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor, Any, str], Tensor]] = {
-    "none": lambda y, bounds, how: y,
-    "relu": lambda y, bounds, how: F.relu(y),
-    "hardtanh": lambda y, bounds, how: y.clamp(*bounds),
-    "hardswish": lambda y, bounds, how: F.hardswish(y),
-    "swish": lambda y, bounds, how: F.silu(y),
-    "gelu": lambda y, bounds, how: F.gelu(y, approximate=how or "none"),
-}
+            why = why_float(operand.layer) if operand.layer is not None else None
+            why = why or reasons.get(operand.name) or why_no_operator(operand)
+            if why is None and id(operand.layer) not in quantized:
+                why = "its input is float, and integer kernels take integers on both sides"
+            skipped[name] = why or "the compiler found no kernel for how its operands are computed"
+    return integers, skipped
 
 
 # --- What there is no kernel for ---------------------------------------------------------------------------

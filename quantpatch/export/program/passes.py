@@ -18,11 +18,21 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from quantpatch.dataflow import traits
+from quantpatch.export.program.weight_constants import (
+    DEQUANTIZE_BLOCKS,
+    DEQUANTIZE_CHANNELS,
+    as_constant,
+    constant_of,
+)
+from quantpatch.export.program.weight_only import (
+    is_in_float32,
+    multiply_and_sum,
+    use_weight_only_kernels,
+)
 
 _OPERATORS = torch.ops.quantized_decomposed
 _QUANTIZE = _OPERATORS.quantize_per_tensor.default
 _DEQUANTIZE = _OPERATORS.dequantize_per_tensor.default
-_DEQUANTIZE_CHANNELS = _OPERATORS.dequantize_per_channel.default
 _ATEN = torch.ops.aten
 # What the compiler has integer kernels for, by operators that take (input, weight, ...).
 _PRODUCTS = (
@@ -35,21 +45,27 @@ _PRODUCTS = (
 _POOLS = ("aten::max_pool2d", "aten::max_pool1d", "aten::max_pool3d")
 
 
-def before_compiling(module: GraphModule) -> dict[str, Tensor]:
-    """Rewrites a functional program for the compiler; nothing here changes a value.
+def before_compiling(module: GraphModule, reasons: dict[str, str]) -> dict[str, Tensor]:
+    """Rewrites a functional program for the compiler.
+
+    Nothing here changes a value, but for the roundings of kernels that read weights alone as integers.
 
     Args:
         module: The program, its weights attributes; changed in place.
+        reasons: Takes why weights that are quantized alone are read as floats.
 
     Returns:
-        The tensors of parts of weights that are weights by themselves now, ``"<weight>[0].codes"``.
+        Tensors of weights that are new: of their parts, ``"<weight>[0].codes"``, or packed.
     """
     _merge_equal(module.graph)
     parts = _split_weights(module)
     _quantize_once(module.graph)
+    parts |= use_weight_only_kernels(module, reasons)
     for node in list(module.graph.nodes):
-        if node.target is _DEQUANTIZE_CHANNELS and not all(_is_for_a_kernel(use, node) for use in node.users):
-            _as_constant(module, node)
+        if node.target is DEQUANTIZE_BLOCKS or (
+            node.target is DEQUANTIZE_CHANNELS and not all(_is_for_a_kernel(use, node) for use in node.users)
+        ):
+            as_constant(module, node)
         elif node.target is _QUANTIZE and (not _fills_its_type(node) or _is_pooled_otherwise(node)):
             _by_division(node)
     module.graph.eliminate_dead_code()
@@ -66,8 +82,10 @@ def after_fusing(graph: Graph) -> None:
     module = graph.owning_module
     assert module is not None
     for node in list(graph.nodes):
-        if node.target is _DEQUANTIZE_CHANNELS:
-            _as_constant(module, node)
+        if node.target is DEQUANTIZE_CHANNELS:
+            as_constant(module, node)
+        elif is_in_float32(node):
+            multiply_and_sum(node)
         elif node.target is _QUANTIZE and not _is_pooled(node):
             _by_division(node)
     graph.eliminate_dead_code()
@@ -88,7 +106,7 @@ def _split_weights(module: GraphModule) -> dict[str, Tensor]:
     """Parts of a weight along its channels, as attention has of its projections, become weights."""
     parts: dict[str, Tensor] = {}
     for node in list(module.graph.nodes):
-        if node.target is not _DEQUANTIZE_CHANNELS:
+        if node.target is not DEQUANTIZE_CHANNELS:
             continue
         dim, tensors = node.args[3], [constant_of(module, argument) for argument in node.args[:3]]
         splits = [use for use in node.users if use.target is _ATEN.split.Tensor]
@@ -188,36 +206,6 @@ def _is_for_a_kernel(use: Node, weight: Node) -> bool:
         return False
     x: Any = use.args[0]
     return isinstance(x, Node) and x.target is _DEQUANTIZE
-
-
-def constant_of(module: GraphModule, node: Any) -> Tensor | None:
-    """The tensor that a node is, if it is a constant."""
-    if not isinstance(node, Node) or node.op != "get_attr":
-        return None
-    name = str(node.target)
-    value: Any = module
-    for part in [name] if hasattr(module, name) else name.split("."):
-        value = getattr(value, part, None)
-    return value if isinstance(value, Tensor) else None
-
-
-def _as_constant(module: GraphModule, node: Node) -> None:
-    """A weight that no kernel takes as integers is a constant of floats, and not computed at each call."""
-    tensors = []
-    for argument in node.args[:3]:
-        value = constant_of(module, argument)
-        if value is None:
-            return
-        tensors.append(value.detach())
-    with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
-        floats = node.target(*tensors, *node.args[3:])  # type: ignore[operator]
-    name = f"_weight_{sum(1 for _ in module.buffers(recurse=False))}"
-    module.register_buffer(name, floats)
-    with node.graph.inserting_before(node):
-        constant = node.graph.create_node("get_attr", name)
-    constant.meta.update(node.meta)
-    node.replace_all_uses_with(constant)
-    node.graph.erase_node(node)
 
 
 def _by_division(node: Node) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import quantpatch as qp
 from quantpatch.errors import ArgumentTypeError, ExportError, QuantPatchWarning
+from quantpatch.numerics.formats import Blocked, Integer
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -27,6 +28,7 @@ def built(build: Callable[[], nn.Module], *args: Any, recipe: Any = "int8", **op
     return model
 
 
+UNEVEN = qp.Recipe(name="u", input=None, weight=qp.QuantDescriptor(format=Blocked(Integer(4), 3)))
 DYNAMIC = qp.Recipe(name="dynamic", input=qp.QuantDescriptor(dynamic=True))
 
 
@@ -145,6 +147,19 @@ def test_ranges_of_channels_and_other_types_of_floats() -> None:
     assert torch.allclose(result, half(X.bfloat16()))
 
 
+def test_weights_in_blocks_are_integers_with_a_scale_for_each() -> None:
+    blocks = qp.QuantDescriptor(format=Blocked(Integer(4), 4), dynamic=True)
+    recipe = qp.Recipe(name="b", input=None, weight=blocks)
+    model: Any = built(lambda: nn.Linear(8, 6), X, recipe=recipe)
+    with torch.no_grad():
+        model.weight[1, :4] = 0.0
+    program = qp.export_program(model, X)
+    assert kinds(program)["dequantize_per_channel_group.default"] == 1
+    assert program.state_dict["weight_quantizer.codes"].dtype == torch.int8
+    assert program.state_dict["weight_quantizer.scale"].shape == (6, 2)
+    assert torch.allclose(program.module()(X), model(X), atol=1e-6)
+
+
 def test_shapes_may_be_dynamic_and_arguments_keywords() -> None:
     model = built(cnn, X)
     program = qp.export_program(model, X, dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -186,7 +201,8 @@ def test_the_model_is_afterwards_as_it_was() -> None:
         ("int8", False, r"0\.input_quantizer: its range is not known; write qp\.calibrate"),
         (DYNAMIC, False, "takes its range from each tensor"),
         ("fp8", True, "fp8_e4m3 is not one of the integers"),
-        ("int4-weight-only", True, "is in blocks, for which torch has no standard operator"),
+        ("mxfp8", True, "is in blocks, for which torch has an operator for weights of integers only"),
+        (UNEVEN, True, "its rows of 8 are not a multiple of its blocks of 3"),
     ],
 )
 def test_what_has_no_operator_is_refused_by_name(recipe: Any, calibrated: bool, why: str) -> None:

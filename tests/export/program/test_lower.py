@@ -21,7 +21,7 @@ from quantpatch.errors import ExportError, InputError, QuantPatchWarning
 from quantpatch.export.prepare.exported import operands
 from quantpatch.export.program.capture import captured
 from quantpatch.export.program.export import checked_operands
-from quantpatch.export.program.lower import _layers
+from quantpatch.export.program.kernels import layers_on_integers
 from quantpatch.export.program.needs import instructions
 from quantpatch.export.program.passes import before_compiling
 from quantpatch.numerics.fake_quant import quantize
@@ -160,9 +160,10 @@ def test_each_weight_of_a_layer_of_several_is_named() -> None:
     with qp.quantize_modules():
         model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.MultiheadAttention(8, 2)})
     recorder: Any = SimpleNamespace(kernels=[Kernel()])
-    integers, skipped = _layers(operands(model), recorder)
+    integers, skipped = layers_on_integers(operands(model), recorder, {"a.weight_quantizer": "why"})
     assert integers == {"b.out_proj_weight": "linear"}
     assert set(skipped) == {"a", "b.in_proj_weight"}
+    assert skipped["a"] == "why"
 
 
 class Named(nn.Module):
@@ -209,9 +210,9 @@ def test_two_may_be_lowered_at_once_and_the_model_is_unchanged() -> None:
 
 
 def test_a_package_runs_where_quantpatch_is_not(tmp_path: Path) -> None:
-    model = built(mlp, ROWS)
-    lowered = lower(model, ROWS, path=tmp_path / "m.pt2")
-    assert set(lowered.report.integers) == {"0", "2"}
+    model = built(lambda: nn.Linear(32, 8), ROWS)
+    lowered = lower(model, ROWS, path=tmp_path / "m.pt2", check=False)
+    assert set(lowered.report.integers) == {"weight"}
     assert lowered.report.path == tmp_path / "m.pt2"
     assert [file.name for file in tmp_path.iterdir()] == ["m.pt2"]
     torch.save((ROWS, lowered(ROWS)), tmp_path / "xy.pt")
@@ -242,21 +243,13 @@ def test_latency_is_measured_beside_float_and_bfloat16_and_slower_is_said() -> N
     assert "on float kernels: 0" in report.advice()
 
 
-def test_weights_alone_are_quantized_and_that_is_said() -> None:
-    model = built(lambda: nn.Linear(32, 8), ROWS, recipe="int8-weight-only")
-    with pytest.warns(QuantPatchWarning, match="no layer of it runs on integers(.|\n)*its input is float"):
-        lowered = lower(model, ROWS)
-    with torch.no_grad():
-        assert torch.allclose(lowered(ROWS), model(ROWS), atol=1e-5)
-
-
 # --- what the compiler must not get ---------------------------------------------------------------------
 
 
 def rewritten(model: nn.Module, x: Tensor) -> Any:
     program = captured(model, (x,), {}, checked_operands(model), as_uint8=True).run_decompositions({})
     module = program.module()
-    before_compiling(module)  # type: ignore[arg-type]
+    before_compiling(module, {})  # type: ignore[arg-type]
     with torch.no_grad():
         assert (module(x) - model(x)).abs().max() < 2e-2 * model(x).abs().max()
     return module

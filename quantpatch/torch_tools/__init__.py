@@ -2,6 +2,7 @@
 
 ===================  ============================================================================
 forward.py           a model run on a batch
+paused.py            runs that wait at modules
 nn.py                torch's classes, whatever stands under their names
 class_swap.py        classes made on demand, and modules that change class
 fast_paths.py        computations of torch's that read weights past their layers

@@ -4,7 +4,9 @@
 tune.py             the verb
 tuner.py            what a method is; a plugin's subclasses it
 tuning.py           what a method works on: the model, the data, changes that can be undone
+blocks.py           weights looked at block by block, in runs that wait
 weights.py          the weights, and the grids that they are rounded to
+clipping.py         ranges of weights clipped
 operands.py         what weights are multiplied by, seen in a run
 exchanges.py        which neighbours may exchange factors of channels; scaling.py does it and verifies it
 products.py         what is lost in products, for candidates of factors

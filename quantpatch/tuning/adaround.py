@@ -69,10 +69,12 @@ class AdaRound(Tuner):
                 del weights[name]
         clipped = _before_relu(tuning)
         names = {id(parameter): name for name, parameter in tuning.model.named_parameters()}
-        for what, group in tuning.blocks(weights):
-            seen = tuning.moments(group, what, rows=self.rows)
-            for weight in group:
-                self._round(tuning, weight, seen[weight.name], relu=names[id(weight.tensor)] in clipped)
+        with tuning.in_blocks(weights) as blocks:
+            for block in blocks:
+                seen = block.moments(rows=self.rows, gram=False)
+                for weight in block.weights:
+                    relu = names[id(weight.tensor)] in clipped
+                    self._round(tuning, weight, seen[weight.name], relu=relu)
 
     def _round(self, tuning: Tuning, weight: Weight, seen: Mapping[Layout, Moments], *, relu: bool) -> None:
         own = weight.tensor.detach().float().contiguous()

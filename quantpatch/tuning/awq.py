@@ -15,17 +15,15 @@ import torch
 from torch import Tensor
 
 from quantpatch.errors import ArgumentError
+from quantpatch.tuning.clipping import clipped, costs, size
 from quantpatch.tuning.operands import Layout, Moments
 from quantpatch.tuning.products import Product
 from quantpatch.tuning.reasons import NoData, NotBetter
 from quantpatch.tuning.report import Tuned, relative
 from quantpatch.tuning.scaling import Scaling, most
 from quantpatch.tuning.tuner import Tuner
-from quantpatch.tuning.tuning import Seen, Tuning
+from quantpatch.tuning.tuning import Tuning
 from quantpatch.tuning.weights import Weight
-
-# Shares of a range that it is clipped at.
-_SHARES = tuple(1 - step / 20 for step in range(1, 11))
 
 
 @attrs.frozen(kw_only=True)
@@ -51,16 +49,15 @@ class AWQ(Tuner):
     def tune(self, tuning: Tuning) -> None:
         """See there."""
         weights = tuning.weights()
-        scaling = Scaling(tuning, weights, at_runtime=self.at_runtime) if self.steps else None
-        seen = tuning.moments(weights.values(), "looks at activations", in_float=True)
-        if scaling is not None:
-            for index, factor in scaling.choose(seen, self._candidates, Product.lost_by_weight).items():
-                for channels in scaling.exchanges[index].used_by:
-                    for moments in seen[scaling.weights[channels.parameter].name].values():
-                        moments.divide(factor)
+        if self.steps:
+            scaling = Scaling(tuning, weights, at_runtime=self.at_runtime)
+            scaling.choose(self._candidates, Product.lost_by_weight)
         if self.clip:
-            for weight in weights.values():
-                self._clip(tuning, weight, seen)
+            with tuning.in_blocks(weights, in_float=True) as blocks:
+                for block in blocks:
+                    seen = block.moments()
+                    for weight in block.weights:
+                        self._clip(tuning, weight, seen[weight.name])
 
     def _candidates(self, products: Sequence[Product]) -> list[Tensor]:
         mean = most(p.of_channels(p.moments.magnitude / max(1, p.moments.count)) for p in products)
@@ -71,57 +68,21 @@ class AWQ(Tuner):
             factors.append(factor / (factor.max() * factor.min()).sqrt())
         return factors
 
-    def _clip(self, tuning: Tuning, weight: Weight, seen: Seen) -> None:
-        own, by_layout = weight.tensor.detach().float(), seen[weight.name]
-        if not by_layout:
+    def _clip(self, tuning: Tuning, weight: Weight, seen: Mapping[Layout, Moments]) -> None:
+        own = weight.tensor.detach().float()
+        if not seen:
             tuning.skipped[weight.name] = NoData()
             return
-        ranges = weight.own_ranges(own)
-        result, best = own, weight.summed(_costs(weight, own, own, by_layout, alone=True))
-        for share in _SHARES:
-            clipped = torch.minimum(torch.maximum(own, -ranges * share), ranges * share)
-            costs = weight.summed(_costs(weight, own, clipped, by_layout, alone=True))
-            result = torch.where(costs < best, clipped, result)
-            best = torch.minimum(best, costs)
-        before, after = (float(_costs(weight, own, t, by_layout).sum()) for t in (own, result))
+        result, there = clipped(weight, own, seen), size(own, seen)
+        before, after = (float(costs(weight, own, t, seen).sum()) for t in (own, result))
         if not after < before:
             if weight.name not in tuning.tuned:
-                tuning.skipped.setdefault(weight.name, NotBetter(relative(before, _size(own, by_layout))))
+                tuning.skipped.setdefault(weight.name, NotBetter(relative(before, there)))
             return
         tuning.write(weight.owner, weight.attribute, result)
         tuning.forget(weight.quantizer)
         tuning.skipped.pop(weight.name, None)
         scaled = tuning.tuned.get(weight.name)
-        size = _size(own, by_layout)
-        first = relative(before, size) if scaled is None else scaled.before
+        first = relative(before, there) if scaled is None else scaled.before
         what = "clipped" if scaled is None else "scaled and clipped"
-        tuning.tuned[weight.name] = Tuned(first, relative(after, size), what)
-
-
-def _costs(
-    weight: Weight, own: Tensor, clipped: Tensor, seen: Mapping[Layout, Moments], *, alone: bool = False
-) -> Tensor:
-    """What rounding a clipped weight loses at the output, of each element its part in the sum.
-
-    Args:
-        weight: The weight.
-        own: What it is.
-        clipped: What is rounded.
-        seen: What is known of its inputs.
-        alone: Whether blocks count each for itself, without what their errors have in common.
-    """
-    error, costs = own - weight.rounded_anew(clipped), torch.zeros_like(own)
-    blocks = weight.blocks(own) if alone else None
-    for layout, moments in seen.items():
-        delta, gram = layout.matrices(error), moments.gram
-        if blocks is not None:
-            numbers = layout.matrices(blocks)[:, :1]
-            gram = gram * (numbers.mT == numbers)
-        view = layout.view(costs)
-        view.copy_((torch.bmm(delta, gram) * delta).reshape(view.shape))
-    return costs
-
-
-def _size(own: Tensor, seen: Mapping[Layout, Moments]) -> float:
-    pairs = ((layout.matrices(own), moments.gram) for layout, moments in seen.items())
-    return sum(float((torch.bmm(w, gram) * w).sum()) for w, gram in pairs)
+        tuning.tuned[weight.name] = Tuned(first, relative(after, there), what)

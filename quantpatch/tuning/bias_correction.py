@@ -8,9 +8,8 @@ corrected.
 
 from __future__ import annotations
 
-import weakref
+import contextlib
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -28,8 +27,7 @@ from quantpatch.tuning.tuning import Tuning
 class BiasCorrection(Tuner):
     """Biases that make the mean of each output what it is in float.
 
-    Layers that have a bias and are called. The model runs once in float, then once for each layer, or for
-    several that get the same input.
+    Layers that have a bias and are called. The model runs once in float, and then waits at each layer.
     """
 
     def tune(self, tuning: Tuning) -> None:
@@ -46,15 +44,23 @@ class BiasCorrection(Tuner):
         means = _Means(layers)
         with means:
             calls = tuning.run_in_float("runs in float")
-        once = {name for name, count in means.calls.items() if count == calls}
         tuning.skipped |= {name: NoData() for name in layers if name not in means.of}
-        groups = means.fed_alike()
-        for index, names in enumerate(groups, 1):
-            ran = tuning.until_all(names, once)
-            with _Means({name: layers[name] for name in names}, ran) as now:
-                tuning.run(f"{names[0]} ({index} of {len(groups)})")
-            for name in names:
+        once = [layers[name] for name, count in means.calls.items() if count == calls]
+        with contextlib.ExitStack() as stack:
+            runs = stack.enter_context(tuning.paused_runs(once)) if tuning.has_batches else None
+            bar = stack.enter_context(tuning.bar(len(means.of)))
+            for name in means.of:
+                bar.step(name)
+                waiting = [] if runs is None else runs.waiting_at(layers[name])
+                with _Means({name: layers[name]}) as now:
+                    for run in waiting:
+                        run.look(lambda call: call())
+                    if not waiting:
+                        tuning.run(name)
                 self._correct(tuning, name, layers[name], means.of[name], now.of[name])
+                if runs is not None:
+                    runs.pass_(layers[name])
+                bar.advance()
 
     def _correct(self, tuning: Tuning, name: str, layer: Any, wanted: Mean, found: Mean) -> None:
         error = (found.mean - wanted.mean).to(layer.bias)
@@ -98,13 +104,10 @@ class _Means:
         calls: How often each ran.
     """
 
-    def __init__(self, layers: dict[str, Any], ran: Callable[[str], None] | None = None) -> None:
+    def __init__(self, layers: dict[str, Any]) -> None:
         self.of: dict[str, Mean] = {}
         self.calls: Counter[str] = Counter()
-        self._ran = ran
         self._layers = layers
-        self._groups: list[list[str]] = []
-        self._input: Any = None
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Means:
@@ -119,26 +122,8 @@ class _Means:
     def _hook(self, name: str, layer: Any) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             found = output[0] if isinstance(output, tuple) else output
-            if not isinstance(found, Tensor):
-                return
-            if name not in self.of:
-                self.of[name] = Mean()
-                self._group(name, args)
-            self.of[name].add(found, layer.feature_axis)
-            self.calls[name] += 1
-            if self._ran is not None:
-                self._ran(name)
+            if isinstance(found, Tensor):
+                self.of.setdefault(name, Mean()).add(found, layer.feature_axis)
+                self.calls[name] += 1
 
         return hook
-
-    def _group(self, name: str, args: Any) -> None:
-        alike = bool(args) and self._input is not None and self._input() is args[0]
-        if alike:
-            self._groups[-1].append(name)
-        else:
-            self._groups.append([name])
-        self._input = weakref.ref(args[0]) if args and isinstance(args[0], Tensor) else None
-
-    def fed_alike(self) -> list[list[str]]:
-        """The layers, those together that ran one after the other on the same input."""
-        return self._groups

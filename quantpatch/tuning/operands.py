@@ -228,15 +228,18 @@ class Moments:
         gram: The sum of ``x xᵀ`` over them, ``(groups, inputs, inputs)``.
         magnitude: The sum of ``|x|``, ``(groups, inputs)``.
         largest: The largest ``|x|``, ``(groups, inputs)``.
-        rows: Some of them, ``(groups, rows, inputs)``.
+
+    Args:
+        rows: How many of them to keep.
+        gram: Whether ``gram`` is to be found.
     """
 
-    def __init__(self, rows: int = 0) -> None:
+    def __init__(self, rows: int = 0, *, gram: bool = True) -> None:
         self.count = 0
         self.gram: Tensor = torch.empty(0)
         self.magnitude: Tensor = torch.empty(0)
         self.largest: Tensor = torch.empty(0)
-        self._most = rows
+        self._most, self._has_gram = rows, gram
         self._kept: list[Tensor] = []
 
     def add(self, operand: Operand) -> None:
@@ -244,12 +247,13 @@ class Moments:
         for x in operand.rows():
             groups, count, inputs = x.shape
             if not self.count:
-                self.gram = x.new_zeros(groups, inputs, inputs)
+                self.gram = x.new_zeros(groups, inputs, inputs if self._has_gram else 0)
                 self.magnitude, self.largest = x.new_zeros(groups, inputs), x.new_zeros(groups, inputs)
             if not count:
                 continue
             self.count += count
-            self.gram.baddbmm_(x.transpose(1, 2), x)
+            if self._has_gram:
+                self.gram.baddbmm_(x.transpose(1, 2), x)
             size = x.abs()
             self.magnitude += size.sum(1)
             self.largest = torch.maximum(self.largest, size.amax(1))
@@ -258,16 +262,12 @@ class Moments:
                 chosen = torch.randperm(count)[: self._most].to(x.device)
                 self._kept.append(x[:, chosen].clone())
 
-    def divide(self, factor: Tensor) -> None:
-        """Makes it what is known of the inputs with each channel divided by a factor."""
-        shape = self.largest.shape
-        by = factor.repeat_interleave(shape.numel() // factor.numel()).reshape(shape)
-        self.gram = self.gram / (by.unsqueeze(1) * by.unsqueeze(2))
-        self.magnitude, self.largest = self.magnitude / by, self.largest / by
-        self._kept = [rows / by.unsqueeze(1) for rows in self._kept]
-
     @property
     def rows(self) -> Tensor:
         """Some of the rows."""
         rows = torch.cat(self._kept, 1)
         return rows[:, torch.randperm(rows.shape[1])[: self._most].to(rows.device)]
+
+
+#: What is known of the inputs of weights, by the name of the weight and by how products read it.
+Seen = dict[str, dict[Layout, Moments]]

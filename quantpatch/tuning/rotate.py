@@ -44,7 +44,6 @@ class Rotate(Tuner):
                     name = scaling.weights[channels.parameter].name
                     tuning.skipped[name] = NoExchange("is not made by linear operators alone")
         scaling.exchanges = [exchange for exchange in scaling.exchanges if _power_of_two(exchange.mixes) > 1]
-        seen = tuning.moments(scaling.users(), "looks at activations", rows=self.rows, in_float=True)
         sizes = {
             channels.parameter: _power_of_two(exchange.mixes)
             for exchange in scaling.exchanges
@@ -55,7 +54,7 @@ class Rotate(Tuner):
             size = sizes[products[0].channels.parameter]
             return [hadamard(size) for _ in range(self.tries)]
 
-        scaling.choose(seen, candidates, Product.lost)
+        scaling.choose(candidates, Product.lost, rows=self.rows)
 
 
 def _power_of_two(count: int) -> int:

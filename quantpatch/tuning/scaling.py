@@ -16,11 +16,11 @@ from quantpatch.layers.input_factor import drop_input_factor, input_factor_of, m
 from quantpatch.layers.quantizer import in_float
 from quantpatch.quantize.reasons import Reason
 from quantpatch.tuning.exchanges import Channels, Exchange, before_moves, exchanges, weight_of
-from quantpatch.tuning.operands import Layout
+from quantpatch.tuning.operands import Layout, Seen
 from quantpatch.tuning.products import Product
 from quantpatch.tuning.reasons import Different, NoExchange, NotBetter
 from quantpatch.tuning.report import Tuned, relative
-from quantpatch.tuning.tuning import Seen, Tuning
+from quantpatch.tuning.tuning import Tuning
 from quantpatch.tuning.weights import Weight
 
 
@@ -94,44 +94,51 @@ class Scaling:
         found: Tensor = module._parameters[attribute]
         return found
 
-    def users(self) -> list[Weight]:
-        """The weights that use what can be scaled."""
-        names = (channels.parameter for exchange in self.exchanges for channels in exchange.used_by)
-        return [self.weights[name] for name in dict.fromkeys(names)]
+    def users(self) -> dict[str, Weight]:
+        """The weights that use what can be scaled, in the order of the run."""
+        names = {channels.parameter for exchange in self.exchanges for channels in exchange.used_by}
+        return {weight.name: weight for name, weight in self.weights.items() if name in names}
 
     def choose(
         self,
-        seen: Seen,
         candidates: Callable[[Sequence[Product]], list[Tensor]],
         lost: Callable[[Product, Tensor | None], tuple[float, float]],
         *,
+        rows: int = 0,
         always: bool = False,
-    ) -> dict[int, Tensor]:
+    ) -> None:
         """Puts for each exchange the factors with which products lose least, if that is less than without.
 
         Args:
-            seen: What is known of the inputs of the products.
             candidates: Gives the factors to try for the products of an exchange.
             lost: Gives what a product loses with factors, and what there is to lose.
+            rows: How many inputs of each product to keep for these; 0: their moments.
             always: Whether to put the best ones also where they lose more.
-
-        Returns:
-            The factors that were put for good, by the index of the exchange.
         """
         chosen: dict[int, Tensor] = {}
         costs: dict[int, tuple[float, float, float]] = {}
-        for index, exchange in enumerate(self.exchanges):
-            products = self._products(exchange, seen)
-            if not products:
-                continue
-            before, size = _sums(lost(product, None) for product in products)
-            tried = [(_sums(lost(product, f) for product in products)[0], f) for f in candidates(products)]
-            after, factor = min(tried, key=lambda pair: pair[0])
-            if after < before or always:
-                chosen[index], costs[index] = factor, (before, after, size)
-            else:
-                for product in products:
-                    self._tuning.skipped[product.weight.name] = NotBetter(relative(before, size))
+        seen: Seen = {}
+        waiting = dict(enumerate(self.exchanges))
+        with self._tuning.in_blocks(self.users(), in_float=True) as blocks:
+            for block in blocks:
+                seen |= block.moments(rows=rows, gram=not rows)
+                for index, exchange in list(waiting.items()):
+                    names = [self.weights[channels.parameter].name for channels in exchange.used_by]
+                    if any(name not in seen for name in names):
+                        continue
+                    products = self._products(waiting.pop(index), seen)
+                    for name in names:  # which no other exchange has
+                        del seen[name]
+                    if not products:
+                        continue
+                    before, size = _sums(lost(product, None) for product in products)
+                    tried = [(_sums(lost(p, f) for p in products)[0], f) for f in candidates(products)]
+                    after, factor = min(tried, key=lambda pair: pair[0])
+                    if after < before or always:
+                        chosen[index], costs[index] = factor, (before, after, size)
+                    else:
+                        for product in products:
+                            self._tuning.skipped[product.weight.name] = NotBetter(relative(before, size))
         kept = self.keep_if_same(chosen)
         for index in kept:
             before, after, size = costs[index]
@@ -139,7 +146,6 @@ class Scaling:
                 name = self.weights[channels.parameter].name
                 note = "with a factor at runtime" if self.exchanges[index].at_runtime else ""
                 self._tuning.tuned[name] = Tuned(relative(before, size), relative(after, size), note)
-        return {index: chosen[index] for index in kept}
 
     def _products(self, exchange: Exchange, seen: Seen) -> list[Product]:
         """The products of an exchange; none if one of its weights is multiplied in other ways as well."""

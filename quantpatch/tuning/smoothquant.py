@@ -51,14 +51,13 @@ class SmoothQuant(Tuner):
         """See there."""
         scaling = Scaling(tuning, tuning.weights(), at_runtime=self.at_runtime)
         alphas: Sequence[float] = _ALPHAS if self.alpha is None else (self.alpha,)
-        seen = tuning.moments(scaling.users(), "looks at activations", rows=self.rows, in_float=True)
 
         def candidates(products: Sequence[Product]) -> list[Tensor]:
             largest = most(p.of_channels(p.moments.largest) for p in products)
             weight = most(p.channels.largest(p.weight.tensor) for p in products)
             return [smoothing(largest, weight, alpha) for alpha in alphas]
 
-        scaling.choose(seen, candidates, Product.lost, always=self.alpha is not None)
+        scaling.choose(candidates, Product.lost, rows=self.rows, always=self.alpha is not None)
 
 
 def smoothing(largest: Tensor, weight: Tensor, alpha: float) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ def tune(
     recipe: str | Recipe | None = None,
     calibration: Mapping[str, Any] | None = None,
     seed: int = 0,
+    offload: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> TuningReport:
@@ -56,6 +59,8 @@ def tune(
         recipe: In the place of ``method``, a recipe that has methods (``tune``), or its name.
         calibration: Options of ``calibrate`` for ranges that are not known: ``{"method": "mse"}``.
         seed: Of what a method leaves to chance.
+        offload: A folder in which a temporary one keeps what blocks are given, for all batches; default: that
+            is held in memory.
         progress: Whether to show progress (on a terminal or in a notebook only).
         **options: Those of the method, if it is one, by its name.
 
@@ -64,7 +69,8 @@ def tune(
 
     Raises:
         TuningError: There is no batch, or data reaches no layer that a method could tune.
-        ArgumentError: There is no quantizer, no method, or a method has no such option.
+        ArgumentError: There is no quantizer, no method, or a method has no such option; ``offload`` is no
+            folder.
         ArgumentTypeError: ``model`` is not a model, or ``data`` not batches.
         UnknownNameError: There is no method, or recipe, of a name.
         CalibrationError: Ranges that a method needs cannot be found.
@@ -83,12 +89,17 @@ def tune(
         raise TuningError(f"the model is sharded by {sharding}: tune it before")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise TuningError("parameters of the model are on the meta device: give them values first")
+    folder = None if offload is None else Path(offload)
+    if folder is not None and not folder.is_dir():
+        raise ArgumentError(f"offload={str(folder)!r}: there is no such folder", offload=offload)
     steps = []
     with (
         torch.inference_mode(False),
         torch.random.fork_rng(devices=[]),
         without_fast_paths(),
-        Tuning(model, data, calibration=calibration or {}, progress=progress) as tuning,
+        Tuning(
+            model, data, calibration=calibration or {}, progress=progress, seed=seed, offload=folder
+        ) as tuning,
     ):
         torch.manual_seed(seed)
         for name, tuner in methods:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +27,13 @@ from quantpatch.torch_tools.forward import (
     run_over,
     unwrapped,
 )
-from quantpatch.tuning.operands import Layout, Moments, Operand, Operands
+from quantpatch.torch_tools.paused import PausedRuns
+from quantpatch.torch_tools.progress import Bar, progress_bar
+from quantpatch.tuning.blocks import Blocks, disabled
+from quantpatch.tuning.operands import Operand, Operands
 from quantpatch.tuning.reasons import AlreadyRounded, NoData, NotBetter, OffGrid
 from quantpatch.tuning.report import Tuned, TuningStep, relative
 from quantpatch.tuning.weights import Weight, weights_of
-
-#: What is known of the inputs of a weight, by how products read it.
-Seen = dict[str, dict[Layout, Moments]]
 
 
 class Tuning:
@@ -42,6 +44,8 @@ class Tuning:
         data: As ``calibrate`` takes it.
         calibration: Options of ``calibrate`` for ranges that are needed and not known.
         progress: Whether to show a progress bar (on a terminal or in a notebook only).
+        seed: Of what is left to chance.
+        offload: A folder to put what blocks are given into; None: it is held in memory.
 
     Attributes:
         model: The model.
@@ -56,6 +60,8 @@ class Tuning:
         *,
         calibration: Mapping[str, Any],
         progress: bool,
+        seed: int = 0,
+        offload: Path | None = None,
     ) -> None:
         self.model = model
         self.tuned: dict[str, Tuned] = {}
@@ -65,7 +71,10 @@ class Tuning:
         self._progress = progress
         self._undo = contextlib.ExitStack()
         self._method = ""
+        self._seed, self._offload = seed, offload
         self._once: frozenset[str] = frozenset()
+        self._blocks: dict[str, str] = {}
+        self._waits: frozenset[str] = frozenset()
         self._order: tuple[str, ...] | None = None
 
     def __enter__(self) -> Tuning:
@@ -112,18 +121,17 @@ class Tuning:
                 hook.remove()
         return next(calls)
 
-    def until_all(self, names: Iterable[str], once: Container[str]) -> Callable[[str], None]:
-        """What ends the run on a batch as soon as all that is of interest has run: behind it nothing is.
+    def until_all(self, names: Iterable[str]) -> Callable[[str], None]:
+        """What ends the run on a batch as soon as all weights of interest are used: behind them nothing is.
 
         Args:
-            names: Of what is of interest.
-            once: Of what runs exactly once whenever the model is called.
+            names: Of the weights.
 
         Returns:
-            To be called with each name as it has run.
+            To be called with each name as it is used.
         """
         wanted, ran = set(names), set[str]()
-        stops = isinstance(self._data, Iterable) and all(name in once for name in wanted)
+        stops = isinstance(self._data, Iterable) and wanted <= self._once
 
         def has_run(name: str) -> None:
             ran.add(name)
@@ -150,32 +158,6 @@ class Tuning:
                 self._undo.callback(_forget, quantizer)
             calibrate(self.model, self._data, **self._calibration)
 
-    def moments(
-        self, weights: Iterable[Weight], what: str = "", *, rows: int = 0, in_float: bool = False
-    ) -> Seen:
-        """What is known of the inputs of weights, which are not quantized while that is found out.
-
-        Args:
-            weights: Those to look at.
-            what: What the progress bar shows behind the method.
-            rows: How many of the inputs to keep, of each.
-            in_float: Whether nothing else is quantized either.
-        """
-        weights = list(weights)
-        seen: Seen = {weight.name: {} for weight in weights}
-        ran = self.until_all(seen, self._once)
-
-        def see(operand: Operand) -> None:
-            by_layout = seen[operand.weight.name]
-            if operand.layout not in by_layout:
-                by_layout[operand.layout] = Moments(rows)
-            by_layout[operand.layout].add(operand)
-            ran(operand.weight.name)
-
-        with _disabled(weight.quantizer for weight in weights), Operands(weights, see):
-            (self.run_in_float if in_float else self.run)(what)
-        return seen
-
     # --- weights ---------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Weight]:
@@ -189,14 +171,8 @@ class Tuning:
         weights, skipped = weights_of(self.model)
         self.skipped |= skipped
         if self._order is None:
-            found: Counter[str] = Counter()
-            with (
-                _disabled(weight.quantizer for weight in weights.values()),
-                Operands(weights.values(), lambda operand: found.update([operand.weight.name])),
-            ):
-                calls = self.run("looks at the order of layers")
-            self._order = tuple(found)
-            self._once = frozenset(name for name, count in found.items() if count == calls)
+            self._look_at_order(weights)
+        assert self._order is not None
         order = [name for name in self._order if name in weights]
         self.skipped |= {name: NoData() for name in weights if name not in order}
         if weights and not order:
@@ -213,17 +189,56 @@ class Tuning:
                 self.skipped[name] = AlreadyRounded(method)
         return {name: weights[name] for name in order if name not in self.skipped}
 
-    def blocks(self, weights: Mapping[str, Weight]) -> Iterator[tuple[str, list[Weight]]]:
-        """Weights in the order they are used, those of one block together, and what to call them.
+    def _look_at_order(self, weights: Mapping[str, Weight]) -> None:
+        """Finds the order in which weights are used, and the blocks that hold all uses of theirs."""
+        found: Counter[str] = Counter()
+        entered: Counter[str] = Counter()
+        inside: list[str] = []
+        outside: set[str] = set()
+        blocks = {name: self._block_of(weight.layer_name) for name, weight in weights.items()}
+        for name, block in blocks.items():  # one in another is a part of that
+            around = [other for other in blocks.values() if block.startswith(f"{other}." if other else "")]
+            blocks[name] = min((block, *around), key=len)
 
-        A block is an element of the outermost list of modules around a layer, such as one of a transformer,
-        or else of the innermost sequence.
+        def see(operand: Operand) -> None:
+            name = operand.weight.name
+            found[name] += 1
+            if blocks[name] not in inside:
+                outside.add(blocks[name])
+
+        def enter(name: str) -> None:
+            entered[name] += 1
+            inside.append(name)
+
+        with contextlib.ExitStack() as stack:
+            for name in dict.fromkeys(blocks.values()):
+                module = self.model.get_submodule(name)
+                before = module.register_forward_pre_hook(lambda *_, name=name: enter(name))
+                after = module.register_forward_hook(lambda *_: inside.pop() and None)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            stack.enter_context(disabled(weights.values()))
+            stack.enter_context(Operands(weights.values(), see))
+            calls = self.run("looks at the order of layers")
+        self._order = tuple(found)
+        self._once = frozenset(name for name, count in found.items() if count == calls)
+        self._blocks = blocks
+        self._waits = frozenset(
+            name for name, count in entered.items() if count == calls and name not in outside
+        )
+
+    def in_blocks(self, weights: Mapping[str, Weight], *, in_float: bool = False) -> Blocks:
+        """The blocks that weights are in, in the order they are used, in a ``with`` statement.
+
+        Args:
+            weights: Some of ``weights()``.
+            in_float: Whether nothing is quantized while they are looked at.
         """
-        groups: dict[str, list[Weight]] = {}
-        for weight in weights.values():
-            groups.setdefault(self._block_of(weight.layer_name), []).append(weight)
-        for index, (name, group) in enumerate(groups.items(), 1):
-            yield f"{name or 'the model'} ({index} of {len(groups)})", group
+        return Blocks(self, weights, in_float=in_float)
+
+    def block_of(self, weight: str) -> str:
+        """The name of the block that a weight is in."""
+        return self._blocks[weight]
 
     def _block_of(self, layer: str) -> str:
         parts = layer.split(".")
@@ -232,6 +247,39 @@ class Tuning:
         lists = [name for holder, name in holders if isinstance(holder, nn.ModuleList)]
         sequences = [name for holder, name in holders if isinstance(holder, nn.Sequential)]
         return lists[0] if lists else sequences[-1] if sequences else layer
+
+    @property
+    def has_batches(self) -> bool:
+        """Whether the data is batches, and not a function that runs the model."""
+        return isinstance(self._data, Iterable)
+
+    def can_wait_at(self, block: str) -> bool:
+        """Whether runs can wait where they enter a block: they do so once, and its weights are used there."""
+        return self.has_batches and block in self._waits
+
+    @contextlib.contextmanager
+    def paused_runs(self, stops: Iterable[nn.Module]) -> Iterator[PausedRuns]:
+        """A block with runs over the data, in eval mode and without gradients, that wait at modules."""
+        assert isinstance(self._data, Iterable)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(torch.no_grad())
+            folder = None
+            if self._offload is not None:
+                kept = stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="quantpatch-", dir=self._offload)
+                )
+                folder = Path(kept)
+            runner = unwrapped(self.model)
+            yield stack.enter_context(PausedRuns(runner, as_batches(self._data), stops, folder=folder))
+
+    def bar(self, total: int) -> contextlib.AbstractContextManager[Bar]:
+        """A progress bar of the method at work."""
+        return progress_bar(self._method, total, progress=self._progress)
+
+    def seed_block(self, index: int) -> None:
+        """Makes what is left to chance in a block the same whatever was done before."""
+        torch.manual_seed(self._seed + 7919 * index)
 
     # --- changing --------------------------------------------------------------------------------
 
@@ -337,16 +385,3 @@ class Tuning:
 def _forget(quantizer: TensorQuantizer) -> None:
     quantizer.forget_zero_point()
     quantizer.amax = None
-
-
-@contextlib.contextmanager
-def _disabled(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
-    """A block in which quantizers let tensors pass."""
-    on = [q for q in dict.fromkeys(quantizers) if not q.disabled]
-    try:
-        for quantizer in on:
-            quantizer.disable()
-        yield
-    finally:
-        for quantizer in on:
-            quantizer.enable()

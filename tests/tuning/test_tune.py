@@ -319,3 +319,38 @@ def test_it_works_in_inference_mode() -> None:
         assert qp.tune(model, [x], method="adaround", steps=20).steps
         qp.revert(model)
     assert_same(model, before)
+
+
+@pytest.mark.parametrize("method", ["gptq", "adaround", "smoothquant", "bias_correction"])
+def test_forwards_grow_with_the_layers_and_not_with_their_square(method: str) -> None:
+    counts = []
+    for layers in (3, 6, 9):
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+        qp.convert(model, "w4a8")
+        calls: list[None] = []
+        for layer in model:
+            layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
+        options = {"steps": 1} if method == "adaround" else {}
+        qp.tune(model, batches(2, 8), method=method, **options)
+        counts.append(len(calls))
+    assert counts[2] - counts[1] == counts[1] - counts[0]
+
+
+def test_what_blocks_are_given_can_lie_in_a_folder(tmp_path: Any) -> None:
+    data = batches()
+    tuned = []
+    for offload in (None, tmp_path):
+        torch.manual_seed(1)
+        model = network()
+        qp.convert(model, W4)
+        qp.tune(model, data, method="gptq", offload=offload)
+        tuned.append(state(model))
+    assert_same_states(*tuned)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ArgumentError, match="no such folder"):
+        qp.tune(model, data, method="gptq", offload=tmp_path / "none")
+
+
+def assert_same_states(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=0, equal_nan=True)

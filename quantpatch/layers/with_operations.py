@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import attrs
+import torch
 from torch import nn
 
 from quantpatch.interception.slots import lock
 from quantpatch.layers.base import QuantizedLayer, make_replacement, quantized_output
-from quantpatch.layers.operations import Asked, Rewritten, Wanted, rewrite
+from quantpatch.layers.operations import Asked, Rewritten, Wanted, rewrite, spelling
 from quantpatch.layers.subclass import MADE_OF, reduce_made
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 from quantpatch.torch_tools.class_swap import change_class
@@ -68,8 +69,10 @@ def find_operations(layer: nn.Module, cls: type[Any], operations: frozenset[str]
         cls: Its class.
         operations: Names of operations.
     """
-    if str(cls.__module__).partition(".")[0] == "torch":  # which has layers for what it computes
-        return Found(Asked(None), (), None)
+    fixed = _fixed(layer, operations)
+    # Of what torch multiplies there are quantized layers.
+    if fixed or str(cls.__module__).partition(".")[0] == "torch":
+        return Found(Asked(None), (fixed,) if fixed else (), None)
     known = _found.setdefault(cls, {}).setdefault(operations, [])
     for found in known:
         if found.asked.has_same(layer):
@@ -85,6 +88,21 @@ def find_operations(layer: nn.Module, cls: type[Any], operations: frozenset[str]
         made = _class_of(cls, tuple(sorted(operations)), tuple(sorted(asked.facts.items())), rewritten)
     known.append(Found(asked, rewritten.hidden, made))
     return known[-1]
+
+
+def _fixed(layer: nn.Module, operations: frozenset[str]) -> str:
+    """Why the code of a layer cannot be another class's, if it cannot; else empty."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        kinds = {f"aten::{spelling(function)}" for function in Wanted.by_name(operations).operations}
+        if any(kind.startswith("aten::conv") for kind in kinds):
+            kinds.add("aten::_convolution")  # as traces have them
+        graph: Any = layer.inlined_graph if hasattr(layer, "forward") else None
+        if graph is None or not any(graph.findAllNodes(kind, True) for kind in kinds):
+            return ""
+        return "a scripted module, whose code is fixed. Work on the module that it was scripted from"
+    if "forward" in vars(layer):
+        return "a forward of the object's own, not of its class. Make it one of a subclass"
+    return ""
 
 
 # Names of quantized layers that a float class may use for something of its own. On its objects they mean

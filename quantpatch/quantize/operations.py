@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
+import torch
 from torch import nn
 
 from quantpatch.errors import ArgumentError, ArgumentTypeError, ConversionError, listed, near_misses
@@ -113,17 +114,20 @@ class OperationsOption:
 
     def for_layer(
         self, name: str, layer: nn.Module, in_force: Recipe
-    ) -> tuple[dict[str, Recipe], list[OperationRule]]:
-        """The recipe for each operation of a layer, and the rules that are for it."""
-        recipes: dict[str, Recipe] = {}
-        matched = [rule for rule in self.rules if rule.matches(name, layer)]
-        for rule in matched:
-            recipe = rule.recipe(in_force)
-            for operation in named([rule.operation]):
-                recipes.pop(operation, None)
-                if recipe is not None:
-                    recipes[operation] = recipe
-        return recipes, matched
+    ) -> tuple[dict[str, Recipe], dict[OperationRule, tuple[str, ...]]]:
+        """The recipe for each operation of a layer, and the rules for it, with what each is in force for.
+
+        The last rule for an operation is in force, and those before it that say the same.
+        """
+        matched = {rule: rule.recipe(in_force) for rule in self.rules if rule.matches(name, layer)}
+        last: dict[str, Recipe | None] = {}
+        for rule, recipe in matched.items():
+            last |= dict.fromkeys(named([rule.operation]), recipe)
+        in_force_for = {
+            rule: tuple(o for o in named([rule.operation]) if last[o] == recipe)
+            for rule, recipe in matched.items()
+        }
+        return {o: recipe for o, recipe in last.items() if recipe is not None}, in_force_for
 
 
 def _names(given: Any) -> list[str]:
@@ -190,29 +194,39 @@ def quantize_operations(
     planned: list[_Planned] = []
     hidden: dict[str, tuple[str, ...]] = {}
     used: set[OperationRule] = set()
+    in_force: set[OperationRule] = set()
+    overruled: set[OperationRule] = set()
     seen: dict[str, nn.Module] = {}
     for model in models:
+        scripted: list[str] = []
         for name, layer in model.named_modules():
             seen.setdefault(name, layer)
             if isinstance(layer, (QuantizedLayer, TensorQuantizer)) or leave(layer):
                 continue
+            if any(name.startswith(f"{outer}.") for outer in scripted):
+                continue
             recipes, rules = option.for_layer(name, layer, recipe)
+            used.update(rule for rule, operations in rules.items() if operations and rule.value is None)
+            # Of those for "*" others may leave nothing.
+            in_force.update(rule for rule, operations in rules.items() if operations or rule.where == "*")
+            overruled.update(r for r, known in rules.items() if len(known) < len(named([r.operation])))
             if not recipes:
-                used.update(rules)
                 continue
             cls = own_class(layer)
             found = find_operations(layer, cls, frozenset(recipes))
+            if isinstance(layer, torch.jit.ScriptModule):
+                scripted.append(name)
             if found.hidden:
                 hidden[name or cls.__name__] = found.hidden
                 outcome.count(Decision(dotted(cls), None, HiddenOperations(found.hidden), cls))
             if found.made is None or not operand_descriptors(found.made, recipes):
                 continue
             present = {inner.operation for inner in found.made._inner.values()}
-            used.update(rule for rule in rules if present & named([rule.operation]))
+            used.update(rule for rule, operations in rules.items() if not present.isdisjoint(operations))
             planned.append(_Planned(name, layer, found.made, recipes))
-    unused = [rule for rule in option.rules if rule not in used]
+    unused = [rule for rule in option.rules if rule not in used and rule not in overruled & in_force]
     if option.demands and unused:
-        raise _unmatched(unused[0], seen)
+        raise _unmatched(unused[0], seen, unused[0] in overruled)
     if strict and hidden:
         shown = listed(f"{name} ({'; '.join(why)})" for name, why in hidden.items())
         raise ConversionError(
@@ -238,7 +252,14 @@ def quantize_operations(
     return len(planned)
 
 
-def _unmatched(rule: OperationRule, modules: Mapping[str, nn.Module]) -> ArgumentError:
+def _unmatched(rule: OperationRule, modules: Mapping[str, nn.Module], is_overruled: bool) -> ArgumentError:
+    if is_overruled:
+        return ArgumentError(
+            f"the rule {rule} of operations contradicts those after it, which are for the same layers: of "
+            f"several rules for one operation of a layer the last one counts. Write it behind them, or leave "
+            f"it out",
+            operations=rule.where,
+        )
     matching = [name for name, layer in modules.items() if rule.matches(name, layer)]
     if matching:
         what = f"{listed(name or 'the model' for name in matching)} compute no {rule.operation} in a forward"

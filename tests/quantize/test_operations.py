@@ -7,6 +7,7 @@ import functools
 import importlib
 import pickle
 import threading
+from concurrent import futures
 
 import pytest
 import torch
@@ -509,6 +510,17 @@ def test_a_rule_that_matches_nothing_is_an_error_with_near_misses():
     assert {type(module) for module in model.modules()} == {Net, Attention, nn.Linear}
 
 
+def test_rules_that_contradict_are_an_error_and_the_model_is_as_before():
+    model = Net()
+    with pytest.raises(ArgumentError, match=r"the rule 'first': 'matmul' .* contradicts those after it"):
+        qp.convert(model, operations={"first": {"matmul": "int8"}, Attention: {"matmul": None}})
+    assert {type(module) for module in model.modules()} == {Net, Attention, nn.Linear}
+    qp.convert(model, operations={"first": {"matmul": "int8"}, "*": "products"})  # which says the same
+    assert inner(model.first)
+    model = build(operations={"*": ["matmul", "softmax"], "first": {"matmul": None}})
+    assert inner(model.first) == ["softmax_0_output"]
+
+
 def test_a_recipe_without_activations_leaves_products_of_activations_alone():
     model = build(recipe="int8-weight-only", operations="products")
     assert type(model.first) is Attention
@@ -562,14 +574,67 @@ def exec_made():
     return names["Made"]()
 
 
+def squared(x):
+    return x @ x.mT
+
+
+def run_by_others(function, x):
+    return function(x)
+
+
+made_a_lambda = lambda x: x @ x  # noqa: E731
+custom = torch.library.custom_op(
+    "quantpatch_tests::squared", squared, mutates_args=(), schema="(Tensor x) -> Tensor"
+)
+
+
+class Calling(nn.Module):
+    """A forward that is an expression of ``x``."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("eye", torch.eye(4))
+
+
+class Handed(Calling):
+    def forward(self, x):
+        return run_by_others(squared, x)
+
+
+class ByLambda(Calling):
+    def forward(self, x):
+        return made_a_lambda(x)
+
+
+class Compiled(Calling):
+    def forward(self, x):
+        return torch.ops.quantpatch_tests.squared(x)
+
+
+class Sparse(Calling):
+    def forward(self, x):
+        return torch.sparse.mm(self.eye.to_sparse(), x)
+
+
+def patched():
+    layer = Calling()
+    layer.forward = squared
+    return layer
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
         (OfItsOwn, "Square: an autograd.Function, which has a backward of its own"),
         (lambda: Holder(lambda x: x @ x), "self.function is <lambda>, which no other process finds"),
         (exec_made, "needs the source of Made.forward, which cannot be read"),
+        (Handed, "squared: handed on to run_by_others, which may call it. Call it by its name"),
+        (ByLambda, r"cannot read a lambda (<lambda>, line "),
+        (Compiled, "torch.ops.quantpatch_tests.squared: compiled code"),
+        (Sparse, "torch.sparse.mm: a product of sparse tensors, which no format takes"),
+        (patched, "a forward of the object's own, not of its class"),
     ],
-    ids=["autograd", "lambda", "exec"],
+    ids=["autograd", "held lambda", "exec", "handed on", "lambda", "compiled", "sparse", "patched"],
 )
 def test_what_cannot_be_followed_is_named_and_strict_is_an_error(make, why):
     model = nn.Sequential(make(), nn.Linear(4, 4))
@@ -582,6 +647,80 @@ def test_what_cannot_be_followed_is_named_and_strict_is_an_error(make, why):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module_in_a_block_is_named_once():
+    with qp.quantize_modules(operations="products") as block:
+        model = nn.Sequential(
+            torch.jit.script(nn.Sequential(Matmul(), nn.ReLU())), torch.jit.script(nn.ReLU())
+        )
+    (row,) = (row for row in block.skipped if "scripted" in row.reason)
+    assert "a scripted module, whose code is fixed. Work on the module" in row.reason
+    assert model(torch.randn(3, 4)).shape == (3, 3)
+
+
+class Matmul(Calling):
+    def forward(self, x):
+        return x @ x.mT
+
+
+class Spectrum(Calling):
+    def forward(self, x):
+        return torch.fft.fft(x) @ torch.fft.ifft(x).mT
+
+
+class Whole(Calling):
+    def forward(self, x):
+        return x.long() @ x.long().mT + x.long()[:, :1]
+
+
+class Graph(Calling):
+    def forward(self, x):
+        return (self.eye.to_sparse() @ x.mT).mT
+
+
+@pytest.mark.parametrize(
+    ("cls", "what"), [(Spectrum, "complex64"), (Whole, "int64"), (Graph, "sparse_coo")], ids=lambda v: str(v)
+)
+def test_operands_that_no_format_takes_stay_and_are_reported(cls, what):
+    model, x = cls(), torch.randn(3, 4)
+    expected = model(x)
+    qp.convert(model, operations=["matmul", "add"])
+    with pytest.warns(
+        QuantPatchWarning, match=f"matmul_0 multiplies tensors of {what}, which no format takes"
+    ):
+        got = model(x)
+    assert got.is_floating_point() or torch.equal(got, expected)
+    qp.revert(model)
+    qp.convert(model, operations={"*": "products", cls.__name__: {"matmul": None}})
+    model(x)  # no warning
+
+
+class InThreads(Calling):
+    def forward(self, x):
+        results = []
+        thread = threading.Thread(target=collect, args=(x, results))
+        thread.start()
+        thread.join()
+        with futures.ThreadPoolExecutor(1) as pool:
+            results.append(pool.submit(squared, x).result())
+        return sum(results) + checkpoint(squared, x, use_reentrant=False)
+
+
+def collect(x, results):
+    results.append(x @ x.mT)
+
+
+def test_functions_that_threads_and_checkpoints_run_are_followed():
+    model, x = InThreads(), torch.randn(3, 4)
+    expected = model(x)
+    assert not qp.convert(model, operations="products").skipped
+    assert len(inner(model)) == 6
+    qp.calibrate(model, [x], progress=False)  # each of them sees data
+    torch.testing.assert_close(model(x), expected, atol=0.2, rtol=0)
+    for quantizer in model.quantizers().values():
+        quantizer.disable()
+    assert torch.equal(model(x), expected)
+
+
 def test_a_function_that_is_scripted_is_read_from_its_python():
     class Calls(nn.Module):
         def forward(self, x):

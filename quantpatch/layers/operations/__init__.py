@@ -4,7 +4,15 @@ from quantpatch.layers.operations.facts import Asked, Facts
 from quantpatch.layers.operations.progress import InnerOperand, Rewritten
 from quantpatch.layers.operations.rewriter import rewrite
 from quantpatch.layers.operations.running import quantized
-from quantpatch.layers.operations.table import NAMES, PRODUCTS, Operations, Wanted, named, quantizer_name
+from quantpatch.layers.operations.table import (
+    NAMES,
+    PRODUCTS,
+    Operations,
+    Wanted,
+    named,
+    quantizer_name,
+    spelling,
+)
 
 __all__ = [
     "NAMES",
@@ -19,4 +27,5 @@ __all__ = [
     "quantized",
     "quantizer_name",
     "rewrite",
+    "spelling",
 ]

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
+import sys
+import threading
 import types
 from typing import Any
 
 import torch
 from torch import nn
+from torch._library.custom_ops import CustomOpDef
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from quantpatch.layers.operations.facts import ASKING, LOOKUPS
 from quantpatch.layers.operations.names import Names
 from quantpatch.layers.operations.progress import Progress
 from quantpatch.layers.operations.source import is_in_torch, plain
+from quantpatch.layers.operations.syntax import get
 
 # Written in Python by torch, and made of products; the others of its functions are taken as they are.
 _OF_TORCH_FOLLOWED = {F.multi_head_attention_forward}
+_SPARSE = {torch.sparse.mm, torch.sparse.addmm, torch.sspaddmm, torch.hspmm, torch.smm}
+# What calls a function that it is given, with the arguments that it is given besides.
+_RUNNERS = (checkpoint, threading.Thread, map, functools.partial, torch.vmap)
+_RUNNING_METHODS = {"submit", "map", "starmap", "apply_async"}
+# Of compiled functions: those of torch, which the table has, and of packages that do not multiply tensors.
+_OWN_NAMESPACES = {"aten", "prims", "prim", "quantpatch"}
+_COMPUTES_NO_PRODUCT = {"torch", "numpy"}
 
 
 def is_of_module(name: str) -> bool:
@@ -50,6 +64,9 @@ class Callees:
         if isinstance(function, ast.Attribute) and function.attr == "apply":
             self._look_at_backward(self._names.meaning(function.value))
         if found is not None:
+            why = _not_python(found)
+            if why:
+                self._progress.hide(ast.unparse(function), why)
             followed = self._followed(found)
             return None if followed is None else (followed, False)
         if isinstance(function, ast.Attribute):
@@ -60,6 +77,32 @@ class Callees:
                 if held is not None:
                     return held, False
         return None
+
+    def handed_on(self, node: ast.Call, found: Any) -> list[tuple[Any, Any, Any]]:
+        """Functions that a call hands on to what calls them, each with where it stands: an owner and a key.
+
+        Args:
+            node: The call.
+            found: What a global name in it means; None if it means nothing.
+        """
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        runs = any(found is known for known in _RUNNERS) or (found is None and name in _RUNNING_METHODS)
+        places: list[tuple[Any, Any]] = [(node.args, n) for n in range(len(node.args))]
+        places += [(keyword, "value") for keyword in node.keywords]
+        handed: list[tuple[Any, Any, Any]] = []
+        for owner, key in places:
+            argument = get(owner, key)
+            meant = self._names.meaning(argument) if isinstance(argument, (ast.Name, ast.Attribute)) else None
+            function = None if meant is None else self._followed(meant)
+            inner = plain(function)
+            if inner is None or not self._progress.may_multiply(inner):
+                continue
+            if runs:
+                handed.append((owner, key, function))
+            elif name not in LOOKUPS and found not in ASKING:
+                why = f"handed on to {ast.unparse(node.func)}, which may call it. Call it by its name"
+                self._progress.hide(inner, why)
+        return handed
 
     def _asked_function(self, node: ast.expr) -> Any:
         asked = self._progress.asked
@@ -133,6 +176,20 @@ class Callees:
             if not self._names.depends.depends(argument):
                 weights.append(name)
         return tuple(weights), own
+
+
+def _not_python(function: Any) -> str:
+    """Why a function is not looked into, if it may multiply: it is not written in Python; else empty."""
+    if any(function is known for known in _SPARSE):
+        return "a product of sparse tensors, which no format takes"
+    if isinstance(function, (torch._ops.OpOverloadPacket, torch._ops.OpOverload)):
+        is_own = str(function).partition(".")[0] in _OWN_NAMESPACES
+    elif isinstance(function, types.BuiltinFunctionType):
+        package = str(function.__module__ or "torch").partition(".")[0]
+        is_own = package in _COMPUTES_NO_PRODUCT or package in sys.stdlib_module_names
+    else:
+        is_own = not isinstance(function, CustomOpDef)
+    return "" if is_own else "compiled code. Give its operands quantizers in a replacement of the class"
 
 
 def _takes_self(function: types.FunctionType) -> bool:

@@ -19,14 +19,16 @@ import torch
 from torch import nn
 
 from quantpatch.errors import warn_caller
+from quantpatch.layers.operations.table import NAMES
 from quantpatch.torch_tools.class_swap import dotted
 
 #: Expressions with what they gave: truth, or the name of a function.
 Facts = Mapping[str, bool | str]
 
 UNKNOWN: Final = object()
-_ASKING = {isinstance, hasattr, getattr, callable, len, bool, torch.jit.is_scripting}  # type: ignore[attr-defined]
-_LOOKUPS = {"get", "get_interface"}
+#: Functions and methods that only look something up.
+ASKING = {isinstance, hasattr, getattr, callable, len, bool, torch.jit.is_scripting}  # type: ignore[attr-defined]
+LOOKUPS = {"get", "get_interface"}
 # What a layer says of itself that is another thing at each call.
 _CHANGING = {"training"}
 
@@ -221,8 +223,8 @@ def _compared(node: ast.Compare, scope: Mapping[str, Any]) -> bool:
 
 def _called(node: ast.Call, scope: Mapping[str, Any]) -> Any:
     function = _value(node.func, scope)
-    is_lookup = isinstance(node.func, ast.Attribute) and node.func.attr in _LOOKUPS
-    if not (is_lookup or function in _ASKING):
+    is_lookup = isinstance(node.func, ast.Attribute) and node.func.attr in LOOKUPS
+    if not (is_lookup or function in ASKING):
         raise _Unknown
     return function(*(_value(argument, scope) for argument in node.args))
 
@@ -264,6 +266,25 @@ def calling(known: Any, instead: Any) -> Any:
     return call
 
 
+def report_unquantized(layer: Any, name: str, value: torch.Tensor) -> None:
+    """Reports an operand of a product that no format takes; numbers to be added or joined are none.
+
+    Warns:
+        QuantPatchWarning: It stays as it is.
+    """
+    operand = name.removesuffix("_quantizer")
+    inner = type(layer)._inner.get(operand)
+    if inner is None or not NAMES.get(inner.operation) or torch.compiler.is_compiling():
+        return
+    kind = str(value.dtype if value.layout is torch.strided else value.layout).removeprefix("torch.")
+    place = operand.removesuffix(f"_{inner.operand.role}")
+    _report_once(
+        layer,
+        f"{place} multiplies tensors of {kind}, which no format takes, and they stay as they are. To leave "
+        f"it float write operations={{{type(layer).float_class.__name__!r}: {{{inner.operation!r}: None}}}}",
+    )
+
+
 def _shown(function: Any) -> str:
     return dotted(function) if hasattr(function, "__qualname__") else repr(function)
 
@@ -272,9 +293,11 @@ _reported: set[tuple[type, str]] = set()
 
 
 def _report(layer: Any, what: str) -> None:
+    _report_once(layer, f"{what}. What it computes there is float; build or convert it anew")
+
+
+def _report_once(layer: Any, what: str) -> None:
     key = (type(layer), what)
     if key not in _reported:
         _reported.add(key)
-        warn_caller(
-            f"{type(layer).__name__}: {what}. What it computes there is float; build or convert it anew"
-        )
+        warn_caller(f"{type(layer).__name__}: {what}")

@@ -19,21 +19,22 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.overrides import get_testing_overrides
 
 from quantpatch.errors import LayerError
+from quantpatch.layers.operations.arguments import in_order
+from quantpatch.layers.operations.branches import Branches
 from quantpatch.layers.operations.callees import Callees, is_of_module
 from quantpatch.layers.operations.decorators import decorated
-from quantpatch.layers.operations.facts import Asked, calling, still
+from quantpatch.layers.operations.facts import Asked, calling
 from quantpatch.layers.operations.names import Names
 from quantpatch.layers.operations.progress import InnerOperand, Progress, Rewritten
 from quantpatch.layers.operations.running import attend_quantized, quantized, quantized_weight
 from quantpatch.layers.operations.source import Unreadable, compiled, parsed, plain
-from quantpatch.layers.operations.syntax import as_list, call, equation, get, is_number, put, read
+from quantpatch.layers.operations.syntax import call, equation, get, is_number, put, read
 from quantpatch.layers.operations.table import Operand, Wanted, quantizer_name, spelling
 
-_QUANTIZE, _QUANTIZE_WEIGHT, _ATTEND, _STILL = "_quantized", "_quantized_weight", "_attend", "_still"
-_LAYER = "_layer"
+_QUANTIZE, _QUANTIZE_WEIGHT, _ATTEND = "_quantized", "_quantized_weight", "_attend"
+_LAYER, _PARTIAL = "_layer", "_partial"
 # How deep helpers may call helpers.
 _DEPTH = 12
 
@@ -130,24 +131,7 @@ class _Work(Progress):
         return made
 
 
-@functools.cache
-def _signatures() -> dict[Any, Any]:
-    return dict(get_testing_overrides())
-
-
-@functools.cache
-def _parameters(operation: Any) -> tuple[str, ...]:
-    """Names of an operation's parameters."""
-    if operation is F.scaled_dot_product_attention:
-        return ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    described = _signatures().get(operation, operation)
-    try:
-        return tuple(inspect.signature(described).parameters)
-    except (TypeError, ValueError):
-        return ()
-
-
-class _Function(ast.NodeTransformer):
+class _Function(Branches):
     """One function, rewritten.
 
     Args:
@@ -169,80 +153,23 @@ class _Function(ast.NodeTransformer):
         weights: tuple[str, ...] = (),
         own: str = "",
     ) -> None:
+        self._tree = parsed(inner, work.float_class)
+        super().__init__(work, Names(inner, self._tree, layer=layer, weights=weights, own=own))
         self.methods: set[str] = set()
-        self._work = work
+        self._work: _Work = work
         self._function = function
         self._inner = inner
-        self._tree = parsed(inner, work.float_class)
-        self._names = Names(inner, self._tree, layer=layer, weights=weights, own=own)
         self._callees = Callees(work, self._names)
-        self._given: dict[str, Any] = {}
-        self._changed = False
 
     def remade(self) -> Any:
         """The function with quantized operands; None if nothing changes."""
         tree = self._tree
-        tree.body = self._statements(tree.body)
-        if not self._changed:
+        tree.body = self.statements(tree.body)
+        if not self.changed:
             return None
         takes = _LAYER if self._names.layer == _LAYER else None
-        made = compiled(self._inner, tree, self._given, takes=takes)
+        made = compiled(self._inner, tree, self.given, takes=takes)
         return decorated(self._function, made, takes, self._work.float_class)
-
-    # --- what runs -----------------------------------------------------------------------------
-
-    def _statements(self, body: list[ast.stmt]) -> list[Any]:
-        """A body, of which what is behind the end of a branch that is sure to run is left as it is."""
-        done: list[Any] = []
-        for number, statement in enumerate(body):
-            if isinstance(statement, ast.If) and (is_true := self._is_true(statement.test)) is not None:
-                live = statement.body if is_true else statement.orelse
-                ends = bool(live) and isinstance(live[-1], (ast.Return, ast.Raise))
-                rest = body[number + 1 :]
-                done.append(self._branch(statement, is_true, rest if ends else []))
-                if ends:
-                    return done + rest
-            else:
-                done += as_list(self.visit(statement))
-        return done
-
-    def _is_true(self, test: ast.expr) -> bool | None:
-        return self._work.asked.is_true(test, self._names.known, self._names.own, self._names.where)
-
-    def _branch(self, node: ast.If, is_true: bool, rest: list[ast.stmt]) -> ast.If:
-        """A condition whose value is known: the branch that cannot run is left as it is."""
-        live, dead = (node.body, node.orelse) if is_true else (node.orelse, node.body)
-        multiplies = _Multiplies(self._names, self._work.wanted).any([*dead, *rest])
-        visited = self._statements(live)
-        node.body, node.orelse = (visited, dead) if is_true else (dead, visited)
-        if multiplies:
-            self._given[_STILL] = still
-            expression = ast.Constant(ast.unparse(node.test))
-            node.test = call(_STILL, node.test, ast.Constant(is_true), read(self._names.layer), expression)
-        self._changed |= multiplies
-        return node
-
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        """Visits what a node is made of, in place, and bodies as such."""
-        for field, value in ast.iter_fields(node):
-            if isinstance(value, ast.AST):
-                setattr(node, field, self.visit(value))
-            elif isinstance(value, list) and value and isinstance(value[0], ast.stmt):
-                value[:] = self._statements(value)
-            elif isinstance(value, list):
-                value[:] = [self.visit(part) if isinstance(part, ast.AST) else part for part in value]
-        return node
-
-    def visit_IfExp(self, node: ast.IfExp) -> Any:
-        """The same of an expression."""
-        is_true = self._is_true(node.test)
-        if is_true is None:
-            return self.generic_visit(node)
-        if is_true:
-            node.body = self.visit(node.body)
-        else:
-            node.orelse = self.visit(node.orelse)
-        return node
 
     # --- the operations ------------------------------------------------------------------------
 
@@ -285,11 +212,16 @@ class _Function(ast.NodeTransformer):
         operation, skipped = (None if found is None else self._work.wanted.called(found)), 0
         if found is None and isinstance(function, ast.Attribute) and not self._is_part(function.value):
             operation, skipped = self._work.wanted.method(function.attr), 1
-        given = self._in_order(node, operation, skipped) if operation is not None else {}
+        given = in_order(node, operation, skipped, self._work) if operation is not None else {}
         weights = {n for n, place in given.items() if not self._names.depends.depends(get(*place))}
         target = self._callees.target(node, found) if operation is None else None
         parameters = () if target is None else self._callees.parameters(node, *target)
+        handed = [] if operation is not None else self._callees.handed_on(node, found)
         self.generic_visit(node)
+        for owner, key, handed_function in handed:
+            copy = self._work.helper(handed_function, (), "")
+            if copy is not None:
+                put(owner, key, self._partial(get(owner, key), handed_function, copy))
         if operation is not None:
             return self._wrapped(node, operation, given, weights)
         if target is not None:
@@ -297,27 +229,6 @@ class _Function(ast.NodeTransformer):
             if copy is not None:
                 return self._exchanged(node, target[0], copy)
         return node
-
-    def _in_order(self, node: ast.Call, operation: Any, skipped: int) -> dict[int, tuple[Any, Any]]:
-        """Where the arguments of an operation stand, by position.
-
-        The first of a method is what it is called on.
-        """
-        starred = any(isinstance(argument, ast.Starred) for argument in node.args)
-        parameters = _parameters(operation)
-        where: dict[int, tuple[Any, Any]] = {0: (node.func, "value")} if skipped else {}
-        where |= {n + skipped: (node.args, n) for n, a in enumerate(node.args) if not starred}
-        where |= {parameters.index(k.arg): (k, "value") for k in node.keywords if k.arg in parameters}
-        operands = self._work.wanted.operations[operation].operands
-        hides = starred or any(keyword.arg is None for keyword in node.keywords)
-        needed = [n for n, operand in enumerate(operands) if operand is not None][:2]
-        if hides and any(n not in where for n in needed):
-            if operation is torch.einsum and len(node.args) > 1:  # operands in a starred list
-                return {1: (node.args, 1)}
-            raise self._work.refuse(node, "its operands may be hidden in a starred argument")
-        if node.keywords and not parameters:
-            raise self._work.refuse(node, "it is not known which operand a keyword means")
-        return where
 
     def _wrapped(
         self, node: ast.Call, operation: Any, given: dict[int, tuple[Any, Any]], weights: set[int]
@@ -333,7 +244,7 @@ class _Function(ast.NodeTransformer):
         names = {position: name for position, name, _ in placed}
         if operation is F.scaled_dot_product_attention and names.get(3):
             operands = [ast.Constant(quantizer_name(names[n]) if n in names else None) for n in range(4)]
-            self._given[_ATTEND] = attend_quantized
+            self.given[_ATTEND] = attend_quantized
             called = call(_ATTEND, read(self._names.layer), ast.Tuple([*operands], ast.Load()), *node.args)
             called.keywords = node.keywords
             return ast.copy_location(called, node)
@@ -355,7 +266,7 @@ class _Function(ast.NodeTransformer):
             is_weight = position in weights and not self._work.wanted.is_named(operation)
             known = self._work.wanted.operations[operation]
             self._work.operands[name] = InnerOperand(known.name, operand, is_weight)
-        self._changed |= bool(placed)
+        self.changed |= bool(placed)
         return placed
 
     def _are_weights(self, operands: list[ast.expr]) -> set[int]:
@@ -364,17 +275,26 @@ class _Function(ast.NodeTransformer):
     def _quantized(self, name: str, operand: Any) -> ast.expr:
         is_weight = self._work.operands[name].is_weight
         function = _QUANTIZE_WEIGHT if is_weight else _QUANTIZE
-        self._given[function] = quantized_weight if is_weight else quantized
+        self.given[function] = quantized_weight if is_weight else quantized
         called = call(function, read(self._names.layer), ast.Constant(quantizer_name(name)), operand)
         return ast.copy_location(called, operand)
 
     # --- functions that are called -------------------------------------------------------------
 
+    def _calling(self, target: Any, copy: Any) -> str:
+        name = f"_calling_{len(self.given)}"
+        self.given[name] = calling(getattr(target, "__func__", target), copy)
+        self.changed = True
+        return name
+
+    def _partial(self, function: ast.expr, target: Any, copy: Any) -> ast.expr:
+        """A function that is handed on, to be called by others."""
+        self.given[_PARTIAL] = functools.partial
+        made = call(_PARTIAL, read(self._calling(target, copy)), function, read(self._names.layer))
+        return ast.copy_location(made, function)
+
     def _exchanged(self, node: ast.Call, target: Any, copy: Any) -> ast.Call:
-        name = f"_calling_{len(self._given)}"
-        self._given[name] = calling(getattr(target, "__func__", target), copy)
-        self._changed = True
-        called = call(name, node.func, read(self._names.layer))
+        called = call(self._calling(target, copy), node.func, read(self._names.layer))
         called.args += node.args
         called.keywords = node.keywords
         return ast.copy_location(called, node)
@@ -399,28 +319,3 @@ class _Function(ast.NodeTransformer):
         if not self._names.is_own(root):
             return False
         return not self._work.asked.is_tensor(node, self._names.own, self._names.where)
-
-
-class _Multiplies(ast.NodeVisitor):
-    """Whether code that is not rewritten has one of the operations."""
-
-    def __init__(self, names: Names, wanted: Wanted) -> None:
-        self._names = names
-        self._wanted = wanted
-        self._found = False
-
-    def any(self, body: list[ast.stmt]) -> bool:
-        for statement in body:
-            self.visit(statement)
-        return self._found
-
-    def visit_BinOp(self, node: ast.BinOp) -> None:
-        self._found |= self._wanted.operator(type(node.op).__name__) is not None
-        self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        found = self._names.meaning(node.func)
-        self._found |= found is not None and self._wanted.called(found) is not None
-        if found is None and isinstance(node.func, ast.Attribute):
-            self._found |= self._wanted.method(node.func.attr) is not None
-        self.generic_visit(node)

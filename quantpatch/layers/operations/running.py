@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quantpatch.layers.operations.facts import report_unquantized
+
 Quantize = Callable[[Tensor], Tensor]
 
 
@@ -103,7 +105,7 @@ def attend_quantized(
 def quantized(layer: Any, name: str, value: Any, batch_axis: int | None = 0) -> Any:
     """A value, quantized by a layer's quantizer of that name, if there is one.
 
-    Of a list or tuple each tensor is. What is not a floating-point tensor passes as it is.
+    Of a list or tuple each tensor is. What is not a dense floating-point tensor passes as it is.
 
     Args:
         layer: Holds the quantizer.
@@ -115,7 +117,10 @@ def quantized(layer: Any, name: str, value: Any, batch_axis: int | None = 0) -> 
     if quantizer is None:
         return value
     if isinstance(value, Tensor):
-        return quantizer(value, batch_axis=batch_axis) if value.is_floating_point() else value
+        if value.is_floating_point() and value.layout is torch.strided:
+            return quantizer(value, batch_axis=batch_axis)
+        report_unquantized(layer, name, value)
+        return value
     if type(value) in (list, tuple):
         return type(value)(quantized(layer, name, each, batch_axis) for each in value)
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import textwrap
 import types
 from collections.abc import Mapping
@@ -63,7 +64,8 @@ def _read(function: types.FunctionType, owner: Any) -> tuple[ast.FunctionDef, in
             f"`operations` needs the source of {name}, which cannot be read: {error}. {BY_HAND}", layer=owner
         ) from error
     if function.__code__.co_name == "<lambda>":
-        raise Unreadable(f"`operations` cannot read a lambda ({name}); make it a def", layer=owner)
+        where = f"line {first} of {os.path.basename(function.__code__.co_filename)}"
+        raise Unreadable(f"`operations` cannot read a lambda ({name}, {where}); make it a def", layer=owner)
     if not isinstance(tree, ast.FunctionDef) or not _is_of(tree, function):
         raise Unreadable(
             f"the source of {name} is not what was imported: the file has changed since. Start Python again",

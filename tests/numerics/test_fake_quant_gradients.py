@@ -195,20 +195,10 @@ def laid_out(x, layout):
     }[layout](x)
 
 
-@pytest.fixture(params=["as it is", "in small chunks"])
-def sizes(request, monkeypatch):
-    """The sizes that the search for what is outside works with, and some that small tensors exceed."""
-    if request.param == "in small chunks":
-        for name, value in {"_SHORTEST_ROW": 2, "_MASK_CHUNK": 50, "_SEARCH_CHUNK": 100, "_SMALL": 0}.items():
-            monkeypatch.setattr(f"quantpatch.numerics.backends.clip_mask.{name}", value)
-        monkeypatch.setattr("quantpatch.numerics.backends.eager._MASK_CHUNK", 50)
-
-
 @pytest.mark.sweep(7)
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "sliced", "expanded"])
 @pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 2)])
 @pytest.mark.parametrize("share", [0.0, 0.002, 0.3])
-@pytest.mark.usefixtures("sizes")
 def test_whatever_lies_outside_the_gradient_is_zero_there_and_passes_elsewhere(layout, axis, share):
     torch.manual_seed(0)
     x = laid_out(torch.randn(4, 6, 9, 8).clamp_(-1.9, 1.9), layout).clone(memory_format=torch.preserve_format)
@@ -226,7 +216,6 @@ def test_whatever_lies_outside_the_gradient_is_zero_there_and_passes_elsewhere(l
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("share", [0.0, 0.002, 0.3])
-@pytest.mark.usefixtures("sizes")
 def test_gradients_of_other_dtypes_pass_and_stop_alike(dtype, share):
     torch.manual_seed(0)
     x = torch.randn(40, 64).clamp_(-1.9, 1.9).to(dtype)
@@ -238,7 +227,6 @@ def test_gradients_of_other_dtypes_pass_and_stop_alike(dtype, share):
 
 
 @pytest.mark.parametrize("share", [0.002, 0.3])
-@pytest.mark.usefixtures("sizes")
 def test_nan_is_inside_and_hides_nothing(share):
     torch.manual_seed(0)
     x = torch.randn(40, 64).clamp_(-1.9, 1.9)
@@ -250,7 +238,6 @@ def test_nan_is_inside_and_hides_nothing(share):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.002, 0.3])
-@pytest.mark.usefixtures("sizes")
 def test_an_upstream_gradient_of_other_strides_or_with_infinities_is_taken(share):
     torch.manual_seed(0)
     x = torch.randn(2, 30, 4, 8).clamp_(-1.9, 1.9)
@@ -278,7 +265,6 @@ def test_the_mask_of_channels_is_exact_at_the_ends(value):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.002, 0.3])
-@pytest.mark.usefixtures("sizes")
 def test_gradients_of_gradients_flow_through_the_upstream_gradient(share):
     torch.manual_seed(0)
     x = torch.randn(40, 64).clamp_(-1.9, 1.9)
@@ -377,8 +363,7 @@ def test_where_a_range_is_learned_gradients_of_gradients_and_batched_ones_are_th
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "sliced", "expanded"])
 @pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_learned_ranges_gradients_are_the_same_in_chunks_as_of_the_whole(monkeypatch, layout, axis, dtype):
-    monkeypatch.setattr("quantpatch.numerics.backends.eager._LSQ_CHUNK", 50)
+def test_a_learned_ranges_gradients_are_the_same_where_operations_are_recorded(layout, axis, dtype):
     torch.manual_seed(0)
     x = laid_out(torch.randn(4, 6, 9, 8, dtype=dtype), layout).requires_grad_()
     amax = (0.5 * reduce_amax(x, axis=axis)).requires_grad_()
@@ -386,11 +371,11 @@ def test_a_learned_ranges_gradients_are_the_same_in_chunks_as_of_the_whole(monke
         fake_quantize(x, amax, INT8, axis=axis),
         torch.randn(8, 9, 6, 4, dtype=dtype).permute(3, 2, 1, 0),
     )
-    in_chunks = torch.autograd.grad(y, (x, amax), upstream, retain_graph=True)
-    whole = torch.autograd.grad(y, (x, amax), upstream, create_graph=True)  # where operations are recorded
-    assert torch.equal(in_chunks[0], whole[0])
-    assert in_chunks[1].dtype == whole[1].dtype
-    torch.testing.assert_close(in_chunks[1], whole[1], rtol=1e-4, atol=1e-3)
+    plain = torch.autograd.grad(y, (x, amax), upstream, retain_graph=True)
+    recorded = torch.autograd.grad(y, (x, amax), upstream, create_graph=True)
+    assert torch.equal(plain[0], recorded[0])
+    assert plain[1].dtype == recorded[1].dtype
+    torch.testing.assert_close(plain[1], recorded[1], rtol=1e-4, atol=1e-3)
 
 
 def test_a_part_seen_by_a_mode_may_be_computed_again_without_it():

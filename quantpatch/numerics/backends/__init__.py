@@ -8,7 +8,7 @@ inductor.py       plain operations for everything else: what ``torch.compile`` a
 ================  ====================================================================================
 
 What they share: ``clip_mask.py`` (which elements lie outside a range, kept for the backward pass),
-``lsq.py`` (the gradients of learned ranges), ``scales.py`` and ``chunks.py``.
+``lsq.py`` (the gradients of learned ranges) and ``scales.py``.
 
 All give the same bits, but for the last digits of the gradient to a learned range.
 """

@@ -10,23 +10,12 @@ Finding is for eager mode on a CPU: values are read, and passes over memory coun
 from __future__ import annotations
 
 import math
-import threading
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from quantpatch.numerics.backends.chunks import chunked
 from quantpatch.numerics.division import float32
-from quantpatch.numerics.kernels.scale_layout import memory_order
-
-# Elements in a row whose extremes are sought; of shorter ones that takes longer than to look at each.
-_SHORTEST_ROW = 16
-# Elements at a time: those whose extremes are sought stay in a CPU's shared cache, those that bytes are made
-# of in a core's own.
-_SEARCH_CHUNK, _MASK_CHUNK = 2**20, 2**17
-# Up to so many elements the price of calls is what counts.
-_SMALL = 2**14
 
 
 class ClipMask(NamedTuple):
@@ -69,20 +58,20 @@ def find_clipped(x: Tensor, amax: Tensor | float | None, *, lower_end: float) ->
     """
     if x.numel() == 0 or (amax is None and lower_end < 0):
         return NOTHING
-    order = None
-    if not x.is_contiguous():
-        order = memory_order(x)
-        x = x.permute(order).contiguous()
-        amax = amax.permute(order) if isinstance(amax, Tensor) and amax.dim() else amax
     if isinstance(amax, Tensor) and amax.numel() == 1:
         amax = amax.item()
-    if x.numel() <= _SMALL and isinstance(amax, Tensor):
-        clipped = is_clipped(x, amax, lower_end=lower_end)
-        return ClipMask("bytes", clipped.to(torch.int8).sub_(1), order) if clipped.any() else NOTHING
-    if _is_all_inside(x, amax, lower_end):
-        return NOTHING
-    mask = _mask(x, amax, lower_end)
-    return ClipMask("bytes", mask, order) if mask.amax().item() == 0 else NOTHING
+    if not isinstance(amax, Tensor):
+        least, greatest = (end.item() for end in torch.aminmax(x))
+        if bottom(amax, lower_end) <= least and greatest <= (math.inf if amax is None else amax):
+            return NOTHING
+    # Of floats 0 and 1, in float32, as comparisons that give bools are not vectorised.
+    if lower_end == -1.0:
+        outside = x.abs().float().gt_(amax)  # type: ignore[arg-type]
+    else:
+        room = x.float() - bottom(amax, lower_end)
+        outside = (room if amax is None else torch.minimum(amax - x.float(), room)).lt_(0.0)
+    mask = outside.to(torch.int8).sub_(1)
+    return ClipMask("bytes", mask) if mask.amax().item() == 0 else NOTHING
 
 
 def is_clipped(x: Tensor, amax: Tensor | float | None, *, lower_end: float) -> Tensor:
@@ -113,68 +102,3 @@ def bottom(amax: Tensor | float | None, lower_end: float) -> Tensor | float:
     if lower_end == -1.0:
         return -amax
     return amax * lower_end if isinstance(amax, Tensor) else float32(amax * float32(lower_end))
-
-
-def _is_all_inside(x: Tensor, amax: Tensor | float | None, lower_end: float) -> bool:
-    """Whether nothing lies outside, as far as extremes say it: of NaN and of short rows they do not."""
-    if not isinstance(amax, Tensor):
-        low, high = bottom(amax, lower_end), math.inf if amax is None else amax
-        for (part,) in chunked(_SEARCH_CHUNK, x):
-            least, greatest = torch.aminmax(part)
-            if not (low <= least.item() and greatest.item() <= high):
-                return False
-        return True
-    own = max(axis for axis, n in enumerate(amax.shape) if n > 1) + 1
-    if math.prod(x.shape[own:]) < _SHORTEST_ROW:
-        return False
-    rows = x.view(*x.shape[:own], -1)
-    several = amax.reshape(*amax.shape[:own], 1)
-    return all(
-        bool(
-            (part.amin(-1, keepdim=True).float() >= bottom(end, lower_end))
-            .logical_and_(part.amax(-1, keepdim=True).float() <= end)
-            .all()
-        )
-        for part, end in chunked(_SEARCH_CHUNK, rows, several)
-    )
-
-
-def _mask(x: Tensor, ends: Tensor | float | None, lower_end: float) -> Tensor:
-    """The bytes of :class:`ClipMask`.
-
-    Args:
-        x: Any shape, contiguous.
-        ends: The ranges; a number, or broadcastable to ``x``.
-        lower_end: Of the format.
-    """
-    mask = torch.empty(x.shape, dtype=torch.int8)
-    several = (ends,) if isinstance(ends, Tensor) else ()
-    for part, target, *own in chunked(_MASK_CHUNK, x, mask, *several):
-        end = own[0] if own else ends
-        # In float32, as comparisons that give bools are not vectorised.
-        y = _scratch(part.numel()).view(part.shape)
-        if lower_end == -1.0:
-            y = torch.abs(part, out=y) if part.dtype == torch.float32 else y.copy_(part).abs_()
-            target.copy_(y.gt_(end))  # type: ignore[arg-type]
-            continue
-        y.copy_(part)
-        if end is not None:
-            above_bottom = y - bottom(end, lower_end) if lower_end else y
-            torch.minimum(end - y, above_bottom, out=y)
-        target.copy_(y.lt_(0.0))
-    return mask.sub_(_ONE)
-
-
-_ONE = torch.ones((), dtype=torch.int8, device="cpu")
-_of_thread = threading.local()
-
-
-def _scratch(size: int) -> Tensor:
-    """float32 memory of this thread; new memory would cost more than what is done in it."""
-    if size > _MASK_CHUNK:
-        return torch.empty(size, dtype=torch.float32, device="cpu")
-    memory: Tensor | None = getattr(_of_thread, "memory", None)
-    if memory is None or memory.numel() < size:
-        with torch.inference_mode(False):
-            memory = _of_thread.memory = torch.empty(_MASK_CHUNK, dtype=torch.float32, device="cpu")
-    return memory[:size]

@@ -1,9 +1,8 @@
 """Plain tensors in main memory, in eager mode.
 
 There every operation costs a pass over memory, and a small tensor the price of calling it. So the result is
-worked on in place, large tensors a chunk at a time; a range of one number is a number of Python's; and what
-lies outside the range is looked for before, because mostly nothing does: then nothing is clamped, kept for
-backward or masked there.
+worked on in place; a range of one number is a number of Python's; and what lies outside the range is looked
+for before, because mostly nothing does: then nothing is clamped, kept for backward or masked there.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from quantpatch.numerics.backends.chunks import chunked
+from quantpatch.numerics.backends import lsq
 from quantpatch.numerics.backends.clip_mask import ClipMask, find_clipped
-from quantpatch.numerics.backends.lsq import divided_by, lsq_gradients_of_whole, lsq_slopes
 from quantpatch.numerics.backends.scales import block_views, divisor, rescale_, spread
 from quantpatch.numerics.division import float32
 from quantpatch.numerics.formats import Blocked, Integer
@@ -24,13 +22,6 @@ from quantpatch.torch_tools.sharded import is_sharded
 
 Range = Tensor | float
 
-# Elements worked on at a time: 4 MiB of float32, which stay in the cache from one operation to the next.
-# Smaller chunks cost more in calls than they win, up to _WHOLE even these do. Of gradients more is computed
-# at once, and of masks less is read: these stay in a core's own cache.
-_CHUNK = 2**20
-_WHOLE = 2**22
-_LSQ_CHUNK = 2**18
-_MASK_CHUNK = 2**17
 # Integers of the size of an element.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -61,33 +52,17 @@ def zero_clipped(grad: Tensor, mask: ClipMask, q: QParams) -> Tensor:
     if mask.tensor is None:
         return grad
     # torch's operations with masks are not vectorised, those with bits are, which infinities are to them too.
-    grad, bits = mask.ordered(grad), _BITS[grad.element_size()]
-    out = torch.empty(grad.shape, dtype=bits)
-    for target, part, upstream in chunked(_MASK_CHUNK, out, mask.tensor, grad.view(bits)):
-        target.copy_(part).bitwise_and_(upstream)
-    return mask.restored(out.view(grad.dtype))
+    return (grad.view(_BITS[grad.element_size()]) & mask.tensor).view(grad.dtype)
 
 
-def lsq_gradients(grad: Tensor, x: Tensor, q: QParams, batch_axis: int | None) -> tuple[Tensor, Tensor]:
-    """LSQ's gradients, where nothing but that to ``x`` need be as large as that."""
-    scale = q.scales()
-    assert q.amax is not None
-    if q.dim is not None and scale.numel() > 1:
-        return lsq_gradients_of_whole(grad, x, q, batch_axis)
-    out = torch.empty_like(x)
-    sums = torch.zeros(scale.shape, dtype=torch.float64, device="cpu")
-    for source, upstream, target, factor, total in chunked(_LSQ_CHUNK, x, grad, out, scale, sums):
-        outside, slope = lsq_slopes(source, factor, q._replace(dim=None))
-        total.add_((slope * upstream).sum_to_size(total.shape))
-        target.copy_(upstream).masked_fill_(outside, 0.0)
-    divided = divided_by(x, q, batch_axis)
-    return out, sums.div_(divided).float().reshape(q.amax.shape)
+#: LSQ's gradients, of whole tensors.
+lsq_gradients = lsq.lsq_gradients
 
 
 def amax(x: Tensor, shape: Sequence[int], dim: int | None = None, block_size: int = 0) -> Tensor:
     """The largest magnitudes."""
     if dim is not None:
-        ranges = [_amax_along(blocks, dim + 1) for blocks in block_views(x, dim, block_size)]
+        ranges = [blocks.abs().amax(dim + 1) for blocks in block_views(x, dim, block_size)]
         return (ranges[0] if len(ranges) == 1 else torch.cat(ranges, dim)).float()
     # Two reductions rather than one of |x|, which would allocate as much as x again. DTensors have no aminmax
     # in torch 2.8.
@@ -97,27 +72,6 @@ def amax(x: Tensor, shape: Sequence[int], dim: int | None = None, block_size: in
         reduced = [d for d, n in enumerate(shape) if n == 1]
         low, high = x.amin(reduced, keepdim=True), x.amax(reduced, keepdim=True)
     return torch.maximum(low.abs(), high.abs()).float()
-
-
-def _amax_along(x: Tensor, dim: int) -> Tensor:
-    """The largest magnitudes along an axis that is not empty."""
-    length = x.shape[dim]
-    if x.stride(dim) == 1 and length >= 16:
-        return torch.maximum(x.amax(dim).abs(), x.amin(dim).abs())
-    # Folding halves onto each other is an elementwise operation, which is faster than torch's reductions of
-    # few elements or along other axes than the last.
-    half = length // 2
-    folded = x.narrow(dim, half, length - half).abs()
-    if half:
-        first = folded.narrow(dim, length - 2 * half, half)
-        torch.maximum(first, x.narrow(dim, 0, half).abs(), out=first)
-    length -= half
-    while length > 1:
-        half = length // 2
-        first = folded.narrow(dim, 0, half)
-        torch.maximum(first, folded.narrow(dim, length - half, half), out=first)
-        length -= half
-    return folded.select(dim, 0)
 
 
 # --- To the grid and back ---------------------------------------------------------------------------------
@@ -169,24 +123,8 @@ def _written(
     x: Tensor, out: Tensor | None, factors: Range, divisors: Range, q: QParams, clamps: bool
 ) -> Tensor:
     """``round(x / divisors) * factors``, clamped between; in ``out``, if there is one."""
-    same = x.dtype == torch.float32
     round_: Callable[[Tensor], Tensor] = q.round_ if clamps else Tensor.round_
-    element = q.format.element
-    if same and x.numel() <= _WHOLE:
-        return rescale_(round_(torch.div(x, divisors, out=out)), factors, element)
-    out = torch.empty_like(x) if out is None else out
-    scratch = None if same else torch.empty(min(x.numel(), _CHUNK), dtype=torch.float32)
-    several = (factors, divisors) if isinstance(factors, Tensor) and isinstance(divisors, Tensor) else ()
-    factor: Range = factors
-    by: Range = divisors
-    for source, target, *own in chunked(_CHUNK, x, out, *several):
-        if own:
-            factor, by = own[0], own[1]
-        if scratch is None:
-            y = torch.div(source, by, out=target)
-        else:
-            y = scratch[: source.numel()].view(source.shape).copy_(source).div_(by)
-        rescale_(round_(y), factor, element)
-        if scratch is not None:
-            target.copy_(y)
-    return out
+    if x.dtype == torch.float32:
+        return rescale_(round_(torch.div(x, divisors, out=out)), factors, q.format.element)
+    y = rescale_(round_(x.float().div_(divisors)), factors, q.format.element)
+    return y.to(x.dtype) if out is None else out.copy_(y)

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantpatch.numerics.backends import eager
+from quantpatch.numerics.backends import eager, lsq
 from quantpatch.numerics.backends.clip_mask import ClipMask, is_clipped
-from quantpatch.numerics.backends.lsq import lsq_gradients_of_whole
 from quantpatch.numerics.backends.scales import block_views, divisor, rescale_, spread
 from quantpatch.numerics.division import quotient
 from quantpatch.numerics.modes import is_compiled
@@ -90,17 +89,14 @@ def zero_clipped(grad: Tensor, mask: ClipMask, q: QParams) -> Tensor:
 
 def lsq_gradients(grad: Tensor, x: Tensor, q: QParams, batch_axis: int | None) -> tuple[Tensor, Tensor]:
     """LSQ's gradients."""
-    grad_x, grad_amax = lsq_gradients_of_whole(grad, x, q, batch_axis)
+    grad_x, grad_amax = lsq.lsq_gradients(grad, x, q, batch_axis)
     return _in_own_order(grad_x) if _is_of_convolution(x, q.scales()) else grad_x, grad_amax
 
 
 def amax(x: Tensor, shape: Sequence[int], dim: int | None = None, block_size: int = 0) -> Tensor:
     """The largest magnitudes."""
-    if dim is not None:
-        ranges = [blocks.abs().amax(dim + 1) for blocks in block_views(x, dim, block_size)]
-        return (ranges[0] if len(ranges) == 1 else torch.cat(ranges, dim)).float()
-    if not (torch.compiler.is_compiling() or is_sharded(x)):
-        return eager.amax(x, shape)  # where nothing fuses, |x| would allocate as much as x again
+    if dim is not None or not (torch.compiler.is_compiling() or is_sharded(x)):
+        return eager.amax(x, shape, dim, block_size)  # which allocates no |x| where nothing fuses
     reduced = [d for d in range(x.dim()) if not shape or shape[d] == 1]
     return x.abs().amax(reduced, keepdim=len(shape) > 0).float()
 

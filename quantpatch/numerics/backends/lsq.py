@@ -12,9 +12,7 @@ from quantpatch.numerics.division import quotient
 from quantpatch.numerics.qparams import QParams
 
 
-def lsq_gradients_of_whole(
-    grad: Tensor, x: Tensor, q: QParams, batch_axis: int | None
-) -> tuple[Tensor, Tensor]:
+def lsq_gradients(grad: Tensor, x: Tensor, q: QParams, batch_axis: int | None) -> tuple[Tensor, Tensor]:
     """The gradients to ``x`` and to the range, in operations on whole tensors, which anything can record."""
     amax, dim = q.amax, q.dim
     assert amax is not None

@@ -73,12 +73,12 @@ ZOO := timm==1.0.31 torchvision==0.28.0
 .zoo/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .zoo/venv
 	.zoo/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	.zoo/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	.zoo/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' -e 'plugins/quantpatch-transformers[dev]'
 	.zoo/venv/bin/python -m pip install -q --disable-pip-version-check --no-deps $(ZOO)
 	.zoo/venv/bin/python -m pip install -q --disable-pip-version-check huggingface_hub pillow pyyaml
 	touch $@
 
-zoo: .zoo/.installed  ## build, prepare and calibrate the smallest model of each family of timm (an hour)
+zoo: .zoo/.installed  ## build, calibrate and export the models of timm and transformers (hours)
 	.zoo/venv/bin/python -m benchmarks.zoo
 
 # In an environment of its own, of a Python that has these: make oldest PYTHON=python3.10

@@ -120,6 +120,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, of blocks
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("training", [True, False])
 def test_blocks_that_differ_in_ranges_and_zero_points_share_a_graph(training):
     torch.manual_seed(0)
@@ -198,6 +199,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("grad", [True, False])
 def test_what_changes_after_compilation_is_seen(grad):
     torch.manual_seed(1)

@@ -63,6 +63,7 @@ def test_every_argument_set(check, example):
     make(check, example)
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("example", EXAMPLES, ids=short)
 @pytest.mark.parametrize("check", [name for name in FAST if name not in ON_ALL])
 def test_each_class(check, example):
@@ -167,6 +168,7 @@ def reference(case: Any, layer: Any, quantized: Any, data: tuple[Any, ...]) -> A
 INSIDE = ("input_l1", "input_l2", "q", "k", "v", "probabilities", "out_proj_input")
 
 
+@pytest.mark.sweep(3)
 @every_case
 def test_every_operand_is_quantized(example):
     if "TransformerEncoder" in example.target:

@@ -17,6 +17,7 @@ def bits(t):
     return t.detach().contiguous().view(torch.int32)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("name", "fixed"),
     [

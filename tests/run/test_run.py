@@ -189,6 +189,7 @@ WORKER = """
 """
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("inside", [False, True], ids=["run torchrun", "torchrun run"])
 def test_torchrun(inside, write, tmp_path):
     """Both ranks calibrate together: the range is that of the rank with the larger values."""
@@ -388,9 +389,10 @@ def test_a_block_that_cannot_be_opened_in_a_child_ends_it_with_the_reason(write,
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("closed", "source"),
-    [(">&-", ""), ("2>&-", ""), (">&- 2>&-", "import torch\nlayer = torch.nn.Linear(2, 2)\n")],
+    [(">&- 2>&-", "import torch\nlayer = torch.nn.Linear(2, 2)\n"), (">&-", ""), ("2>&-", "")],
 )
 def test_a_script_whose_streams_are_closed_runs(closed, source, write, tmp_path):
     script = write(
@@ -436,6 +438,7 @@ def test_a_script_that_clears_its_environment_and_forks_says_what_it_built(write
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("text", "main"), [("{", True), ('{"recipe": 3, "new": 1}', False)])
 def test_a_variable_that_the_command_did_not_write_does_not_break_importing_torch(
     text, main, write, tmp_path, environment

@@ -25,6 +25,7 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_llama_is_one_graph_that_equals_eager(training):
     config = transformers.LlamaConfig(

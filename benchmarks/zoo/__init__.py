@@ -1,0 +1,1 @@
+"""``make zoo``: models of timm and transformers, each through everything that a user does."""

@@ -20,6 +20,7 @@ SUITES = (
     "exactness",
     "calibration",
     "models",
+    "attention",
     "compiled",
     "export",
     "lowered",

@@ -238,6 +238,59 @@ def open_path(model: nn.Module) -> nn.Module:
     return twin
 
 
+def compared(
+    name: str,
+    float_model: nn.Module,
+    ours: Mapping[str, nn.Module],
+    x: Tensor,
+    *,
+    extra: Mapping[str, nn.Module] | None = None,
+    aims: tuple[float, float] = (1.15, 1.2),
+) -> list[dict[str, Any]]:
+    """A row for a training step and one for an evaluation; ratios to the float model.
+
+    Args:
+        name: Of the model.
+        float_model: What all is compared with.
+        ours: The model quantized by us: as ``"ours"``, and in other ways by what these are called.
+        x: What to run on.
+        extra: Other float models to show beside.
+        aims: Ratios that we want to stay below, of the two.
+    """
+    amounts = work(float_model, x)
+    others, missing = twins(float_model, x)
+    found = []
+    for kind, make, aim in (("training step", step, aims[0]), ("eval", evaluation, aims[1])):
+        runs = {run: make(twin, x) for run, twin in {"float": float_model, **ours, **(extra or {})}.items()}
+        failed = dict(missing)
+        shares = {}
+        for peer, twin in others.items():
+            try:
+                runs[peer] = make(twin, x)
+                runs[peer]()
+                shares[peer] = share(twin, x, amounts)
+            except Exception as error:  # noqa: PERF203
+                runs.pop(peer, None)
+                failed[peer] = type(error).__name__
+        times = medians(runs, repeats=7)
+        ratios = {
+            f"{run} ({shares[run]:.0%} of MACs)" if run in shares else run: time / times["float"]
+            for run, time in times.items()
+            if run not in ("float", "ours")
+        }
+        found.append(
+            {
+                "name": f"{name}: {kind}",
+                "ours_ms": times["ours"],
+                "baseline_ms": times["float"],
+                "ratio": times["ours"] / times["float"],
+                "aim": aim,
+                "peers": {**ratios, **failed},
+            }
+        )
+    return found
+
+
 def rows() -> list[dict[str, Any]]:
     """A row for each model and kind of run; ratios to the float model."""
     torch.set_num_threads(1)
@@ -245,41 +298,13 @@ def rows() -> list[dict[str, Any]]:
     for name, (build, shape) in CASES.items():
         x = torch.randn(shape)
         float_model, quantized = pair(build, x)
-        amounts = work(float_model, x)
-        others, missing = twins(float_model, x)
         ours = {"ours": quantized}
         extra = {}
         if name.startswith("encoder"):
             ours["attention's products left float"] = attention_left_float(quantized)
             extra["torch's slow path"] = open_path(float_model)
-        for kind, make, aim in (("training step", step, 1.15), ("eval", evaluation, 1.2)):
-            runs = {peer: make(twin, x) for peer, twin in {"float": float_model, **ours, **extra}.items()}
-            failed = dict(missing)
-            shares = {}
-            for peer, twin in others.items():
-                try:
-                    runs[peer] = make(twin, x)
-                    runs[peer]()
-                    shares[peer] = share(twin, x, amounts)
-                except Exception as error:  # noqa: PERF203
-                    runs.pop(peer, None)
-                    failed[peer] = type(error).__name__
-            times = medians(runs, repeats=7)
-            ratios = {
-                f"{run} ({shares[run]:.0%} of MACs)" if run in shares else run: time / times["float"]
-                for run, time in times.items()
-                if run not in ("float", "ours")
-            }
-            found.append(
-                {
-                    "name": f"{name}: {kind}",
-                    "ours_ms": times["ours"],
-                    "baseline_ms": times["float"],
-                    "ratio": times["ours"] / times["float"],
-                    "aim": 1.1 if name.endswith("LSTM") else aim,
-                    "peers": {**ratios, **failed},
-                }
-            )
+        aims = (1.1, 1.1) if name.endswith("LSTM") else (1.15, 1.2)
+        found += compared(name, float_model, ours, x, extra=extra, aims=aims)
     return found
 
 

@@ -64,7 +64,8 @@ RUNTIMES = {
         placement=("slow_float", "convolutions", "joins"),
         signed_as_uint8=True,
         passes="quantpatch.export.onnx.fast_kernels:for_onnxruntime",
-        is_onnxruntime=True,
+        opens="quantpatch.export.onnx.sessions:open_file",
+        kernels="quantpatch.export.onnx.optimized_check:kernels",
     ),
     "tensorrt": Runtime(
         fold_batchnorm=False,  # it does that itself, and its documentation asks not to do it before
@@ -74,6 +75,14 @@ RUNTIMES = {
         transposed_axis=0,
         weight_pairs=True,
         refuses="quantpatch.export.onnx.tensorrt:why_refused",
+    ),
+    "openvino": Runtime(
+        placement="skips",  # it fuses the addition, and what quantizes the sum next
+        why_float="quantpatch.export.onnx.openvino:why_float",
+        refuses="quantpatch.export.onnx.openvino:why_refused",
+        passes="quantpatch.export.onnx.fast_kernels:split_constants",
+        opens="quantpatch.export.onnx.openvino_file:open_file",
+        kernels="quantpatch.export.onnx.openvino_file:kernels",
     ),
     "inductor": Runtime(
         placement="skips",  # a kernel adds one operand in integers, and fuses what follows with its result

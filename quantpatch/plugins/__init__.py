@@ -16,6 +16,6 @@ scaffold/       ``quantpatch new-plugin``
 from quantpatch.plugins.entry import Entry
 from quantpatch.plugins.example import Example
 from quantpatch.plugins.hookspecs import hookimpl
-from quantpatch.plugins.runtime import Runtime
+from quantpatch.plugins.runtime import Kernels, OpenedFile, Runtime, WrittenFile
 
-__all__ = ["Entry", "Example", "Runtime", "hookimpl"]
+__all__ = ["Entry", "Example", "Kernels", "OpenedFile", "Runtime", "WrittenFile", "hookimpl"]

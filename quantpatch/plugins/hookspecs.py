@@ -166,6 +166,10 @@ def quantpatch_runtimes() -> Mapping[str, Runtime]:
             npu = quantpatch.Runtime(zero_points=False, refuses="quantpatch_mylib.npu:why_refused")
             return {"npu": npu}
 
+    With ``opens``, a function of a path and a number of threads that returns what runs the file, the export's
+    check runs it there and measures its latency; ``kernels`` may say what of it runs on integers. Both have
+    their types in ``quantpatch.plugins``.
+
     Returns:
         Runtime by name. A name that another plugin uses already is an error that names both.
     """

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import attrs
 
-from quantpatch.errors import ArgumentTypeError, PluginError, UnknownNameError
+from quantpatch.errors import ArgumentTypeError, MissingExtraError, PluginError, UnknownNameError
 
 #: The rules of ``prepare`` that a runtime may ask for; ``export/prepare/placement_rules.py`` has them.
 PLACEMENT = ("slow_float", "convolutions", "joins", "skips")
@@ -32,6 +33,50 @@ def _function(runtime: Any, attribute: attrs.Attribute[Any], value: Any) -> None
 
 def _as_tuple(rules: Iterable[str] | str) -> tuple[str, ...]:
     return (rules,) if isinstance(rules, str) else tuple(rules)
+
+
+class OpenedFile(Protocol):
+    """A file that a runtime has opened, as its users do."""
+
+    def __call__(self, feed: Mapping[str, Any]) -> Sequence[Any]:
+        """The file's outputs, in their order, for its inputs by name; all are numpy arrays."""
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class WrittenFile:
+    """A file that was written, for a runtime to say what it makes of it.
+
+    Attributes:
+        path: The file.
+        feeds: Inputs to run it on, by name.
+        found: The ``ExportedQuantizer`` of each quantizer in it. Of weights, constants of the file are called
+            after the quantizer: ``"conv.weight_quantizer."`` and something more.
+    """
+
+    path: Path
+    feeds: Sequence[Mapping[str, Any]]
+    found: Sequence[Any]
+
+
+@attrs.frozen(kw_only=True)
+class Kernels:
+    """What a runtime made of a file.
+
+    Attributes:
+        on_floats: Names of the layers whose weights are quantized, but that run on float kernels.
+        on_integers: The other layers with quantized weights: what runs each.
+        compared: How many integer kernels were compared, each alone, with what the file says.
+        within_step: The share of their values that are within a step; None if none was compared.
+        unlike: What the runtime computes otherwise than the file says if it is opened with its defaults, as a
+            sentence; empty if that is nothing.
+    """
+
+    on_floats: tuple[str, ...] = ()
+    on_integers: Mapping[str, str] = attrs.field(factory=dict)
+    compared: int = 0
+    within_step: float | None = None
+    unlike: str = ""
 
 
 @attrs.frozen(kw_only=True)
@@ -62,8 +107,10 @@ class Runtime:
             change, as a clause; None if it does.
         passes: Takes the ``onnx_ir.Model`` and rewrites it in place as the runtime is fast at; it must not
             change values.
-        is_onnxruntime: Whether ONNX Runtime is what will run the file: the check then runs it with its
-            optimizations on as well, and measures its latency.
+        opens: Takes the path of a file and the number of threads, None for its default, and returns an
+            ``OpenedFile``. The check then runs the file with it, beside the model, and measures its latency.
+        kernels: Takes a ``WrittenFile`` and returns the ``Kernels`` that the runtime made of it, for the
+            report.
         name: Its name, which is noted when it is looked up.
     """
 
@@ -82,23 +129,39 @@ class Runtime:
     why_float: Callable[[Any], str | None] | str | None = attrs.field(default=None, validator=_function)
     refuses: Callable[[Any], str | None] | str | None = attrs.field(default=None, validator=_function)
     passes: Callable[[Any], None] | str | None = attrs.field(default=None, validator=_function)
-    is_onnxruntime: bool = False
+    opens: Callable[[Path, int | None], OpenedFile] | str | None = attrs.field(
+        default=None, validator=_function
+    )
+    kernels: Callable[[WrittenFile], Kernels] | str | None = attrs.field(default=None, validator=_function)
     name: str = ""
 
-    def call(self, name: str, argument: Any) -> Any:
-        """Calls ``why_float``, ``refuses`` or ``passes``, imported if given by name; None if there is none.
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Calls one of the functions, imported if it is given by name; None if there is none.
 
         Raises:
             PluginError: It cannot be imported.
+            MissingExtraError: It needs a package that is not installed.
+        """
+        function = self.function(name)
+        return None if function is None else function(*arguments)
+
+    def function(self, name: str) -> Callable[..., Any] | None:
+        """One of the functions, imported if it is given by name.
+
+        Raises:
+            PluginError: It cannot be imported.
+            MissingExtraError: It needs a package that is not installed.
         """
         function = getattr(self, name)
         if isinstance(function, str):
             module, _, attribute = function.partition(":")
             try:
                 function = getattr(importlib.import_module(module), attribute)
+            except MissingExtraError:
+                raise
             except (ImportError, AttributeError) as error:
                 raise PluginError(
                     f"{name}={function!r} of a runtime cannot be imported: {type(error).__name__}: {error}",
                     hook="quantpatch_runtimes",
                 ) from error
-        return None if function is None else function(argument)
+        return function  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ from torch import nn
 import quantpatch as qp
 from quantpatch.errors import ArgumentTypeError, ExportError, PluginError, UnknownNameError
 from quantpatch.export.prepare.placement_rules import RULES
+from quantpatch.plugins import Kernels, OpenedFile, WrittenFile
 from quantpatch.plugins.runtime import PLACEMENT
 
 X = torch.randn(4, 3, 8, 8)
@@ -76,6 +77,34 @@ def test_a_plugins_runtime_refuses_and_rewrites(plugin: Callable[..., str], tmp_
     assert error.value.runtime == "moody"
     with pytest.raises(ExportError, match="uint8 is unsigned, and signed has signed integers only"):
         qp.export_onnx(model, X, tmp_path / "n.onnx", runtime="signed")
+    assert not (tmp_path / "n.onnx").exists()
+
+
+def test_a_plugins_runtime_opens_the_file_and_says_what_it_made_of_it(
+    plugin: Callable[..., str], tmp_path: Path
+) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    from quantpatch.export.onnx.sessions import open_file
+
+    def kernels(file: WrittenFile) -> Kernels:
+        assert file.path.exists()
+        assert [x.shape for feed in file.feeds for x in feed.values()] == [tuple(X.shape)] * 2
+        return Kernels(on_integers={operand.name: "npu" for operand in file.found if operand.weight is None})
+
+    def broken(path: Path, threads: int | None) -> OpenedFile:
+        raise OSError("no power")
+
+    npu = qp.Runtime(signed_as_uint8=True, opens=open_file, kernels=kernels)
+    plugin(runtimes={"npu": npu, "off": attrs.evolve(npu, opens=broken)})
+    model, _ = calibrated("onnxruntime")
+    compared = qp.export_onnx(model, X, tmp_path / "m.onnx", runtime="npu").comparison
+    assert compared is not None
+    assert compared.within_step is not None
+    assert compared.latency is not None
+    assert compared.on_integers["0.input_quantizer"] == "npu"
+    with pytest.raises(ExportError, match="off cannot run the exported file: OSError: no power"):
+        qp.export_onnx(model, X, tmp_path / "n.onnx", runtime="off")
     assert not (tmp_path / "n.onnx").exists()
 
 

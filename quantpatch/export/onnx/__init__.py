@@ -6,9 +6,10 @@ capture.py              the model traced, each quantizer as an operator
 operators.py            these operators, and recurrent_operators.py, as ONNX has them
 tidy.py                 passes over the graph; graph.py what they are made of
 fast_kernels.py         passes for ONNX Runtime: channels.py, convolutions.py, weights.py
-check.py                the file run beside the model; optimized_check.py with optimizations on,
-kernel_check.py         each integer kernel alone,
-latency.py              and the time beside the float file
+check.py                the file run beside the model, and in its runtime (outputs.py)
+optimized_check.py      what ONNX Runtime makes of it, and kernel_check.py each kernel alone
+openvino_file.py        what OpenVINO makes of it; openvino.py, tensorrt.py what these do not take
+latency.py              the time beside the float file
 ======================  ===========================================================================
 """
 

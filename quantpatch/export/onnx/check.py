@@ -18,12 +18,13 @@ from torch.utils import _pytree as pytree
 from quantpatch.errors import ExportError
 from quantpatch.export.onnx.comparison import Comparison, Latency
 from quantpatch.export.onnx.latency import measure, padded, without_kernels
-from quantpatch.export.onnx.optimized_check import check_optimized
+from quantpatch.export.onnx.outputs import within_step
 from quantpatch.export.onnx.sessions import changed, session_options
 from quantpatch.export.prepare.exported import ExportedQuantizer, codes_name
 from quantpatch.layers.lowering import Lowering, lowered
 from quantpatch.numerics.fake_quant import fake_quantize, quantize
 from quantpatch.numerics.formats import Integer
+from quantpatch.plugins.runtime import Kernels, Runtime, WrittenFile
 from quantpatch.torch_tools.progress import Bar
 from quantpatch.torch_tools.random_inputs import random_like
 
@@ -34,8 +35,8 @@ def compare_with_torch(
     kwargs: Mapping[str, Any],
     path: Path,
     found: list[ExportedQuantizer],
+    runtime: Runtime,
     *,
-    optimized: bool = True,
     float_path: Path | None = None,
     bar: Bar | None = None,
 ) -> Comparison:
@@ -47,12 +48,12 @@ def compare_with_torch(
         kwargs: Its keyword arguments.
         path: The file.
         found: The model's quantizers.
-        optimized: Whether to run the file with ONNX Runtime's optimizations on as well.
+        runtime: What will run the file; if it can be opened, it is run there as well.
         float_path: The same file in float, to measure latency beside; None not to.
         bar: Shows what is being done.
 
     Raises:
-        ExportError: ONNX Runtime cannot load or run the file.
+        ExportError: ONNX Runtime, or what will run the file, cannot load or run it.
     """
     if any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in pytree.tree_leaves((args, kwargs))):
         return Comparison(not_run="ONNX Runtime's Python interface takes no bfloat16")
@@ -62,12 +63,16 @@ def compare_with_torch(
     bar.step("running the file as it is written")
     totals, runs, not_random = _as_written(model, args, kwargs, path, found)
     largest, relative, integers, differing, mismatching = zip(*totals, strict=True)
-    bar.step("running the file on ONNX Runtime's integer kernels")
-    within, kernels, left = check_optimized(path, runs, found) if optimized else (None, None, ())
+    bar.step(f"running the file in {runtime.name}")
+    opens = runtime.function("opens")
+    within = None if opens is None else within_step(runtime, path, runs)
+    feeds = [feed for feed, _ in runs]
+    made = runtime.call("kernels", WrittenFile(path=path, feeds=feeds, found=found)) or Kernels()
     latency = None
     bar.step("measuring the file beside float")
-    if float_path is not None:
-        times = measure(path, float_path, runs[0][0])
+    if float_path is not None and opens is not None:
+        times = measure(opens, path, float_path, runs[0][0])
+        left = made.on_floats
         latency = Latency(*times, left, without_kernels(left, found), padded(found))
     return Comparison(
         max(largest),
@@ -76,8 +81,10 @@ def compare_with_torch(
         sum(differing),
         sum(mismatching),
         within_step=within,
-        kernels=len(kernels.compared) if kernels else 0,
-        kernels_within_step=kernels.share if kernels else None,
+        kernels=made.compared,
+        kernels_within_step=made.within_step,
+        on_integers=made.on_integers,
+        unlike=made.unlike,
         not_random=not_random,
         latency=latency,
     )

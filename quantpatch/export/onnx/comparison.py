@@ -15,7 +15,7 @@ from quantpatch.reports.report import Report, facts_table
 
 @attrs.frozen
 class Latency(BesideFloat):
-    """How long a file takes in ONNX Runtime, with the options of a session that was given none.
+    """How long a file takes in the runtime that it is for.
 
     Attributes:
         ms: Of the file, a median.
@@ -76,8 +76,11 @@ class Comparison:
         mismatching: How many differ from what the model's quantizers make of the very floats that the file
             quantizes. None should.
         within_step: The share of output values that are within a quantization step, that of the output's own
-            quantizer or 1/127 of the largest value, of the model's when ONNX Runtime runs the file with its
-            optimizations on, on integer kernels; None if the file is for another runtime.
+            quantizer or 1/127 of the largest value, of the model's when the runtime that the file is for runs
+            it, on integer kernels (ONNX Runtime with its optimizations on); None if it was not run there.
+        on_integers: The layers that run on integer kernels there: which kernel.
+        unlike: What the runtime computes otherwise than the file says if it is opened with its defaults;
+            empty if that is nothing.
         kernels: How many integer kernels ONNX Runtime's optimized graph has that could be compared alone.
         kernels_within_step: The share of the values of these that are within a step of what the file says of
             the very inputs that the kernel got; None if there are none. An integer on the edge that changes
@@ -93,6 +96,8 @@ class Comparison:
     differing: int = 0
     mismatching: int = 0
     within_step: float | None = None
+    on_integers: Mapping[str, str] = attrs.field(factory=dict)
+    unlike: str = ""
     kernels: int = 0
     kernels_within_step: float | None = None
     not_run: str = ""
@@ -109,12 +114,15 @@ class Comparison:
         if self.not_run:
             return {"not compared": self.not_run}
         alone = f"; of each kernel alone {self.kernels_within_step:.2%}" if self.kernels else ""
+        within = None if self.within_step is None else f"{self.within_step:.2%} within a step{alone}"
         return {
             "largest difference": f"{self.largest_difference:.3g}; relative {self.relative_difference:.2g}",
             "integers differ": f"{self.differing:,} of {self.integers:,}",
             "integers mismatch": f"{self.mismatching:,}, where the same floats were quantized",
-            "optimized": None if self.within_step is None else f"{self.within_step:.2%} within a step{alone}",
+            "in the runtime": within,
+            "on integers": f"{len(self.on_integers)} layers" if self.on_integers else "",
             "on the given inputs alone": self.not_random,
+            "note": self.unlike,
             "latency": self.latency,
         }
 

@@ -64,7 +64,8 @@ def export_onnx(
         kwargs: Keyword arguments to run it on.
         runtime: What will run the file. ``"onnxruntime"``: weights are stored as integers, signed activations
             as uint8 with zero point 128, which are the same values. ``"tensorrt"``: signed INT8 with zero
-            point 0, weights as floats with a pair behind them. Or the name of a plugin's.
+            point 0, weights as floats with a pair behind them. ``"openvino"``: signed INT8, weights stored as
+            integers. Or the name of a plugin's.
         dynamic_shapes: As ``torch.export.export`` takes it, such as ``({0: "batch"},)``.
         input_names: Names of the file's inputs.
         output_names: Names of the file's outputs.
@@ -73,10 +74,11 @@ def export_onnx(
             integers from its version 1.23 on; for older ones write 19 or 20: biases are rounded to integers
             then, as newer ones do themselves, and codes of 4 bits are stored in 8.
         check: Run ONNX Runtime on the arguments and on random ones, and compare: with its optimizations
-            off, which computes what the file says, and for ``"onnxruntime"`` with them on as well.
+            off, which computes what the file says. For ``"onnxruntime"`` it runs with them on as well, and
+            for ``"openvino"`` OpenVINO does.
         latency: With the check, measure how long the file takes beside the same file in float, for half a
-            second or so: it is in the report, and a warning if the file is slower. Only for
-            ``"onnxruntime"``, and for weights of up to 512 MiB.
+            second or so: it is in the report, and a warning if the file is slower. Only where the check runs
+            the file in its runtime, and for weights of up to 512 MiB.
         progress: Whether to show what is being done (on a terminal or in a notebook only).
 
     Returns:
@@ -85,7 +87,7 @@ def export_onnx(
     Raises:
         ExportError: The runtime cannot take some of the quantizers, the model cannot be traced, or the file
             does not run. Nothing was written.
-        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+        MissingExtraError: onnx, onnxscript or onnxruntime, or with the check openvino, is not installed.
         UnknownNameError: There is no such runtime.
 
     Warns:
@@ -107,6 +109,8 @@ def export_onnx(
         target = registry.runtime(runtime)
         if target.file != "onnx":
             raise ExportError(f"{runtime} runs no ONNX files: write qp.lower(model, args)", runtime=runtime)
+        if check:
+            target.function("opens")  # what it needs may not be installed
         found = _checked_operands(model, target, opset)
         bar.step(f"tracing {type(model).__name__}")
         named = {"input_names": input_names, "output_names": output_names}
@@ -115,7 +119,7 @@ def export_onnx(
         program.model.ir_version = _ir_version(opset)
         with written_whole(path, companion=f"{path.name}.data") as folder:
             beside = None
-            is_measured = latency and check and found and target.is_onnxruntime and not has_bfloat16
+            is_measured = latency and check and found and target.opens is not None and not has_bfloat16
             if is_measured and _weight_bytes(program.model) <= _LARGE // 4:
                 from quantpatch.export.onnx.latency import float_twin
 
@@ -135,10 +139,9 @@ def export_onnx(
             if check:
                 from quantpatch.export.onnx.check import compare_with_torch
 
-                optimized = target.is_onnxruntime
                 file = folder / path.name
                 compared = compare_with_torch(
-                    model, args, kwargs, file, found, optimized=optimized, float_path=beside, bar=bar
+                    model, args, kwargs, file, found, target, float_path=beside, bar=bar
                 )
             if beside is not None:
                 beside.unlink()

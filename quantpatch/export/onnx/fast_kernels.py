@@ -31,7 +31,7 @@ def for_onnxruntime(model: Any) -> None:
     """
     graph = model.graph
     _clip_apart_from_float8(graph)
-    _split_constants(graph)
+    split_constants(model)
     _turn_weights(graph)
     _move_integers(graph)
     _subtract_biases(graph)
@@ -72,12 +72,16 @@ def _clip_apart_from_float8(graph: Any) -> None:
 # --- Matrix products ----------------------------------------------------------------------------------------
 
 
-def _split_constants(graph: Any) -> None:
+def split_constants(model: Any) -> None:
     """Parts of a weight or a bias, as attention has of its projections, become weights and biases themselves.
 
     ONNX Runtime would split the floats when it loads the file, see float weights beside quantized inputs, and
-    quantize them again with scales of its own.
+    quantize them again with scales of its own. OpenVINO loses their names.
+
+    Args:
+        model: An ``onnx_ir.Model``; changed in place.
     """
+    graph = model.graph
     for node in list(graph):
         if node.op_type != "Split" or any(output.is_graph_output() for output in node.outputs):
             continue

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import onnxruntime
 from onnx_ir.passes import common
 
 from quantpatch.export.onnx.graph import constant_of, maker, store_four_bits
@@ -22,6 +21,7 @@ from quantpatch.export.onnx.weights import fold_weight
 from quantpatch.export.prepare.exported import ExportedQuantizer
 from quantpatch.layers.operations import quantizer_name
 from quantpatch.numerics.formats import Integer
+from quantpatch.plugins.runtime import OpenedFile
 from quantpatch.torch_tools import nn
 
 # Rounds to measure at most and at least, and after how many seconds no other one begins.
@@ -64,54 +64,70 @@ def float_twin(model: Any, found: Collection[ExportedQuantizer]) -> Any:
 # --- Measuring ----------------------------------------------------------------------------------------------
 
 
-def measure(path: Path, float_path: Path, feed: Mapping[str, Any]) -> tuple[float, float]:
+def measure(
+    opens: Callable[[Path, int | None], OpenedFile], path: Path, float_path: Path, feed: Mapping[str, Any]
+) -> tuple[float, float]:
     """Medians of the times that two files take, in ms, run in turn.
 
     Args:
+        opens: What opens them, of a ``Runtime``.
         path: The file.
         float_path: The same in float.
         feed: What to run them on.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    sessions = [
-        onnxruntime.InferenceSession(str(each), options, providers=["CPUExecutionProvider"])
-        for each in (path, float_path)
-    ]
+    opened = [opens(each, None) for each in (path, float_path)]
     times: list[list[float]] = [[], []]
     start = time.perf_counter()
-    for each in sessions:
-        each.run(None, dict(feed))
+    for run in opened:
+        run(feed)
     for done in range(_ROUNDS):
         if done >= _LEAST and time.perf_counter() - start > _SECONDS:
             break
-        for session, taken in zip(sessions, times, strict=True):
+        for run, taken in zip(opened, times, strict=True):
             before = time.perf_counter()
-            session.run(None, dict(feed))
+            run(feed)
             taken.append(time.perf_counter() - before)
     own, as_float = (1e3 * statistics.median(taken) for taken in times)
     return own, as_float
 
 
-def on_floats(file: Any, optimized: Any, found: Collection[ExportedQuantizer]) -> tuple[str, ...]:
-    """The layers whose weights are quantized in a file, and that ONNX Runtime runs on float kernels.
+def kernels_of_weights(
+    file: Any, optimized: Any, found: Collection[ExportedQuantizer]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The layers whose weights are quantized in a file: what runs each on integers, and those on floats.
 
     Args:
         file: The file, an ``onnx.ModelProto``.
         optimized: What ONNX Runtime made of it.
         found: The quantizers in it.
     """
-    quantizers = {operand.name: operand for operand in found if operand.weight is not None}
-    stored = _named(quantizers, (tensor.name for tensor in file.graph.initializer))
-    taken = (
-        n
-        for node in optimized.graph.node
-        if is_kernel(node) or node.op_type == _IN_BLOCKS
-        for n in node.input
-    )
-    left = stored - _named(quantizers, taken)
-    layers = (name.rpartition(".")[0] or "the model" for name in quantizers if name in left)
-    return tuple(dict.fromkeys(layers))
+    taken: dict[str, str] = {}
+    for node in optimized.graph.node:
+        if is_kernel(node) or node.op_type == _IN_BLOCKS:
+            taken |= dict.fromkeys(node.input, node.op_type)
+    return by_layer(found, (tensor.name for tensor in file.graph.initializer), taken)
+
+
+def by_layer(
+    found: Collection[ExportedQuantizer], constants: Iterable[str], taken: Mapping[str, str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The layers whose weights are quantized in a file: what runs each on integers, and those on floats.
+
+    Args:
+        found: The quantizers in the file.
+        constants: What is stored in it, by name.
+        taken: The integer kernels by the names of the constants that they take.
+    """
+    quantizers = [operand.name for operand in found if operand.weight is not None]
+    stored = _named(quantizers, constants)
+    kernels = {name: kernel for constant, kernel in taken.items() for name in _named(quantizers, [constant])}
+    on_floats = dict.fromkeys(_layer(name) for name in quantizers if name in stored and name not in kernels)
+    on_integers = {_layer(name): kernels[name] for name in quantizers if name in kernels}
+    return {k: v for k, v in on_integers.items() if k not in on_floats}, tuple(on_floats)
+
+
+def _layer(quantizer: str) -> str:
+    return quantizer.rpartition(".")[0] or "the model"
 
 
 def without_kernels(layers: Collection[str], found: Collection[ExportedQuantizer]) -> tuple[str, ...]:
@@ -124,7 +140,7 @@ def without_kernels(layers: Collection[str], found: Collection[ExportedQuantizer
     activations: dict[str, ExportedQuantizer] = {}
     for operand in found:
         if operand.weight is None and not operand.name.endswith(quantizer_name("output")):
-            activations.setdefault(operand.name.rpartition(".")[0] or "the model", operand)
+            activations.setdefault(_layer(operand.name), operand)
     formats = ["float" for layer in layers if layer not in activations]
     for layer, operand in activations.items():
         kernel = isinstance(operand.format, Integer) and operand.format.bits == 8
@@ -135,11 +151,7 @@ def without_kernels(layers: Collection[str], found: Collection[ExportedQuantizer
 
 def padded(found: Collection[ExportedQuantizer]) -> tuple[str, ...]:
     """The convolutions of images with so few channels that integer kernels add some."""
-    layers = {
-        operand.name.rpartition(".")[0] or "the model": operand.layer
-        for operand in found
-        if operand.weight is not None
-    }
+    layers = {_layer(operand.name): operand.layer for operand in found if operand.weight is not None}
     few = (n for n, layer in layers.items() if isinstance(layer, nn.Conv2d) and layer.in_channels < 4)
     return tuple(name for name in few if layers[name].groups == 1)
 

@@ -2,10 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
+
+from quantpatch.errors import ExportError
+from quantpatch.plugins.runtime import OpenedFile
+
+
+def open_file(path: Path, threads: int | None) -> OpenedFile:
+    """A file in ONNX Runtime, with the options of a session that was given none.
+
+    Args:
+        path: The file.
+        threads: How many threads run it; None for as many as there are cores.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads or 0
+    try:
+        opened = session(path, options)
+    except Exception as error:
+        raise ExportError(_not_opened(error)) from error
+
+    def run(feed: Mapping[str, Any]) -> Sequence[Any]:
+        outputs: Sequence[Any] = opened.run(None, dict(feed))
+        return outputs
+
+    return run
+
+
+def _not_opened(error: Exception) -> str:
+    said = f"ONNX Runtime {onnxruntime.__version__} cannot run the exported file with optimizations: {error}"
+    if "float8" not in str(error):
+        return said
+    return (
+        f"{said}\nThe optimizations of ONNX Runtime before 1.32 move FP8 into operators that do not take it. "
+        f"Upgrade it, use an int8 recipe, or pass check=False and run the file with its optimizations off"
+    )
 
 
 def session_options(*, optimized: bool, written_to: Path | None = None) -> Any:

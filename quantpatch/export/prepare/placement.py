@@ -96,7 +96,8 @@ def prepare(
             operand is quantized, and weights of transposed convolutions get their scales on axis 0.
             ``"inductor"``: PyTorch's compiler, which ``lower`` uses; batch norm is folded, of an addition to
             a convolution the other operand is quantized, and layers that have no integer kernel there are
-            left float, their quantizers switched off. Or the name of a plugin's.
+            left float, their quantizers switched off. ``"openvino"``: the same, of OpenVINO's kernels. Or the
+            name of a plugin's.
         outputs: Whether, for ``"onnxruntime"``, a result of a convolution is quantized also where the model
             returns it. Without that ONNX Runtime runs this convolution on floats, slower than in a float
             file; ``left`` names it then.

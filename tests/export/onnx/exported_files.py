@@ -16,7 +16,7 @@ import quantpatch as qp
 from quantpatch.errors import ExportError
 from quantpatch.export import ExportReport, export_onnx, prepare
 from quantpatch.export.onnx.kernel_check import kernels_of
-from quantpatch.export.onnx.optimized_check import steps_of_outputs
+from quantpatch.export.onnx.outputs import steps_of_outputs
 from quantpatch.export.onnx.sessions import session_options
 
 __all__ = [

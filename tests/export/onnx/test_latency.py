@@ -59,7 +59,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch, *times: float) -> list[Any]:
     """Makes the export measure these times, and returns what it measured: outputs of the two files."""
     seen: list[Any] = []
 
-    def measured(path: Path, float_path: Path, feed: Any) -> tuple[float, ...]:
+    def measured(opens: Any, path: Path, float_path: Path, feed: Any) -> tuple[float, ...]:
         inputs = [torch.from_numpy(x) for x in feed.values()]
         seen.append([run(each, *inputs)[0] for each in (path, float_path)])
         return times

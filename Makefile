@@ -6,7 +6,7 @@ PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format bench bench-accuracy zoo oldest clean
+.PHONY: help install demo test test-all check format bench bench-accuracy zoo oldest docs release-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -81,6 +81,20 @@ ZOO := timm==1.0.31 torchvision==0.28.0
 zoo: .zoo/.installed  ## build, calibrate and export the models of timm and transformers (hours)
 	.zoo/venv/bin/python -m benchmarks.zoo
 
+# The site is built from the source alone: neither torch nor quantpatch is in its environment.
+.docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .docs/venv
+	.docs/venv/bin/python -m pip install -q --disable-pip-version-check 'pip>=25.1'
+	.docs/venv/bin/python -m pip install -q -c constraints.txt --group docs
+	touch $@
+
+docs: .docs/.installed  ## build the site of the pages into .docs/site, and check every link in it
+	NO_MKDOCS_2_WARNING=1 .docs/venv/bin/python -m mkdocs build --strict --quiet
+	.docs/venv/bin/python tools/check_site.py .docs/site
+
+release-check:  ## build, install and try what a release would be, with each Python that is here (an hour)
+	$(PYTHON) tools/release_check.py $(RELEASE)
+
 # In an environment of its own, of a Python that has these: make oldest PYTHON=python3.10
 # transformers that its plugin knows does not install there.
 OLD_PLUGINS := $(filter-out plugins/quantpatch-transformers/,$(PLUGINS))
@@ -93,4 +107,4 @@ oldest: .oldest/.installed  ## run all tests with the oldest releases that are a
 	.oldest/venv/bin/python -m pytest -n 2 -q --all tests $(OLD_PLUGINS)
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .bench .accuracy .zoo .oldest .nox htmlcov
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .bench .accuracy .zoo .oldest .docs .nox htmlcov

@@ -75,7 +75,7 @@ def test_the_sdist_has_what_its_tests_need(unpacked):
         "LICENSE",
         "conftest.py",
         "tests/test_distribution.py",
-        "docs/guide.md",
+        "docs/index.md",
     ):
         assert (unpacked / name).exists(), name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from quantpatch.plugins import hookspecs
+from quantpatch.recipes import BUILTIN_RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,8 +39,18 @@ def blocks(page):
         yield text[: block.start(3)].count("\n"), block[3], shown
 
 
-def with_code(page):
-    return any(True for _ in blocks(page))
+def marks(page):
+    """What a page says of its code: packages that it needs, and that it is run now and then only."""
+    text = page.read_text()
+    return re.findall(r"<!-- needs: (\w+) -->", text), "<!-- sweep -->" in text
+
+
+def with_code():
+    """The pages that have any, as parameters."""
+    for page in PAGES:
+        if any(True for _ in blocks(page)):
+            marked = [pytest.mark.sweep] if marks(page)[1] else []
+            yield pytest.param(page, id=str(page.relative_to(ROOT)), marks=marked)
 
 
 @pytest.fixture
@@ -51,8 +63,10 @@ def _one_thread():
 
 
 @pytest.mark.usefixtures("_one_thread")
-@pytest.mark.parametrize("page", list(filter(with_code, PAGES)), ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", list(with_code()))
 def test_every_python_block_runs_and_prints_what_the_page_shows(page, monkeypatch, capsys, tmp_path):
+    for package in marks(page)[0]:
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     module = ModuleType(f"page_{page.stem}")  # classes on a page can be pickled and named in entries
@@ -111,12 +125,29 @@ def build():
     return module
 
 
-def test_the_manual_is_made_of_the_hooks_as_they_are(build):
-    page = build.PAGE.read_text()
-    assert page == build.built(page), "out of date; write: python docs/build.py"
+@pytest.mark.parametrize("name", ["plugins.md", "fields.md", "recipes.md"])
+def test_what_pages_say_of_the_code_is_made_of_the_code_as_it_is(build, name):
+    page = ROOT / "docs" / name
+    assert page.read_text() == build.built(page), "out of date; write: python docs/build.py"
 
 
 def test_the_manual_has_every_hook(build):
     names = [name for name in hookspecs.__all__ if name.startswith("quantpatch_")]
     assert names
-    assert [name for name in names if f"### `{name}(" not in build.PAGE.read_text()] == []
+    assert [name for name in names if f"### `{name}(" not in (ROOT / "docs" / "plugins.md").read_text()] == []
+
+
+def test_the_recipes_that_were_measured_are_those_that_come_along():
+    found = json.loads((ROOT / "docs" / "recipes.json").read_text())
+    assert found
+    assert all(rows.keys() == {"float", *BUILTIN_RECIPES} for rows in found.values())
+
+
+def test_the_site_has_every_page_in_its_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    listed = re.findall(r": ([\w/-]+\.md)$", nav, re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    here = {page.name for page in (ROOT / "docs").glob("*.md")}
+    made = {*re.findall(r'"([\w-]+\.md)"', (ROOT / "docs" / "site_pages.py").read_text()), "plugins.md"}
+    made |= {name for name in listed if name.startswith(("reference/", "plugin-"))}
+    assert here <= set(listed) <= here | made

@@ -42,5 +42,5 @@ def test_what_is_asked_for_is_what_is_tried(file: Path) -> None:
 
 def test_the_pages_say_the_same_floor() -> None:
     major_minor = oldest()["torch"].rpartition(".")[0]
-    for page in ("README.md", "docs/guide.md"):
+    for page in ("README.md", "docs/index.md"):
         assert f"PyTorch {major_minor} or newer" in (ROOT / page).read_text()

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from quantpatch.cli.app import AsJson, app, look_here, print_report, print_text, with_block
 from quantpatch.errors import shown
+from quantpatch.plugins.plugin import BUILTIN
 from quantpatch.plugins.registry import registry
 from quantpatch.quantize.compose import compose
 from quantpatch.quantize.explain import explain
@@ -52,22 +53,37 @@ def plugins(as_json: AsJson = False) -> None:
 
 @app.command()
 def recipes(as_json: AsJson = False) -> None:
-    """List the recipes: how each quantizes what layers take, hold and give."""
+    """List the recipes: how each quantizes what layers take and hold, what it costs, and what it is for."""
     found = registry.recipes()
     operands: tuple[str, ...] = ("input", "weight", "output", "hidden")
     if as_json:
         rows = [
-            {"name": name, "plugin": plugin, **{o: _descriptor(getattr(recipe, o)) for o in operands}}
+            {
+                "name": name,
+                "plugin": plugin,
+                "about": recipe.about,
+                "bits_per_weight": _bits(recipe.weight),
+                **{o: _descriptor(getattr(recipe, o)) for o in operands},
+            }
             for name, (recipe, plugin) in found.items()
         ]
         _print_json(rows)
         return
     # No column for what every recipe leaves float.
     operands = tuple(o for o in operands if any(getattr(recipe, o) for recipe, _ in found.values()))
-    table = table_of("recipe", *operands, "plugin")
+    # Nor for who has a recipe, if all are the library's own.
+    others = any(plugin != BUILTIN for _, plugin in found.values())
+    bits = "bits a weight"
+    table = table_of("recipe", *operands, bits, "for", *["plugin"] * others, right=(bits,))
     for name, (recipe, plugin) in found.items():
-        _add_row(table, name, *(_in_words(getattr(recipe, o)) for o in operands), plugin)
+        said = (f"{_bits(recipe.weight):g}", recipe.about, *[plugin] * others)
+        _add_row(table, name, *(_in_words(getattr(recipe, o)) for o in operands), *said)
     print_text(table)
+
+
+def _bits(weight: QuantDescriptor | None) -> float:
+    """Storage of a weight's element, with its share of a block's scale."""
+    return 32.0 if weight is None else float(registry.format(weight).bits_with_scale)
 
 
 def _descriptor(descriptor: QuantDescriptor | None) -> dict[str, Any] | None:
@@ -80,10 +96,11 @@ def _in_words(descriptor: QuantDescriptor | None) -> str:
     """A descriptor for a cell of a table: its format, which ranges it has, and where they are from."""
     if descriptor is None:
         return "float"
-    parts = [registry.format(descriptor).name]
+    format = registry.format(descriptor)
+    parts = [format.name]
     if descriptor.axis not in (None, REDUCTION):  # blocks run along it by nature
         parts.append("per channel" if descriptor.axis == CHANNEL else f"axis {descriptor.axis}")
-    if descriptor.dynamic:
+    if descriptor.dynamic and format.block_size is None:  # whose scales are from each tensor by nature
         parts.append("dynamic")
     return ", ".join(parts)
 

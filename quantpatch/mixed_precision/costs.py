@@ -24,7 +24,6 @@ from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.layers.stand_ins import without_stand_in
 from quantpatch.mixed_precision.formats import Candidate, Quantizers, signature, wants_range
 from quantpatch.mixed_precision.layers import own_quantizers
-from quantpatch.numerics.formats import Blocked
 from quantpatch.quantize.calibrate import calibrate
 from quantpatch.recipes.descriptor import Recipe
 
@@ -112,10 +111,7 @@ def _bits(quantizers: Quantizers, name: str, in_float: float) -> float:
     quantizer = quantizers.get(name)
     if quantizer is None or quantizer.disabled:
         return in_float
-    format = quantizer.format
-    if not isinstance(format, Blocked):
-        return format.bits
-    return format.bits + (32 if format.scale == "float32" else 8) / format.block_size
+    return quantizer.format.bits_with_scale
 
 
 class _Bits:

@@ -93,6 +93,11 @@ class NumberFormat(abc.ABC):
         """Storage bits of an element."""
 
     @property
+    def bits_with_scale(self) -> float:
+        """Storage bits of an element, with its share of its block's scale."""
+        return self.bits
+
+    @property
     @abc.abstractmethod
     def max(self) -> float:
         """Largest value on the grid."""
@@ -334,6 +339,11 @@ class Blocked(NumberFormat):
     def bits(self) -> int:
         """Of an element, its scale not counted."""
         return self.element.bits
+
+    @property
+    def bits_with_scale(self) -> float:
+        """The same, with a scale of 32 or 8 bits for each block."""
+        return self.bits + (32 if self.scale == "float32" else 8) / self.block_size
 
     @property
     def max(self) -> float:

@@ -36,30 +36,45 @@ def _blocks(format: str) -> QuantDescriptor:
     return QuantDescriptor(format=format, axis=REDUCTION, dynamic=True)
 
 
-def _in_blocks(name: str, format: str) -> Recipe:
-    return Recipe(name=name, input=_blocks(format), weight=_blocks(format))
+def _in_blocks(name: str, format: str, about: str) -> Recipe:
+    return Recipe(name=name, input=_blocks(format), weight=_blocks(format), about=about)
 
 
 #: What a layer uses that is built outside any block.
-DEFAULT_RECIPE = Recipe(name="int8")
+DEFAULT_RECIPE = Recipe(name="int8", about="the default: every runtime has kernels for it")
 
 BUILTIN_RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         recipe.name: recipe
         for recipe in (
             DEFAULT_RECIPE,
-            Recipe(name="int8-weight-only", input=None, weight=_WEIGHT8),
-            Recipe(name="int4", input=QuantDescriptor(num_bits=4), weight=_WEIGHT4),
-            Recipe(name="int4-weight-only", input=None, weight=_blocks("int4_g128")),
-            Recipe(name="w4a8", weight=_WEIGHT4),
+            Recipe(
+                name="int8-weight-only", input=None, weight=_WEIGHT8, about="smaller files, hardly any loss"
+            ),
+            Recipe(
+                name="int4",
+                input=QuantDescriptor(num_bits=4),
+                weight=_WEIGHT4,
+                about="to be trained: calibrated alone it loses much",
+            ),
+            Recipe(
+                name="int4-weight-only",
+                input=None,
+                weight=_blocks("int4_g128"),
+                about="language models: an eighth of the size; tune with gptq",
+            ),
+            Recipe(
+                name="w4a8", weight=_WEIGHT4, about="half the size of int8, on its kernels; tune with gptq"
+            ),
             Recipe(
                 name="fp8",
                 input=QuantDescriptor(format="fp8_e4m3"),
                 weight=QuantDescriptor(format="fp8_e4m3", axis=CHANNEL),
+                about="transformers with outliers; GPUs with FP8",
             ),
-            _in_blocks("mxfp8", "mxfp8_e4m3"),
-            _in_blocks("mxfp4", "mxfp4"),
-            _in_blocks("nvfp4", "nvfp4"),
+            _in_blocks("mxfp8", "mxfp8_e4m3", "OCP MX, 8 bits in blocks; accelerators with MX"),
+            _in_blocks("mxfp4", "mxfp4", "OCP MX, 4 bits in blocks: train or tune it"),
+            _in_blocks("nvfp4", "nvfp4", "4 bits in blocks of 16; NVIDIA Blackwell GPUs"),
         )
     }
 )

@@ -235,6 +235,7 @@ class Recipe:
             each outermost module that was built in it (``convert`` applies them at once).
         tune: Methods that :func:`quantpatch.tune` uses when it is given this recipe, in their order: names,
             or methods with options.
+        about: What it is for, in a line: ``quantpatch recipes`` shows it.
     """
 
     name: str
@@ -247,6 +248,7 @@ class Recipe:
     include: tuple[str, ...] = attrs.field(default=(), converter=_names)
     rules: tuple[tuple[Any, Any], ...] = attrs.field(default=(), converter=_pairs)
     tune: tuple[Any, ...] = attrs.field(default=(), converter=_several)
+    about: str = attrs.field(default="", eq=False)
 
     def __attrs_post_init__(self) -> None:
         for field in ("input", "weight", "output", "hidden"):

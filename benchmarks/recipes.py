@@ -1,4 +1,4 @@
-"""``python -m benchmarks.recipes``: what each built-in recipe costs and gives on real models.
+"""``python -m benchmarks.recipes [MODEL ...]``: what each built-in recipe costs and gives on real models.
 
 The models and their scores are those of ``benchmarks.accuracy``, and the demo's network, which is trained
 here on scikit-learn's handwritten digits. Writes ``docs/recipes.json``, of which ``docs/build.py`` makes the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -57,9 +58,11 @@ def size(model: nn.Module) -> int:
 
 def main() -> None:
     """Writes the table."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = json.loads(OUT.read_text()) if sys.argv[1:] else {}
     tasks = {"digits": digits, **{name: lambda seed, name=name: real(name, seed) for name in TASKS}}
     for name, build in tasks.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         model, data, score, options = build(0)
         rows: dict[str, Any] = {
             "float": {"calibrated": score(model), "bytes": sum(p.nbytes for p in model.state_dict().values())}

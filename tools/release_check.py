@@ -2,8 +2,8 @@
 
 From a clean clone it builds the sdists and wheels of quantpatch and its plugins, looks at what is in them,
 installs them into a fresh environment for each Python and torch of the matrix that can be had here, and runs
-the demo and the tests against what is installed. Prints a line for each check, with its seconds, and exits with
-1 if one failed.
+the demo and the tests against what is installed. Prints a line for each check, with its seconds, and exits
+with 1 if one failed.
 
 ``python tools/release_check.py --tests "tests/recipes" --only 3.11`` is the short form.
 """
@@ -58,7 +58,7 @@ print(json.dumps(failed))
 """
 WHAT_IT_IMPORTS = """
 import sys, quantpatch
-extras = "numba sklearn onnx onnxruntime onnxscript safetensors itables jinja2 matplotlib vl_convert transformers"
+extras = "numba sklearn onnx onnxruntime onnxscript safetensors itables jinja2 matplotlib vl_convert"
 print(*(name for name in extras.split() if name in sys.modules))
 """
 

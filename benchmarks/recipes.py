@@ -8,6 +8,7 @@ table in ``docs/recipes.md``.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
 import tempfile
@@ -59,7 +60,7 @@ def size(model: nn.Module) -> int:
 def main() -> None:
     """Writes the table."""
     found: dict[str, Any] = json.loads(OUT.read_text()) if sys.argv[1:] else {}
-    tasks = {"digits": digits, **{name: lambda seed, name=name: real(name, seed) for name in TASKS}}
+    tasks = {"digits": digits, **{name: functools.partial(real, name) for name in TASKS}}
     for name, build in tasks.items():
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue

@@ -60,7 +60,10 @@ def size(model: nn.Module) -> int:
 def main() -> None:
     """Writes the table."""
     found: dict[str, Any] = json.loads(OUT.read_text()) if sys.argv[1:] else {}
-    tasks = {"digits": digits, **{name: functools.partial(real, name) for name in TASKS}}
+    tasks: dict[str, Callable[[int], Any]] = {
+        "digits": digits,
+        **{name: functools.partial(real, name) for name in TASKS},
+    }
     for name, build in tasks.items():
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantpatch.numerics.backends import numba
 
-_CHUNK = 1 << 19  # elements binned at a time on a CPU: the scratch buffers stay in its cache
+_CHUNK = 1 << 19  # elements binned, and bins, at a time
 #: Of the bin width: the smallest normal float32.
 MIN_EXPONENT = -126
 
@@ -48,45 +48,21 @@ def count(x: Tensor, exponent: Tensor, counts: Tensor, *, clamp: bool = False) -
 
     The index of a bin is ``ceil(|x| / width) - 1``, and 0 for 0. As ``width`` is a power of two, the
     quotient is exact; multiplying by the float just below ``1 / width`` instead rounds to the float
-    just below the quotient, whose integer part is that index. So no pass over the data goes into
-    ``ceil``, and ``|.|`` is left to the integers, which are half as wide.
-
-    A CPU waits for a count to be written before it raises it again, and after a ReLU half of the values are
-    in one bin. So of two neighbours one is counted in a second histogram: as one integer of twice the width
-    the indices of both take the second's offset in one operation.
+    just below the quotient, whose integer part is that index.
     """
     channels, bins = counts.shape
     below = (((127 - exponent) << 23) - 1).to(torch.int32).view(torch.float32)[:, None]
     if numba.count(x, below.view(-1), counts):
         return
-    chunk = _CHUNK if x.device.type == "cpu" else 1 << 26
-    length = min(chunk, x.shape[1])
-    rows = max(1, min(chunk // length, (1 << 20) // bins, channels))
-    size = rows * bins
-    dtype = torch.int16 if size <= 1 << 15 else torch.int32 if size < 1 << 31 else torch.int64
-    halves = 2 if size <= 1 << 14 and x.device.type == "cpu" else 1
-    scratch = torch.empty(rows, length, dtype=torch.float32, device=x.device)
-    indices = torch.empty(rows, length, dtype=dtype, device=x.device)
-    first = torch.arange(0, size, bins, dtype=dtype, device=x.device)[:, None]  # index of each row
+    length = min(_CHUNK, x.shape[1])
+    rows = max(1, min(_CHUNK // length, _CHUNK // bins))
     for row in range(0, channels, rows):
         some = slice(row, row + rows)
         factor, target = below[some], counts[some]
+        first = torch.arange(0, target.numel(), bins, dtype=torch.int32, device=x.device)[:, None]
         for part in torch.split(x[some], length, dim=1):
-            n, m = part.shape
-            # Rows of a narrower part are packed, so that bincount can take them as one.
-            scaled = scratch.view(-1)[: n * m].view(n, m)
-            index = indices.view(-1)[: n * m].view(n, m)
-            if part.dtype == torch.float32:
-                torch.mul(part, factor, out=scaled)
-            else:
-                scaled.copy_(part).mul_(factor)
+            scaled = part.float() * factor
             if clamp:
                 scaled.clamp_(1 - bins, bins - 1)
-            index.copy_(scaled).abs_()
-            if n > 1:
-                index.add_(first[:n])
-            flat = index.view(-1)
-            if halves > 1:
-                flat[: flat.numel() & ~1].view(torch.int32).add_(n * bins << 16)
-            for half in torch.bincount(flat, minlength=halves * n * bins).view(halves, n, bins):
-                target.add_(half)
+            index = scaled.to(torch.int32).abs_().add_(first)
+            target.add_(torch.bincount(index.reshape(-1), minlength=target.numel()).view_as(target))

@@ -10,6 +10,7 @@ next, so a change made in whatever way (``weight.data``, a numpy view, another t
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import weakref
 from collections.abc import Container, Iterator, Mapping
@@ -242,8 +243,8 @@ class TensorQuantizer(HeldRange):
                 return self._quantized(x, batch_axis)
             check_operand(x)
             return x
-        except (ArgumentTypeError, RangeError) as error:
-            self._note_it(error)
+        except (ArgumentTypeError, CalibrationError, RangeError) as error:
+            self._name_in(error)
             raise
         except (RuntimeError, TypeError) as error:
             # Looked for only now: in every call it would cost time, and torch can do more with some of them
@@ -252,27 +253,25 @@ class TensorQuantizer(HeldRange):
             if why is None:
                 raise
             odd = ArgumentTypeError(why, x=x.layout)
-            self._note_it(odd)
+            self._name_in(odd)
             raise odd from error
 
     def _collect(self, x: Tensor) -> None:
         assert self.calibrator is not None
         check_operand(x)
-        try:
-            x = x.detach()
-            q = self.qparams
-            self.calibrator.collect(q.magnitudes(x) if q.zero_point else x)
-        except CalibrationError as error:
-            error.quantizer = self
-            raise
+        x, q = x.detach(), self.qparams
+        self.calibrator.collect(q.magnitudes(x) if q.zero_point else x)
 
-    def _note_it(self, error: ArgumentTypeError | RangeError) -> None:
-        """Notes in an error that came out of this quantizer that it was this one."""
+    def _name_in(self, error: ArgumentTypeError | CalibrationError | RangeError) -> None:
+        """Has an error that came out of this quantizer begin with its name."""
         if torch.compiler.is_compiling() or error.quantizer is not None:
             return
         error.quantizer = self
+        message = str(error)
         if isinstance(error, ArgumentTypeError) and isinstance(error.value, (torch.dtype, torch.layout)):
-            error.args = (f"{error}. To leave a layer float write: qp.configure(model, {{name: None}})",)
+            message += ". To leave a layer float write: qp.configure(model, {name: None})"
+        name = found_name(self)
+        error.args = (f"{name}: {message}" if name else message,)
 
     def _quantized(self, x: Tensor, batch_axis: int | None) -> Tensor:
         check_operand(x)
@@ -361,6 +360,21 @@ def named_quantizers(model: nn.Module, *, every_name: bool = False) -> dict[str,
     """
     modules = model.named_modules(remove_duplicate=not every_name)
     return {name: module for name, module in modules if isinstance(module, TensorQuantizer)}
+
+
+def found_name(module: nn.Module) -> str:
+    """The name of a module in the outermost one that holds it; empty if none does.
+
+    A module does not know by what name it is held, so all that there are are asked: for errors alone.
+    """
+    holders: dict[int, tuple[str, Any]] = {}
+    for holder in gc.get_objects():
+        if issubclass(type(holder), nn.Module):  # not isinstance, which asks what pretends to be one
+            holders |= {id(m): (name, holder) for name, m in vars(holder).get("_modules", {}).items()}
+    names: list[str] = []
+    while (found := holders.pop(id(module), None)) is not None:
+        names[:0], module = found[:1], found[1]
+    return ".".join(names)
 
 
 @contextlib.contextmanager

@@ -103,13 +103,13 @@ def explaining(model: nn.Module, inputs: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming_quantizers(model: nn.Module) -> Iterator[None]:
-    """A block whose errors begin with the name of the quantizer that they come from: none knows its own."""
+    """A block whose errors begin with the name of the quantizer that they come from."""
     try:
         yield
     except QuantPatchError as error:
         own = getattr(error, "quantizer", None)
         names = [name for name, module in model.named_modules() if module is own]
-        if names and not str(error).startswith(f"{names[0]}: "):  # by a block inside
+        if names and f"{names[0]}: " not in str(error):  # by itself, or a block inside
             error.args = (f"{names[0]}: {error}",)
         if names and isinstance(error, CalibrationError):
             error.quantizers = (names[0],)

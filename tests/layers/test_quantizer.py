@@ -228,15 +228,12 @@ class Nested(nn.Module):
     ],
 )
 @pytest.mark.parametrize("state", ["dynamic", "static", "calibrating"])
-def test_the_error_for_what_cannot_be_quantized_has_the_quantizer_and_in_calibration_its_name(
-    x, name, got, state
-):
+def test_the_error_for_what_cannot_be_quantized_has_the_quantizer_and_its_name(x, name, got, state):
     with qp.quantize_modules():
         model = Nested()
     if state == "static":
         model.body[0].input_quantizer.amax = 1.0
-    where = f"{name}: " if state == "calibrating" else ""
-    with pytest.raises(ArgumentTypeError, match=rf"^{where}only .* got {got}") as caught:
+    with pytest.raises(ArgumentTypeError, match=rf"^{name}: only .* got {got}") as caught:
         qp.calibrate(model, lambda model: model(x)) if state == "calibrating" else model(x)
     assert caught.value.quantizer is model.get_submodule(name)
     assert isinstance(caught.value, TypeError)
@@ -280,7 +277,8 @@ def test_a_tensor_that_is_not_dense_is_refused_with_what_makes_it_so(kind, state
         model[0].input_quantizer.amax = 1.0
     with pytest.raises(ArgumentTypeError, match=rf"{kind}.*{advice}") as caught:
         qp.calibrate(model, lambda model: model(x)) if state == "calibrating" else model(x)
-    assert str(caught.value).startswith("0.input_quantizer: ") is (state == "calibrating")
+    assert str(caught.value).startswith("0.input_quantizer: ")
+    assert str(caught.value).count("input_quantizer") == 1
     assert "qp.configure(model, {name: None})" in str(caught.value)
     assert caught.value.quantizer is model[0].input_quantizer
 
@@ -294,15 +292,25 @@ def test_an_error_that_has_nothing_to_do_with_the_tensor_stays_what_it_is():
         Broken()(torch.ones(2))
 
 
-def test_the_error_for_a_range_that_does_not_fit_has_the_quantizer_and_in_an_audit_its_name():
+def test_the_error_for_a_range_that_does_not_fit_has_the_quantizer_and_its_name():
     with qp.quantize_modules():
         model = Nested()
     model.body[0].weight_quantizer.amax = torch.ones(3, 1)
-    with pytest.raises(RangeError, match=r"^a range of shape \(3, 1\)") as caught:
-        model(torch.ones(2, 4))
-    assert caught.value.quantizer is model.body[0].weight_quantizer
-    with pytest.raises(RangeError, match=r"^body\.0\.weight_quantizer: a range of shape"):
-        qp.audit(model, torch.ones(2, 4))
+    message = r"^body\.0\.weight_quantizer: a range of shape \(3, 1\)"
+    for run in (lambda x: model(x), lambda x: qp.audit(model, x)):
+        with pytest.raises(RangeError, match=message) as caught:
+            run(torch.ones(2, 4))
+        assert caught.value.quantizer is model.body[0].weight_quantizer
+
+
+def test_an_error_has_the_name_that_the_quantizer_has_in_what_runs():
+    with qp.quantize_modules():
+        model = Nested()
+    trainer = nn.ModuleDict({"net": model})
+    with pytest.raises(ArgumentTypeError, match=r"^net\.body\.0\.input_quantizer: only real floating-point"):
+        trainer["net"](torch.ones(2, 4, dtype=torch.int64))
+    with pytest.raises(ArgumentTypeError, match="^only real floating-point"):
+        TensorQuantizer()(torch.ones(2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("given", ["int8", 8, qp.Recipe(name="r")])

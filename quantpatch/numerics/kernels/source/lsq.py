@@ -23,8 +23,6 @@ from quantpatch.numerics.kernels.source.elements import ZERO, load, quotient, to
 from quantpatch.numerics.kernels.source.scale_layout import (
     after,
     end_of_scale,
-    halves,
-    next_half,
     next_row,
     scale_of,
 )
@@ -47,26 +45,10 @@ def _fold(sums, half):
 
 
 @inlined
-def _sum_of_16(sums):
-    _fold(sums, 8)
-    _fold(sums, 4)
-    _fold(sums, 2)
-    return sums[0] + sums[1]
-
-
-@inlined
 def _lanes(x, grad, out, scale, grid, sums):
     """A sum for every 32nd element, since nothing reorders one: as fast as if there were none."""
     for i in range(32):
         sums[i] += _element(x, grad, out, i, scale, grid)
-
-
-@inlined
-def _pair(x, grad, out, scale0, scale1, grid, sums):
-    """Two sixteens, see :func:`quantpatch.numerics.kernels.source.rounding._pair`; returns both sums."""
-    for i in range(32):
-        sums[i] = _element(x, grad, out, i, scale0 if i < 16 else scale1, grid)
-    return _sum_of_16(sums[:16]), _sum_of_16(sums[16:])
 
 
 @jit
@@ -80,8 +62,9 @@ def _one_scale(x, grad, out, scale, grid, sums):
         _lanes(x[i:upto], grad[i:upto], out[i:upto], scale, grid, sums)
     for i in range(whole, x.size):
         sums[i - whole] += _element(x, grad, out, i, scale, grid)
-    _fold(sums, 16)
-    return _sum_of_16(sums)
+    for half in (16, 8, 4, 2):
+        _fold(sums, half)
+    return sums[0] + sums[1]
 
 
 @jit
@@ -96,18 +79,6 @@ def _rows(x, grad, out, start, scales, sums, first, length, block, grid):
     i, stop, count = start, start + x.size, scales.size
     lanes = np.empty(32, np.float64)
     which = scale_of(start, length, block) % count
-    sixteens, half = halves(start, length, block)
-    while sixteens and i + 32 <= stop:
-        before = which
-        which, half = next_half(which, half, sixteens, count)
-        here, upto = i - start, i - start + 32
-        sum0, sum1 = _pair(
-            x[here:upto], grad[here:upto], out[here:upto], scales[before], scales[which], grid, lanes
-        )  # fmt: skip
-        sums[before - first] += sum0
-        sums[which - first] += sum1
-        which, half = next_half(which, half, sixteens, count)
-        i += 32
     while i < stop:
         end = end_of_scale(i, stop, length, block)
         here, upto = i - start, end - start

@@ -11,7 +11,6 @@ from quantpatch.numerics.kernels.source.compilation import (
     INTS,
     LONG,
     LONGS,
-    inlined,
     jit,
     register,
 )
@@ -19,10 +18,8 @@ from quantpatch.numerics.kernels.source.elements import TILE, load, magnitude
 from quantpatch.numerics.kernels.source.scale_layout import (
     after,
     end_of_scale,
-    halves,
     is_short,
     next_block,
-    next_half,
     next_row,
     scale_of,
 )
@@ -38,26 +35,11 @@ def _peak(x):
     return largest
 
 
-@inlined
-def _peak_of_16(x):
-    largest = np.int32(0)
-    for i in range(16):
-        bits = magnitude(x, i)
-        largest = bits if bits > largest else largest
-    return largest
-
-
 @jit
 def _peaks_of_rows(x, peaks, start, length, block):
     count = peaks.size
     which = scale_of(start, length, block) % count
-    sixteens, half = halves(start, length, block)
     i, size = 0, x.size
-    while sixteens and i + 16 <= size:
-        peak = _peak_of_16(x[i : i + 16])
-        peaks[which] = peak if peak > peaks[which] else peaks[which]
-        which, half = next_half(which, half, sixteens, count)
-        i += 16
     while i < size:
         end = end_of_scale(start + i, start + size, length, block) - start
         peak = _peak(x[i:end])

@@ -11,9 +11,7 @@ from collections.abc import Iterable
 from quantpatch.plugins import Entry, Example, hookimpl
 
 __all__ = [
-    "CONVOLUTION_MIXERS",
     "EXPERTS",
-    "MIXERS",
     "quantpatch_entries",
     "quantpatch_examples",
 ]
@@ -48,10 +46,6 @@ EXPERTS = tuple(
     """.split()  # noqa: SIM905 (a list would be twice as long)
 )
 
-# Mixers of state-space models that read the weights of layers inside, with and without a selective scan.
-MIXERS = ("mamba.MambaMixer", "falcon_mamba.FalconMambaMixer", "jamba.JambaMambaMixer")
-CONVOLUTION_MIXERS = ("mamba2.Mamba2Mixer",)
-
 # What has a replacement written for it: module, class, and module of the replacement here.
 _OWN = (
     ("pytorch_utils", "Conv1D", "conv1d"),
@@ -75,10 +69,9 @@ def quantpatch_entries() -> Iterable[Entry]:
     yield Entry(
         "transformers.modeling_utils", "get_hf_quantizer", from_pretrained, optional=True, reported=False
     )
-    for own, known in (("experts", EXPERTS), ("mixers", (*MIXERS, *CONVOLUTION_MIXERS))):
-        for model, _, name in (each.partition(".") for each in known):
-            module = f"transformers.models.{model}.modeling_{model}"
-            yield Entry(module, name, f"quantpatch_transformers.{own}:Quant{name}", optional=True)
+    for model, _, name in (each.partition(".") for each in EXPERTS):
+        module = f"transformers.models.{model}.modeling_{model}"
+        yield Entry(module, name, f"quantpatch_transformers.experts:Quant{name}", optional=True)
 
 
 @hookimpl
@@ -86,4 +79,4 @@ def quantpatch_examples() -> Iterable[Example]:
     """How to build each of them, for the conformance kit."""
     from quantpatch_transformers.example_layers import examples_of  # imports transformers
 
-    return examples_of(EXPERTS, (*MIXERS, *CONVOLUTION_MIXERS))
+    return examples_of(EXPERTS)

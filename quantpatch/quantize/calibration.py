@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from quantpatch.calibrators import Calibrator, warn_of_negatives
 from quantpatch.errors import CalibrationError, listed, warn_caller
-from quantpatch.layers.base import weight_quantizers
+from quantpatch.layers.base import named_layers, weight_quantizers
 from quantpatch.layers.late_ranges import warning_of_late_ranges
+from quantpatch.layers.operations import quantizer_name
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.numerics.qparams import of_longer_side
 from quantpatch.quantize.call_ranges import CallRanges
@@ -204,9 +205,10 @@ class Calibration:
                 ranges[name] = amax
         read = first.weights_read(unseen) if first is not None and unseen else ()
         unseen = [name for name in unseen if name not in read]
-        problem = self._problem(unseen, zero)
-        if problem and self._strict:
-            names = (*unseen, *zero)
+        aside = self._in_branches(unseen)
+        names = (*(name for name in unseen if name not in aside), *zero)
+        problem = self._problem(unseen, zero, aside)
+        if names and self._strict:
             rules = listed((f"{pattern!r}: None" for pattern in patterns(self._model, names)), limit=4)
             raise CalibrationError(
                 f"{problem}. No range was set. Give batches that reach them, leave them float with "
@@ -226,13 +228,28 @@ class Calibration:
             problem=problem,
         )
 
-    def _problem(self, unseen: list[str], zero: list[str]) -> str:
+    def _in_branches(self, unseen: list[str]) -> set[str]:
+        """Those that stand in a branch of a forward that ran, such as what a step with a cache computes."""
+        owners = {
+            f"{name}.{quantizer_name(operand)}".lstrip("."): name
+            for name, layer in named_layers(self._model).items()
+            for operand in layer._inner
+        }
+        ran = {owner for name, owner in owners.items() if name in self._calibrators and name not in unseen}
+        return {name for name in unseen if owners.get(name) in ran}
+
+    def _problem(self, unseen: list[str], zero: list[str], aside: set[str]) -> str:
         count = len(self._calibrators)
         problems = []
-        if unseen:
+        if missed := [name for name in unseen if name not in aside]:
             problems.append(
-                f"{len(unseen)} of {count} quantizers saw no data, because their layers did not run, or "
-                f"without that input: {listed(unseen)}"
+                f"{len(missed)} of {count} quantizers saw no data, because their layers did not run, or "
+                f"without that input: {listed(missed)}"
+            )
+        if aside:
+            problems.append(
+                f"{len(aside)} of {count} quantizers saw no data, because they stand in branches of forwards "
+                f"that these batches do not reach: {listed(sorted(aside))}"
             )
         if zero:
             problems.append(f"{len(zero)} of {count} quantizers saw only zeros: {listed(zero)}")

@@ -19,6 +19,7 @@ import quantpatch as qp
 from quantpatch.errors import (
     ArgumentError,
     ArgumentTypeError,
+    CalibrationError,
     ConversionError,
     QuantPatchWarning,
     UnknownNameError,
@@ -508,6 +509,26 @@ def test_a_rule_that_matches_nothing_is_an_error_with_near_misses():
     with pytest.raises(ArgumentError, match="matches nothing"):
         qp.convert(model, operations={"frist": "matmul"})
     assert {type(module) for module in model.modules()} == {Net, Attention, nn.Linear}
+
+
+class Branching(nn.Module):
+    def forward(self, x, y=None):
+        return x @ x.mT if y is None else x @ y.mT
+
+
+def test_a_branch_that_batches_do_not_reach_is_reported_and_one_that_never_runs_is_an_error():
+    model, x = Branching(), torch.randn(3, 4)
+    qp.convert(model, operations="products")
+    with pytest.warns(
+        QuantPatchWarning, match="2 of 4 quantizers saw no data, because they stand in branches"
+    ):
+        qp.calibrate(model, [x], progress=False)
+    qp.calibrate(model, [(x, x)], existing="keep", progress=False)
+    model = nn.ModuleDict({"used": Branching(), "unused": Branching()})
+    model.forward = lambda x: model["used"](x) + model["used"](x, x)
+    qp.convert(model, operations="products")
+    with pytest.raises(CalibrationError, match="4 of 8 quantizers saw no data, because their layers did not"):
+        qp.calibrate(model, [x], progress=False)
 
 
 def test_rules_that_contradict_are_an_error_and_the_model_is_as_before():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -91,46 +90,17 @@ def _jetmoe() -> Example:
     return Example(f"{_module('jetmoe')}.JetMoeParallelExperts", build, inputs)
 
 
-def _mixer(dotted: str, config: str, **options: Any) -> Example:
-    model, _, name = dotted.partition(".")
-
-    def build() -> nn.Module:
-        settings = getattr(transformers, config)(hidden_size=16, num_hidden_layers=1, **options)
-        mixer = getattr(importlib.import_module(_module(model)), name)
-        # Some read a part that is not there yet where they fill themselves.
-        fills = "initialize_mixer_weights" in inspect.signature(mixer).parameters
-        more = {"initialize_mixer_weights": False} if fills else {}
-        return _filled(mixer(settings, layer_idx=0, **more))
-
-    return Example(f"{_module(model)}.{name}", build, lambda: (torch.randn(2, 5, 16),))
-
-
-def _mixers(names: Iterable[str]) -> Iterator[Example]:
-    of_jamba = {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
-    options: dict[str, tuple[str, dict[str, Any]]] = {
-        "mamba": ("MambaConfig", {"state_size": 4}),
-        "falcon_mamba": ("FalconMambaConfig", {"state_size": 4}),
-        "jamba": ("JambaConfig", of_jamba),
-        "mamba2": ("Mamba2Config", {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1}),
-    }
-    for dotted in names:
-        config, given = options[dotted.partition(".")[0]]
-        yield _mixer(dotted, config, **given)
-
-
 def _conv1d() -> Conv1D:
     return Conv1D(4, 6)  # type: ignore[no-untyped-call]
 
 
-def examples_of(experts: Iterable[str], mixers: Iterable[str]) -> Iterator[Example]:
+def examples_of(experts: Iterable[str]) -> Iterator[Example]:
     """An example of each layer that has a replacement.
 
     Args:
         experts: Classes of experts, as ``"model.Class"``.
-        mixers: Mixers of state-space models, the same.
     """
     yield Example("transformers.pytorch_utils.Conv1D", _conv1d, lambda: (torch.randn(2, 3, 6),))
     yield _llama4()
     yield _jetmoe()
     yield from map(_experts, experts)
-    yield from _mixers(mixers)

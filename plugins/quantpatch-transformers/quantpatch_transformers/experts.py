@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
 from quantpatch.layers import QuantizedLayer, TensorQuantizer, call_with
 from quantpatch.recipes import Axis, QuantDescriptor, Recipe
 from quantpatch_transformers.lazy_classes import classes_of
-from quantpatch_transformers.products import QuantizedProducts
 from quantpatch_transformers_entries import EXPERTS
 
 __all__ = ["QuantizedExperts"]
@@ -86,8 +89,8 @@ class QuantizedExperts(QuantizedLayer):
         inner = self.quantizer("down_proj_input")
         name = own.config._experts_implementation if self._is_registered else None
         if name in (None, "eager"):
-            with QuantizedProducts() as products:
-                products.partner(weights.get("down_proj", own.down_proj), inner)
+            partner = _Partner(weights.get("down_proj", own.down_proj), inner)
+            with partner if inner is not None else nullcontext():
                 return self.run_float(weights, (hidden_states, *routing), named)
         ordered = (*routing, *(named[name] for name in self._routing[len(routing) :] if name in named))
         run = batched_mm_experts_forward if name == "batched_mm" else grouped_mm_experts_forward
@@ -105,6 +108,37 @@ class QuantizedExperts(QuantizedLayer):
         name = "_apply_gate" if self.has_gate else "act_fn"
         compute = getattr(self, name)
         return {name: lambda x: inner(compute(x))}
+
+
+class _Partner(TorchFunctionMode):
+    """A block in which what a weight is multiplied with is quantized.
+
+    The weight is known by being itself: whatever is made of it with torch's functions, such as one expert's
+    slice or a transposed view, is still that weight.
+    """
+
+    _PRODUCTS = frozenset({torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, F.linear})
+
+    def __init__(self, weight: Tensor, quantize: Any) -> None:
+        super().__init__()
+        self._quantize = quantize
+        self._made_of_it = {id(weight): weight}  # kept, so that no other tensor gets an id
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._PRODUCTS:
+            left, right = args[0], args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("other"))
+            if id(right) in self._made_of_it:
+                args = (self._quantize(left), *args[1:])
+            elif id(left) in self._made_of_it:
+                args = (left, self._quantize(right), *args[2:])
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if args and id(args[0]) in self._made_of_it and isinstance(result, Tensor):
+            self._made_of_it[id(result)] = result
+        return result
 
 
 __getattr__, __dir__ = classes_of(globals(), {QuantizedExperts: EXPERTS})

@@ -147,7 +147,7 @@ MODELS = {
         whisper, {"input_features": SOUND, "decoder_input_ids": IDS[:, :6]}, 0.91, {"WhisperAttention"}
     ),
     "t5": Architecture(t5, {**TEXT, "decoder_input_ids": IDS}, 0.90, {"T5Attention"}),
-    "mamba": Architecture(mamba, TEXT, 1.0, set()),
+    "mamba": Architecture(mamba, TEXT, 0.90, {"MambaMixer"}),
     "qwen3": Architecture(qwen3, TEXT, 0.93, {"Qwen3Attention"}),
     "mixtral": Architecture(mixtral, TEXT, 0.94, {"MixtralAttention", "MixtralTopKRouter"}),
     "gpt_oss": Architecture(gpt_oss, TEXT, 0.94, {"GptOssAttention", "GptOssTopKRouter"}),

@@ -98,8 +98,8 @@ class LlamaBlock(nn.Module):
         )
         x = x + self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
         y = self.norm2(x)
-        x += self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
-        return x
+        z: Tensor = x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+        return z
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

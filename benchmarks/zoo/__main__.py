@@ -89,6 +89,8 @@ def summary_of(rows: list[Row]) -> list[str]:
         lines.append(
             f"{len(files)} files: off the model by {files[len(files) // 2]:.1e} (median), {files[-1]:.1e}"
         )
+    if unexported := [f"{row.family} ({row.unexported[:120]})" for row in built if row.unexported]:
+        lines.append(f"not exported: {len(unexported)}: {', '.join(unexported)}")
     if unbuilt := [f"{row.family} ({row.unbuilt[:60]})" for row in rows if row.unbuilt]:
         lines.append(f"float models that did not build or run: {len(unbuilt)}: {', '.join(unbuilt)}")
     exact = max((row.exact for row in built if row.exact is not None), default=0)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo.measure import Row, Subject, Unbuilt
+from benchmarks.zoo.measure import Row, Subject, Unbuilt, torchvision_of_any_torch
 
 # Configs name the same things differently: what a config has of these is made small.
 _SMALL: dict[int, str] = {
@@ -84,7 +86,9 @@ def _built(cls: Any, config: Any, kwargs: dict[str, Tensor]) -> Subject:
     """A model that a config gives, which ran."""
 
     def build() -> nn.Module:
-        model: nn.Module = cls(copy.deepcopy(config))
+        own = copy.deepcopy(config)
+        own.use_cache = False  # a cache is an output that no exporter knows
+        model: nn.Module = cls(own)
         return model
 
     with torch.device("meta"):
@@ -100,6 +104,8 @@ def _built(cls: Any, config: Any, kwargs: dict[str, Tensor]) -> Subject:
 
 def subject(row: Row) -> Subject:
     """A small model of a type."""
+    with torchvision_of_any_torch(), suppress(ImportError):
+        importlib.import_module("torchvision")  # as transformers does where it is there
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

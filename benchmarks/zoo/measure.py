@@ -11,7 +11,7 @@ Weights are random, and so are the statistics of batch norms, so that a wrong fo
 The shares are those of multiplications on quantized operands: as they come out of a block without operations,
 with them, and converted with them.
 
-Any exception, and a difference of more than 1e-5 in float, is a failure.
+Any exception, and a difference of more than 1e-5 in float, is a failure; what cannot be exported is counted.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 import quantpatch as qp
+from quantpatch.errors import ExportError
 from quantpatch.layers.quantizer import in_float
 
 # What float models may differ by, relative to the size of the output, since folding rounds once more. Where a
@@ -89,6 +92,7 @@ class Row:
     float_products: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     unbuilt: str = ""
+    unexported: str = ""
     failure: str = ""
     seconds: float = 0.0
 
@@ -96,6 +100,27 @@ class Row:
     def failed(self) -> bool:
         """Whether something did not work."""
         return not self.unbuilt and (bool(self.failure) or self.exact is None or not self.exact <= EXACT)
+
+
+@contextmanager
+def torchvision_of_any_torch() -> Iterator[None]:
+    """Inside of it torchvision can be imported, though it be built for another torch than that which is here.
+
+    What it registers with torch about operators in its binary part needs that to be loaded.
+    """
+    register = torch.library.register_fake
+
+    def if_it_exists(operator: Any, function: Any = None, /, **options: Any) -> Any:
+        def registered(function: Any) -> Any:
+            try:
+                return register(operator, function, **options)
+            except RuntimeError:
+                return function
+
+        return registered if function is None else registered(function)
+
+    with mock.patch.object(torch.library, "register_fake", if_it_exists):
+        yield
 
 
 class Unbuilt(Exception):
@@ -149,7 +174,10 @@ def _measure(row: Row, subject: Subject, *, export: bool) -> None:
     qp.calibrate(quantized, [subject.kwargs or subject.args], progress=False, strict=False)
     row.error = _off(subject.run(quantized), expected)
     if export:
-        _export(row, subject, quantized)
+        try:
+            _export(row, subject, quantized)
+        except ExportError as error:
+            row.unexported = str(error)
     if row.exact > EXACT:
         del quantized
         row.rounded, row.exact = row.exact, _exact(subject.double())

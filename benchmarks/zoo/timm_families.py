@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 
-from benchmarks.zoo.measure import Row, Subject
+from benchmarks.zoo.measure import Row, Subject, torchvision_of_any_torch
 
 # Sizes of images to try before that which a model was made for.
 _SIZES = (64, 112, 128, 224, 256)
@@ -49,22 +48,7 @@ xception_aligned:xception41p xcit:xcit_nano_12_p8_224
 
 @functools.cache
 def _timm() -> Any:
-    """Timm, though torchvision, which it imports, may be built for another torch than the one that is here.
-
-    What torchvision registers with torch about operators in its binary part needs that to be loaded.
-    """
-    register = torch.library.register_fake
-
-    def if_it_exists(operator: Any, function: Any = None, /, **options: Any) -> Any:
-        def registered(function: Any) -> Any:
-            try:
-                return register(operator, function, **options)
-            except RuntimeError:
-                return function
-
-        return registered if function is None else registered(function)
-
-    with mock.patch.object(torch.library, "register_fake", if_it_exists):
+    with torchvision_of_any_torch():
         import timm
     return timm
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import json
 import math
 import os
@@ -14,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantpatch.errors import ArgumentTypeError, FileError, listed, shown, warn_caller
-from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.torch_tools.atomic_files import written_whole
 
 
@@ -77,27 +74,6 @@ class Changes:
             f"layer is measured in another model. Leave the model in eval mode, in which evaluate gets it, "
             f"and train a copy"
         )
-
-
-def fingerprint(model: nn.Module, *settings: object) -> str:
-    """A digest of all that results depend on: the quantizers' settings, and every tensor of the model.
-
-    Args:
-        model: The model.
-        *settings: What else they depend on.
-    """
-    digest = hashlib.sha256()
-    for name, quantizer in named_quantizers(model).items():
-        settings = (*settings, (name, quantizer.descriptor, quantizer.disabled, quantizer.quantizing))
-    digest.update(repr(settings).encode())
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            tensor = value.detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            size = tensor.numel() * tensor.element_size()
-            if size:
-                digest.update((ctypes.c_ubyte * size).from_address(tensor.data_ptr()))
-    return digest.hexdigest()
 
 
 def number_of(value: Any) -> float:

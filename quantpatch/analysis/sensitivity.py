@@ -12,8 +12,9 @@ import attrs
 from rich.table import Table
 from torch import nn
 
-from quantpatch.analysis.measuring import Changes, Results, as_number, demand_evaluate, fingerprint
+from quantpatch.analysis.measuring import Changes, Results, as_number, demand_evaluate
 from quantpatch.errors import ArgumentError
+from quantpatch.layers.fingerprint import fingerprint
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.reports.report import Report, table_of
 from quantpatch.torch_tools.forward import demand_model, evaluating

@@ -11,9 +11,9 @@ from typing import Any
 import attrs
 from torch import nn
 
-from quantpatch.analysis.measuring import fingerprint
 from quantpatch.dataflow import dataflow
 from quantpatch.errors import ArgumentError, listed
+from quantpatch.layers.fingerprint import fingerprint
 from quantpatch.mixed_precision.costs import UNITS, layer_cost
 from quantpatch.mixed_precision.evaluations import as_metric
 from quantpatch.mixed_precision.formats import FLOAT, Candidate, Formats, signature

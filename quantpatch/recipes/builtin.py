@@ -61,6 +61,7 @@ BUILTIN_RECIPES: Mapping[str, Recipe] = MappingProxyType(
                 name="int4-weight-only",
                 input=None,
                 weight=_blocks("int4_g128"),
+                tune=["gptq"],
                 about="language models: an eighth of the size; tune with gptq",
             ),
             Recipe(

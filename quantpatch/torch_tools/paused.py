@@ -64,7 +64,9 @@ class PausedRuns:
         for number, batch in enumerate(batches):
             keeps = in_memory | {_memory(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
             away = None if folder is None else _Away(folder / str(number), keeps)
-            self._runs.append(PausedRun(self, functools.partial(run_batch, model, batch), shared, away))
+            self._runs.append(
+                PausedRun(self, number, functools.partial(run_batch, model, batch), shared, away)
+            )
 
     def __enter__(self) -> PausedRuns:
         for module in self._open:
@@ -100,15 +102,21 @@ class PausedRun:
 
     Attributes:
         of: The runs that it is one of.
+        number: Of its batch.
         at: The module at which it waits.
         is_over: Whether it has come to its end.
         looks: Whether a task is at work.
     """
 
     def __init__(
-        self, of: PausedRuns, run: Callable[[], Any], shared: Mapping[int, Any], away: _Away | None
+        self,
+        of: PausedRuns,
+        number: int,
+        run: Callable[[], Any],
+        shared: Mapping[int, Any],
+        away: _Away | None,
     ) -> None:
-        self.of = of
+        self.of, self.number = of, number
         self.at: nn.Module | None = None
         self.is_over = False
         self.looks = False

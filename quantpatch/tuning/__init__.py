@@ -11,6 +11,7 @@ operands.py         what weights are multiplied by, seen in a run
 exchanges.py        which neighbours may exchange factors of channels; scaling.py does it and verifies it
 products.py         what is lost in products, for candidates of factors
 report.py           what was done; reasons.py why something was not
+resuming.py         what was done so far, in files
 ==================  ========================================================================
 
 Each other file is a method, registered in :mod:`quantpatch.layers.builtin`.

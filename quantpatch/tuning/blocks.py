@@ -13,8 +13,12 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import attrs
+import torch
+from torch import Tensor, nn
+
 from quantpatch.layers.quantizer import in_float
-from quantpatch.torch_tools.paused import Call, PausedRuns
+from quantpatch.torch_tools.paused import Call, PausedRun, PausedRuns
 from quantpatch.torch_tools.progress import Bar
 from quantpatch.tuning.operands import Moments, Operand, Operands, Seen
 from quantpatch.tuning.weights import Weight
@@ -28,21 +32,30 @@ class Block:
 
     Attributes:
         name: Of the module.
-        weights: Those of it that are looked at, in the order they are used.
+        parts: Those of it that are looked at, in the order they are used; those together that multiply the
+            same.
     """
 
-    def __init__(self, name: str, weights: list[Weight], blocks: Blocks) -> None:
-        self.name, self.weights = name, weights
+    def __init__(self, name: str, parts: list[list[Weight]], blocks: Blocks) -> None:
+        self.name, self.parts = name, parts
         self._blocks = blocks
 
-    def moments(self, *, rows: int = 0, gram: bool = True) -> Seen:
-        """What is known of the inputs of its weights, which are not quantized while that is found out.
+    @property
+    def weights(self) -> list[Weight]:
+        """All of them."""
+        return [weight for part in self.parts for weight in part]
+
+    def moments(self, part: list[Weight] | None = None, *, rows: int = 0, gram: bool = True) -> Seen:
+        """What is known of the inputs of weights, which are not quantized while that is found out.
 
         Args:
+            part: One of the parts; those behind it are not quantized either. Default: all.
             rows: How many of the inputs to keep, of each.
             gram: Whether the sum of ``x xᵀ`` is to be found.
         """
-        return self._blocks.moments(self, rows, gram)
+        weights = self.weights
+        part = weights if part is None else part
+        return self._blocks.moments(self, part, weights[weights.index(part[0]) :], rows, gram)
 
 
 class Blocks:
@@ -52,21 +65,32 @@ class Blocks:
         tuning: The tuning.
         weights: The weights, by name, in the order they are used.
         in_float: Whether nothing is quantized while they are looked at.
+        beside_float: Whether it is to be known what inputs lack of what they are in float, where it can be.
     """
 
-    def __init__(self, tuning: Tuning, weights: Mapping[str, Weight], *, in_float: bool) -> None:
+    def __init__(
+        self, tuning: Tuning, weights: Mapping[str, Weight], *, in_float: bool, beside_float: bool
+    ) -> None:
         self._tuning, self._model, self._in_float = tuning, tuning.model, in_float
-        self._groups: dict[str, list[Weight]] = {}
-        for weight in weights.values():
-            self._groups.setdefault(tuning.block_of(weight.name), []).append(weight)
+        self._groups: dict[str, list[list[Weight]]] = {}
+        for name, weight in weights.items():
+            parts = self._groups.setdefault(tuning.block_of(name), [])
+            if not parts or not tuning.fed_alike(parts[-1][-1].name, name):
+                parts.append([])
+            parts[-1].append(weight)
         self._stack = contextlib.ExitStack()
         self._runs: PausedRuns | None = None
+        self._float_runs: PausedRuns | None = None
+        self._float_weights = list(tuning.rounded_before)
+        self._beside_float = beside_float
 
     def __enter__(self) -> Iterator[Block]:
         stops = [self._model.get_submodule(name) for name in self._groups if self._tuning.can_wait_at(name)]
         with contextlib.ExitStack() as stack:
             if stops:
                 self._runs = stack.enter_context(self._tuning.paused_runs(stops))
+            if stops and self._beside_float:
+                self._float_runs = stack.enter_context(self._tuning.paused_runs(stops))
             bar = stack.enter_context(self._tuning.bar(len(self._groups)))
             self._stack = stack.pop_all()
         return self._each(bar)
@@ -75,41 +99,106 @@ class Blocks:
         self._stack.close()
 
     def _each(self, bar: Bar) -> Iterator[Block]:
-        for index, (name, weights) in enumerate(self._groups.items()):
+        for name, parts in self._groups.items():
             bar.step(name or "the model")
-            self._tuning.seed_block(index)
-            yield Block(name, weights, self)
+            self._tuning.seed_block(name)
+            block, module = Block(name, parts, self), self._model.get_submodule(name)
+            floats = self._float_runs
+            if floats is not None:
+                with in_float(self._model), self._as_in_float():  # through the block before
+                    floats.waiting_at(module)
+                self._float_weights = [_with_copy(weight.tensor) for weight in block.weights]
+            yield block
+            for runs in (self._runs, floats):
+                if runs is not None:
+                    runs.pass_(module)
+            self._tuning.keep_block()
             bar.advance()
 
-    def moments(self, block: Block, rows: int, gram: bool) -> Seen:
+    def moments(
+        self, block: Block, part: list[Weight], unrounded: list[Weight], rows: int, gram: bool
+    ) -> Seen:
         """See ``Block.moments``."""
-        tuning, runs = self._tuning, self._runs
+        tuning = self._tuning
         module = self._model.get_submodule(block.name)
-        seen: Seen = {weight.name: {} for weight in block.weights}
-        ran = tuning.until_all(seen)
+        seen: Seen = {weight.name: {} for weight in part}
 
-        def see(operand: Operand) -> None:
+        def add(operand: Operand, wanted: Operand | None = None) -> None:
             by_layout = seen[operand.weight.name]
             if operand.layout not in by_layout:
                 by_layout[operand.layout] = Moments(rows, gram=gram)
-            by_layout[operand.layout].add(operand)
+            by_layout[operand.layout].add(operand, wanted)
+
+        with in_float(self._model) if self._in_float else contextlib.nullcontext(), disabled(unrounded):
+            waiting = [] if self._runs is None else self._runs.waiting_at(module)
+            if not waiting:
+                ran = tuning.until_all(seen)
+
+                def see(operand: Operand) -> None:
+                    add(operand)
+                    ran(operand.weight.name)
+
+                with Operands(part, see):
+                    tuning.run(block.name)
+            for run in waiting:
+                here = self._operands(run, part)
+                there: list[Operand | None] = [None] * len(here)
+                if self._float_runs is not None:
+                    there = self._in_float_beside(run, part, module, here)
+                for operand, wanted in zip(here, there, strict=True):
+                    add(operand, wanted)
+        return seen
+
+    def _operands(self, run: PausedRun, part: list[Weight]) -> list[Operand]:
+        """What weights are multiplied by where a run waits."""
+        found: list[Operand] = []
+        ran = self._tuning.until_all(weight.name for weight in part)
+
+        def see(operand: Operand) -> None:
+            found.append(attrs.evolve(operand, x=operand.x.clone()))  # it may be changed in place
             ran(operand.weight.name)
 
         def look(call: Call) -> None:
-            with Operands(block.weights, see):
+            with Operands(part, see):
                 call()
 
-        with in_float(self._model) if self._in_float else contextlib.nullcontext():
-            waiting = [] if runs is None else runs.waiting_at(module)
-            with disabled(block.weights):
-                for run in waiting:
-                    run.look(look)
-                if not waiting:
-                    with Operands(block.weights, see):
-                        tuning.run(block.name)
-            if runs is not None:
-                runs.pass_(module)
-        return seen
+        run.look(look)
+        return found
+
+    def _in_float_beside(
+        self, run: PausedRun, part: list[Weight], module: nn.Module, here: list[Operand]
+    ) -> list[Operand | None]:
+        """The same of the run over the same batch in float, where that is alike."""
+        assert self._float_runs is not None
+        there: list[Operand] = []
+        with in_float(module), self._as_in_float():
+            for other in self._float_runs.waiting_at(module):
+                if other.number == run.number:
+                    there = self._operands(other, part)
+        alike = [(o.weight, o.layout, o.x.shape) for o in there]
+        if alike != [(o.weight, o.layout, o.x.shape) for o in here]:
+            return [None] * len(here)
+        return list(there)
+
+    @contextlib.contextmanager
+    def _as_in_float(self) -> Iterator[None]:
+        """A block in which the weights of the block at work, or before it, are what they were at first."""
+        now = [_with_copy(tensor) for tensor, _ in self._float_weights]
+        try:
+            _copy(self._float_weights)
+            yield
+        finally:
+            _copy(now)
+
+
+def _with_copy(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    return tensor, tensor.detach().clone()
+
+
+def _copy(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, value in values:
+            tensor.copy_(value)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from quantpatch.tuning.tuning import Tuning
 from quantpatch.tuning.weights import Grid, Weight
 
 _MOST_DAMPING = 1e3
+_EARLIER_DAMPING = 0.1  # of what makes up for earlier layers, as a share of the mean of the diagonal
 
 
 @attrs.frozen(kw_only=True)
@@ -41,6 +42,9 @@ class GPTQ(Tuner):
         damping: What is added to the diagonal of ``H``, as a share of its mean. Where that is not enough, ten
             times as much is tried, and so on, which is reported.
         block_size: How many inputs are rounded before those behind a block hear of it.
+        earlier: How much of what the inputs of a layer lack, since earlier layers are quantized, its weights
+            make up for, from 0 to 1. All of it is too much: a layer that gives less than in float where it
+            cannot know better, and the next that does so again, are further off together.
         clip: Whether ranges that follow from weights, such as those of formats in blocks, are clipped first,
             each at the share of it that loses least. Others are as ``calibrate`` found them.
     """
@@ -48,6 +52,7 @@ class GPTQ(Tuner):
     act_order: bool = True
     damping: float = 0.01
     block_size: int = 128
+    earlier: float = 0.5
     clip: bool = True
 
     def __attrs_post_init__(self) -> None:
@@ -59,15 +64,17 @@ class GPTQ(Tuner):
     def tune(self, tuning: Tuning) -> None:
         """See there."""
         tuning.calibrate()
-        with tuning.in_blocks(tuning.weights()) as blocks:
+        with tuning.in_blocks(tuning.weights(), beside_float=self.earlier > 0) as blocks:
             for block in blocks:
-                seen = block.moments()
-                for weight in block.weights:
-                    self._round(tuning, weight, seen[weight.name])
+                for part in block.parts:
+                    seen = block.moments(part)
+                    for weight in part:
+                        self._round(tuning, weight, seen[weight.name])
 
     def _round(self, tuning: Tuning, weight: Weight, seen: Mapping[Layout, Moments]) -> None:
         own = weight.tensor.detach().float().contiguous()
-        nearest, start = weight.rounded(own), own
+        nearest = weight.rounded(own)
+        start = own = self._wanted(own, seen)
         if self.clip and weight.range_of(own) is None:
             start = clipped(weight, own, seen)
         grid, result = weight.grid(start), weight.rounded(start)
@@ -89,6 +96,24 @@ class GPTQ(Tuner):
             if moments.count < w.shape[-1]:
                 notes[f"damped: {moments.count} examples for {w.shape[-1]} inputs"] = None
         tuning.write_rounded(weight, result, before, after, size, ", ".join(notes))
+
+    def _wanted(self, own: Tensor, seen: Mapping[Layout, Moments]) -> Tensor:
+        """The weights that make up for a share of what inputs lack of what they are in float."""
+        result = own.clone()
+        for layout, moments in seen.items():
+            if moments.lost.numel():
+                h = moments.gram.clone()
+                diagonal = h.diagonal(dim1=1, dim2=2)
+                diagonal.add_(_EARLIER_DAMPING * diagonal.mean(1, keepdim=True)).masked_fill_(
+                    diagonal <= 0, 1.0
+                )
+                lower, failed = torch.linalg.cholesky_ex(h)
+                if failed.any():
+                    continue
+                w, view = layout.matrices(own), layout.view(result)
+                more = torch.cholesky_solve(torch.bmm(w, moments.lost).mT, lower).mT
+                view.add_(self.earlier * more.reshape(view.shape))
+        return result
 
     def solve(self, w: Tensor, gram: Tensor, grid: Grid) -> tuple[Tensor, float]:
         """Rounds matrices of weights.

@@ -226,6 +226,7 @@ class Moments:
     Attributes:
         count: How many rows of inputs there were.
         gram: The sum of ``x xᵀ`` over them, ``(groups, inputs, inputs)``.
+        lost: The sum of ``d xᵀ``, with ``d`` what they lack of what they are in float; empty if not known.
         magnitude: The sum of ``|x|``, ``(groups, inputs)``.
         largest: The largest ``|x|``, ``(groups, inputs)``.
 
@@ -237,13 +238,24 @@ class Moments:
     def __init__(self, rows: int = 0, *, gram: bool = True) -> None:
         self.count = 0
         self.gram: Tensor = torch.empty(0)
+        self.lost: Tensor = torch.empty(0)
         self.magnitude: Tensor = torch.empty(0)
         self.largest: Tensor = torch.empty(0)
         self._most, self._has_gram = rows, gram
         self._kept: list[Tensor] = []
 
-    def add(self, operand: Operand) -> None:
-        """Takes in an operand."""
+    def add(self, operand: Operand, in_float: Operand | None = None) -> None:
+        """Takes in an operand.
+
+        Args:
+            operand: The operand.
+            in_float: What it is in float, if that is known.
+        """
+        if in_float is not None:
+            for x, wanted in zip(operand.rows(), in_float.rows(), strict=True):
+                if not self.lost.numel():
+                    self.lost = x.new_zeros(x.shape[0], x.shape[2], x.shape[2])
+                self.lost.baddbmm_((wanted - x).transpose(1, 2), x)
         for x in operand.rows():
             groups, count, inputs = x.shape
             if not self.count:

@@ -138,3 +138,17 @@ class WrongFormat(Reason):
 
     def __str__(self) -> str:
         return f"its format is {self.format}, and the method {self.does}"
+
+
+@attrs.frozen
+class Recorded(Reason):
+    """What a tuning said that this one went on from.
+
+    Attributes:
+        sentence: It.
+    """
+
+    sentence: str
+
+    def __str__(self) -> str:
+        return self.sentence

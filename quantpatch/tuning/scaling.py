@@ -240,6 +240,7 @@ class Scaling:
             if name in self.weights:
                 self._tuning.forget(self.weights[name].quantizer)
         for name in (name for index in kept for name in self.exchanges[index].at_runtime):
+            self._tuning.changed_factor(name)
             quantizer = self._tuning.model.get_submodule(name).quantizer("input")  # type: ignore[operator]
             if quantizer is not None:
                 self._tuning.forget(quantizer)

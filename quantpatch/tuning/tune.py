@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantpatch.errors import ArgumentError, ArgumentTypeError, TuningError, UnknownNameError
+from quantpatch.layers.fingerprint import fingerprint
 from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.plugins.registry import registry
 from quantpatch.recipes.descriptor import Recipe
@@ -20,6 +21,7 @@ from quantpatch.torch_tools.fast_paths import without_fast_paths
 from quantpatch.torch_tools.forward import demand_model
 from quantpatch.torch_tools.sharded import sharding_of
 from quantpatch.tuning.report import TuningReport
+from quantpatch.tuning.resuming import Records
 from quantpatch.tuning.tuner import Tuner
 from quantpatch.tuning.tuning import Tuning
 
@@ -36,6 +38,7 @@ def tune(
     calibration: Mapping[str, Any] | None = None,
     seed: int = 0,
     offload: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> TuningReport:
@@ -61,6 +64,8 @@ def tune(
         seed: Of what a method leaves to chance.
         offload: A folder in which a temporary one keeps what blocks are given, for all batches; default: that
             is held in memory.
+        resume: A folder that keeps what was done, after each block whose weights are rounded for good and
+            after each method: if it is interrupted, the same call on the same model goes on from there.
         progress: Whether to show progress (on a terminal or in a notebook only).
         **options: Those of the method, if it is one, by its name.
 
@@ -74,6 +79,8 @@ def tune(
         ArgumentTypeError: ``model`` is not a model, or ``data`` not batches.
         UnknownNameError: There is no method, or recipe, of a name.
         CalibrationError: Ranges that a method needs cannot be found.
+        FileError: ``resume`` is no folder, or has files of another model, or of other methods.
+        MissingExtraError: ``resume`` needs safetensors, which is not installed.
     """
     demand_model(model, "tune")
     methods = [_made(one, options) for one in _several(method, recipe, options)]
@@ -92,6 +99,10 @@ def tune(
     folder = None if offload is None else Path(offload)
     if folder is not None and not folder.is_dir():
         raise ArgumentError(f"offload={str(folder)!r}: there is no such folder", offload=offload)
+    records = None
+    if resume is not None:
+        settings = ([tuner for _, tuner in methods], calibration, seed)
+        records = Records(Path(resume), fingerprint(model, *settings))
     steps = []
     with (
         torch.inference_mode(False),
@@ -102,9 +113,12 @@ def tune(
         ) as tuning,
     ):
         torch.manual_seed(seed)
-        for name, tuner in methods:
-            with tuning.step(name) as step:
-                tuner.tune(tuning)
+        if records is not None:
+            tuning.go_on(records, [name for name, _ in methods])
+        for number, (name, tuner) in enumerate(methods):
+            with tuning.step(number, name) as step:
+                if not tuning.is_done(number):
+                    tuner.tune(tuning)
             steps += step
         tuning.calibrate()
     return TuningReport(written_name(type(model)), tuple(steps))

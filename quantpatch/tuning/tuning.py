@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
 from quantpatch.errors import CalibrationError, TuningError, listed
 from quantpatch.layers.before_tuning import held, remember, restore, rounded_by
+from quantpatch.layers.input_factor import drop_input_factor, input_factor_of, multiply_input_of
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.quantize.calibrate import calibrate
 from quantpatch.quantize.reasons import Reason
@@ -31,8 +34,9 @@ from quantpatch.torch_tools.paused import PausedRuns
 from quantpatch.torch_tools.progress import Bar, progress_bar
 from quantpatch.tuning.blocks import Blocks, disabled
 from quantpatch.tuning.operands import Operand, Operands
-from quantpatch.tuning.reasons import AlreadyRounded, NoData, NotBetter, OffGrid
+from quantpatch.tuning.reasons import AlreadyRounded, NoData, NotBetter, OffGrid, Recorded
 from quantpatch.tuning.report import Tuned, TuningStep, relative
+from quantpatch.tuning.resuming import Record, Records
 from quantpatch.tuning.weights import Weight, weights_of
 
 
@@ -72,8 +76,17 @@ class Tuning:
         self._undo = contextlib.ExitStack()
         self._method = ""
         self._seed, self._offload = seed, offload
+        self._step = 0
+        #: What the method at work had rounded when it was interrupted, with what that was before.
+        self.rounded_before: list[tuple[Tensor, Tensor]] = []
+        self._records: Records | None = None
+        # What has changed since it was kept: tensors, and whether they were rounded; ranges; factors.
+        self._written: dict[tuple[nn.Module, str], bool] = {}
+        self._ranges: set[TensorQuantizer] = set()
+        self._factors: set[str] = set()
         self._once: frozenset[str] = frozenset()
         self._blocks: dict[str, str] = {}
+        self._fed: dict[str, int] = {}
         self._waits: frozenset[str] = frozenset()
         self._order: tuple[str, ...] | None = None
 
@@ -87,12 +100,105 @@ class Tuning:
         self._undo.__exit__(kind, *error)
 
     @contextlib.contextmanager
-    def step(self, method: str) -> Iterator[list[TuningStep]]:
+    def step(self, number: int, method: str) -> Iterator[list[TuningStep]]:
         """A block in which one method is at work; what it did is in the list afterwards."""
-        self._method, self.tuned, self.skipped = method, {}, {}
+        self._step, self._method = number, method
+        known = [] if self._records is None else [r for r in self._records.known if r.step == number]
+        self.tuned = {name: Tuned(**said) for r in known for name, said in r.tuned.items()}
+        self.skipped = {name: Recorded(why) for r in known for name, why in r.skipped.items()}
         steps: list[TuningStep] = []
         yield steps
         steps.append(TuningStep(method, self.tuned, self.skipped))
+        if not self.is_done(number):
+            self._keep(is_finished=True)
+            self.rounded_before.clear()
+
+    # --- going on where another tuning was -------------------------------------------------------
+
+    def go_on(self, records: Records, methods: Sequence[str]) -> None:
+        """Makes the model what another tuning had made of it, and has this one keep what it does.
+
+        Args:
+            records: What the other has kept.
+            methods: The names of the methods, in their order.
+        """
+        quantizers = named_quantizers(self.model)
+        finished = {record.step: record.is_finished for record in records.known}  # as the last of it says
+        for record in records.known:
+            self._method = methods[record.step]
+            for key, tensor in record.tensors.items():
+                kind, _, name = key.partition(":")
+                if kind == "parameter":
+                    layer, _, attribute = name.rpartition(".")
+                    module = self.model.get_submodule(layer)
+                    parameter: Any = module._parameters[attribute]
+                    if name in record.rounded and not finished[record.step]:
+                        self.rounded_before.append((parameter, parameter.detach().clone()))
+                    self.write(module, attribute, tensor, rounded=name in record.rounded)
+                elif kind == "factor":
+                    owner = self.model.get_submodule(name)
+                    self.guard_by(functools.partial(_set_factor, owner, input_factor_of(owner)))
+                    multiply_input_of(owner, tensor.to(next(owner.parameters()).device))
+                else:
+                    quantizer = quantizers[name]
+                    self._guard_range(quantizer)
+                    _forget(quantizer)
+                    if tensor.numel():
+                        quantizer.replace_range(tensor)
+                    if (zero_point := record.zero_points[name]) is not None:
+                        quantizer.use_zero_point(zero_point)
+        self._records = records
+        self._clear_changes()
+
+    def is_done(self, number: int) -> bool:
+        """Whether a method had done all that it does, by number."""
+        known = [] if self._records is None else self._records.known
+        return any(record.step == number and record.is_finished for record in known)
+
+    def keep_block(self) -> None:
+        """Keeps what has been done, if all of it is weights that are rounded for good."""
+        if self._written and all(self._written.values()):
+            self._keep(is_finished=False)
+
+    def changed_factor(self, layer: str) -> None:
+        """Takes note that a layer multiplies its input by another factor, or by one at all."""
+        self._factors.add(layer)
+
+    def _keep(self, *, is_finished: bool) -> None:
+        records = self._records
+        if records is None:
+            self._clear_changes()
+            return
+        tensors: dict[str, Tensor] = {}
+        zero_points: dict[str, int | None] = {}
+        rounded: list[str] = []
+        names = {module: name for name, module in self.model.named_modules()}
+        for (module, attribute), is_rounded in self._written.items():
+            name = f"{names[module]}.{attribute}".lstrip(".")
+            parameter: Any = module._parameters[attribute]
+            tensors[f"parameter:{name}"] = parameter.detach().clone().contiguous()
+            if is_rounded:
+                rounded.append(name)
+        for name, quantizer in named_quantizers(self.model).items():
+            if quantizer in self._ranges:
+                amax = quantizer.amax
+                tensors[f"range:{name}"] = torch.empty(0) if amax is None else amax.detach().clone()
+                found = quantizer.zero_point if quantizer.zero_point_is_found else None
+                zero_points[name] = None if found is None else int(found)
+        for name in self._factors:
+            factor = input_factor_of(self.model.get_submodule(name))
+            if factor is not None:
+                tensors[f"factor:{name}"] = factor.detach().clone().contiguous()
+        tuned = {name: attrs.asdict(tuned) for name, tuned in self.tuned.items()}
+        skipped = {name: str(reason) for name, reason in self.skipped.items()}
+        new = Record(self._step, is_finished, tuned, skipped, tuple(rounded), zero_points, tensors)
+        records.put(new)
+        self._clear_changes()
+
+    def _clear_changes(self) -> None:
+        self._written.clear()
+        self._ranges.clear()
+        self._factors.clear()
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -156,6 +262,7 @@ class Tuning:
         if wanting:
             for quantizer in wanting:
                 self._undo.callback(_forget, quantizer)
+                self._ranges.add(quantizer)
             calibrate(self.model, self._data, **self._calibration)
 
     # --- weights ---------------------------------------------------------------------------------
@@ -185,9 +292,9 @@ class Tuning:
             )
         for name in order:
             method = rounded_by(weights[name].owner, weights[name].attribute)
-            if method:
+            if method and name not in self.tuned:
                 self.skipped[name] = AlreadyRounded(method)
-        return {name: weights[name] for name in order if name not in self.skipped}
+        return {name: weights[name] for name in order if name not in {**self.tuned, **self.skipped}}
 
     def _look_at_order(self, weights: Mapping[str, Weight]) -> None:
         """Finds the order in which weights are used, and the blocks that hold all uses of theirs."""
@@ -200,9 +307,17 @@ class Tuning:
             around = [other for other in blocks.values() if block.startswith(f"{other}." if other else "")]
             blocks[name] = min((block, *around), key=len)
 
+        last: list[Tensor] = []
+
         def see(operand: Operand) -> None:
-            name = operand.weight.name
+            name, x = operand.weight.name, operand.x
             found[name] += 1
+            if name not in self._fed:
+                if not last or (x.data_ptr(), x.numel()) != (last[0].data_ptr(), last[0].numel()):
+                    self._fed[name] = len(self._fed)
+                else:
+                    self._fed[name] = max(self._fed.values())
+            last[:] = [x]  # which is held, so that nothing else comes to lie there
             if blocks[name] not in inside:
                 outside.add(blocks[name])
 
@@ -219,7 +334,7 @@ class Tuning:
                 stack.callback(after.remove)
             stack.enter_context(disabled(weights.values()))
             stack.enter_context(Operands(weights.values(), see))
-            calls = self.run("looks at the order of layers")
+            calls = self.run_in_float("looks at the order of layers")
         self._order = tuple(found)
         self._once = frozenset(name for name, count in found.items() if count == calls)
         self._blocks = blocks
@@ -227,14 +342,21 @@ class Tuning:
             name for name, count in entered.items() if count == calls and name not in outside
         )
 
-    def in_blocks(self, weights: Mapping[str, Weight], *, in_float: bool = False) -> Blocks:
+    def in_blocks(
+        self, weights: Mapping[str, Weight], *, in_float: bool = False, beside_float: bool = False
+    ) -> Blocks:
         """The blocks that weights are in, in the order they are used, in a ``with`` statement.
 
         Args:
             weights: Some of ``weights()``.
             in_float: Whether nothing is quantized while they are looked at.
+            beside_float: Whether it is to be known what inputs lack of what they are in float.
         """
-        return Blocks(self, weights, in_float=in_float)
+        return Blocks(self, weights, in_float=in_float, beside_float=beside_float)
+
+    def fed_alike(self, weight: str, other: str) -> bool:
+        """Whether two weights multiply the same tensor."""
+        return self._fed[weight] == self._fed[other]
 
     def block_of(self, weight: str) -> str:
         """The name of the block that a weight is in."""
@@ -277,9 +399,9 @@ class Tuning:
         """A progress bar of the method at work."""
         return progress_bar(self._method, total, progress=self._progress)
 
-    def seed_block(self, index: int) -> None:
+    def seed_block(self, block: str) -> None:
         """Makes what is left to chance in a block the same whatever was done before."""
-        torch.manual_seed(self._seed + 7919 * index)
+        torch.manual_seed(self._seed + 7919 * list(self._blocks.values()).index(block))
 
     # --- changing --------------------------------------------------------------------------------
 
@@ -330,6 +452,7 @@ class Tuning:
         with torch.no_grad():
             tensor.copy_(value)
         remember(module, name, before, rounded_by=self._method if rounded else "")
+        self._written[module, name] = rounded
 
     def guard(self, module: nn.Module, name: str, before: Tensor) -> None:
         """Has a parameter become what it was if anything fails; ``write`` does so itself."""
@@ -351,6 +474,15 @@ class Tuning:
         """Makes a range unknown that data gave, since other values come now; it is found again at the end."""
         if quantizer.descriptor.dynamic or quantizer.descriptor.amax is not None or quantizer.amax is None:
             return
+        self._guard_range(quantizer)
+        _forget(quantizer)
+
+    def _guard_range(self, quantizer: TensorQuantizer) -> None:
+        """Has a range become what it was if anything fails."""
+        self._ranges.add(quantizer)
+        if quantizer.amax is None:
+            self._undo.callback(_forget, quantizer)
+            return
         amax = quantizer.amax.detach().clone()
         zero_point = quantizer.zero_point if quantizer.zero_point_is_found else None
 
@@ -360,7 +492,6 @@ class Tuning:
                 quantizer.use_zero_point(zero_point)
 
         self._undo.callback(undo)
-        _forget(quantizer)
 
     def outputs(self) -> list[Any]:
         """What the model gives for the first batch; where the data is a function, for all that it does."""
@@ -380,6 +511,13 @@ class Tuning:
         finally:
             hook.remove()
         return found
+
+
+def _set_factor(layer: nn.Module, factor: Tensor | None) -> None:
+    if factor is None:
+        drop_input_factor(layer)
+    else:
+        multiply_input_of(layer, factor)
 
 
 def _forget(quantizer: TensorQuantizer) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from quantpatch.numerics.qparams import QParams
 from quantpatch.tuning.gptq import GPTQ
 from quantpatch.tuning.weights import Grid
 
+W3 = qp.QuantDescriptor(num_bits=3, axis="channel", narrow_range=True)
 CONVOLUTIONS = {
     "plain": lambda: nn.Conv2d(6, 8, 3, padding=1),
     "strided": lambda: nn.Conv2d(6, 8, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2)),
@@ -190,3 +194,42 @@ def test_half_of_a_model_that_is_called_twice_is_seen_as_often() -> None:
     qp.convert(model, "w4a8")
     report = qp.tune(model, [torch.randn(64, 16)], method=["gptq", "bias_correction"])
     assert list(report.steps[0].tuned) == ["0.weight"]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_earlier_layers_lost_is_made_up_for(tmp_path: Path, on_disk: bool) -> None:
+    wide, rest = torch.randn(64, 64), torch.randn(64, 64)
+    made = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(5)))
+    data = [(torch.randn(256, 64) @ wide).relu() + 0.1 * torch.randn(256, 64) @ rest for _ in range(3)]
+    with torch.no_grad():
+        wanted = [made(x) for x in data]
+    errors = []
+    for earlier in (0.0, 0.5):
+        model = copy.deepcopy(made)
+        qp.convert(model, qp.recipe("int4-weight-only").replace(name="w4", weight=W3))
+        qp.tune(model, data[:2], method="gptq", earlier=earlier, offload=tmp_path if on_disk else None)
+        errors.append(error(model, data[2:], wanted[2:]))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_ranges_of_blocks_are_clipped_where_that_loses_less() -> None:
+    made = nn.Sequential(nn.Linear(256, 32))
+    data = [torch.randn(512, 256) for _ in range(2)]
+    with torch.no_grad():
+        wanted = [made(x) for x in data]
+        made[0].weight[:, ::64] *= 1.7
+        wanted = [made(x) for x in data]
+    errors = []
+    for clip in (False, True):
+        model = copy.deepcopy(made)
+        qp.convert(model, "int4-weight-only")
+        qp.tune(model, data, method="gptq", clip=clip)
+        errors.append(error(model, data, wanted))
+    assert errors[1] < 0.97 * errors[0]
+
+
+def test_the_recipe_of_weights_in_groups_has_the_method_that_serves_it() -> None:
+    model = nn.Sequential(nn.Linear(32, 8))
+    qp.convert(model, "int4-weight-only")
+    report = qp.tune(model, [torch.randn(64, 32)], recipe="int4-weight-only")
+    assert [step.method for step in report.steps] == ["gptq"]

@@ -19,7 +19,7 @@ import attrs
 from rich.table import Table
 from torch import Tensor, nn
 
-from quantpatch.errors import ArgumentTypeError, CheckpointError, MissingExtraError, listed, shown
+from quantpatch.errors import ArgumentTypeError, CheckpointError, listed, shown
 from quantpatch.export.checkpoint import packing
 from quantpatch.export.checkpoint.description import describe
 from quantpatch.export.checkpoint.restore import Plan
@@ -29,6 +29,7 @@ from quantpatch.layers.input_factor import named_input_factors
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers, outside_of
 from quantpatch.reports.report import Report, facts_table
 from quantpatch.torch_tools.atomic_files import written_whole
+from quantpatch.torch_tools.extras import safetensors_for
 from quantpatch.torch_tools.forward import demand_model
 
 FILE_VERSION = 1
@@ -69,15 +70,6 @@ class SaveReport(Report):
                 **{f"{name} is not packed": why for name, why in self.skipped.items()},
             },
         )
-
-
-def _safetensors(purpose: str) -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError:
-        raise MissingExtraError.of("safetensors", "safetensors", purpose) from None
-    return safetensors
 
 
 def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -132,7 +124,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, packed: bool = False
         MissingExtraError: safetensors is not installed.
     """
     demand_model(model, "save")
-    safetensors = _safetensors("qp.save")
+    safetensors = safetensors_for("qp.save")
     path = Path(path)
     unknown = {name: None for name, q in named_quantizers(model, every_name=True).items() if q.amax is None}
     state = outside_of(unknown, model.state_dict())
@@ -302,7 +294,7 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    safetensors = _safetensors("qp.load")
+    safetensors = safetensors_for("qp.load")
 
     def wrong(what: str) -> CheckpointError:
         return CheckpointError(f"{path}: {what}", path=str(path), problems=(what,))

@@ -60,7 +60,7 @@ def oldest(session: nox.Session) -> None:
 @nox.session(python="3.13")
 def newest(session: nox.Session) -> None:
     """All tests with the newest release of everything, as a user gets it who installs today."""
-    install(session, None, *editable(session))
+    install(session, None, *editable(session), "torchao")  # which ``lower`` needs from PyTorch 2.14 on
     run_tests(session)
 
 

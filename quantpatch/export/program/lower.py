@@ -22,7 +22,7 @@ from quantpatch.export.program.export import checked_operands
 from quantpatch.export.program.inputs import Inputs
 from quantpatch.export.program.kernels import layers_on_integers
 from quantpatch.export.program.measured import measure
-from quantpatch.export.program.needs import demand_compiler, demand_cpu, instructions
+from quantpatch.export.program.needs import demand_compiler, demand_cpu, demand_patterns, instructions
 from quantpatch.export.program.report import LoweringReport
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, uncompiled
@@ -108,6 +108,7 @@ def lower(
     Raises:
         ExportError: There is no operator for the format of some activations, the model cannot be traced, it
             is not on the CPU, or there is no C++ compiler or no folder for its results.
+        MissingExtraError: With PyTorch 2.14 or newer: torchao is not installed.
 
     Warns:
         QuantPatchWarning: No layer runs on integers, it is slower than float, or the processor has no
@@ -123,6 +124,7 @@ def lower(
     bar = progress_bar(name, steps, progress=progress)
     with tracing(), evaluating(model), bar as shown, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about what it calls itself
+        demand_patterns()
         found = checked_operands(model, floats=True)
         shown.step("compiling")
         built = Build(model, args, kwargs, found, dynamic_shapes)

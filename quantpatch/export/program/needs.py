@@ -1,7 +1,8 @@
-"""What ``lower`` needs of the machine: a CPU with integer kernels, a C++ compiler, a folder to write to."""
+"""What ``lower`` needs: a CPU with integer kernels, a compiler that knows them, a folder to write to."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from quantpatch.errors import ExportError, warn_caller
+from quantpatch.errors import ExportError, MissingExtraError, warn_caller
 from quantpatch.torch_tools import nn
+
+_PATTERNS = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"
 
 
 def demand_cpu(model: nn.Module, inputs: Any) -> None:
@@ -59,6 +62,27 @@ def demand_compiler() -> None:
             f"PyTorch's compiler cannot write to {folder}, where it keeps what it compiles: name another "
             f"folder in the environment variable TORCHINDUCTOR_CACHE_DIR"
         )
+
+
+def demand_patterns() -> None:
+    """Has PyTorch's compiler know which operators are an integer kernel together.
+
+    Until 2.13 PyTorch has these patterns itself; later ones are in torchao, which registers them when it is
+    imported. Without them all is compiled as float.
+
+    Raises:
+        MissingExtraError: They are in torchao, which is not installed.
+    """
+    from torch._inductor.fx_passes import quantization
+
+    if hasattr(quantization, "_register_quantization_weight_pack_pass"):
+        return
+    try:
+        importlib.import_module(_PATTERNS)
+    except ImportError as error:
+        raise MissingExtraError.of(
+            "lower", "torchao", f"qp.lower with PyTorch {torch.__version__.partition('+')[0]}"
+        ) from error
 
 
 def instructions() -> str:

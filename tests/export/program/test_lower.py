@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import quantpatch as qp
-from quantpatch.errors import ExportError, InputError, QuantPatchWarning
+from quantpatch.errors import ExportError, InputError, MissingExtraError, QuantPatchWarning
 from quantpatch.export.prepare.exported import operands
+from quantpatch.export.program import needs
 from quantpatch.export.program.capture import captured
 from quantpatch.export.program.export import checked_operands
 from quantpatch.export.program.kernels import layers_on_integers
@@ -346,6 +347,39 @@ def test_a_cache_folder_that_cannot_be_written_is_named(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
     with pytest.raises(ExportError, match=r"cannot write to .*file/cache.*TORCHINDUCTOR_CACHE_DIR"):
         lower(model, ROWS)
+
+
+@pytest.fixture
+def later_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PyTorch whose compiler has no patterns of integer kernels, as from 2.14 on."""
+    from torch._inductor.fx_passes import quantization
+
+    monkeypatch.delattr(quantization, "_register_quantization_weight_pack_pass", raising=False)
+
+
+@pytest.mark.usefixtures("later_torch")
+def test_with_a_later_torch_the_error_says_that_torchao_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built(mlp, ROWS)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    for name in [name for name in sys.modules if name.startswith("torchao.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(
+        MissingExtraError, match=r"with PyTorch 2\.\d+.* needs torchao.*quantpatch\[lower\]"
+    ) as info:
+        lower(model, ROWS)
+    assert (info.value.extra, info.value.package) == ("lower", "torchao")
+
+
+@pytest.mark.usefixtures("later_torch")
+def test_with_a_later_torch_the_patterns_of_torchao_are_registered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "patterns_elsewhere.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(needs, "_PATTERNS", "patterns_elsewhere")
+    needs.demand_patterns()
+    assert "patterns_elsewhere" in sys.modules
+    monkeypatch.delitem(sys.modules, "patterns_elsewhere")
 
 
 def test_a_processor_without_integer_instructions_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

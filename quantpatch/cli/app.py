@@ -55,7 +55,13 @@ _BLOCK: dict[str, tuple[Any, Any]] = {
             help="Operations inside forwards: products, matmul,add ..., or where they are: '*.attn=products'."
         ),
     ),
+    "strict": (
+        bool | None,
+        typer.Option("--strict", help="Fail where operations cannot be followed.", show_default=False),
+    ),
 }
+# Those of blocks in which a model is built, whose forwards have operations.
+_OF_MODELS = ("operations", "strict")
 
 
 def with_block(command: Callable[..., None], *, builds: bool = False) -> Callable[..., None]:
@@ -65,7 +71,7 @@ def with_block(command: Callable[..., None], *, builds: bool = False) -> Callabl
         command: The command.
         builds: Whether it builds a model, whose forwards have operations.
     """
-    known = {name: option for name, option in _BLOCK.items() if builds or name != "operations"}
+    known = {name: option for name, option in _BLOCK.items() if builds or name not in _OF_MODELS}
 
     @functools.wraps(command)
     def called(**given: Any) -> None:
@@ -75,6 +81,7 @@ def with_block(command: Callable[..., None], *, builds: bool = False) -> Callabl
         block["custom"] = _entries(block["custom"])
         if builds:
             block["operations"] = _operations(block["operations"])
+            block["strict"] = bool(block["strict"])
         command(**given, block=block)
 
     signature = inspect.signature(command, eval_str=True)
@@ -93,7 +100,7 @@ def with_block(command: Callable[..., None], *, builds: bool = False) -> Callabl
 with_building_block = functools.partial(with_block, builds=True)
 
 
-def _operations(given: list[str] | None) -> dict[str, list[str]] | None:
+def _operations(given: list[str] | None) -> dict[str, list[str]] | list[str] | None:
     """What ``--operations`` says, as ``operations=`` takes it."""
     if not given:
         return None
@@ -101,7 +108,7 @@ def _operations(given: list[str] | None) -> dict[str, list[str]] | None:
     for text in given:
         where, _, names = text.rpartition("=")
         found.setdefault(where or "*", []).extend(name.strip() for name in names.split(","))
-    return found
+    return found["*"] if found.keys() == {"*"} else found  # names alone are no rules, which have to match
 
 
 def _entries(given: list[str] | None) -> list[tuple[str, str, str]]:

@@ -108,7 +108,7 @@ def _in_words(descriptor: QuantDescriptor | None) -> str:
 @app.command()
 @with_block
 def layers(block: Any, as_json: AsJson = False) -> None:
-    """List what a block would replace, by what, and on whose word."""
+    """List what a block would replace, by what, and which plugin says so."""
     look_here()
     recipe = registry.recipe(block.pop("recipe") or DEFAULT_RECIPE)
     include = (*recipe.include, *block.pop("include"))

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from quantpatch.analysis.audit import audit
-from quantpatch.cli.app import AsJson, Inputs, app, look_here, print_report, with_block, with_building_block
+from quantpatch.cli.app import AsJson, Inputs, app, look_here, print_report, with_building_block
 from quantpatch.errors import ArgumentError, ArgumentTypeError, CheckError, InputError, QuantPatchError
 from quantpatch.mixed_precision import search
 from quantpatch.page import report
@@ -149,17 +149,18 @@ def audit_command(
 
 
 @app.command("report")
-@with_block
+@with_building_block
 def report_command(
     build: Annotated[str, typer.Argument(help="package.module:function that builds the model.")],
     inputs: Inputs,
     block: Any,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Heading of the page (default: the model's class).")] = "",
 ) -> None:
     """Build a model in a block, run it, and write what is known of it as a page."""
     model, tensors = _model_in(block, build, inputs)
     with _naming_shapes(inputs):
-        typer.echo(f"wrote {report(model, tuple(tensors), path=output)}")
+        typer.echo(f"wrote {report(model, tuple(tensors), path=output, title=title)}")
 
 
 @app.command("search")
@@ -181,6 +182,7 @@ def search_command(
     budget: Annotated[int | None, typer.Option(help="Evaluations at most.", min=1)] = None,
     resume: Annotated[Path | None, typer.Option(help="File that keeps results, to go on from.")] = None,
     picture: Annotated[Path | None, typer.Option(help="File for a picture of the frontier.")] = None,
+    progress: Annotated[bool, typer.Option(help="Show how far it is, on a terminal.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Build a model, and find the recipe of each layer that keeps its metric and costs least."""
@@ -195,6 +197,7 @@ def search_command(
         data=None if data is None else _build(data)(),
         budget=budget,
         resume=resume,
+        progress=progress,
     )
     if picture is not None:
         result.picture(picture)

@@ -99,7 +99,7 @@ class _RoundTrip(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask = ctx.mask
-        if mask is not None and mask.kind == "nothing" and mask.order is None:
+        if mask is not None and mask.kind == "nothing":
             return grad, *[None] * 7
         backend, format, dim, batch_axis, zero_point = ctx.call
         if backend is not inductor and not is_plain_gradient(grad):

@@ -69,7 +69,7 @@ class Registry:
         self._plugins: dict[str, Plugin] = {}
         self._undiscovered = discover
         self._answers: dict[Hashable, Any] = {}  # of plugins, alone and together
-        self._told: set[tuple[str, str]] = set()  # unknown names that a warning has named
+        self._warned: set[tuple[str, str]] = set()  # unknown names that a warning has named
 
     # --- what is there -------------------------------------------------------------------------
 
@@ -135,8 +135,8 @@ class Registry:
     def _warn_of_unknown(self, variable: str, names: frozenset[str]) -> None:
         known = self._all()
         for name in sorted(names - set(known)):
-            if (variable, name) not in self._told:
-                self._told.add((variable, name))
+            if (variable, name) not in self._warned:
+                self._warned.add((variable, name))
                 near = near_misses(name, known)
                 message = f"{variable} names {name!r}, and there is no such plugin. {near}"
                 warnings.warn(message.rstrip(), QuantPatchWarning, stacklevel=3)

@@ -70,15 +70,16 @@ class RunSettings:
         """Has a model that is built quantize the operations inside its forwards.
 
         Raises:
-            ArgumentError: A rule matches nothing in it.
+            ConversionError: Something may multiply and cannot be followed, and ``strict`` was asked for.
         """
         option = OperationsOption.of(self.operations)
         assert option is not None
         option = attrs.evolve(option, demands=False)  # each of several models has some of them
-        quantize_operations([model], option, self._recipe or registry.recipe(DEFAULT_RECIPE), Outcome())
+        recipe = self._recipe or registry.recipe(DEFAULT_RECIPE)
+        quantize_operations([model], option, recipe, Outcome(), strict=self.block.get("strict", False))
 
     @property
-    def operations(self) -> Mapping[str, Sequence[str]] | None:
+    def operations(self) -> Mapping[str, Sequence[str]] | Sequence[str] | None:
         """What ``quantize_modules`` takes as ``operations``."""
         return self.block.get("operations")
 

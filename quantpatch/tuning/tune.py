@@ -74,7 +74,7 @@ def tune(
 
     Raises:
         TuningError: There is no batch, or data reaches no layer that a method could tune.
-        ArgumentError: There is no quantizer, no method, or a method has no such option; ``offload`` is no
+        ArgumentError: There is no quantizer, no method, or a method has no such option; ``offload`` is not a
             folder.
         ArgumentTypeError: ``model`` is not a model, or ``data`` not batches.
         UnknownNameError: There is no method, or recipe, of a name.

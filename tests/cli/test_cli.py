@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import quantpatch
@@ -234,3 +235,43 @@ def test_report_writes_a_page(model_module, tmp_path):
         pytest.importorskip(package)
     assert run("report", model_module, "--input", "2,4", "-o", "page.html").strip() == "wrote page.html"
     assert "of the multiplications quantized" in (tmp_path / "page.html").read_text()
+
+
+# What a command line cannot say: objects of Python's.
+OBJECTS = {"kwargs", "results", "float_model", "groups"}
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        ("explain", quantpatch.explain),
+        ("audit", quantpatch.audit),
+        ("audit", quantpatch.quantize_modules),
+        ("report", quantpatch.report),
+        ("report", quantpatch.quantize_modules),
+        ("run", quantpatch.quantize_modules),
+        ("search", quantpatch.search),
+    ],
+)
+def test_a_command_has_every_option_of_the_function_that_it_calls(command, function):
+    takes = {parameter.name for parameter in typer.main.get_command(app).commands[command].params}
+    called = {"plugin": "plugins", "inputs": "args", "output": "path", "candidate": "candidates"}
+    takes |= {called[name] for name in takes & called.keys()}
+    options = inspect.signature(function).parameters.values()
+    assert {p.name for p in options if p.kind is p.KEYWORD_ONLY} - OBJECTS <= takes
+
+
+def test_audit_is_strict_if_asked(model_module, tmp_path, monkeypatch, capsys):
+    (tmp_path / "cli_hidden.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x):\n        return torch.sparse.mm(x.to_sparse(), x)\n"
+    )
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["quantpatch", "audit", "cli_hidden:Net", "--input", "4,4", "--operations", "products", "--strict"],
+    )
+    with pytest.raises(SystemExit):
+        main()
+    assert "strict=True: 1 layers may multiply where it cannot be seen" in capsys.readouterr().err

@@ -15,11 +15,13 @@ from quantpatch.layers.late_ranges import warning_of_late_ranges
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.layers.range_tensor import RANGE_KEY
 from quantpatch.layers.zero_point_state import ZERO_POINT_KEY
+from quantpatch.reports.report import ChangeReport
+from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.forward import demand_model
 from quantpatch.torch_tools.sharded import sharding_of
 
 
-def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = None) -> tuple[str, ...]:
+def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = None) -> ChangeReport:
     """Makes room in a model for the ranges in a checkpoint that is loaded by filling what is there.
 
     ::
@@ -39,7 +41,7 @@ def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = Non
             can be only one.
 
     Returns:
-        The names of the quantizers whose range is in the checkpoint.
+        The quantizers that expect a range now, and those whose range is not in the checkpoint.
 
     Raises:
         CheckpointError: The folder holds no checkpoint, or not one of this model, or no ranges; or it holds
@@ -91,16 +93,17 @@ def expect_ranges(model: nn.Module, checkpoint: Any, *, prefix: str | None = Non
             key = f"{prefix}{name}.{ZERO_POINT_KEY}" if name else f"{prefix}{ZERO_POINT_KEY}"
             device = device_near(modules[name.rpartition(".")[0]])
             quantizers[name].expect_range(shape, device, zero_point=key in shapes_by_key)
-    left = [
-        name
+    left = {
+        name: "without a range: the checkpoint has none"
         for name, q in quantizers.items()
         if name not in shapes and q.amax is None and not q.disabled and not q.descriptor.dynamic
-    ]
+    }
     if left:
         warn_caller(
             f"{where} holds no range for {', '.join(left)}: they go on taking the range of each tensor"
         )
-    return tuple(shapes)
+    changed = dict.fromkeys(shapes, "expecting a range of the checkpoint")
+    return ChangeReport(written_name(type(model)), changed, left)
 
 
 def _entries(checkpoint: Any) -> tuple[str, dict[str, tuple[int, ...] | None]]:

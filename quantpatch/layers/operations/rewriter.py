@@ -312,7 +312,7 @@ class _Function(Branches):
         return self.generic_visit(node)
 
     def _is_part(self, node: ast.expr) -> bool:
-        """``self.a.b``: a module, or something else of the layer that is no tensor."""
+        """``self.a.b``: a module, or something else of the layer that is not a tensor."""
         root = node
         while isinstance(root, ast.Attribute):
             root = root.value

@@ -2,11 +2,9 @@
 
 Nothing is read back to the host, so ``torch.compile``, ``torch.export``, ``torch.jit.trace`` and
 ``torch.func`` can record them, and they run on any device. By themselves they fuse with their neighbours;
-three things have to be asked for to have few graphs and good C++ code, and no value depends on them. A number
+two things have to be asked for to have few graphs and good C++ code, and no value depends on them. A number
 of a layer's is a constant of its graph: zero points are tensors, or each block of a model would be compiled
-anew. Bools are not vectorised: what lies outside a range is kept for the backward pass as int8. And
-convolutions are computed channels last, so weights and their gradients are reordered: that can be done in the
-same pass over memory as the arithmetic.
+anew. And bools are not vectorised: what lies outside a range is kept for the backward pass as int8.
 """
 
 from __future__ import annotations
@@ -33,10 +31,6 @@ def serves(x: Tensor, q: QParams | None = None) -> bool:
 def round_trip(x: Tensor, q: QParams, *, trains: bool = False) -> Tensor:
     """``x`` to the grid and back."""
     x, scale, dim, element = x.detach(), q.scales(), q.dim, q.format.element
-    if _is_of_convolution(x, scale):
-        scale = _apart(scale)
-        if trains:
-            x = _as_it_lies(x)
     sources, scales = [x], [scale]
     if dim is not None and q.format.block_size is not None and scale.dim():
         sources = block_views(x, dim, q.format.block_size)
@@ -59,25 +53,23 @@ def round_and_mask(x: Tensor, q: QParams) -> tuple[Tensor, ClipMask]:
     """The same, and what was clipped."""
     scale = q.scales()
     y = round_trip(x, QParams(q.format, q.amax, scale, q.dim, q.zero_point), trains=True)
-    order = [0, 1, 2, 3] if _is_of_convolution(x, scale) else None
     if not q.clips():
-        return y, ClipMask(order=order)
+        return y, ClipMask()
     if is_compiled() and x.device.type == "cpu" and not scale.dim():
         # Not bools: one takes twenty times as long to write as an int8 that is made of a float.
         inside = torch.full_like(x, -1.0, dtype=torch.float32).masked_fill(is_clipped_by(x, q), 0.0)
         return y, ClipMask("bytes", inside.to(torch.int8))
     # Who records the operations decides what is kept.
-    return y, ClipMask("values", x, order)
+    return y, ClipMask("values", x)
 
 
 def zero_clipped(grad: Tensor, mask: ClipMask, q: QParams) -> Tensor:
     """``grad`` with 0 for what was clipped, from any backend's mask."""
     kept = mask.tensor
     if kept is None:
-        return grad if mask.order is None else _in_own_order(grad)
+        return grad
     if mask.kind == "values":
-        grad = grad.masked_fill(is_clipped_by(kept, q), 0.0)
-        return grad if mask.order is None else _in_own_order(grad)
+        return grad.masked_fill(is_clipped_by(kept, q), 0.0)
     if mask.kind == "bytes" and is_compiled():
         return _masked_by_bits(grad, kept)
     grad = mask.ordered(grad)
@@ -87,10 +79,8 @@ def zero_clipped(grad: Tensor, mask: ClipMask, q: QParams) -> Tensor:
     return mask.restored(grad.masked_fill(kept == 0, 0.0))
 
 
-def lsq_gradients(grad: Tensor, x: Tensor, q: QParams, batch_axis: int | None) -> tuple[Tensor, Tensor]:
-    """LSQ's gradients."""
-    grad_x, grad_amax = lsq.lsq_gradients(grad, x, q, batch_axis)
-    return _in_own_order(grad_x) if _is_of_convolution(x, q.scales()) else grad_x, grad_amax
+#: LSQ's gradients, of whole tensors.
+lsq_gradients = lsq.lsq_gradients
 
 
 def amax(x: Tensor, shape: Sequence[int], dim: int | None = None, block_size: int = 0) -> Tensor:
@@ -118,38 +108,3 @@ def _masked_by_bits(grad: Tensor, mask: Tensor) -> Tensor:
     if grad.dtype == torch.float64:
         return (grad.view(torch.int64) & mask.long()).view(torch.float64)
     return (grad.float().view(torch.int32) & mask.int()).view(torch.float32).to(grad.dtype)
-
-
-# --- The order of a convolution's weight in memory --------------------------------------------------------
-
-
-def _is_of_convolution(x: Tensor, scale: Tensor) -> bool:
-    """Whether ``x`` looks like a two-dimensional convolution's weight, with a scale for each channel."""
-    return is_compiled() and x.device.type == "cpu" and scale.dim() == 4 and x.is_contiguous()
-
-
-def _apart(scale: Tensor) -> Tensor:
-    """The same scales, with their elements apart in memory.
-
-    The compiler reorders tile by tile where there are two axes along which elements are neighbours. That of
-    the scales would be a third, and elements then be stored singly, which takes three times as long.
-    """
-    return torch.stack([scale, scale], -1).select(-1, 0)
-
-
-def _as_it_lies(weight: Tensor) -> Tensor:
-    """The weight, as the forward pass is to see it.
-
-    It is kept for the backward pass, and the compiler would keep a copy channels last, as of all that leads
-    to a convolution; but not of what is seen through ``as_strided``.
-    """
-    return weight.as_strided(weight.shape, weight.stride())
-
-
-def _in_own_order(grad: Tensor) -> Tensor:
-    """The gradient of a contiguous weight, contiguous.
-
-    The compiler has it channels last, and autograd would copy it singly to the parameter's order. A copy to
-    that order is left out as needless, but not one of what was made channels last before.
-    """
-    return grad.contiguous(memory_format=torch.channels_last).contiguous()

@@ -14,6 +14,25 @@ from architectures import MODELS
 import quantpatch as qp
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+GUIDE = README.parent.parent.parent / "docs" / "transformers.md"  # of quantpatch's pages, in its repository
+CODE = re.compile(r"^```python\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+
+
+def run_page(path, page, capsys):
+    """Runs a page's Python in a module."""
+    blocks = CODE.findall(path.read_text())
+    assert blocks
+    for code, shown in blocks:
+        capsys.readouterr()
+        exec(code, vars(page))
+        if shown:
+            assert capsys.readouterr().out == shown
+
+
+@pytest.mark.skipif(not GUIDE.is_file(), reason="not a checkout")
+def test_the_guide_to_transformers_models_runs_and_prints_what_it_shows(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run_page(GUIDE, ModuleType("guide"), capsys)
 
 
 # accelerate and the Trainer warn of what a CPU does not have.
@@ -22,15 +41,7 @@ def test_every_python_block_runs_and_prints_what_the_page_shows(monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     page = ModuleType("readme")
     monkeypatch.setitem(sys.modules, "readme", page)
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", README.read_text(), re.M | re.S
-    )
-    assert blocks
-    for code, shown in blocks:
-        capsys.readouterr()
-        exec(code, vars(page))
-        if shown:
-            assert capsys.readouterr().out == shown
+    run_page(README, page, capsys)
     mine = vars(page)["mine"]
     with qp.quantize_modules(custom=[mine]) as scope:
         vars(page)["MyExperts"](MODELS["mixtral"].build().config)

@@ -23,6 +23,7 @@ from quantpatch.quantize.calibration import Calibration
 from quantpatch.quantize.configure import configure
 from quantpatch.quantize.convert import convert, quantized, revert
 from quantpatch.quantize.explain import explain
+from quantpatch.quantize.quantizing_block import quantize_operations_early
 from quantpatch.quantize.scope import keep_float, quantize_modules
 from quantpatch.quantize.zero_points import fit_zero_points
 from quantpatch.reports.report import CalibrationReport, ZeroPointReport
@@ -39,6 +40,7 @@ __all__ = [
     "fit_zero_points",
     "keep_float",
     "quantize_modules",
+    "quantize_operations_early",
     "quantized",
     "reasons",
     "revert",

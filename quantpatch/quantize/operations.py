@@ -173,6 +173,7 @@ def quantize_operations(
     *,
     leave: Callable[[nn.Module], bool] = lambda module: False,
     strict: bool = False,
+    used: set[OperationRule] | None = None,
 ) -> int:
     """Has the layers of models quantize the operands of operations in their forwards.
 
@@ -183,6 +184,7 @@ def quantize_operations(
         outcome: Counts what became of each layer.
         leave: Whether a module is to stay as it is.
         strict: Whether what may multiply and cannot be followed is an error.
+        used: Rules that have matched something in other models; those that do here are added.
 
     Returns:
         How many layers changed.
@@ -193,7 +195,7 @@ def quantize_operations(
     """
     planned: list[_Planned] = []
     hidden: dict[str, tuple[str, ...]] = {}
-    used: set[OperationRule] = set()
+    used = set() if used is None else used
     in_force: set[OperationRule] = set()
     overruled: set[OperationRule] = set()
     seen: dict[str, nn.Module] = {}
@@ -201,7 +203,12 @@ def quantize_operations(
         scripted: list[str] = []
         for name, layer in model.named_modules():
             seen.setdefault(name, layer)
-            if isinstance(layer, (QuantizedLayer, TensorQuantizer)) or leave(layer):
+            if isinstance(layer, QuantizedLayer):  # it may have come with operations, as from a file
+                present = {inner.operation for inner in layer._inner.values()}
+                _, rules = option.for_layer(name, layer, recipe) if present else ({}, {})
+                used.update(rule for rule in rules if present & named([rule.operation]))
+                continue
+            if isinstance(layer, TensorQuantizer) or leave(layer):
                 continue
             if any(name.startswith(f"{outer}.") for outer in scripted):
                 continue

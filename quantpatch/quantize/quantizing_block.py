@@ -12,7 +12,7 @@ import attrs
 from torch import nn
 
 from quantpatch.errors import ArgumentError, EntryError, QuantPatchWarning, warn_caller
-from quantpatch.interception.block import Block, is_being_replaced
+from quantpatch.interception.block import Block, is_being_replaced, open_here
 from quantpatch.interception.built_modules import Built
 from quantpatch.interception.construction import when_constructed
 from quantpatch.interception.hooks import Slot
@@ -21,7 +21,7 @@ from quantpatch.interception.slots import lock
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.subclass import own_ways, take_over
 from quantpatch.quantize.configure import apply_rules
-from quantpatch.quantize.operations import OperationsOption, quantize_operations
+from quantpatch.quantize.operations import OperationRule, OperationsOption, quantize_operations
 from quantpatch.quantize.outcome import Outcome
 from quantpatch.quantize.reasons import BuiltDirectly
 from quantpatch.quantize.resolve import Decision, Key, Table, resolve
@@ -29,6 +29,23 @@ from quantpatch.quantize.targets import slot_of
 from quantpatch.recipes.descriptor import Recipe
 from quantpatch.torch_tools import debug_trace
 from quantpatch.torch_tools.class_swap import dotted, own_class
+
+
+def quantize_operations_early(model: nn.Module) -> None:
+    """Has a model that was built in a block quantize its operations now instead of when the block ends.
+
+    For what loads it inside the block and asks for its quantizers. Outside of blocks, and in those without
+    operations, nothing happens.
+
+    Raises:
+        ConversionError: Something may multiply and cannot be followed, and ``strict`` was asked for.
+    """
+    blocks: Any = open_here()
+    inside = next((block.with_operations for block in blocks), None)
+    for block in blocks:
+        if inside is not None and block.with_operations is inside and block.operations is not None:
+            block.quantize_operations(model)
+            return
 
 
 class QuantizingBlock(Block):
@@ -66,6 +83,7 @@ class QuantizingBlock(Block):
         self.applies_rules = applies_rules
         self.with_operations = with_operations
         self.operations = operations
+        self._used: set[OperationRule] = set()
         self._strict = strict
         self._kept_out_of = kept_out_of
         self._keep_float = keep_float
@@ -222,8 +240,11 @@ class QuantizingBlock(Block):
 
     # --- at its end ----------------------------------------------------------------------------
 
-    def quantize_operations(self) -> None:
+    def quantize_operations(self, early: nn.Module | None = None) -> None:
         """Has what was built quantize the operations inside forwards.
+
+        Args:
+            early: A model that needs it before the end, alone.
 
         Raises:
             ArgumentError: A rule matches nothing.
@@ -233,12 +254,13 @@ class QuantizingBlock(Block):
             return
         inside, table = self.with_operations, self.table
         quantize_operations(
-            inside.roots(),
-            self.operations,
+            inside.roots() if early is None else [early],
+            self.operations if early is None else attrs.evolve(self.operations, demands=False),
             self.recipe,
             self.outcome,
             leave=lambda module: inside.leaves_out(module) or resolve(table, own_class(module)).is_skipped,
             strict=self._strict,
+            used=self._used,
         )
 
     def apply_rules(self) -> None:

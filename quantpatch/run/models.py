@@ -108,8 +108,12 @@ class WatchedModels:
             if module not in self._watched:
                 before = type(_unwrapped(module))
                 self._watched[module] = self._model(module)
-                if type(_unwrapped(module)) is not before:
-                    return  # this call runs the forward of its class before
+                if type(_unwrapped(module)) is not before:  # this call runs the forward of its class before
+                    if (model := self._watched[module]) is not None:
+                        model.note(
+                            f"the operations in {before.__name__}.forward itself were float at first call"
+                        )
+                    return
             if (model := self._watched[module]) is not None:
                 model.begin()
 

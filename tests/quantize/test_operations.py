@@ -809,6 +809,16 @@ def test_a_file_gives_a_float_model_its_operations_and_their_ranges(tmp_path):
         assert {type(module) for module in loaded.modules()} == {Net, Attention, nn.Linear}
 
 
+def test_rules_may_be_for_a_model_that_a_file_gives_its_operations_alone(tmp_path):
+    model, rules = build(operations="products"), {"first": {"matmul": "int8"}, "second": ["attention"]}
+    qp.save(model, tmp_path / "net.safetensors")
+    with qp.quantize_modules(operations=rules):
+        loaded = qp.load(Net(), tmp_path / "net.safetensors")
+    assert operands(loaded) == operands(model)
+    with pytest.raises(ArgumentError, match="'third'"), qp.quantize_modules(operations={"third": "matmul"}):
+        qp.load(Net(), tmp_path / "net.safetensors")
+
+
 def known_keywords_alone(function):
     @functools.wraps(function)
     def wrapped(*args, **kwargs):

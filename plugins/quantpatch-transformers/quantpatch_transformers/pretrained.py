@@ -23,6 +23,7 @@ import quantpatch as qp
 from quantpatch.errors import CheckpointError, ConversionError, QuantPatchWarning
 from quantpatch.export import StructurePlan, describe
 from quantpatch.layers import RANGE_KEY, ZERO_POINT_KEY, QuantizedLayer, named_quantizers
+from quantpatch.quantize import quantize_operations_early
 from quantpatch.recipes import active_recipe
 from quantpatch_transformers.checkpoint_keys import Checkpoint, aliased, names_in
 from quantpatch_transformers.tied_weights import leave_ranges_untied
@@ -174,7 +175,9 @@ class QuantPatchQuantizer(HfQuantizer):
             for name in described.keys() & {name for names in self._anew.values() for name in names}:
                 described[name] = {**described[name], "known": False}
         else:
-            if not self.built_in_block:
+            if self.built_in_block:
+                quantize_operations_early(model)
+            else:
                 self._convert(model)
             checkpoint.find_ranges(model)
             checkpoint.leave_out_unknown()

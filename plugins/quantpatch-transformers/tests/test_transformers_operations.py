@@ -155,6 +155,21 @@ def test_saved_it_has_the_float_classes_names_and_comes_back_inside_a_block_and_
         assert torch.equal(output(again, name), expected)
 
 
+@pytest.mark.parametrize("operations", ["products", {"*Attention": {"attention": "int8"}}])
+def test_a_checkpoint_without_description_gives_its_ranges_inside_a_block_with_operations(
+    operations, tmp_path
+):
+    with qp.quantize_modules(operations=operations):
+        model = MODELS["gpt2"].build().eval()
+    qp.calibrate(model, [{"input_ids": IDS}], progress=False)
+    model.save_pretrained(tmp_path)
+    with qp.quantize_modules(operations=operations):
+        again, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert {row.state for row in qp.summary(again).rows} == {"calibrated"}
+    assert torch.equal(output(again.eval(), "gpt2"), output(model, "gpt2"))
+
+
 def test_a_float_checkpoint_is_quantized_inside_a_block_with_operations(tmp_path):
     reference = float_model("gpt2")
     reference.save_pretrained(tmp_path)

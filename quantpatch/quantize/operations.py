@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import torch
@@ -201,9 +201,10 @@ def quantize_operations(
     seen: dict[str, nn.Module] = {}
     for model in models:
         scripted: list[str] = []
-        for name, layer in model.named_modules():
+        for name, module in model.named_modules():
+            layer = cast(Any, module)
             seen.setdefault(name, layer)
-            if isinstance(layer, QuantizedLayer):  # it may have come with operations, as from a file
+            if isinstance(module, QuantizedLayer):  # it may have come with operations, as from a file
                 present = {inner.operation for inner in layer._inner.values()}
                 _, rules = option.for_layer(name, layer, recipe) if present else ({}, {})
                 used.update(rule for rule in rules if present & named([rule.operation]))

@@ -111,7 +111,7 @@ class WatchedModels:
                 if type(_unwrapped(module)) is not before:  # this call runs the forward of its class before
                     if (model := self._watched[module]) is not None:
                         model.note(
-                            f"the operations in {before.__name__}.forward itself were float at first call"
+                            f"in the first call the operations in {before.__name__}.forward were float"
                         )
                     return
             if (model := self._watched[module]) is not None:

@@ -17,6 +17,7 @@ from quantpatch import quantize_modules
 from quantpatch.errors import CalibrationError
 from quantpatch.layers.quantizer import named_quantizers
 from quantpatch.run.models import WatchedModels, _Eager
+from quantpatch.run.settings import RunSettings
 
 
 class Net(nn.Module):
@@ -313,3 +314,22 @@ def test_closing_leaves_no_hook(watch):
     model(torch.ones(1, 4))
     assert [len(h) for h in hooks] == before
     assert watched.notes() == ()
+
+
+class Root(Net):
+    def forward(self, x):
+        return super().forward(x) @ torch.eye(2)
+
+
+def test_operations_come_with_the_first_call_which_says_what_was_float_in_it():
+    settings = RunSettings(block={"operations": {"*": ["matmul"]}})
+    watched = WatchedModels(1, audit=True, operations=settings.quantize_operations)
+    try:
+        model, x = build(Root), torch.randn(3, 4)
+        for _ in range(3):
+            model(x)
+        assert model.matmul_0_left_quantizer.amax is not None
+        assert "Root: in the first call the operations in Root.forward were float" in watched.notes()
+        assert "100.0%" in watched.audits()[0]
+    finally:
+        watched.close()

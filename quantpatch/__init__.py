@@ -115,14 +115,16 @@ _AT_FIRST_USE = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    for room, names in _AT_FIRST_USE.items():
-        if name in names:
-            found = globals()[name] = getattr(importlib.import_module(room), name)
-            return found
-        if room == f"{__name__}.{name}":
-            return importlib.import_module(room)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take every name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        for room, names in _AT_FIRST_USE.items():
+            if name in names:
+                found = globals()[name] = getattr(importlib.import_module(room), name)
+                return found
+            if room == f"{__name__}.{name}":
+                return importlib.import_module(room)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

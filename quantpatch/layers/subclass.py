@@ -20,7 +20,7 @@ import attrs
 
 from quantpatch.errors import LayerError
 from quantpatch.interception.slots import lock
-from quantpatch.layers.base import QuantizedLayer, make_replacement, quantizers_of
+from quantpatch.layers.base import QuantizedLayer, make_replacement
 from quantpatch.layers.stand_ins import is_stand_in
 from quantpatch.recipes.descriptor import Recipe
 from quantpatch.torch_tools.class_swap import change_class, dotted
@@ -129,12 +129,6 @@ def give_back(layer: Any, cls: type[Any], children: tuple[str, ...]) -> None:
     allow_fast_paths(layer)
     for name in [name for name in layer._modules if name not in children]:
         del layer._modules[name]
-
-
-def make_float(layer: Any) -> None:
-    """Makes a quantized layer the float one that it stands for: the same object, without quantizers."""
-    own = quantizers_of(layer)
-    give_back(layer, layer.float_class, tuple(name for name in layer._modules if name not in own))
 
 
 def _combined_now(replacement: type[QuantizedLayer], subclass: type[Any]) -> type[QuantizedLayer]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 
@@ -89,16 +88,19 @@ def convert(
             f"{type(model).__name__} holds nothing to quantize: its modules are {seen}. Give an entry for "
             f"your own layers: convert(model, custom=[(module, 'Name', QuantName)])"
         )
-    with contextlib.ExitStack() as undo:
+    before = [(module, own_class(module), tuple(module._modules)) for module in model.modules()]
+    try:
         for layer, replacement in planned:
-            undo.callback(give_back, layer, own_class(layer), tuple(layer._modules))
             take_over(layer, replacement, chosen)
         if options.operations is not None:
-            undo.callback(_undo_all, _state_of(model))
             quantize_operations([model], options.operations, chosen, outcome, strict=options.strict)
         if chosen.rules:
             apply_rules([model], chosen.rules)
-        undo.pop_all()  # all went well: keep it
+    except BaseException:
+        for layer, cls, children in before:
+            if own_class(layer) is not cls:
+                give_back(layer, cls, children)
+        raise
     return Conversion(outcome.replaced, outcome.skipped)
 
 
@@ -134,16 +136,6 @@ def _plan(model: nn.Module, table: Table, outcome: Outcome) -> list[tuple[nn.Mod
             planned.append((layer, _fit_for_conversion(decision)))
         outcome.count(decision)
     return planned
-
-
-def _state_of(model: nn.Module) -> list[tuple[nn.Module, type[Any], tuple[str, ...]]]:
-    return [(module, own_class(module), tuple(module._modules)) for module in model.modules()]
-
-
-def _undo_all(state: list[tuple[nn.Module, type[Any], tuple[str, ...]]]) -> None:
-    for layer, cls, children in state:
-        if own_class(layer) is not cls:
-            give_back(layer, cls, children)
 
 
 def _fit_for_conversion(decision: Decision) -> type[QuantizedLayer]:

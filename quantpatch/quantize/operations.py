@@ -14,7 +14,6 @@ from quantpatch.errors import ArgumentError, ArgumentTypeError, ConversionError,
 from quantpatch.layers.base import QuantizedLayer
 from quantpatch.layers.operations import NAMES, PRODUCTS, named
 from quantpatch.layers.quantizer import TensorQuantizer
-from quantpatch.layers.subclass import make_float
 from quantpatch.layers.with_operations import (
     QuantizedOperations,
     find_operations,
@@ -253,7 +252,7 @@ def quantize_operations(
         for name in plan.made._prepared.read_only if plan.made._prepared else ():
             part: Any = plan.layer._modules.get(name)
             if isinstance(part, QuantizedLayer) and owners.get(part) == 1:  # type: ignore[call-overload]
-                make_float(part)  # which never sees anything: what holds it reads its weight itself
+                part.make_float()  # which never sees anything: what holds it reads its weight itself
         target: Any = plan.made.float_class
         entry = Entry(target.__module__, target.__name__, QuantizedOperations, plugin=BUILTIN)
         outcome.covered(Decision(dotted(target), entry, None, target, plan.made))

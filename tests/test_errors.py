@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import pickle
 from pathlib import Path
 
@@ -40,7 +41,7 @@ CLASSES = [getattr(errors, name) for name in errors.__all__ if name.endswith(("E
 def test_every_error_says_when_it_is_raised_and_what_it_carries(cls) -> None:
     assert cls.__doc__ is not vars(cls.__base__).get("__doc__")
     for attribute in vars(cls).get("__annotations__", {}):
-        assert f"        {attribute}: " in cls.__doc__
+        assert f"\n    {attribute}: " in inspect.cleandoc(cls.__doc__)  # Python 3.13 takes out the indent
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,7 @@ def run_rank(rank, folder):
     tensor_parallel(found, mesh)
     calibration(found, rank)
     replicated(found, rank)
+    with_operations(found, rank)
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -239,6 +240,34 @@ def replicated(found, rank):
     found["replicated, calibrated afterwards"] = model.state_dict()
 
 
+class Multiplying(nn.Module):
+    """Products in its forward, one of them with a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.table = nn.Linear(6, 6), nn.Parameter(torch.randn(6, 4) / 2)
+
+    def forward(self, x):
+        return torch.tanh(self.fc(x) @ x.mT) @ x @ self.table
+
+
+def multiplying():
+    torch.manual_seed(0)
+    model = Multiplying()
+    qp.convert(model, recipe=LEARNED, operations="products")
+    qp.calibrate(model, [DATA[0]])
+    return model
+
+
+def with_operations(found, rank):
+    model = multiplying()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    steps = optimizer(wrapped)
+    wrapped(DATA[1].chunk(RANKS)[rank]).square().mean().backward()
+    steps.step()
+    found["operations"] = model.state_dict()
+
+
 @pytest.fixture(scope="module")
 def ranks(by_ranks):
     """What each rank found."""
@@ -352,6 +381,19 @@ def test_learned_ranges_are_calibrated_and_trained_in_a_model_that_is_replicated
     for found in ranks:
         for key, value in calibrated_and_trained_alone[1].items():
             torch.testing.assert_close(found["replicated, calibrated afterwards"][key], value, msg=key)
+
+
+def test_learned_ranges_of_operations_train_in_a_replicated_model_as_alone(ranks):
+    model = multiplying()
+    assert len(model.quantizers()) == 6
+    before, steps = copy.deepcopy(model.state_dict()), optimizer(model)
+    for half in DATA[1].chunk(RANKS):
+        (model(half).square().mean() / RANKS).backward()
+    steps.step()
+    assert all(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for found in ranks:
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(found["operations"][key], value, msg=key)
 
 
 def test_a_distributed_checkpoint_brings_its_ranges_where_they_are_expected(ranks):

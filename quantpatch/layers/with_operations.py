@@ -15,12 +15,13 @@ import attrs
 import torch
 from torch import nn
 
+from quantpatch.errors import LayerError
 from quantpatch.interception.slots import lock
 from quantpatch.layers.base import QuantizedLayer, make_replacement, quantized_output
 from quantpatch.layers.operations import Asked, Rewritten, Wanted, rewrite, spelling
 from quantpatch.layers.subclass import MADE_OF, reduce_made
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
-from quantpatch.torch_tools.class_swap import change_class
+from quantpatch.torch_tools.class_swap import change_class, dotted
 from quantpatch.torch_tools.fx import leaf_in_fx
 
 Facts = tuple[tuple[str, bool | str], ...]
@@ -156,11 +157,19 @@ def with_operations(cls: type[Any], operations: tuple[str, ...], facts: Facts) -
         cls: The float class.
         operations: Names of operations.
         facts: What was found out about the layer.
+
+    Raises:
+        LayerError: Its code cannot be read here.
     """
     known = _made.get((cls, operations, facts))
     if known is not None:
         return known
     rewritten = rewrite(cls, Wanted.by_name(operations), Asked(None, dict(facts)))
+    if not rewritten.operands:
+        why = "; ".join(rewritten.hidden) or "it has none of them here"
+        raise LayerError(
+            f"{dotted(cls)} had quantized operations, which cannot be made again: {why}", layer=cls
+        )
     return _class_of(cls, operations, facts, rewritten)
 
 

@@ -103,6 +103,19 @@ print([type(layer).__name__ for layer in model])
     assert done.stdout.splitlines() == ["['QuantOwn', 'QuantMine', 'Stage'] 12", "['Own', 'Mine', 'Stage']"]
 
 
+def test_quantized_operations_of_a_class_without_its_source_are_an_error_not_float(by_value, tmp_path):
+    model = by_value.Own()
+    qp.convert(model, operations="products")
+    qp.calibrate(model, [X])
+    data = cloudpickle.dumps(model)  # which leaves out where the code was written
+    assert torch.equal(pickle.loads(data)(X), model(X))
+    (tmp_path / "model.pkl").write_bytes(data)
+    code = f"import pickle; pickle.load(open({str(tmp_path / 'model.pkl')!r}, 'rb'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "had quantized operations" in done.stderr
+    assert "needs the source of Own.forward, which cannot be read" in done.stderr
+
+
 def test_a_replacement_that_does_not_fit_is_still_refused():
     class Own(nn.Module):
         def forward(self, x):

@@ -779,6 +779,15 @@ def test_gradients_and_checkpointing_are_as_without():
     assert direct.abs().sum() > 0
 
 
+def test_several_threads_run_one_model_at_once():
+    torch.manual_seed(0)
+    model, inputs = build(operations="products"), torch.randn(8, 2, 5, 8)
+    qp.calibrate(model, list(inputs), progress=False)
+    expected = [model(x) for x in inputs]
+    with futures.ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(model, inputs), expected))
+
+
 def test_threads_and_what_is_outside_see_float_classes():
     build(operations="products")
     assert type(Net().first) is Attention

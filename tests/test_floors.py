@@ -29,6 +29,7 @@ FLOORS = [
     {"tuning"},
     {"analysis", "export.checkpoint", "export.prepare"},
     {"export.onnx", "export.program"},
+    {"export.benchmark"},
     {"export"},
     {"mixed_precision"},
     {"page"},

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quantpatch.cli import lists, models  # noqa: F401  # which add their commands
+from quantpatch.cli import benchmark, lists, models  # noqa: F401  # which add their commands
 from quantpatch.cli.app import app, print_text
 from quantpatch.errors import QuantPatchError, shown
 from quantpatch.plugins.scaffold import new_plugin

@@ -66,7 +66,7 @@ def run_command(
     launch(settings, command, module=module)
 
 
-def _build(path: str) -> Any:
+def object_at(path: str) -> Any:
     """The function (or model) that ``package.module:name`` means."""
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
@@ -78,7 +78,7 @@ def _build(path: str) -> Any:
         raise ArgumentError(f"cannot find {path!r}: {type(error).__name__}: {error}", build=path) from error
 
 
-def _built(found: Any, path: str) -> torch.nn.Module:
+def built(found: Any, path: str) -> torch.nn.Module:
     """The model that what ``package.module:name`` means is, or builds."""
     model = found() if callable(found) and not isinstance(found, torch.nn.Module) else found
     if not isinstance(model, torch.nn.Module):
@@ -88,7 +88,8 @@ def _built(found: Any, path: str) -> torch.nn.Module:
     return model
 
 
-def _tensor(text: str) -> torch.Tensor:
+def tensor_of(text: str) -> torch.Tensor:
+    """The tensor that ``--input`` means."""
     sizes, _, kind = text.partition(":")
     try:
         shape = [int(size) for size in sizes.split(",")]
@@ -107,13 +108,13 @@ def _tensor(text: str) -> torch.Tensor:
 
 def _model_in(block: dict[str, Any], build: str, inputs: list[str]) -> tuple[torch.nn.Module, list[Any]]:
     """The model that a function builds in a block, and its inputs."""
-    found, tensors = _build(build), [_tensor(text) for text in inputs]
+    found, tensors = object_at(build), [tensor_of(text) for text in inputs]
     with quantize_modules(**block):
-        return _built(found, build), tensors
+        return built(found, build), tensors
 
 
 @contextlib.contextmanager
-def _naming_shapes(inputs: list[str]) -> Iterator[None]:
+def naming_shapes(inputs: list[str]) -> Iterator[None]:
     """A block that runs a model; if it fails, says on what."""
     try:
         yield
@@ -139,7 +140,7 @@ def audit_command(
     """
     model, tensors = _model_in(block, build, inputs)
     try:
-        with _naming_shapes(inputs):
+        with naming_shapes(inputs):
             coverage = audit(model, tuple(tensors), minimum=minimum)
     except CheckError as error:
         print_report(error.report, as_json)
@@ -159,7 +160,7 @@ def report_command(
 ) -> None:
     """Build a model in a block, run it, and write what is known of it as a page."""
     model, tensors = _model_in(block, build, inputs)
-    with _naming_shapes(inputs):
+    with naming_shapes(inputs):
         typer.echo(f"wrote {report(model, tuple(tensors), path=output, title=title)}")
 
 
@@ -187,14 +188,14 @@ def search_command(
 ) -> None:
     """Build a model, and find the recipe of each layer that keeps its metric and costs least."""
     candidates = candidate or ["int8", "w4a8", "int4", "float"]
-    model = _built(_build(build), build)
+    model = built(object_at(build), build)
     result = search(
         model,
-        _build(evaluate),
+        object_at(evaluate),
         max_drop=max_drop,
         candidates=[None if name == "float" else name for name in candidates],
         cost=cost,  # type: ignore[arg-type]
-        data=None if data is None else _build(data)(),
+        data=None if data is None else object_at(data)(),
         budget=budget,
         resume=resume,
         progress=progress,

@@ -1,5 +1,6 @@
 """From a trained model to files: checkpoints and ONNX, and the folding that they profit from."""
 
+from quantpatch.export.benchmark import BenchReport, BenchRow, bench
 from quantpatch.export.checkpoint import (
     SaveReport,
     StructurePlan,
@@ -28,6 +29,8 @@ from quantpatch.export.program import (
 )
 
 __all__ = [
+    "BenchReport",
+    "BenchRow",
     "Comparison",
     "CompiledLatency",
     "ExportReport",
@@ -39,6 +42,7 @@ __all__ = [
     "Preparation",
     "SaveReport",
     "StructurePlan",
+    "bench",
     "describe",
     "expect_ranges",
     "export_onnx",

@@ -6,8 +6,7 @@ that of the conversions around it. The graph does not show that, so the export m
 
 from __future__ import annotations
 
-import statistics
-import time
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from quantpatch.export.prepare.exported import ExportedQuantizer
 from quantpatch.layers.operations import quantizer_name
 from quantpatch.numerics.formats import Integer
 from quantpatch.plugins.runtime import OpenedFile
+from quantpatch.reports.latency import medians
 from quantpatch.torch_tools import nn
 
 # Rounds to measure at most and at least, and after how many seconds no other one begins.
@@ -76,18 +76,8 @@ def measure(
         feed: What to run them on.
     """
     opened = [opens(each, None) for each in (path, float_path)]
-    times: list[list[float]] = [[], []]
-    start = time.perf_counter()
-    for run in opened:
-        run(feed)
-    for done in range(_ROUNDS):
-        if done >= _LEAST and time.perf_counter() - start > _SECONDS:
-            break
-        for run, taken in zip(opened, times, strict=True):
-            before = time.perf_counter()
-            run(feed)
-            taken.append(time.perf_counter() - before)
-    own, as_float = (1e3 * statistics.median(taken) for taken in times)
+    calls = [functools.partial(run, feed) for run in opened]
+    own, as_float = medians(calls, seconds=_SECONDS / 2, least=_LEAST, most=_ROUNDS)
     return own, as_float
 
 

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-
-from quantpatch.errors import ExportError
+from quantpatch.errors import ExportError, MissingExtraError
 from quantpatch.plugins.runtime import OpenedFile
+
+try:
+    import onnxruntime
+except ImportError:
+    raise MissingExtraError.of("onnx", "onnxruntime", "running a file in ONNX Runtime") from None
 
 
 def open_file(path: Path, threads: int | None) -> OpenedFile:

@@ -17,7 +17,7 @@ from quantpatch.torch_tools import nn
 _PATTERNS = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"
 
 
-def demand_cpu(model: nn.Module, inputs: Any) -> None:
+def demand_cpu(model: nn.Module, inputs: Any, purpose: str = "lower compiles for CPUs") -> None:
     """Refuses what is not on the CPU, and a PyTorch without kernels.
 
     Raises:
@@ -28,8 +28,7 @@ def demand_cpu(model: nn.Module, inputs: Any) -> None:
     others = sorted({str(x.device) for x in tensors} - {"cpu"})
     if others:
         raise ExportError(
-            f"lower compiles for CPUs, and the model or its inputs are on {', '.join(others)}: write "
-            f"model.cpu()"
+            f"{purpose}, and the model or its inputs are on {', '.join(others)}: write model.cpu()"
         )
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         raise ExportError("this PyTorch is built without oneDNN, which has the integer kernels")

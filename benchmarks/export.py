@@ -61,16 +61,16 @@ def _digits_cnn() -> nn.Module:
     return model
 
 
-def _as_photographs(images: Tensor) -> Tensor:
+def as_photographs(images: Tensor) -> Tensor:
     """Digits in the size and the channels that a MobileNet wants."""
     return nn.functional.interpolate(images.expand(-1, 3, -1, -1), size=(64, 64), mode="bilinear")
 
 
-def _digits_mobilenet() -> nn.Module:
+def digits_mobilenet() -> nn.Module:
     """A MobileNetV3-small, trained on the demo's digits."""
     images, labels = demo.load_data()[0]
     # Channels last take half the time on a CPU.
-    photographs = _as_photographs(images).contiguous(memory_format=torch.channels_last)
+    photographs = as_photographs(images).contiguous(memory_format=torch.channels_last)
     model = mobilenet()
     demo.train(model, (photographs, labels), 8, 2e-3)
     return model
@@ -83,7 +83,7 @@ def _digits() -> tuple[Batches, Batches]:
 
 def _photographs() -> tuple[Batches, Batches]:
     (images, _), (unseen, _) = demo.load_data()
-    return list(_as_photographs(images[:64]).split(1)), list(_as_photographs(unseen).split(1))
+    return list(as_photographs(images[:64]).split(1)), list(as_photographs(unseen).split(1))
 
 
 def _images(*shape: int) -> Callable[[], tuple[Batches, Batches]]:
@@ -135,7 +135,7 @@ CASES = {
     "a convolution": Case(lambda: nn.Sequential(nn.Conv2d(64, 64, 3)), _images(1, 64, 40, 40)),
     "plain CNN": Case(plain_cnn, _images(1, 1, 28, 28)),
     # What is far out makes the surest of its answers, and "mse" cuts it off.
-    "MobileNetV3-small": Case(_digits_mobilenet, _photographs, _as_photographs, "max"),
+    "MobileNetV3-small": Case(digits_mobilenet, _photographs, as_photographs, "max"),
     "U-Net": Case(UNet, _images(1, 3, 64, 64)),
     "LSTM": Case(LanguageModel, _ids(1, 64)),
     "BERT": Case(lambda: Transformer("BERT"), _ids(1, 64)),

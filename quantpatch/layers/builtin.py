@@ -85,7 +85,8 @@ RUNTIMES = {
         kernels="quantpatch.export.onnx.openvino_file:kernels",
     ),
     "inductor": Runtime(
-        placement="skips",  # a kernel adds one operand in integers, and fuses what follows with its result
+        # A kernel adds one operand in integers, and fuses what follows with its result.
+        placement=("skips", "sums", "products"),
         signed_as_uint8=True,
         file="program",
         why_float="quantpatch.export.program.kernels:why_float",

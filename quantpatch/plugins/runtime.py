@@ -12,7 +12,7 @@ import attrs
 from quantpatch.errors import ArgumentTypeError, MissingExtraError, PluginError, UnknownNameError
 
 #: The rules of ``prepare`` that a runtime may ask for; ``export/prepare/placement_rules.py`` has them.
-PLACEMENT = ("slow_float", "convolutions", "joins", "skips")
+PLACEMENT = ("slow_float", "convolutions", "joins", "skips", "sums", "products")
 
 
 def _known_rules(runtime: Any, attribute: Any, rules: tuple[str, ...]) -> None:
@@ -90,7 +90,8 @@ class Runtime:
         placement: The rules by which ``prepare`` places quantizers, in their order. ``"slow_float"`` leaves
             small convolutions float where ONNX Runtime is slower on integers; ``"convolutions"`` quantizes
             what convolutions give, and ``"joins"`` operands and results of additions and concatenations of
-            that; ``"skips"`` quantizes the other operand of an addition to what a convolution gives.
+            that; ``"skips"`` quantizes the other operand of an addition to what a convolution gives, and
+            ``"sums"`` leaves that result as it is; ``"products"`` leaves products of activations float.
         unsigned: Whether activations may be unsigned integers: ``prepare`` makes those so that are never
             negative, and quantizers that are unsigned are refused otherwise.
         zero_points: Whether integers of activations may have zero points.

@@ -95,8 +95,9 @@ def prepare(
             activation has no integer kernel. ``"tensorrt"``: of an addition to a convolution the other
             operand is quantized, and weights of transposed convolutions get their scales on axis 0.
             ``"inductor"``: PyTorch's compiler, which ``lower`` uses; batch norm is folded, of an addition to
-            a convolution the other operand is quantized, and layers that have no integer kernel there are
-            left float, their quantizers switched off. ``"openvino"``: the same, of OpenVINO's kernels. Or the
+            a convolution the other operand is quantized and what the convolution gives is not, and layers
+            and products of activations, which have no integer kernel there, are left float, their quantizers
+            switched off. ``"openvino"``: layers without an integer kernel of OpenVINO's are left so. Or the
             name of a plugin's.
         outputs: Whether, for ``"onnxruntime"``, a result of a convolution is quantized also where the model
             returns it. Without that ONNX Runtime runs this convolution on floats, slower than in a float
@@ -132,9 +133,8 @@ def prepare(
         rules.plan(target.placement)
         unsigned = tuple(_never_negative(model, flow)) if target.unsigned else ()
         turned = () if target.transposed_axis is None else tuple(_turn_transposed(model, skipped))
-        for layer in rules.float_layers:
-            for quantizer in type(layer).quantizers(layer).values():
-                quantizer.disable()
+        for quantizer in rules.off:
+            quantizer.disable()
         changes = _changes(model, rules, allow_unsigned=target.unsigned)
         for place, how in apply_if_same(model, run, changes).items():
             del changes[place]

@@ -4,7 +4,8 @@ Where quantizers stand decides what runs on integers. ONNX Runtime's integer con
 so do its additions and concatenations: they run where all operands are quantized, and the result again. A
 quantizer is put where a tensor comes from, behind a ReLU if one follows, and all who take the tensor share
 it, so that it is quantized once. A small convolution that is faster on floats stays float. TensorRT fuses a
-residual addition with the convolution before it if the other operand is quantized.
+residual addition with the convolution before it if the other operand is quantized. PyTorch's compiler does so
+too, if what the convolution gives is not rounded before it is added; it multiplies activations in float.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Rules:
     Attributes:
         skipped: What stays float, by the module that runs it, and why.
         plans: The values to be quantized, each with the module whose output it is, and how.
+        off: Quantizers that are to be switched off.
     """
 
     def __init__(self, model: nn.Module, flow: Dataflow, *, outputs: bool) -> None:
@@ -55,20 +57,15 @@ class Rules:
         self.plans: dict[Value, tuple[str, QuantDescriptor]] = {}
         self._outputs = outputs
         self._modules = dict(model.named_modules())
-        self._float: dict[Operator, QuantizedLayer] = {}
-        self._off: set[TensorQuantizer] = set()
+        self._float: set[Operator] = set()
+        self.off: set[TensorQuantizer] = set()
         self._uses = Counter(o.quantizer for o in flow.operators if o.quantizer is not None)
-
-    @property
-    def float_layers(self) -> Iterable[QuantizedLayer]:
-        """Layers whose quantizers are to be switched off."""
-        return self._float.values()
 
     def takers(self, value: Value) -> Iterator[TensorQuantizer]:
         """The quantizers that a value goes into, moved at most, and nothing else does."""
         for operator in value.uses:
             if operator.quantizer is not None:
-                if self._uses[operator.quantizer] == 1 and operator.quantizer not in self._off:
+                if self._uses[operator.quantizer] == 1 and operator.quantizer not in self.off:
                     yield operator.quantizer
             elif traits(operator.name).moves:
                 for output in operator.outputs:
@@ -95,8 +92,8 @@ class Rules:
             own = type(layer).quantizers(layer).values()
             if why is None or self._of_convolution(operator) is None or any(self._uses[q] > 1 for q in own):
                 continue
-            self._float[operator] = layer
-            self._off.update(own)
+            self._float.add(operator)
+            self.off.update(own)
             self.skipped[operator.module] = (
                 f"its quantizers are switched off, since ONNX Runtime is faster on floats {why}; enable() "
                 f"them to quantize it anyway"
@@ -148,6 +145,45 @@ class Rules:
             if descriptor is not None:
                 first = min(operator.inputs, key=lambda value: order.get(value, -1))
                 self._plan_all(operator, [] if self._is_on_grid(first) else [first], descriptor)
+
+    def add_before_rounding(self) -> None:
+        """Of an addition to what a convolution gives, that operand is not quantized: a kernel adds before."""
+        order = {value: i for i, o in enumerate(self.flow.operators) for value in o.outputs}
+        for operator in self.flow.named("add"):
+            if self._joined(operator) is None:
+                continue
+            last = max(operator.inputs, key=lambda value: order.get(value, -1)).maker
+            if last is None or last.quantizer is None or self._uses[last.quantizer] > 1:
+                continue
+            between, source = [last.outputs[0], last.inputs[0]], last.inputs[0].maker
+            while source is not None and source.name in BATCHNORM:
+                between.append(source.inputs[0])
+                source = source.inputs[0].maker
+            is_alone = all(len(value.uses) == 1 and not value.is_result for value in between)
+            if source is not None and source.name == "aten::convolution" and is_alone:
+                self.off.add(last.quantizer)
+                self.skipped[operator.module] = (
+                    "the quantizer of what the convolution before gives is switched off, since the kernel "
+                    "adds to that before it rounds; enable() it to quantize it anyway"
+                )
+
+    def leave_products_float(self) -> None:
+        """Quantizers of what products of activations take are switched off: there is no kernel for these."""
+        found: dict[TensorQuantizer, list[Operator]] = {}
+        for operator in self.flow.operators:
+            if operator.quantizer is not None and not operator.quantizer.disabled:
+                found.setdefault(operator.quantizer, []).append(operator)
+        for quantizer, runs in found.items():
+            ends = [end for run in runs for end in _taken_by(run.outputs[0])]
+            if not ends or any(run.inputs[0].is_constant for run in runs):
+                continue
+            if all(end.products and not any(map(_is_weight, _multiplied(end))) for end in ends):
+                self.off.add(quantizer)
+                for run in runs:
+                    self.skipped[run.module] = (
+                        "quantizers of what it multiplies are switched off, since PyTorch's compiler has no "
+                        "integer kernel for products of activations; enable() them to quantize them anyway"
+                    )
 
     def _plan_all(self, operator: Operator, wanted: list[Value], descriptor: QuantDescriptor) -> None:
         if any(self._spot(value) is None for value in wanted):
@@ -213,7 +249,7 @@ class Rules:
 
     def _takes_quantized(self, operator: Operator) -> bool:
         if operator.quantizer is not None:
-            return operator.quantizer not in self._off
+            return operator.quantizer not in self.off
         used = [value for value in operator.outputs if value.uses or value.is_result]
         return _is_passed(operator) and bool(used) and all(map(self._is_settled, used))
 
@@ -258,6 +294,8 @@ RULES: Mapping[str, Callable[[Rules], None]] = {
     "convolutions": Rules.quantize_convolutions,
     "joins": Rules.quantize_joins,
     "skips": Rules.quantize_skips,
+    "sums": Rules.add_before_rounding,
+    "products": Rules.leave_products_float,
 }
 
 
@@ -304,6 +342,29 @@ def _quantizer_of(value: Value) -> TensorQuantizer | None:
     while value.maker is not None and traits(value.maker.name).moves:
         value = value.maker.inputs[0]
     return None if value.maker is None else value.maker.quantizer
+
+
+def _taken_by(value: Value) -> Iterator[Operator]:
+    """The operators that a value goes into, moved or scaled at most."""
+    for operator in value.uses:
+        if operator.quantizer is None and traits(operator.name).keeps_grid and not operator.products:
+            for output in operator.outputs:
+                yield from _taken_by(output)
+        else:
+            yield operator
+
+
+def _multiplied(operator: Operator) -> Iterator[Value]:
+    """The values that an operator multiplies."""
+    for product in operator.products:
+        yield from (value for _, value in product.operands if value is not None)
+
+
+def _is_weight(value: Value) -> bool:
+    """Whether a value is a parameter or a buffer, quantized or moved at most."""
+    while value.maker is not None and (value.maker.quantizer is not None or traits(value.maker.name).moves):
+        value = value.maker.inputs[0]
+    return value.is_constant
 
 
 def _is_returned(value: Value) -> bool:

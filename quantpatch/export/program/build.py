@@ -38,7 +38,7 @@ class Build:
         constants: The program's tensors by name.
         inputs: What it takes.
         recorder: The kernels in what was compiled.
-        reasons: Why weights are read as floats, by the names of their quantizers.
+        reasons: Why weights are read as floats, by the names of their quantizers, and products, by theirs.
     """
 
     def __init__(

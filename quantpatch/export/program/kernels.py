@@ -141,7 +141,8 @@ def layers_on_integers(
     Args:
         found: The model's quantizers.
         recorder: Has the kernels.
-        reasons: Why weights are read as floats, by the names of their quantizers, where that is known.
+        reasons: Why weights are read as floats, by the names of their quantizers, where that is known; and
+            why products of activations are, by theirs.
     """
     kernels: dict[str, str] = {}
     for kernel in recorder.kernels:  # of a weight in parts, there is one for each
@@ -163,7 +164,8 @@ def layers_on_integers(
             if why is None and id(operand.layer) not in quantized:
                 why = "its input is float, and integer kernels take integers on both sides"
             skipped[name] = why or "the compiler found no kernel for how its operands are computed"
-    return integers, skipped
+    names = {operand.name for operand in found}
+    return integers, skipped | {name: why for name, why in reasons.items() if name not in names}
 
 
 # --- What there is no kernel for ---------------------------------------------------------------------------

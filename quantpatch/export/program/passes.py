@@ -42,6 +42,9 @@ _PRODUCTS = (
     _ATEN.conv2d.default,
     _ATEN.conv2d.padding,
 )
+_PRODUCTS_OF_ACTIVATIONS = frozenset(
+    f"aten::{name}" for name in ("matmul", "bmm", "mm", "baddbmm", "einsum", "scaled_dot_product_attention")
+)
 _POOLS = ("aten::max_pool2d", "aten::max_pool1d", "aten::max_pool3d")
 
 
@@ -57,9 +60,12 @@ def before_compiling(module: GraphModule, reasons: dict[str, str]) -> dict[str, 
     Returns:
         Tensors of weights that are new: of their parts, ``"<weight>[0].codes"``, or packed.
     """
+    _join_parts(module.graph)
+    _quantize_early(module.graph)
     _merge_equal(module.graph)
     parts = _split_weights(module)
     _quantize_once(module.graph)
+    reasons |= _float_products(module.graph)
     parts |= use_weight_only_kernels(module, reasons)
     for node in list(module.graph.nodes):
         if node.target is DEQUANTIZE_BLOCKS or (
@@ -89,6 +95,86 @@ def after_fusing(graph: Graph) -> None:
         elif node.target is _QUANTIZE and not _is_pooled(node):
             _by_division(node)
     graph.eliminate_dead_code()
+
+
+def _join_parts(graph: Graph) -> None:
+    """What is split and put together again stays whole: so a list is quantized by one range."""
+    for cat in list(graph.nodes):
+        if _name(cat) != "aten::cat":
+            continue
+        pieces, dim = list(cat.args[0]), cat.args[1] if len(cat.args) > 1 else 0
+        split = pieces[0].args[0] if getattr(pieces[0].target, "__name__", "") == "getitem" else None
+        if split is None or _name(split) != "aten::split_with_sizes":
+            continue
+        along = split.args[2] if len(split.args) > 2 else 0
+        is_whole = [piece.args for piece in pieces] == [(split, i) for i in range(len(split.args[1]))]
+        if is_whole and along == dim:
+            cat.replace_all_uses_with(split.args[0])
+            graph.erase_node(cat)
+    graph.eliminate_dead_code()
+
+
+def _quantize_early(graph: Graph) -> None:
+    """What is quantized behind an operator that only moves values, or takes the largest, is so before it.
+
+    The values are the same. A kernel that computes them then ends in the quantizer, and integers are moved.
+    """
+    waiting = [node for node in graph.nodes if node.target is _QUANTIZE]
+    while waiting:
+        second = waiting.pop()
+        move = second.args[0]
+        name = _name(move)
+        is_cat = name == "aten::cat"
+        if not isinstance(move, Node) or not (is_cat or traits(name).moves) or len(move.users) > 1:
+            continue
+        sources: list[Any] = list(move.args[0]) if is_cat else [move.args[0]]  # type: ignore[arg-type]
+        if not all(isinstance(source, Node) and source.op == "call_function" for source in sources):
+            continue
+        if all(source.target is _DEQUANTIZE for source in sources) or (
+            not is_cat and len(sources[0].users) > 1
+        ):
+            continue
+        for source in dict.fromkeys(sources):
+            with graph.inserting_after(source):
+                codes = _copied(graph, second, source)
+            with graph.inserting_after(codes):
+                floats = graph.call_function(_DEQUANTIZE, (codes, *second.args[1:]))
+            floats.meta.update(source.meta)
+            move.replace_input_with(source, floats)
+            waiting.append(codes)
+    graph.lint()
+
+
+def _copied(graph: Graph, quantize: Node, x: Node) -> Node:
+    """The same quantizer of another value."""
+    node = graph.call_function(_QUANTIZE, (x, *quantize.args[1:]))
+    value = x.meta.get("val")
+    if isinstance(value, Tensor):
+        node.meta["val"] = value.to(quantize.args[5])  # type: ignore[arg-type]
+    return node
+
+
+def _float_products(graph: Graph) -> dict[str, str]:
+    """Products of activations that are quantized: the modules that compute them, and what is made of them."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        if _name(node) not in _PRODUCTS_OF_ACTIVATIONS:
+            continue
+        if any(_is_rounded(argument) for argument in node.args):
+            modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+            name = modules[-1] if modules else ""
+            found[f"{name}.{_name(node).removeprefix('aten::')}".lstrip(".")] = (
+                "PyTorch's compiler has no integer kernel for products of activations: what is multiplied is "
+                "rounded as in the model, and computed with in float"
+            )
+    return found
+
+
+def _is_rounded(node: Any) -> bool:
+    """Whether a value comes out of a quantizer, moved or scaled at most."""
+    while isinstance(node, Node) and traits(_name(node)).keeps_grid:
+        node = node.args[0]
+    return isinstance(node, Node) and node.target is _DEQUANTIZE
 
 
 def _merge_equal(graph: Graph) -> None:

@@ -294,6 +294,74 @@ def test_integers_are_not_pooled_into_another_scale() -> None:
     assert sum("quantize_per_tensor" in name for name in targets(rewritten(model, X))) == 3
 
 
+class Joined(nn.Module):
+    """Convolutions whose results are pooled, put together and flattened before they are quantized again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.cat, self.conv = qp.layers.Cat(1), nn.Conv2d(8, 4, 3)
+        self.head = nn.Linear(4 * 9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cat([torch.max_pool2d(self.left(x).relu(), 2), torch.max_pool2d(self.right(x), 2)])
+        result: Tensor = self.head(self.conv(y).flatten(1))
+        return result
+
+
+def test_what_moves_values_stands_behind_the_quantizer_and_takes_integers() -> None:
+    model = built(Joined, X)
+    module = rewritten(model, X)
+    names = {node: str(node.target) for node in module.graph.nodes}
+    ends = {
+        next(use for use in node.users).target if "relu" in names[next(iter(node.users))] else node.target
+        for node in module.graph.nodes
+        if names[node] == "aten.conv2d.default"
+    }
+    assert len(ends) == 2  # a convolution, or the ReLU behind it
+    for node in module.graph.nodes:
+        if node.target in ends and "relu" not in names[next(iter(node.users))]:
+            assert [names[use] for use in node.users] == ["quantized_decomposed.quantize_per_tensor.default"]
+    assert "aten.split_with_sizes.default" not in names.values()
+    with torch.no_grad():
+        assert torch.equal(module(X), model(X))
+
+
+class Products(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.attention = nn.Linear(32, 32), qp.layers.ScaledDotProductAttention()
+        self.product = qp.layers.MatMul()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        result: Tensor = self.product(self.attention(y, y, y), y.transpose(-1, -2))
+        return result
+
+
+def test_products_of_activations_are_left_float_and_named() -> None:
+    x = ROWS[None]
+    with qp.quantize_modules():
+        model: Any = Products().eval()
+    report = qp.prepare(model, x, runtime="inductor")
+    assert set(report.skipped) == {"attention", "product"}
+    assert "no integer kernel for products of activations; enable()" in report.skipped["product"]
+    attention: Any = model.attention
+    assert all(q.disabled for layer in (attention, model.product) for q in layer.quantizers().values())
+    assert not model.linear.input_quantizer.disabled
+    assert qp.prepare(model, x, runtime="inductor").skipped == {}
+
+
+def test_products_that_are_rounded_all_the_same_are_named_by_the_report() -> None:
+    model = built(Products, ROWS[None], prepare=False)
+    reasons: dict[str, str] = {}
+    program = captured(model, (ROWS[None],), {}, checked_operands(model), as_uint8=True)
+    before_compiling(program.run_decompositions({}).module(), reasons)  # type: ignore[arg-type]
+    assert "product.matmul" in reasons
+    _, skipped = layers_on_integers(operands(model), SimpleNamespace(kernels=[]), reasons)  # type: ignore[arg-type]
+    assert "computed with in float" in skipped["product.matmul"]
+
+
 def test_few_bits_do_not_saturate_at_eight() -> None:
     recipe = qp.Recipe(name="few", input=qp.QuantDescriptor(num_bits=4))
     module = rewritten(built(mlp, ROWS, prepare=False, recipe=recipe), ROWS)

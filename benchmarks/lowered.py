@@ -11,6 +11,7 @@ EfficientNet-Lite0 and MiniLM have their real weights, from the packages ``effic
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import os
 import sys
@@ -174,9 +175,9 @@ def row(name: str) -> list[dict[str, Any]]:
         lowered = qp.lower(calibrated(model, x, "inductor"), x, latency=False, progress=False)
         half, few = copy.deepcopy(model).bfloat16(), x.bfloat16() if x.is_floating_point() else x
         runs: dict[str, Callable[[], Any]] = {
-            "lowered": lambda run=lowered: run(x),
+            "lowered": functools.partial(lowered, x),
             "float compiled": compiled(model, x),
-            "eager": lambda: model(x),
+            "eager": functools.partial(model, x),
             "bfloat16 compiled": compiled(half, few),
         }
         left_out = {}

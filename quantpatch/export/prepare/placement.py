@@ -97,8 +97,8 @@ def prepare(
             ``"inductor"``: PyTorch's compiler, which ``lower`` uses; batch norm is folded, of an addition to
             a convolution the other operand is quantized and what the convolution gives is not, and layers
             and products of activations, which have no integer kernel there, are left float, their quantizers
-            switched off. ``"openvino"``: layers without an integer kernel of OpenVINO's are left so. Or the
-            name of a plugin's.
+            switched off. ``"openvino"``: as there, but that products and results of convolutions keep their
+            quantizers. Or the name of a plugin's.
         outputs: Whether, for ``"onnxruntime"``, a result of a convolution is quantized also where the model
             returns it. Without that ONNX Runtime runs this convolution on floats, slower than in a float
             file; ``left`` names it then.

@@ -131,14 +131,21 @@ def _label(name: str) -> str:
     return ".".join(parts)
 
 
-def histogram(edges: Sequence[float], counts: Sequence[int], limits: Iterable[float]) -> str:
-    """Bars, with lines where a range ends.
+def histogram(
+    edges: Sequence[float], counts: Sequence[int], limits: Iterable[float], before: Sequence[int] = ()
+) -> str:
+    """Bars, with lines where a range ends, and the outline of what the bars were before.
 
     Args:
         edges: Of the bars, one more than there are.
         counts: How high they are.
         limits: Where lines stand.
+        before: How high the outline is; empty for none.
     """
+    outline = [
+        {"at": edge, "count": count} for edge, count in zip(edges, [*before, *before[-1:]], strict=False)
+    ]
+    count = {"field": "count", "type": "quantitative", "axis": None, "scale": {"type": "sqrt"}}
     bars = [
         {"from": low, "to": high, "count": count}
         for low, high, count in zip(edges, edges[1:], counts, strict=False)
@@ -158,9 +165,20 @@ def histogram(edges: Sequence[float], counts: Sequence[int], limits: Iterable[fl
                 "encoding": {
                     "x": x,
                     "x2": {"field": "to"},
-                    "y": {"field": "count", "type": "quantitative", "axis": None, "scale": {"type": "sqrt"}},
+                    "y": count,
                     "y2": {"datum": 0},
                 },
+            },
+            {
+                "data": {"values": outline},
+                "mark": {
+                    "type": "line",
+                    "interpolate": "step-after",
+                    "color": "#888",
+                    "strokeWidth": 1,
+                    "aria": False,
+                },
+                "encoding": {"x": {"field": "at", "type": "quantitative"}, "y": count},
             },
             {
                 "data": {"values": [{"at": limit} for limit in limits]},

@@ -145,7 +145,7 @@ def write_page(
         calls: What made the page.
         title: Stands above it; default: the model's class.
     """
-    template, style, script = _extra()
+    template, style, script, licenses = _extra()
     overview = summary(model)
     shown = [r for r in results if not isinstance(r, (CoverageReport, Summary))]
     sections = [layers(coverage, overview), *sections_of(shown), quantizers(overview, seen)]
@@ -171,13 +171,14 @@ def write_page(
         calls=calls,
         table_style=style,
         table_script=script,
+        licenses=licenses,
     )
     with written_whole(path) as folder:
         (folder / path.name).write_text(text, encoding="utf-8")
 
 
-def _extra() -> tuple[Any, str, str]:
-    """The template; and the style sheet and, in base64, the script of tables that sort and search."""
+def _extra() -> tuple[Any, str, str, str]:
+    """The template; the style sheet and, in base64, the script of tables; and whose these are."""
     for package in ("jinja2", "itables", "vl_convert"):
         try:
             importlib.import_module(package)
@@ -189,9 +190,13 @@ def _extra() -> tuple[Any, str, str]:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((here / "page.html.jinja").read_text(encoding="utf-8"))
     tables = importlib.resources.files("itables") / "html"
-    script = base64.b64encode((tables / "dt_bundle.js").read_bytes()).decode()
+    code = (tables / "dt_bundle.js").read_bytes()
+    script = base64.b64encode(code).decode()
+    # A copy of the script has to have its notices where they can be read.
+    _, _, licenses = code.decode().partition("Bundled license information:")
+    licenses = licenses.partition("*/")[0].replace("(*", "").replace("*)", "").strip()
     style = (tables / "dt_bundle.css").read_text(encoding="utf-8")
-    return template, importlib.import_module("markupsafe").Markup(style), script
+    return template, importlib.import_module("markupsafe").Markup(style), script, licenses
 
 
 def _numbers(model: nn.Module, coverage: CoverageReport, results: Sequence[Report]) -> dict[str, str]:
@@ -277,7 +282,7 @@ def _advices(
 
 def _picture(look: Seen) -> str:
     limits = [limit for limit in (look.low, look.high) if limit is not None]
-    return charts.histogram(look.edges, look.counts, limits)
+    return charts.histogram(look.edges, look.counts, limits, look.before)
 
 
 def _caption(look: Seen) -> str:
@@ -288,6 +293,8 @@ def _caption(look: Seen) -> str:
         parts.append(f"{as_percent(look.clipped)} clipped")
     if look.zero_point:
         parts.append(f"zero point {look.zero_point}")
+    if look.before:
+        parts.append("the line: before tuning")
     return "; ".join(parts)
 
 

@@ -11,7 +11,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from quantpatch.layers.base import weight_quantizers
+from quantpatch.layers.base import quantized_weights, weight_quantizers
+from quantpatch.layers.before_tuning import held
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
 from quantpatch.numerics.grouped_axes import GroupedAxes
 from quantpatch.torch_tools.forward import evaluating
@@ -32,6 +33,7 @@ class Seen:
         high: The upper end, the highest of several.
         clipped: The share of the values outside of the range; None where that is not known.
         zero_point: The zero point, or None.
+        before: Of a weight that was tuned: how many of its values lay in each bar before; else empty.
     """
 
     quantizer: str
@@ -42,6 +44,7 @@ class Seen:
     high: float | None
     clipped: float | None
     zero_point: int | None
+    before: tuple[int, ...] = ()
 
 
 @contextlib.contextmanager
@@ -49,11 +52,18 @@ def seeing(model: nn.Module) -> Iterator[dict[str, Seen]]:
     """A block that notes what each quantizer of a model sees first, by its name."""
     found: dict[str, Seen] = {}
     of_weights = weight_quantizers(model)
+    tuned = {
+        quantizer: held(layer)[operand][0]
+        for _, layer, operand, quantizer in quantized_weights(model)
+        if operand in held(layer)
+    }
 
     def look(name: str, quantizer: TensorQuantizer, args: tuple[Any, ...]) -> None:
         x = args[0] if args else None
         if name not in found and isinstance(x, Tensor) and x.is_floating_point() and x.numel():
-            found[name] = _seen(name, quantizer, x.detach().float(), quantizer in of_weights)
+            found[name] = _seen(
+                name, quantizer, x.detach().float(), quantizer in of_weights, tuned.get(quantizer)
+            )
 
     with contextlib.ExitStack() as stack:
         for name, quantizer in named_quantizers(model).items():
@@ -70,12 +80,14 @@ def seen_in(model: nn.Module, run: Callable[[], Any]) -> dict[str, Seen]:
     return found
 
 
-def _seen(name: str, quantizer: TensorQuantizer, x: Tensor, of_weight: bool) -> Seen:
-    finite = x[x.isfinite()]
-    low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
+def _seen(name: str, quantizer: TensorQuantizer, x: Tensor, of_weight: bool, earlier: Tensor | None) -> Seen:
+    finite = x[x.isfinite()].cpu()
+    was = torch.empty(0) if earlier is None else earlier.detach().float().cpu().flatten()
+    both = torch.cat([finite, was])
+    low, high = (float(both.min()), float(both.max())) if both.numel() else (0.0, 0.0)
     if low == high:
         low, high = low - 0.5, high + 0.5
-    counts = torch.histc(finite.cpu(), _BINS, low, high)
+    counts, before = (_counted(values, low, high) for values in (finite, was))
     edges = torch.linspace(low, high, _BINS + 1).tolist()
     lowest = highest = clipped = None
     amax = quantizer.own_range
@@ -85,8 +97,12 @@ def _seen(name: str, quantizer: TensorQuantizer, x: Tensor, of_weight: bool) -> 
         lowest, highest = float(lower.min()), float(amax.max())
         if not isinstance(quantizer.descriptor.kept_axes, GroupedAxes):
             clipped = float(((x > amax) | (x < lower)).float().mean())
-    bars = tuple(int(count) for count in counts)
-    return Seen(name, of_weight, tuple(edges), bars, lowest, highest, clipped, quantizer.zero_point)
+    before = before if was.numel() else ()
+    return Seen(name, of_weight, tuple(edges), counts, lowest, highest, clipped, quantizer.zero_point, before)
+
+
+def _counted(values: Tensor, low: float, high: float) -> tuple[int, ...]:
+    return tuple(int(count) for count in torch.histc(values, _BINS, low, high))
 
 
 def _below(quantizer: TensorQuantizer) -> float:

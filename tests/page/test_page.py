@@ -201,3 +201,24 @@ def test_of_unsigned_integers_the_range_begins_where_the_zero_point_says():
     look = seen_in(model, lambda: model(torch.tensor([[-2.0, -0.5, 0.5, 3.0]])))["0.input_quantizer"]
     assert (look.low, look.high, look.zero_point) == (-1.0, 2.0, 85)
     assert look.clipped == 0.5
+
+
+def test_of_a_weight_that_was_tuned_there_are_the_values_from_before_as_well():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32))
+    qp.convert(model, "w4a8")
+    before = model[0].weight.detach().clone()
+    x = torch.randn(64, 4) @ torch.randn(4, 16)
+    assert qp.tune(model, [x], method="gptq", progress=False).tuned
+    seen = seen_in(model, lambda: model(x))
+    look = seen["0.weight_quantizer"]
+    low, high = look.edges[0], look.edges[-1]
+    assert look.before == tuple(torch.histc(before, len(look.counts), low, high).int().tolist())
+    assert sum(look.counts) == sum(look.before) == before.numel()
+    assert look.counts != look.before
+    assert seen["0.input_quantizer"].before == ()
+
+
+def test_the_notices_of_the_script_that_is_in_the_page_can_be_read(page):
+    assert "DataTables" in page.partition("<details>")[2]
+    assert "SpryMedia Ltd" in page.partition("<details>")[2]

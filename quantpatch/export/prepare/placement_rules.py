@@ -29,6 +29,8 @@ from quantpatch.torch_tools import nn
 _FEW_CHANNELS = 4
 # A float kernel is as fast as an integer one up to about so many products for each output.
 _FEW_PRODUCTS = 32
+# Of one channel, that takes longer than integers save up to so many that go out.
+_FEW_OF_ONE = 32
 # What is copied for the integer kernel is worth it from about so many channels on that come in and out.
 _FEW_IN_VOLUMES, _FEW_IN_GROUPS = 16, 8
 # Activations that have no integer kernel.
@@ -87,7 +89,7 @@ class Rules:
             if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 continue
             why = _why_slow_with_few_channels(layer)
-            if why is None and isinstance(layer, nn.Conv2d):
+            if why is None and isinstance(layer, nn.Conv2d) and layer.groups == 1:
                 why = _why_slow_on_images(layer, operator)
             own = type(layer).quantizers(layer).values()
             if why is None or self._of_convolution(operator) is None or any(self._uses[q] > 1 for q in own):
@@ -300,17 +302,22 @@ RULES: Mapping[str, Callable[[Rules], None]] = {
 
 
 def _why_slow_on_images(layer: nn.Conv2d, operator: Operator) -> str | None:
-    """When integers are slower in a convolution of images: its activation has no integer kernel.
+    """When integers are slower in a convolution of images: few channels come in.
 
-    On integers the image is quantized, padded to four channels and turned, and the result becomes float for
-    the activation and integer again; the float kernel takes the image as it is and has the activation in it,
-    such as hard swish, SiLU and GELU. Larger kernels and ReLU gain on integers.
+    On integers the image is quantized, padded to four channels and turned; the float kernel takes it as it
+    is. Where one channel comes in and few go out, that is more than integers save (measured for kernels of 1
+    to 7, strides of 1 and 2, and for a ReLU and a convolution behind: 1.0 to 2.5 times as long). Where an
+    activation follows that has no integer kernel, such as hard swish, SiLU
+    and GELU, the result becomes float for it and integer again besides, while the float kernel has it inside.
     """
-    products = layer.in_channels * math.prod(layer.kernel_size)
-    if layer.groups != 1 or layer.in_channels >= _FEW_CHANNELS or products > _FEW_PRODUCTS:
+    if layer.in_channels >= _FEW_CHANNELS:
         return None
+    if layer.in_channels == 1 and layer.out_channels <= _FEW_OF_ONE and _is_given(operator.inputs[0]):
+        return f"where images of one channel become {layer.out_channels}"
     uses = operator.outputs[0].uses
-    if len(uses) != 1 or uses[0].name not in _FLOAT_ACTIVATIONS:
+    if layer.in_channels * math.prod(layer.kernel_size) > _FEW_PRODUCTS or len(uses) != 1:
+        return None
+    if uses[0].name not in _FLOAT_ACTIVATIONS:
         return None
     follows = uses[0].name.removeprefix("aten::").rstrip("_")
     return (
@@ -336,6 +343,13 @@ def _why_slow_with_few_channels(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str
         is_slow = layer.groups > 1 and inside * outside < _FEW_IN_GROUPS**2
     grouped = "" if layer.groups == 1 else " in each group"
     return f"where {inside} channels become {outside}{grouped}" if is_slow else None
+
+
+def _is_given(value: Value) -> bool:
+    """Whether a value is an input of the model, quantized and moved at most."""
+    while value.maker is not None and (value.maker.quantizer is not None or traits(value.maker.name).moves):
+        value = value.maker.inputs[0]
+    return value.maker is None and not value.is_constant
 
 
 def _quantizer_of(value: Value) -> TensorQuantizer | None:

@@ -125,12 +125,12 @@ def test_a_convolution_of_few_channels_is_named_where_integers_do_not_gain(
 ) -> None:
     measuring(monkeypatch, 3.0, 2.0)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU()).eval()
+    model = nn.Sequential(nn.Conv2d(2, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU()).eval()
     qp.convert(model)
-    qp.prepare(model, X[:, :1])
-    qp.calibrate(model, [X[:, :1]], progress=False)
+    qp.prepare(model, X[:, :2])
+    qp.calibrate(model, [X[:, :2]], progress=False)
     with pytest.warns(QuantPatchWarning, match="images that 0 takes are padded to 4 channels") as caught:
-        export_onnx(model, X[:, :1], tmp_path / "m.onnx")
+        export_onnx(model, X[:, :2], tmp_path / "m.onnx")
     assert "qp.configure(model, {'0': None}) leaves it float" in str(caught[0].message)
 
 

@@ -374,6 +374,27 @@ def test_other_convolutions_of_images_are_quantized(first, why: str) -> None:
     assert not [m for m in model.modules() if isinstance(m, qp.TensorQuantizer) and m.disabled], why
 
 
+@pytest.mark.parametrize(("inside", "outside", "slow"), [(1, 32, True), (1, 33, False), (2, 8, False)])
+def test_images_of_one_channel_that_become_few_stay_float(inside: int, outside: int, slow: bool) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(inside, outside, 5), nn.ReLU(), nn.Conv2d(outside, 8, 1), nn.ReLU())
+
+    model = built(make)
+    report = prepare(model, torch.randn(1, inside, 8, 8))
+    assert list(report.skipped) == (["0"] if slow else [])
+    assert (
+        not slow or f"faster on floats where images of one channel become {outside};" in report.skipped["0"]
+    )
+    assert (model[0].input_quantizer.disabled, model[0].weight_quantizer.disabled) == (slow, slow)
+    assert report.placed == ("3.output_quantizer",)
+
+
+def test_one_channel_of_integers_goes_on_in_integers() -> None:
+    """A convolution of one channel that takes what another gives: its input is integers already."""
+    model = built(lambda: nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 16, 3), nn.ReLU()))
+    assert prepare(model, X).skipped == {}
+
+
 @pytest.mark.parametrize(
     ("inside", "outside", "groups", "text"),
     [

@@ -60,6 +60,10 @@ class Changes:
         self._tensors = {k: t for k, t in state if isinstance(t, Tensor) and not t.is_inference()}
         self._versions = [tensor._version for tensor in self._tensors.values()]
 
+    def begin(self) -> None:
+        """Takes what tensors are now for what they were: another than ``evaluate`` has written to them."""
+        self._versions = [tensor._version for tensor in self._tensors.values()]
+
     def warn(self) -> None:
         """Warns of what was written to, once for each tensor."""
         versions = [tensor._version for tensor in self._tensors.values()]

@@ -29,7 +29,9 @@ from quantpatch.mixed_precision.evaluations import (
 )
 from quantpatch.mixed_precision.formats import (
     Candidate,
+    Given,
     checked_candidates,
+    weights_kept,
     working_copies,
 )
 from quantpatch.mixed_precision.layers import layers_of, own_quantizers
@@ -38,7 +40,6 @@ from quantpatch.mixed_precision.result import SearchPoint, SearchResult, SearchR
 from quantpatch.mixed_precision.strategy import Choice, Search, expected_evaluations, pareto
 from quantpatch.mixed_precision.task import Task, prepared
 from quantpatch.quantize.convert import convert, revert
-from quantpatch.recipes.descriptor import Recipe
 from quantpatch.reports.render import as_percent
 from quantpatch.torch_tools.class_swap import written_name
 from quantpatch.torch_tools.forward import demand_model, evaluating, uncompiled
@@ -50,7 +51,7 @@ def search(
     evaluate: Callable[[nn.Module], Any] | None = None,
     *,
     max_drop: float | Keeps = 0.01,
-    candidates: Sequence[str | Recipe | None] = ("int8", "w4a8", "int4", None),
+    candidates: Sequence[Given] = ("int8", "w4a8", "int4", None),
     cost: CostName | CostFunction = "bits",
     data: Any = None,
     budget: int | timedelta | None = None,
@@ -79,7 +80,9 @@ def search(
             that of the float outputs, so that 0.99 is a signal-to-noise ratio of 20 dB.
         max_drop: How much less than in float the metric may be; or a function of the float metric and
             another that says whether that is good enough.
-        candidates: What a layer may become: recipes or their names, None for float.
+        candidates: What a layer may become: recipes or their names, None for float; or a recipe with methods
+            of ``tune`` that change weights and biases alone, as a pair, ``("int4", "gptq")``, or as its
+            ``tune``.
         cost: What is to be least: ``"bits"`` of weights with the scales of blocks, ``"macs"`` (bit
             operations: multiply-accumulates times the bits of both operands), ``"latency"`` (of each layer
             alone in ONNX Runtime, measured; needs the extra ``onnx``), or a function of a layer's name, the
@@ -127,7 +130,7 @@ def search(
     given, model = model, uncompiled(model)
     with _converted(model, checked) as fresh:
         layers, skipped = _searched(model, fresh, checked)
-        with evaluating(model), working_copies({**layers, **skipped}):
+        with evaluating(model), working_copies({**layers, **skipped}), weights_kept(model, checked):
             evaluator = None if evaluate is None else functools.partial(evaluate, given)
             task = prepared(model, layers, skipped, checked, cost, groups, batches, evaluator, progress)
             result, assignment = _found(task, evaluator, keeps, max_drop, limit, resume, progress)
@@ -199,6 +202,7 @@ def _found(
 
     def ask(assignment: Mapping[str, int]) -> Any:
         task.formats.put(assignment)
+        changes.begin()
         for module in task.model.modules():
             if module.training:  # as another evaluation may have left it
                 module.training = False

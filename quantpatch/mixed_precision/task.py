@@ -175,10 +175,10 @@ def _options(
     noises: dict[str, float] = {}
     # What is quantized first: how long a layer takes in float is measured beside it.
     for number, candidate in sorted(enumerate(candidates), key=lambda pair: pair[1].recipe is None):
-        alike = tuple(signature(formats.of(name, number)) for name in group)
+        alike = tuple((signature(formats.of(name, number)), formats.tuned(name, number)) for name in group)
         if alike not in known:
             formats.put(dict.fromkeys(group, number))
-            noise = outputs.noise(_NOISE_BATCHES) if any(alike) else 0.0
+            noise = outputs.noise(_NOISE_BATCHES) if any(map(any, alike)) else 0.0
             cost = math.fsum(costs(name, candidate, formats.of(name, number)) for name in group)
             known[alike] = Option(cost, noise, number)
         noises[candidate.name] = known[alike].noise

@@ -632,3 +632,53 @@ def test_a_picture_shows_cost_against_metric(result, tmp_path):
     with pytest.raises(ArgumentError, match="the ending says the kind of picture, one of .*svg"):
         result.picture(tmp_path / "frontier.xyz")
     assert [path.name for path in tmp_path.iterdir()] == ["frontier.svg"]
+
+
+def test_candidates_may_be_tuned_and_the_layers_that_get_them_have_the_tuned_weights():
+    model = build()
+    float_weights = {name: p.clone() for name, p in model.named_parameters()}
+    candidates = [COARSE, (COARSE, "gptq"), None]
+    result = qp.search(model, data=BATCHES, max_drop=0.02, candidates=candidates, progress=False)
+    tuned = [row.layers[0] for row in result.rows if row.recipe == "w3a8 + gptq"]
+    assert tuned
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            changed = not torch.equal(layer.weight, float_weights[f"{name}.weight"])
+            assert changed == (name in tuned)
+    # The same noise for the same bits costs less where rounding was learned.
+    assert all(row.noise["w3a8 + gptq"] <= row.noise["w3a8"] for row in result.rows)
+    with torch.no_grad():
+        found, wanted = model(X), build()(X)
+    assert 1 - float((found - wanted).square().mean() / wanted.square().mean()) == pytest.approx(
+        result.metric
+    )
+    qp.revert(model)
+    assert all(torch.equal(p, float_weights[name]) for name, p in model.named_parameters())
+
+
+def test_methods_that_change_more_than_layers_are_refused_and_the_model_is_as_it_was():
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+    before = state(model)
+    with pytest.raises(ArgumentError, match=r"change 0\.bias, 0\.weight, and not only"):
+        qp.search(model, data=BATCHES, candidates=[("int8", "smoothquant"), None], progress=False)
+    assert_same(before, state(model))
+    qp.convert(model, "int8")
+    qp.tune(model, BATCHES, method="gptq", progress=False)
+    with pytest.raises(ArgumentError, match="is tuned already, at 1"):
+        qp.search(model, data=BATCHES, candidates=[("w4a8", "gptq"), None], progress=False)
+
+
+def test_an_evaluation_that_fails_leaves_float_weights_where_candidates_are_tuned():
+    model = build()
+    before = state(model)
+    calls = itertools.count()
+
+    def evaluate(model):
+        if next(calls) == 2:  # of a configuration, after two of the float model
+            raise KeyboardInterrupt
+        return agreement(model)
+
+    with pytest.raises(KeyboardInterrupt):
+        candidates = [COARSE, (COARSE, "gptq")]
+        qp.search(model, evaluate, data=BATCHES, max_drop=0.5, candidates=candidates, progress=False)
+    assert_same(before, state(model))

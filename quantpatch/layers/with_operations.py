@@ -18,7 +18,7 @@ from torch import nn
 from quantpatch.errors import LayerError
 from quantpatch.interception.slots import lock
 from quantpatch.layers.base import QuantizedLayer, make_replacement, quantized_output
-from quantpatch.layers.operations import Asked, Rewritten, Wanted, rewrite, spelling
+from quantpatch.layers.operations import Asked, Progress, Rewritten, Wanted, plain, rewrite, spelling
 from quantpatch.layers.subclass import MADE_OF, reduce_made
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 from quantpatch.torch_tools.class_swap import change_class, dotted
@@ -70,9 +70,9 @@ def find_operations(layer: nn.Module, cls: type[Any], operations: frozenset[str]
         cls: Its class.
         operations: Names of operations.
     """
-    fixed = _fixed(layer, operations)
+    fixed = _fixed(layer, cls, operations)
     # Of what torch multiplies there are quantized layers.
-    if fixed or str(cls.__module__).partition(".")[0] == "torch":
+    if fixed is not None or str(cls.__module__).partition(".")[0] == "torch":
         return Found(Asked(None), (fixed,) if fixed else (), None)
     known = _found.setdefault(cls, {}).setdefault(operations, [])
     for found in known:
@@ -91,10 +91,11 @@ def find_operations(layer: nn.Module, cls: type[Any], operations: frozenset[str]
     return known[-1]
 
 
-def _fixed(layer: nn.Module, operations: frozenset[str]) -> str:
-    """Why the code of a layer cannot be another class's, if it cannot; else empty."""
+def _fixed(layer: nn.Module, cls: type[Any], operations: frozenset[str]) -> str | None:
+    """Why what a layer computes is not its class's to say, empty if it does not multiply; None if it is."""
+    wanted = Wanted.by_name(operations)
     if isinstance(layer, torch.jit.ScriptModule):
-        kinds = {f"aten::{spelling(function)}" for function in Wanted.by_name(operations).operations}
+        kinds = {f"aten::{spelling(function)}" for function in wanted.operations}
         if any(kind.startswith("aten::conv") for kind in kinds):
             kinds.add("aten::_convolution")  # as traces have them
         graph: Any = layer.inlined_graph if hasattr(layer, "forward") else None
@@ -102,8 +103,10 @@ def _fixed(layer: nn.Module, operations: frozenset[str]) -> str:
             return ""
         return "a scripted module, whose code is fixed. Work on the module that it was scripted from"
     if "forward" in vars(layer):
-        return "a forward of the object's own, not of its class. Make it one of a subclass"
-    return ""
+        inner = plain(vars(layer)["forward"])
+        multiplies = inner is None or Progress(cls, wanted, Asked(None)).may_multiply(inner)
+        return "a forward of the object's own, not of its class. Make it one of a subclass" * multiplies
+    return None
 
 
 # Names of quantized layers that a float class may use for something of its own. On its objects they mean

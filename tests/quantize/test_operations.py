@@ -668,6 +668,24 @@ def test_what_cannot_be_followed_is_named_and_strict_is_an_error(make, why):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+class Choosing(nn.Module):
+    """Chooses which of its methods is its forward, as timm's FasterNet does."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.forward = self.plainly
+
+    def plainly(self, x):
+        return self.fc(x)
+
+
+def test_a_forward_of_an_objects_own_that_does_not_multiply_is_nothing_to_name():
+    model = Choosing()
+    assert not qp.convert(model, operations="products").skipped
+    assert qp.audit(model, torch.randn(2, 4)).share == 1
+
+
 def test_a_scripted_module_in_a_block_is_named_once():
     with qp.quantize_modules(operations="products") as block:
         model = nn.Sequential(

@@ -1,9 +1,10 @@
 """Operations inside forwards: which there are, where code has them, and how their operands are quantized."""
 
 from quantpatch.layers.operations.facts import Asked, Facts
-from quantpatch.layers.operations.progress import InnerOperand, Rewritten
+from quantpatch.layers.operations.progress import InnerOperand, Progress, Rewritten
 from quantpatch.layers.operations.rewriter import rewrite
 from quantpatch.layers.operations.running import quantized
+from quantpatch.layers.operations.source import plain
 from quantpatch.layers.operations.table import (
     NAMES,
     PRODUCTS,
@@ -21,9 +22,11 @@ __all__ = [
     "Facts",
     "InnerOperand",
     "Operations",
+    "Progress",
     "Rewritten",
     "Wanted",
     "named",
+    "plain",
     "quantized",
     "quantizer_name",
     "rewrite",

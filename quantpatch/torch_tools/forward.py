@@ -31,6 +31,12 @@ def demand_model(model: Any, function: str) -> None:
         for name, module in model.named_modules():
             instead = getattr(type(module), "instead", None)
             if isinstance(instead, Mapping) and function in instead:
+                if module is model:
+                    raise ArgumentTypeError(
+                        f"{function} does not take a {type(model).__name__}. Instead write: "
+                        f"{instead[function]}",
+                        model=model,
+                    )
                 raise ArgumentTypeError(
                     f"{function} does not know the quantizers in {type(model).__name__}, such as {name!r}, a "
                     f"{type(module).__name__} of {type(module).__module__.partition('.')[0]}. Instead write: "

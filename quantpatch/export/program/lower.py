@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from quantpatch.export.program.measured import measure
 from quantpatch.export.program.needs import demand_compiler, demand_cpu, demand_patterns, instructions
 from quantpatch.export.program.report import LoweringReport
 from quantpatch.torch_tools import nn
-from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, uncompiled
+from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, explaining, uncompiled
 from quantpatch.torch_tools.progress import progress_bar
 from quantpatch.torch_tools.tracing import tracing
 
@@ -35,7 +35,22 @@ class LoweredModel(nn.Module):
 
     Attributes:
         report: What runs on integers, and how that compares.
+        instead: What to write instead of a function that looks at a model's layers, which are gone here.
     """
+
+    instead: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("audit", "summary", "report", "sensitivity"),
+            "model.report, whose integers and skipped say what each layer runs on",
+        ),
+        **dict.fromkeys(
+            ("calibrate", "prepare", "convert", "configure", "tune", "search", "save", "load"),
+            "the same with the model that was lowered, and lower that again",
+        ),
+        **dict.fromkeys(
+            ("lower", "export_program", "export_onnx"), "the same with the model that was lowered"
+        ),
+    }
 
     def __init__(self, run: Callable[..., Any], inputs: Inputs, report: LoweringReport) -> None:
         super().__init__()
@@ -111,7 +126,8 @@ def lower(
         MissingExtraError: With PyTorch 2.14 or newer: torchao is not installed.
 
     Warns:
-        QuantPatchWarning: No layer runs on integers, it is slower than float, or the processor has no
+        QuantPatchWarning: No layer runs on integers, it is slower than float, kernels compute other integers
+            than the model by more than one step, or the processor has no
             instructions for products of integers.
     """
     demand_model(model, "lower")
@@ -122,7 +138,13 @@ def lower(
     multiplied_with = instructions()
     name, steps = type(model).__name__, 1 + check + 2 * latency
     bar = progress_bar(name, steps, progress=progress)
-    with tracing(), evaluating(model), bar as shown, warnings.catch_warnings():
+    with (
+        tracing(),
+        evaluating(model),
+        explaining(model, (args, kwargs)),
+        bar as shown,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # torch's own, about what it calls itself
         demand_patterns()
         found = checked_operands(model, floats=True)
@@ -138,6 +160,8 @@ def lower(
             measured = measure(model, run, args, kwargs, dynamic_shapes, shown)
     integers, skipped = layers_on_integers(found, built.recorder, built.reasons)
     report = LoweringReport(integers, skipped, multiplied_with, compared, measured, package)
+    if compared is not None and compared.furthest > 1:
+        warn_caller(report.why_wrong())
     if found and not integers:
         warn_caller(f"{type(model).__name__} was lowered, and no layer of it runs on integers:\n  {report}")
     elif measured is not None and measured.is_slower:

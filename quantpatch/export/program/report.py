@@ -106,3 +106,13 @@ class LoweringReport(Report):
             f'{text}. Call qp.prepare(model, args, runtime="inductor") before calibration if you have not: '
             f"it leaves float what has no kernel. lower(..., latency=False) does not measure"
         )
+
+    def why_wrong(self) -> str:
+        """What to do where kernels compute other integers than the model."""
+        assert self.comparison is not None
+        return (
+            f"{self.comparison.differing} of {self.comparison.integers} integers of kernels differ from the "
+            f"model's, by up to {self.comparison.furthest}: without instructions for products of 8-bit "
+            f"integers (here: {self.instructions}) kernels compute with 16 bits, which saturate. Weights of "
+            f'7 bits do not: QuantDescriptor(num_bits=7, axis="channel", narrow_range=True)'
+        )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import quantpatch as qp
-from quantpatch.errors import ExportError, InputError, MissingExtraError, QuantPatchWarning
+from quantpatch.errors import ArgumentTypeError, ExportError, InputError, MissingExtraError, QuantPatchWarning
 from quantpatch.export.prepare.exported import operands
 from quantpatch.export.program import needs
 from quantpatch.export.program.capture import captured
@@ -137,6 +137,21 @@ def test_it_is_neither_trained_nor_copied_nor_pickled(net: tuple[nn.Module, qp.e
     for attempt in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match=r"path='model\.pt2'"):
             attempt(lowered)
+
+
+def test_what_looks_at_layers_is_sent_to_the_report(net: tuple[nn.Module, qp.export.LoweredModel]) -> None:
+    _, lowered = net
+    with pytest.raises(ArgumentTypeError, match=r"audit does not take a LoweredModel.*model\.report"):
+        qp.audit(lowered, (X,))
+    with pytest.raises(ArgumentTypeError, match=r"calibrate.*with the model that was lowered"):
+        qp.calibrate(lowered, [X])
+
+
+def test_integers_that_are_off_by_more_than_a_step_are_said() -> None:
+    compared = qp.export.LoweringComparison(0.1, 0.4, 0.0, integers=4000, differing=170, furthest=71)
+    text = qp.export.LoweringReport({}, {}, "AVX512", compared).why_wrong()
+    assert "170 of 4000 integers of kernels differ from the model's, by up to 71" in text
+    assert "num_bits=7" in text
 
 
 def test_the_batch_may_be_dynamic() -> None:

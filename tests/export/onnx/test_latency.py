@@ -140,6 +140,7 @@ def test_noise_and_the_smallest_of_models_are_not_warned_of() -> None:
     assert not Latency(0.04, 0.02).is_slower
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("options", [{"latency": False}, {"check": False}, {"runtime": "tensorrt"}])
 def test_it_is_not_measured_where_that_is_not_asked_for(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

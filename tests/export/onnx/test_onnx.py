@@ -228,6 +228,7 @@ def test_metadata(tmp_path: Path, plugin: Any) -> None:
     assert b"site-packages" not in (tmp_path / "m.onnx").read_bytes()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
 def test_large_models_have_their_data_beside_them(
     runtime: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -128,9 +128,10 @@ class Projecting(nn.Module):
         return y, h, c
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("layers", "batch_first", "bidirectional", "disabled"),
-    [(1, False, False, False), (2, True, True, False), (1, True, False, True)],
+    [(2, True, True, False), (1, False, False, False), (1, True, False, True)],
 )
 def test_an_lstm_with_a_projection_is_written_out(
     layers: int, batch_first: bool, bidirectional: bool, disabled: bool, tmp_path: Path

@@ -118,6 +118,7 @@ def test_blocks_that_no_kernel_takes_are_floats_once_loaded(
     assert of_weights[0] == (codes, scales)
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU, nn.ReLU6])
 def test_transposed_convolutions_keep_the_scales_of_their_channels(
@@ -156,6 +157,7 @@ def test_a_convolution_that_is_left_float_runs_on_floats_between_quantized_ones(
     torch.testing.assert_close(torch.from_numpy(constants[node.input[1]].copy()), model[2].weight.detach())
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("opset", [19, 20])
 def test_opsets_before_21_are_for_runtimes_that_want_integer_biases_and_cast_no_four_bits(
     opset: int, tmp_path: Path

@@ -138,6 +138,8 @@ class ExportReport(Report):
         nodes: How many nodes there are of each operator.
         bytes: Its size, with that of its data file.
         quantizers: Names of the quantizers in it.
+        unreached: Names of those without a range, which are not in it: neither calibration nor the given
+            arguments reach them.
         comparison: How its results compare to the model's, and how long it takes; None if that was not asked
             for.
     """
@@ -148,6 +150,7 @@ class ExportReport(Report):
     nodes: Mapping[str, int]
     bytes: int
     quantizers: tuple[str, ...]
+    unreached: tuple[str, ...]
     comparison: Comparison | None
 
     _rows = ()
@@ -158,4 +161,5 @@ class ExportReport(Report):
         )
         compared = {} if self.comparison is None else self.comparison.facts()
         facts = {"bytes": f"{self.bytes:,}", "opset": self.opset, "nodes": nodes, **compared}
+        facts["never reached, so not in it"] = listed(self.unreached)
         return facts_table(f"{self.path} for {self.runtime}", facts)

@@ -23,7 +23,7 @@ from quantpatch.errors import ExportError, MissingExtraError, listed, warn_calle
 from quantpatch.export.checkpoint.description import describe
 from quantpatch.export.onnx.comparison import ExportReport
 from quantpatch.export.onnx.limits import problems
-from quantpatch.export.prepare.exported import ExportedQuantizer, operands
+from quantpatch.export.prepare.exported import ExportedQuantizer, operands, unreached
 from quantpatch.plugins.registry import registry
 from quantpatch.plugins.runtime import Runtime
 from quantpatch.torch_tools import nn
@@ -111,11 +111,11 @@ def export_onnx(
             raise ExportError(f"{runtime} runs no ONNX files: write qp.lower(model, args)", runtime=runtime)
         if check:
             target.function("opens")  # what it needs may not be installed
-        found = _checked_operands(model, target, opset)
+        found = _checked_operands(model, args, kwargs, target, opset)
         bar.step(f"tracing {type(model).__name__}")
         named = {"input_names": input_names, "output_names": output_names}
         program = captured(model, args, kwargs, found, target, opset, dynamic_shapes=dynamic_shapes, **named)
-        names = [operand.name for operand in found]
+        names, left = [operand.name for operand in found], unreached(model, found)
         program.model.ir_version = _ir_version(opset)
         with written_whole(path, companion=f"{path.name}.data") as folder:
             beside = None
@@ -149,7 +149,7 @@ def export_onnx(
     measured = None if compared is None else compared.latency
     if measured is not None and measured.is_slower:
         warn_caller(measured.advice(path.name))
-    return ExportReport(path, runtime, opset, dict(nodes), size, tuple(names), compared)
+    return ExportReport(path, runtime, opset, dict(nodes), size, tuple(names), left, compared)
 
 
 def _each_on_its_own(
@@ -193,7 +193,9 @@ def _ir_version(opset: int) -> int:
     return version
 
 
-def _checked_operands(model: nn.Module, runtime: Runtime, opset: int) -> list[ExportedQuantizer]:
+def _checked_operands(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], runtime: Runtime, opset: int
+) -> list[ExportedQuantizer]:
     import onnx
 
     from quantpatch.export.onnx.recurrent_operators import demand_operators
@@ -209,7 +211,7 @@ def _checked_operands(model: nn.Module, runtime: Runtime, opset: int) -> list[Ex
             f"a {type(model).__name__} cannot be traced; export the module inside it", runtime=runtime.name
         )
     demand_operators(model, runtime.name)
-    found = operands(model)
+    found = operands(model, args, kwargs)
     if not found:
         warn_caller(
             f"{type(model).__name__} holds no quantizer that is on, so the file will be float. Build the "

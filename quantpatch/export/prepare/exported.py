@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 
 from quantpatch.layers.base import QuantizedLayer
-from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers
+from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.numerics.fake_quant import quantize
 from quantpatch.numerics.formats import Blocked, Float, Integer, NumberFormat
 from quantpatch.torch_tools import nn
@@ -112,6 +113,11 @@ class ExportedQuantizer:
             codes = codes.to(torch.uint8 if self.element.unsigned else torch.int8)
         return codes, scale
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether its range is not known, though a file needs it."""
+        return self.amax is None and not self.quantizer.descriptor.dynamic
+
     def why_not_constant(self) -> str | None:
         """Why no file of constants can say what it does, and what to change; None if one can."""
         quantizer, is_weight = self.quantizer, self.weight is not None
@@ -174,8 +180,31 @@ _OF_TYPE: dict[str, NumberFormat] = {
 }
 
 
-def operands(model: nn.Module) -> list[ExportedQuantizer]:
-    """Every quantizer that changes tensors, with the weight that it quantizes."""
+def operands(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[ExportedQuantizer]:
+    """Every quantizer that changes tensors, with the weight that it quantizes.
+
+    Those without a range that a run does not reach are left out: no data reached them in calibration, as they
+    are in a branch that is not taken, and they are in no file of that run.
+
+    Args:
+        model: The model.
+        args: Arguments to run it on, if there are such quantizers.
+        kwargs: Its keyword arguments.
+    """
+    found = _every(model)
+    if any(operand.is_unknown for operand in found):
+        reached = _reached(model, found, args, kwargs)
+        found = [operand for operand in found if not operand.is_unknown or operand.name in reached]
+    return found
+
+
+def unreached(model: nn.Module, found: Sequence[ExportedQuantizer]) -> tuple[str, ...]:
+    """The names of those that ``operands`` left out."""
+    names = {operand.name for operand in found}
+    return tuple(operand.name for operand in _every(model) if operand.name not in names)
+
+
+def _every(model: nn.Module) -> list[ExportedQuantizer]:
     owners: dict[int, tuple[Any, str]] = {}
     for layer in model.modules():
         if isinstance(layer, QuantizedLayer):
@@ -192,6 +221,23 @@ def operands(model: nn.Module) -> list[ExportedQuantizer]:
             value = getattr(layer, weight) if weight else None
         found.append(ExportedQuantizer(name, quantizer, layer, value))
     return found
+
+
+def _reached(
+    model: nn.Module, found: Sequence[ExportedQuantizer], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> set[str]:
+    """The names of those that a run calls. Of a weight it is the layer that is called, in float."""
+    names: dict[Any, set[str]] = {}
+    for operand in found:
+        watched = operand.quantizer if operand.weight is None else operand.layer
+        names.setdefault(watched, set()).add(operand.name)
+    called: set[str] = set()
+    with in_float(model), torch.no_grad(), contextlib.ExitStack() as hooks:
+        for module in names:
+            handle = module.register_forward_pre_hook(lambda module, _: called.update(names[module]))
+            hooks.callback(handle.remove)
+        model(*args, **kwargs)
+    return called
 
 
 def codes_name(quantizer: str, call: int) -> str:

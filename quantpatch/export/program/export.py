@@ -51,15 +51,19 @@ def export_program(
     model = uncompiled(model)
     args, kwargs = arguments(args, kwargs)
     with evaluating(model), explaining(model, (args, kwargs)):
-        found = checked_operands(model)
+        found = checked_operands(model, args, kwargs)
         return captured(model, args, kwargs, found, dynamic_shapes=dynamic_shapes)
 
 
-def checked_operands(model: nn.Module, *, floats: bool = False) -> list[ExportedQuantizer]:
+def checked_operands(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, floats: bool = False
+) -> list[ExportedQuantizer]:
     """The quantizers of a model that is to be exported.
 
     Args:
         model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
         floats: Whether weights may be constants of floats, where there is no operator for their integers.
 
     Raises:
@@ -67,7 +71,7 @@ def checked_operands(model: nn.Module, *, floats: bool = False) -> list[Exported
     """
     if isinstance(model, (nn.DataParallel, torch.jit.ScriptModule)):
         raise ExportError(f"a {type(model).__name__} cannot be traced; export the module inside it")
-    found = operands(model)
+    found = operands(model, args, kwargs)
     if not found:
         warn_caller(
             f"{type(model).__name__} holds no quantizer that is on, so the program will be float. Build the "

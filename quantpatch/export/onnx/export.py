@@ -23,7 +23,7 @@ from quantpatch.errors import ExportError, MissingExtraError, listed, warn_calle
 from quantpatch.export.checkpoint.description import describe
 from quantpatch.export.onnx.comparison import ExportReport
 from quantpatch.export.onnx.limits import problems
-from quantpatch.export.prepare.exported import ExportedQuantizer, operands, unreached
+from quantpatch.export.prepare.exported import ExportedQuantizer, operands, reached
 from quantpatch.plugins.registry import registry
 from quantpatch.plugins.runtime import Runtime
 from quantpatch.torch_tools import nn
@@ -115,7 +115,8 @@ def export_onnx(
         bar.step(f"tracing {type(model).__name__}")
         named = {"input_names": input_names, "output_names": output_names}
         program = captured(model, args, kwargs, found, target, opset, dynamic_shapes=dynamic_shapes, **named)
-        names, left = [operand.name for operand in found], unreached(model, found)
+        names = [operand.name for operand in found]
+        left = tuple(operand.name for operand in operands(model) if operand.name not in names)
         program.model.ir_version = _ir_version(opset)
         with written_whole(path, companion=f"{path.name}.data") as folder:
             beside = None
@@ -211,7 +212,7 @@ def _checked_operands(
             f"a {type(model).__name__} cannot be traced; export the module inside it", runtime=runtime.name
         )
     demand_operators(model, runtime.name)
-    found = operands(model, args, kwargs)
+    found = reached(model, operands(model), args, kwargs)
     if not found:
         warn_caller(
             f"{type(model).__name__} holds no quantizer that is on, so the file will be float. Build the "

@@ -180,31 +180,8 @@ _OF_TYPE: dict[str, NumberFormat] = {
 }
 
 
-def operands(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[ExportedQuantizer]:
-    """Every quantizer that changes tensors, with the weight that it quantizes.
-
-    Those without a range that a run does not reach are left out: no data reached them in calibration, as they
-    are in a branch that is not taken, and they are in no file of that run.
-
-    Args:
-        model: The model.
-        args: Arguments to run it on, if there are such quantizers.
-        kwargs: Its keyword arguments.
-    """
-    found = _every(model)
-    if any(operand.is_unknown for operand in found):
-        reached = _reached(model, found, args, kwargs)
-        found = [operand for operand in found if not operand.is_unknown or operand.name in reached]
-    return found
-
-
-def unreached(model: nn.Module, found: Sequence[ExportedQuantizer]) -> tuple[str, ...]:
-    """The names of those that ``operands`` left out."""
-    names = {operand.name for operand in found}
-    return tuple(operand.name for operand in _every(model) if operand.name not in names)
-
-
-def _every(model: nn.Module) -> list[ExportedQuantizer]:
+def operands(model: nn.Module) -> list[ExportedQuantizer]:
+    """Every quantizer that changes tensors, with the weight that it quantizes."""
     owners: dict[int, tuple[Any, str]] = {}
     for layer in model.modules():
         if isinstance(layer, QuantizedLayer):
@@ -223,21 +200,33 @@ def _every(model: nn.Module) -> list[ExportedQuantizer]:
     return found
 
 
-def _reached(
-    model: nn.Module, found: Sequence[ExportedQuantizer], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> set[str]:
-    """The names of those that a run calls. Of a weight it is the layer that is called, in float."""
-    names: dict[Any, set[str]] = {}
-    for operand in found:
-        watched = operand.quantizer if operand.weight is None else operand.layer
-        names.setdefault(watched, set()).add(operand.name)
+def reached(
+    model: nn.Module, found: list[ExportedQuantizer], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[ExportedQuantizer]:
+    """A model's quantizers without those that have no range, and that a run does not reach.
+
+    No data reached these in calibration, as they are in a branch that is not taken; nor are they in a file of
+    this run.
+
+    Args:
+        model: The model.
+        found: Its quantizers.
+        args: Arguments to run it on, if one of them has no range.
+        kwargs: Its keyword arguments.
+    """
+    if not any(operand.is_unknown for operand in found):
+        return found
+    watched: dict[Any, set[str]] = {}
+    for operand in found:  # a weight's quantizer is not called in float, but its layer is
+        module = operand.quantizer if operand.weight is None else operand.layer
+        watched.setdefault(module, set()).add(operand.name)
     called: set[str] = set()
     with in_float(model), torch.no_grad(), contextlib.ExitStack() as hooks:
-        for module in names:
-            handle = module.register_forward_pre_hook(lambda module, _: called.update(names[module]))
+        for module in watched:
+            handle = module.register_forward_pre_hook(lambda module, _: called.update(watched[module]))
             hooks.callback(handle.remove)
         model(*args, **kwargs)
-    return called
+    return [operand for operand in found if not operand.is_unknown or operand.name in called]
 
 
 def codes_name(quantizer: str, call: int) -> str:

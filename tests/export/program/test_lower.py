@@ -176,7 +176,7 @@ def test_each_weight_of_a_layer_of_several_is_named() -> None:
     with qp.quantize_modules():
         model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.MultiheadAttention(8, 2)})
     recorder: Any = SimpleNamespace(kernels=[Kernel()])
-    integers, skipped = layers_on_integers(operands(model, (), {}), recorder, {"a.weight_quantizer": "why"})
+    integers, skipped = layers_on_integers(operands(model), recorder, {"a.weight_quantizer": "why"})
     assert integers == {"b.out_proj_weight": "linear"}
     assert set(skipped) == {"a", "b.in_proj_weight"}
     assert skipped["a"] == "why"
@@ -375,7 +375,7 @@ def test_products_that_are_rounded_all_the_same_are_named_by_the_report() -> Non
     program = captured(model, (ROWS[None],), {}, checked_operands(model, (ROWS[None],), {}), as_uint8=True)
     before_compiling(program.run_decompositions({}).module(), reasons)  # type: ignore[arg-type]
     assert "product.matmul" in reasons
-    _, skipped = layers_on_integers(operands(model, (), {}), SimpleNamespace(kernels=[]), reasons)  # type: ignore[arg-type]
+    _, skipped = layers_on_integers(operands(model), SimpleNamespace(kernels=[]), reasons)  # type: ignore[arg-type]
     assert "computed with in float" in skipped["product.matmul"]
 
 

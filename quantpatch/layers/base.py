@@ -399,15 +399,19 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, Any, str, TensorQ
                 yield f"{name}.{quantizer_name(operand)}".lstrip("."), layer, operand, quantizer
 
 
+def inner_weights(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
+    """Each operand that a forward makes of weights by itself: its quantizer's name, and that one."""
+    for name, layer in named_layers(model).items():
+        for operand, inner in layer._inner.items():
+            quantizer = type(layer).quantizer(layer, operand)
+            if inner.is_weight and quantizer is not None:
+                yield f"{name}.{quantizer_name(operand)}".lstrip("."), quantizer
+
+
 def weight_quantizers(model: nn.Module) -> set[TensorQuantizer]:
     """The quantizers of a model's weights, and of what its forwards make of weights."""
-    inner = {
-        quantizer
-        for layer in named_layers(model).values()
-        for name, operand in layer._inner.items()
-        if operand.is_weight and (quantizer := type(layer).quantizer(layer, name)) is not None
-    }
-    return inner | {quantizer for *_, quantizer in quantized_weights(model)}
+    of_layers = {quantizer for *_, quantizer in quantized_weights(model)}
+    return of_layers | {quantizer for _, quantizer in inner_weights(model)}
 
 
 # Activations of (batch, channels, ...): counted from the end, as torch lets the batch axis be left out.

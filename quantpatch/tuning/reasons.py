@@ -33,6 +33,14 @@ class Parametrized(Reason):
 
 
 @attrs.frozen
+class ReadByForward(Reason):
+    """A forward reads it, or computes with it, before it is quantized."""
+
+    def __str__(self) -> str:
+        return "the forward of its class reads it by itself, and only what layers multiply by is tuned"
+
+
+@attrs.frozen
 class Tied(Reason):
     """Another module has the same tensor, and would be changed as well.
 

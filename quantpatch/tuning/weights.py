@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from quantpatch.layers.base import quantized_weights
+from quantpatch.layers.base import inner_weights, quantized_weights
 from quantpatch.layers.quantizer import TensorQuantizer
 from quantpatch.layers.stand_ins import without_stand_in
 from quantpatch.numerics.backends.scales import divisor, rescale_, spread
@@ -17,7 +17,7 @@ from quantpatch.numerics.grouped_axes import GroupedAxes
 from quantpatch.numerics.qparams import QParams
 from quantpatch.numerics.ranges import own_range
 from quantpatch.quantize.reasons import Reason
-from quantpatch.tuning.reasons import NotQuantized, Parametrized, Tied
+from quantpatch.tuning.reasons import NotQuantized, Parametrized, ReadByForward, Tied
 
 # Scales that follow from what was rounded may be off by a unit of the last place the first time.
 _TRIES = 4
@@ -207,6 +207,7 @@ def weights_of(model: nn.Module) -> tuple[dict[str, Weight], dict[str, Reason]]:
             skipped[name] = Tied(tuple(other for other, *_ in places if other != own[0]))
         else:
             found[name] = Weight(name, layer, layer_name, operand, quantizer, own[1], own[2])
+    skipped.update((name, ReadByForward()) for name, _ in inner_weights(model))
     return found, skipped
 
 

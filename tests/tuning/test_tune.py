@@ -354,3 +354,19 @@ def test_what_blocks_are_given_can_lie_in_a_folder(tmp_path: Any) -> None:
 def assert_same_states(one: dict[str, Any], other: dict[str, Any]) -> None:
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def test_weights_that_a_forward_reads_by_itself_are_named_by_tune_and_by_a_packed_file(tmp_path):
+    class Own(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight, self.bias)
+
+    model = nn.Sequential(Own(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    qp.convert(model, operations="products")
+    x = torch.randn(64, 8)
+    qp.calibrate(model, [x], progress=False)
+    report = qp.tune(model, [x], method="gptq", progress=False)
+    assert "reads it by itself" in str(report.skipped["0.linear_0_weight_quantizer"])
+    assert list(qp.save(model, tmp_path / "m.safetensors", packed=True).skipped) == [
+        "0.linear_0_weight_quantizer"
+    ]

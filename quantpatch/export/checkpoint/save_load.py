@@ -24,7 +24,7 @@ from quantpatch.export.checkpoint import packing
 from quantpatch.export.checkpoint.description import describe
 from quantpatch.export.checkpoint.restore import Plan
 from quantpatch.export.checkpoint.saved import Packed, read_json
-from quantpatch.layers.base import quantized_weights
+from quantpatch.layers.base import inner_weights, quantized_weights
 from quantpatch.layers.input_factor import named_input_factors
 from quantpatch.layers.quantizer import TensorQuantizer, named_quantizers, outside_of
 from quantpatch.reports.report import Report, facts_table
@@ -146,6 +146,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, packed: bool = False
             reason = _pack_into(tensors, how_packed, key, quantizer)
             if reason:
                 skipped[key] = reason
+        why = "the forward of its class reads the weight by itself, which stays a float"
+        skipped.update((name, why) for name, quantizer in inner_weights(model) if not quantizer.disabled)
     description = {
         "file_version": FILE_VERSION,
         **describe(model),

@@ -21,7 +21,10 @@ class NoData(Reason):
     """The data did not reach it, or it was multiplied by nothing in a way that is known."""
 
     def __str__(self) -> str:
-        return "no product of it with data was seen"
+        return (
+            "no product of it with data was seen: none reached it, or it is looked up, or multiplied in a "
+            "kernel of its own, as an LSTM's"
+        )
 
 
 @attrs.frozen

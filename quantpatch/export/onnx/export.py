@@ -111,12 +111,11 @@ def export_onnx(
             raise ExportError(f"{runtime} runs no ONNX files: write qp.lower(model, args)", runtime=runtime)
         if check:
             target.function("opens")  # what it needs may not be installed
-        found = _checked_operands(model, args, kwargs, target, opset)
+        found, unreached = _checked_operands(model, args, kwargs, target, opset)
         bar.step(f"tracing {type(model).__name__}")
         named = {"input_names": input_names, "output_names": output_names}
         program = captured(model, args, kwargs, found, target, opset, dynamic_shapes=dynamic_shapes, **named)
         names = [operand.name for operand in found]
-        left = tuple(operand.name for operand in operands(model) if operand.name not in names)
         program.model.ir_version = _ir_version(opset)
         with written_whole(path, companion=f"{path.name}.data") as folder:
             beside = None
@@ -150,7 +149,7 @@ def export_onnx(
     measured = None if compared is None else compared.latency
     if measured is not None and measured.is_slower:
         warn_caller(measured.advice(path.name))
-    return ExportReport(path, runtime, opset, dict(nodes), size, tuple(names), left, compared)
+    return ExportReport(path, runtime, opset, dict(nodes), size, tuple(names), unreached, compared)
 
 
 def _each_on_its_own(
@@ -196,7 +195,8 @@ def _ir_version(opset: int) -> int:
 
 def _checked_operands(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], runtime: Runtime, opset: int
-) -> list[ExportedQuantizer]:
+) -> tuple[list[ExportedQuantizer], tuple[str, ...]]:
+    """The quantizers that go into the file, and the names of those that the run does not reach."""
     import onnx
 
     from quantpatch.export.onnx.recurrent_operators import demand_operators
@@ -212,7 +212,8 @@ def _checked_operands(
             f"a {type(model).__name__} cannot be traced; export the module inside it", runtime=runtime.name
         )
     demand_operators(model, runtime.name)
-    found = reached(model, operands(model), args, kwargs)
+    every = operands(model)
+    found = reached(model, every, args, kwargs)
     if not found:
         warn_caller(
             f"{type(model).__name__} holds no quantizer that is on, so the file will be float. Build the "
@@ -226,7 +227,8 @@ def _checked_operands(
             quantizers=tuple(refused),
             runtime=runtime.name,
         )
-    return found
+    names = {operand.name for operand in found}
+    return found, tuple(operand.name for operand in every if operand.name not in names)
 
 
 # --- The file ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ def grid(w: Tensor, bits: int = 4) -> Grid:
 def error(model: nn.Module, data: list[Tensor], wanted: list[Tensor]) -> float:
     with torch.no_grad():
         return sum(float((model(x) - y).square().sum()) for x, y in zip(data, wanted, strict=True))
+
+
+def tuned(made: nn.Module, data: list[Tensor], recipe: str | qp.Recipe, **options: Any) -> nn.Module:
+    model = copy.deepcopy(made)
+    qp.convert(model, recipe)
+    qp.tune(model, data, method="gptq", **options)
+    return model
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -205,9 +213,9 @@ def test_what_earlier_layers_lost_is_made_up_for(tmp_path: Path, on_disk: bool) 
         wanted = [made(x) for x in data]
     errors = []
     for earlier in (0.0, 0.5):
-        model = copy.deepcopy(made)
-        qp.convert(model, qp.recipe("int4-weight-only").replace(name="w4", weight=W3))
-        qp.tune(model, data[:2], method="gptq", earlier=earlier, offload=tmp_path if on_disk else None)
+        recipe = qp.recipe("int4-weight-only").replace(name="w4", weight=W3)
+        folder = tmp_path if on_disk else None
+        model = tuned(made, data[:2], recipe, earlier=earlier, offload=folder)
         errors.append(error(model, data[2:], wanted[2:]))
     assert errors[1] < 0.8 * errors[0]
 
@@ -217,12 +225,7 @@ def test_in_attention_what_earlier_layers_lost_is_that_of_the_same_rows() -> Non
     data = [torch.randn(8, 10, 32) @ torch.randn(32, 32) for _ in range(2)]
     with torch.no_grad():
         wanted = [made(x) for x in data]
-    errors = []
-    for earlier in (0.0, 0.5):
-        model = copy.deepcopy(made)
-        qp.convert(model, "int8")
-        qp.tune(model, data, method="gptq", earlier=earlier)
-        errors.append(error(model, data, wanted))
+    errors = [error(tuned(made, data, "int8", earlier=share), data, wanted) for share in (0.0, 0.5)]
     assert errors[1] < 1.1 * errors[0]
 
 
@@ -230,15 +233,9 @@ def test_ranges_of_blocks_are_clipped_where_that_loses_less() -> None:
     made = nn.Sequential(nn.Linear(256, 32))
     data = [torch.randn(512, 256) for _ in range(2)]
     with torch.no_grad():
-        wanted = [made(x) for x in data]
         made[0].weight[:, ::64] *= 1.7
         wanted = [made(x) for x in data]
-    errors = []
-    for clip in (False, True):
-        model = copy.deepcopy(made)
-        qp.convert(model, "int4-weight-only")
-        qp.tune(model, data, method="gptq", clip=clip)
-        errors.append(error(model, data, wanted))
+    errors = [error(tuned(made, data, "int4-weight-only", clip=clip), data, wanted) for clip in (False, True)]
     assert errors[1] < 0.97 * errors[0]
 
 

@@ -303,23 +303,21 @@ def halved(x):
     return x / 2
 
 
-def test_what_a_weight_is_multiplied_with_is_quantized_on_either_side():
-    weight, x = nn.Parameter(torch.randn(4, 3, 3)), torch.randn(3, 3)
-    partner = experts._Partner(weight, halved)
-    expected = [
+def products(x, weight):
+    return [
         F.linear(x, weight[1]),
         x @ weight[2].T,
         weight[0].t() @ x,
         torch.matmul(x, weight[3]),
         torch.bmm(x.expand(4, 3, 3), weight.transpose(1, 2)),
     ]
+
+
+def test_what_a_weight_is_multiplied_with_is_quantized_on_either_side():
+    weight, x = nn.Parameter(torch.randn(4, 3, 3)), torch.randn(3, 3)
+    partner = experts._Partner(weight, halved)
+    expected = products(x, weight)
     with partner:
-        computed = [
-            F.linear(x, weight[1]),
-            x @ weight[2].T,
-            weight[0].t() @ x,
-            torch.matmul(x, weight[3]),
-            torch.bmm(x.expand(4, 3, 3), weight.transpose(1, 2)),
-        ]
+        computed = products(x, weight)
     for halved_product, product in zip(computed, expected, strict=True):
         torch.testing.assert_close(halved_product * 2, product)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 import quantpatch as qp
 from quantpatch.export.prepare.exported import operands, reached
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 X, STATES = torch.randn(4, 6), torch.randn(4, 6)
 
@@ -54,3 +57,14 @@ def test_what_the_run_reaches_without_a_range_is_kept_to_be_refused(model: Any) 
 def test_a_model_of_which_a_branch_was_never_taken_is_exported_without_it(model: Any) -> None:
     program = qp.export_program(model, X)
     torch.testing.assert_close(program.module()(X), model(X))
+
+
+def test_a_file_is_written_without_it_and_its_report_names_it(model: Any, tmp_path: Path) -> None:
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    report = qp.export_onnx(model, X, tmp_path / "m.onnx", latency=False, progress=False)
+    assert set(report.quantizers) == {"own.input_quantizer", "own.weight_quantizer"}
+    assert {"cross.input_quantizer", "cross.weight_quantizer"} < set(report.unreached)
+    assert "never reached, so not in it" in str(report)
+    assert report.comparison is not None
+    assert report.comparison.mismatching == 0

@@ -52,6 +52,8 @@ FORWARDS = {
     "Tensordot": "torch.tensordot(self.fc(x), x, dims=([2], [2]))",
     "Einsum": "torch.einsum('bij,bkj->bik', self.fc(x), x)",
     "EinsumOfWeight": "torch.einsum('bij,kj->bik', self.fc(x), self.weight)",
+    "Einops": "einops.einsum(self.fc(x), x, 'batch i j, batch k j -> batch i k')",
+    "EinopsOfWeight": "einops.einsum(self.fc(x), self.weight, 'b i j, k j -> b i k')",
     "Addmm": "torch.addmm(x[0, :, :5], self.fc(x)[0], x[0].T)",
     "Addmv": "torch.addmv(x[0, :, 0], self.fc(x)[0], x[0, 0])",
     "Baddbmm": "torch.baddbmm(x[:, :, :5], self.fc(x), x.mT)",
@@ -81,6 +83,7 @@ FORWARDS = {
     "Inputs": "F.conv1d(x, self.kernel1)",
 }
 SOURCE = """
+import einops
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -151,6 +154,7 @@ def test_every_product_of_a_class_is_quantized_and_disabled_computes_what_it_did
         ("OwnLinear", {"linear_0_weight": 0}),
         ("OwnMatmul", {"matmul_0_right": -1}),
         ("EinsumOfWeight", {"einsum_0_right": -2}),
+        ("EinopsOfWeight", {"einsum_0_right": -2}),
         ("Experts", {"matmul_0_right": -1}),
         ("Normed", {"linear_0_weight": 0}),
         ("Conv2d", {"conv2d_0_weight": 0}),
@@ -340,6 +344,70 @@ def test_methods_of_other_objects_and_functions_in_attributes_are_followed():
     assert qp.audit(pickle.loads(pickle.dumps(model)), x).share == 1.0
     model.function = torch.relu
     with pytest.warns(QuantPatchWarning, match="it called .*held when it was quantized and calls .*relu"):
+        model(x)
+
+
+class Processor:
+    """An attention's work in an object, as diffusers has it."""
+
+    def __call__(self, attention, x):
+        query = attention.fc(x)
+        return F.linear(query @ x.mT, attention.weight)
+
+
+class Backends:
+    """A registry that says which function is in use."""
+
+    _functions = {"matmul": held}
+    _in_use = "matmul"
+
+    @classmethod
+    def in_use(cls):
+        """The one in use, with its name."""
+        return cls._in_use, cls._functions[cls._in_use]
+
+
+def dispatched(x):
+    _, function = Backends.in_use()
+    return function(x)
+
+
+PROCESSOR = Processor()
+
+
+class Processed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.weight = nn.Linear(4, 4), nn.Parameter(torch.randn(5, 3))
+        self.processor = Processor()
+        self.processors = [self.processor]
+
+    def forward(self, x):
+        processor = self.processor
+        of_attribute, of_variable = self.processor(self, x), processor(self, x)
+        return of_attribute, of_variable, self.processors[0](self, x), PROCESSOR(self, x), dispatched(x)
+
+
+def test_objects_that_are_called_and_functions_in_registries_are_followed():
+    x = torch.randn(2, 3, 4)
+    with qp.quantize_modules(operations="products") as block:
+        model = Processed()
+    assert block.skipped == ()
+    qp.calibrate(model, [x])
+    assert qp.audit(model, x).share == 1.0
+    weights = [name for name, inner in model._inner.items() if inner.is_weight]
+    assert weights == [f"linear_{n}_weight" for n in range(4)]
+    twin = pickle.loads(pickle.dumps(model))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        outputs = [twin(x), compiled(x), model(x)]
+    for of_twin, of_compiled, expected in zip(*outputs, strict=True):
+        assert torch.equal(of_twin, expected)
+        assert torch.equal(of_compiled, expected)
+    model.processor = lambda layer, x: x
+    with pytest.warns(
+        QuantPatchWarning, match=r"called .*Processor.__call__ when it was quantized and calls"
+    ):
         model(x)
 
 

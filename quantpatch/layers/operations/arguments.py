@@ -48,7 +48,10 @@ def in_order(node: ast.Call, operation: Any, skipped: int, work: Progress) -> di
     where: dict[int, tuple[Any, Any]] = {0: (node.func, "value")} if skipped else {}
     where |= {n + skipped: (node.args, n) for n, a in enumerate(node.args) if not starred}
     where |= {parameters.index(k.arg): (k, "value") for k in node.keywords if k.arg in parameters}
-    operands = work.wanted.operations[operation].operands
+    known = work.wanted.operations[operation]
+    operands = known.operands
+    if known.equation == -1:
+        where.pop(len(node.args) - 1, None)
     hides = starred or any(keyword.arg is None for keyword in node.keywords)
     needed = [n for n, operand in enumerate(operands) if operand is not None][:2]
     if hides and any(n not in where for n in needed):

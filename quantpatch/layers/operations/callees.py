@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from quantpatch.layers.operations.facts import ASKING, LOOKUPS
 from quantpatch.layers.operations.names import Names
 from quantpatch.layers.operations.progress import Progress
-from quantpatch.layers.operations.source import is_in_torch, plain
+from quantpatch.layers.operations.source import is_in_torch, plain, run_by
 from quantpatch.layers.operations.syntax import get
 
 # Written in Python by torch, and made of products; the others of its functions are taken as they are.
@@ -68,14 +68,17 @@ class Callees:
             if why:
                 self._progress.hide(ast.unparse(function), why)
             followed = self._followed(found)
-            return None if followed is None else (followed, False)
+            return None if followed is None else (followed, followed is not found)
         if isinstance(function, ast.Attribute):
             return self._attribute_called(function)
         if isinstance(function, ast.Name) and function.id in self._names.assigned:
             for value in reversed(self._names.assigned[function.id]):
                 held = self._asked_function(value)
                 if held is not None:
-                    return held, False
+                    return held, _is_call(held)
+        if isinstance(function, ast.Subscript):
+            held = self._asked_function(function)
+            return None if held is None else (held, _is_call(held))
         return None
 
     def handed_on(self, node: ast.Call, found: Any) -> list[tuple[Any, Any, Any]]:
@@ -122,10 +125,11 @@ class Callees:
 
     def _followed(self, function: Any) -> Any:
         """A function that a global name means, if it is to be looked into."""
+        function = run_by(function)
         inner = None if isinstance(function, type) else plain(function)
         if inner is None or (is_in_torch(inner) and inner not in _OF_TORCH_FOLLOWED):
             return None
-        return getattr(function, "__func__", function)
+        return function
 
     def _attribute_called(self, function: ast.Attribute) -> tuple[Any, bool] | None:
         """``self.method``, ``self.child``, ``self.child.method``, ``super().method``."""
@@ -149,7 +153,9 @@ class Callees:
         elif isinstance(owner, ast.Attribute):
             self._progress.called.add(owner.attr)
         held = self._asked_function(function)
-        return None if held is None else (held, not isinstance(owner, ast.Name) and _takes_self(held))
+        if held is None:
+            return None
+        return held, _is_call(held) or (not isinstance(owner, ast.Name) and _takes_self(held))
 
     def parameters(self, node: ast.Call, target: Any, is_bound: bool) -> tuple[tuple[str, ...], str]:
         """Which parameters of a function get what is made of the layer's own tensors, and which the layer."""
@@ -161,8 +167,8 @@ class Callees:
         if is_bound:
             first = names.pop(0) if names else ""
             weights.append(first)
-            owner = node.func.value if isinstance(node.func, ast.Attribute) else None
-            if isinstance(owner, ast.Call) or (self._names.is_own(owner)):
+            owner = node.func.value if isinstance(node.func, ast.Attribute) and not _is_call(inner) else None
+            if isinstance(owner, ast.Call) or self._names.is_own(owner):
                 own = first
         pairs: list[tuple[str, ast.expr]] = []
         for name, argument in zip(names, node.args, strict=False):
@@ -190,6 +196,11 @@ def _not_python(function: Any) -> str:
     else:
         is_own = not isinstance(function, CustomOpDef)
     return "" if is_own else "compiled code. Give its operands quantizers in a replacement of the class"
+
+
+def _is_call(function: types.FunctionType) -> bool:
+    """Whether a function is what runs when an object is called."""
+    return function.__name__ == "__call__"
 
 
 def _takes_self(function: types.FunctionType) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from quantpatch.errors import warn_caller
+from quantpatch.layers.operations.source import Unreadable, is_in_torch, parsed, plain, run_by
 from quantpatch.layers.operations.table import NAMES
 from quantpatch.torch_tools.class_swap import dotted
 
@@ -98,13 +99,16 @@ class Asked:
 
     def function(self, node: ast.expr, scope: Mapping[str, Any], of: str, where: str) -> Any:
         """The function that an expression gives, if that is one that a pickle can name; else None."""
-        known = self._ask(f"{where}: {ast.unparse(node)}", copy.deepcopy(node), scope, of, _function_name)
+        stands_for, its_scope = unfolded(node, scope)
+        known = self._ask(
+            f"{where}: {ast.unparse(node)}", copy.deepcopy(stands_for), its_scope, of, _function_name
+        )
         return _found(known) if isinstance(known, str) else None
 
     def unnamed(self, node: ast.expr, of: str) -> types.FunctionType | None:
         """The function that an attribute of the layer holds, if no pickle can name it."""
         value = UNKNOWN if self._layer is None or not of else evaluated(node, {of: self._layer})
-        value = getattr(value, "__func__", value)
+        value = run_by(value)
         return value if isinstance(value, types.FunctionType) and _function_name(value) is None else None
 
 
@@ -114,7 +118,7 @@ def _truth(value: Any) -> bool | None:
 
 
 def _function_name(value: Any) -> str | None:
-    value = getattr(value, "__func__", value)
+    value = run_by(value)
     if not isinstance(value, types.FunctionType):
         return None
     name = _name(value)
@@ -145,6 +149,43 @@ def evaluated(node: ast.expr, scope: Mapping[str, Any]) -> Any:
         return UNKNOWN
     except Exception:  # properties of others, asked at another time than they expect
         return UNKNOWN
+
+
+def unfolded(node: ast.expr, scope: Mapping[str, Any]) -> tuple[ast.expr, Mapping[str, Any]]:
+    """What an expression stands for, with the names in it.
+
+    A call without arguments stands for what the function returns, if that is all that it does, as those that
+    look something up; an item of such a call for its part of it.
+
+    Args:
+        node: The expression.
+        scope: Names that mean the same at each call.
+    """
+    item = node.slice if isinstance(node, ast.Subscript) else None
+    call = node.value if isinstance(node, ast.Subscript) else node
+    if not (isinstance(call, ast.Call) and not call.args and not call.keywords):
+        return node, scope
+    function = evaluated(call.func, scope)
+    inner = plain(function)
+    returned = None if inner is None or is_in_torch(inner) else _returned(inner)
+    if inner is None or returned is None:
+        return node, scope
+    owner = getattr(function, "__self__", None)
+    its_own = {} if owner is None else {inner.__code__.co_varnames[0]: owner}
+    if isinstance(returned, ast.Tuple) and isinstance(item, ast.Constant) and isinstance(item.value, int):
+        returned, item = returned.elts[item.value], None
+    part = returned if item is None else ast.Subscript(returned, item, ast.Load())
+    return part, {**inner.__globals__, **its_own}
+
+
+def _returned(function: types.FunctionType) -> ast.expr | None:
+    """What a function returns that does nothing else."""
+    try:
+        *described, last = parsed(function, function).body
+    except Unreadable:
+        return None
+    does_more = any(not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)) for s in described)
+    return last.value if isinstance(last, ast.Return) and not does_more else None
 
 
 class _Unknown(Exception):
@@ -253,14 +294,16 @@ def calling(known: Any, instead: Any) -> Any:
 
     def call(called: Any, layer: Any, /, *args: Any, **kwargs: Any) -> Any:
         function = getattr(called, "__func__", called)
+        if known is type(called).__call__:
+            function = known
         if function is not known:
             if not torch.compiler.is_compiling():
                 _report(
                     layer, f"it called {_shown(known)} when it was quantized and calls {_shown(function)} now"
                 )
             return called(*args, **kwargs)
-        if function is not called:  # a method, with the object that it is of
-            args = (called.__self__, *args)
+        if function is not called:  # a method, with the object that it is of, or an object's call
+            args = (getattr(called, "__self__", called), *args)
         return instead(*args, **kwargs, _layer=layer)
 
     return call

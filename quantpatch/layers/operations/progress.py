@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import attrs
+from torch import nn
 
 from quantpatch.layers.operations.facts import Asked
-from quantpatch.layers.operations.source import BY_HAND, Unreadable, codes, is_in_torch, plain
+from quantpatch.layers.operations.source import BY_HAND, Unreadable, codes, is_in_torch, plain, run_by
 from quantpatch.layers.operations.table import Operand, Wanted
 from quantpatch.recipes.descriptor import QuantDescriptor, Recipe
 
@@ -96,15 +97,16 @@ class Progress:
             return True
         scope = function.__globals__
         for name in code.co_names:
-            values = [scope.get(name)]
-            if isinstance(values[0], types.ModuleType):
-                values = [vars(values[0]).get(other) for other in code.co_names]
+            found = scope.get(name)
+            values = [found, *_registered(found)]
+            if isinstance(found, types.ModuleType):
+                values = [vars(found).get(other) for other in code.co_names]
             for value in values:
                 if not callable(value) or isinstance(value, type):
                     continue
                 if self.wanted.called(value) is not None:
                     return True
-                inner = plain(value)
+                inner = plain(run_by(value))
                 if inner is not None and not is_in_torch(inner) and self.may_multiply(inner):
                     return True
         return False
@@ -119,3 +121,10 @@ class Progress:
             f"`{ast.unparse(node)}` in {self.float_class.__qualname__}: {why}. {BY_HAND}",
             layer=self.float_class,
         )
+
+
+def _registered(value: Any) -> list[Any]:
+    """The functions in a dictionary, or in those of a class that is not a module's: a registry."""
+    if isinstance(value, type) and not issubclass(value, nn.Module):
+        return [each for held in vars(value).values() if isinstance(held, dict) for each in held.values()]
+    return list(value.values()) if type(value) is dict else []

@@ -17,7 +17,6 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch.nn import functional as F
 
 from quantpatch.errors import LayerError
@@ -238,7 +237,8 @@ class _Function(Branches):
         count = len(known.operands)
         if any(n < count and known.operands[n] and is_number(get(*place)) for n, place in given.items()):
             return node
-        placed = self._place(operation, given, weights, equation(node) if operation is torch.einsum else None)
+        axes = None if known.equation is None else equation(node, known.equation)
+        placed = self._place(operation, given, weights, axes)
         if known.of_result:
             return self._quantized(placed[0][1], node)
         names = {position: name for position, name, _ in placed}

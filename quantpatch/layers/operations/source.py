@@ -10,6 +10,8 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from quantpatch.errors import LayerError
 
 #: What to write where a function cannot be read.
@@ -32,6 +34,15 @@ def plain(function: Any) -> types.FunctionType | None:
     except ValueError:  # wrapped in itself
         return None
     return found if isinstance(found, types.FunctionType) else None
+
+
+def run_by(value: Any) -> Any:
+    """What runs when an object is called: the function of a method, the ``__call__`` of its class."""
+    value = getattr(value, "__func__", value)
+    if isinstance(value, (types.FunctionType, type, nn.Module)) or hasattr(value, "__wrapped__"):
+        return value
+    call = inspect.getattr_static(type(value), "__call__", None)
+    return call if isinstance(call, types.FunctionType) and not is_in_torch(call) else value
 
 
 def is_in_torch(function: types.FunctionType) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from typing import Any
 
 from quantpatch.layers.operations.table import Operand
@@ -35,28 +36,45 @@ def assignments(tree: ast.AST) -> dict[str, list[ast.expr]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
             for target in node.targets:
-                if isinstance(target, ast.Name):
-                    found.setdefault(target.id, []).append(node.value)
+                for name, value in _unpacked(target, node.value):
+                    found.setdefault(name, []).append(value)
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
             found.setdefault(node.target.id, []).append(node.value)
     return found
 
 
-def equation(node: ast.Call) -> dict[int, Operand]:
-    """The axes of einsum's operands, where its equation is written out."""
-    first = node.args[0] if node.args else None
-    if not (isinstance(first, ast.Constant) and isinstance(first.value, str)):
+def _unpacked(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+    """The names in a target of an assignment, each with what it gets."""
+    if isinstance(target, ast.Name):
+        yield target.id, value
+    elif isinstance(target, ast.Tuple) and not any(isinstance(part, ast.Starred) for part in target.elts):
+        for number, part in enumerate(target.elts):
+            yield from _unpacked(part, ast.Subscript(value, ast.Constant(number), ast.Load()))
+
+
+def equation(node: ast.Call, stands: int) -> dict[int, Operand]:
+    """The axes of einsum's operands, where its equation is written out.
+
+    Args:
+        node: The call.
+        stands: Where the equation does: 0 for the first argument, as torch has it, a letter for each axis; -1
+            for the last, as einops has it, a word for each.
+    """
+    given = node.args[stands] if node.args else None
+    if not (isinstance(given, ast.Constant) and isinstance(given.value, str)):
         return {}
-    left, _, result = first.value.replace(" ", "").partition("->")
-    terms = left.split(",")
+    of_words = stands != 0
+    left, _, result = (given.value if of_words else given.value.replace(" ", "")).partition("->")
+    terms = [side.split() if of_words else list(side) for side in left.split(",")]
+    results = result.split() if of_words else list(result)
     found: dict[int, Operand] = {}
     for position, term in enumerate(terms):
-        others = "".join(t for n, t in enumerate(terms) if n != position)
-        own = [i - len(term) for i, letter in enumerate(term) if letter in result and letter not in others]
-        summed = [i - len(term) for i, letter in enumerate(term) if letter not in result and letter in others]
+        others = {axis for n, t in enumerate(terms) if n != position for axis in t}
+        own = [i - len(term) for i, axis in enumerate(term) if axis in results and axis not in others]
+        summed = [i - len(term) for i, axis in enumerate(term) if axis not in results and axis in others]
         role = ("left", "right")[position] if position < 2 else f"operand_{position}"
-        plain_term = term.isalpha()
-        found[position + 1] = Operand(
+        plain_term = all(axis.isidentifier() for axis in term)
+        found[position if of_words else position + 1] = Operand(
             role, own[-1] if own and plain_term else None, summed[-1] if summed and plain_term else None
         )
     return found

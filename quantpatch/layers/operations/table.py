@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import operator
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -47,12 +48,14 @@ class Operation:
         operands: Its operands, by position of the argument; None for one that is not multiplied.
         multiplies: Whether it is one of the ``"products"``.
         of_result: Whether its result is quantized, instead of its operands.
+        equation: Which argument says how it multiplies, the first or the last: 0 or -1.
     """
 
     name: str
     operands: tuple[Operand | None, ...]
     multiplies: bool = True
     of_result: bool = False
+    equation: int | None = None
 
 
 _LEFT, _RIGHT = Operand("left", -2, -1), Operand("right", -1, -2)
@@ -74,9 +77,8 @@ ATTENTION = Operation(
         Operand("probabilities", None, -1),  # which no argument holds
     ),
 )
-EINSUM = Operation(
-    "einsum", (None, Operand("left"), Operand("right"), *(Operand(f"operand_{n}") for n in (2, 3)))
-)
+_FACTORS = (*_TWO, Operand("operand_2"), Operand("operand_3"))
+EINSUM = Operation("einsum", (None, *_FACTORS), equation=0)
 
 #: By the function that code calls.
 TABLE: dict[Callable[..., Any], Operation] = {
@@ -108,6 +110,12 @@ for _name in ("_grouped_mm",):
 if hasattr(F, "grouped_mm"):
     TABLE[F.grouped_mm] = _MATMUL
 
+#: Functions of other packages, which need not be installed, by module and name.
+_OF_OTHERS = {
+    ("einops", "einsum"): Operation("einsum", _FACTORS, equation=-1),
+    ("opt_einsum", "contract"): EINSUM,
+}
+
 #: Names of operations, each with whether it multiplies.
 NAMES: dict[str, bool] = {operation.name: operation.multiplies for operation in TABLE.values()}
 
@@ -129,6 +137,12 @@ def quantizer_name(operand: str) -> str:
 def spelling(operation: Callable[..., Any]) -> str:
     """The name of a function, for messages and for tensors' methods."""
     return getattr(operation, "__name__", str(operation))
+
+
+def table() -> dict[Callable[..., Any], Operation]:
+    """Every function that is an operation, those of other packages that have been imported among them."""
+    found = {getattr(sys.modules.get(module), name, None): op for (module, name), op in _OF_OTHERS.items()}
+    return TABLE | {function: operation for function, operation in found.items() if function is not None}
 
 
 def named(names: Iterable[str]) -> frozenset[str]:
@@ -189,7 +203,7 @@ class Wanted:
     def by_name(cls, names: Iterable[str]) -> Wanted:
         """Those that a user asks for."""
         chosen = named(names)
-        return cls({function: op for function, op in TABLE.items() if op.name in chosen}, {})
+        return cls({function: op for function, op in table().items() if op.name in chosen}, {})
 
     def called(self, function: Any) -> Callable[..., Any] | None:
         """The operation that a function is a spelling of."""

@@ -8,6 +8,8 @@ cannot be seen; the calls that are looked at run without ``torch.compile``.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import shlex
 import sys
 import threading
@@ -45,7 +47,8 @@ class WatchedModels:
         audit: Whether to audit the call after these.
         page: Where to write a page about the first model; None for none. Those of others are beside it.
         rules: What is to be configured by name before the first call.
-        operations: What becomes of the operations inside forwards before that: gets the model.
+        operations: What becomes of the operations inside forwards before that, or before their ranges are
+            loaded: gets the model.
     """
 
     def __init__(
@@ -71,9 +74,14 @@ class WatchedModels:
             register_module_forward_pre_hook(self._entered),
             register_module_forward_hook(self._left, always_call=True),
         )
+        self._loading = None if operations is None else _with_operations_first(operations)
+        if self._loading is not None:
+            nn.Module.load_state_dict = self._loading  # type: ignore[method-assign]
 
     def close(self) -> None:
         """Stops watching; calibrations that are not over are given up."""
+        if self._loading is not None and nn.Module.load_state_dict is self._loading:
+            nn.Module.load_state_dict = inspect.unwrap(self._loading)  # type: ignore[method-assign]
         for hook in self._hooks:
             hook.remove()
         for model in self._all:
@@ -158,6 +166,22 @@ class WatchedModels:
             except ArgumentError as error:
                 model.note(f"the rules of the recipe were not applied: {error}")
         return model
+
+
+def _with_operations_first(quantize_operations: Callable[[nn.Module], None]) -> Callable[..., Any]:
+    """``load_state_dict``, before which a model gets the operations that a state has ranges of."""
+    load = nn.Module.load_state_dict
+
+    @functools.wraps(load)
+    def load_state_dict(model: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(state_dict, Mapping):
+            quantizers = {str(key).rpartition(".")[0] for key in state_dict if "_quantizer." in str(key)}
+            if quantizers - dict(model.named_modules()).keys():
+                with contextlib.suppress(QuantPatchError):  # reported when it runs
+                    quantize_operations(_unwrapped(model))
+        return load(model, state_dict, *args, **kwargs)
+
+    return load_state_dict
 
 
 def _in_backward() -> bool:

@@ -333,3 +333,21 @@ def test_operations_come_with_the_first_call_which_says_what_was_float_in_it():
         assert "100.0%" in watched.audits()[0]
     finally:
         watched.close()
+
+
+def test_operations_come_before_their_ranges_are_loaded_into_a_model_that_has_not_run():
+    load = nn.Module.load_state_dict
+    settings = RunSettings(block={"operations": "products"})
+    watched = WatchedModels(0, audit=True, operations=settings.quantize_operations)
+    try:
+        trained, model, x = build(Root), build(Root), torch.randn(3, 4)
+        settings.quantize_operations(trained)
+        qp.calibrate(trained, [x])
+        model.load_state_dict(build(Root).state_dict())  # of a model without: it has nothing to say of them
+        assert type(model) is Root
+        model.load_state_dict(trained.state_dict())
+        assert torch.equal(model(x), trained(x))
+        assert not any("were float" in note for note in watched.notes())
+    finally:
+        watched.close()
+    assert nn.Module.load_state_dict is load

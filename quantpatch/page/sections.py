@@ -37,6 +37,12 @@ class Cell:
     find: str = ""
     goal: str = LAYERS
 
+    @property
+    def key(self) -> str:
+        """What a browser sorts it by, where that is not the text itself."""
+        key = "" if self.order is None else f"{self.order:.7g}"
+        return "" if key == self.text else key
+
 
 @attrs.frozen
 class Section:

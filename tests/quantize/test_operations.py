@@ -347,6 +347,26 @@ def test_methods_of_other_objects_and_functions_in_attributes_are_followed():
         model(x)
 
 
+class Head(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(x.mT).mT
+
+
+class Pooled(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
+@pytest.mark.parametrize("make", [lambda: Head(8, 4, 3), lambda: Pooled(8, 2, batch_first=True)])
+def test_a_subclass_that_calls_the_forward_of_torch_s_layer_has_its_products(make):
+    x = torch.randn(2, 5, 8)
+    with qp.quantize_modules(operations="products") as block:
+        model = make().eval()
+    assert block.skipped == ()
+    with torch.no_grad():  # torch may compute attention in one piece then
+        assert qp.audit(model, x).share == 1.0
+
+
 class Processor:
     """An attention's work in an object, as diffusers has it."""
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._library.custom_ops import CustomOpDef
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from quantpatch.layers.operations.facts import ASKING, LOOKUPS
@@ -22,11 +21,11 @@ from quantpatch.layers.operations.progress import Progress
 from quantpatch.layers.operations.source import is_in_torch, plain, run_by
 from quantpatch.layers.operations.syntax import get
 
-# Written in Python by torch, and made of products; the others of its functions are taken as they are.
-_OF_TORCH_FOLLOWED = {F.multi_head_attention_forward}
 _SPARSE = {torch.sparse.mm, torch.sparse.addmm, torch.sspaddmm, torch.hspmm, torch.smm}
 # What calls a function that it is given, with the arguments that it is given besides.
 _RUNNERS = (checkpoint, threading.Thread, map, functools.partial, torch.vmap)
+# What gets functions and never calls them with tensors of torch's own class.
+_ASIDE = {torch.overrides.handle_torch_function}
 _RUNNING_METHODS = {"submit", "map", "starmap", "apply_async"}
 # Of compiled functions: those of torch, which the table has, and of packages that do not multiply tensors.
 _OWN_NAMESPACES = {"aten", "prims", "prim", "quantpatch"}
@@ -102,7 +101,7 @@ class Callees:
                 continue
             if runs:
                 handed.append((owner, key, function))
-            elif name not in LOOKUPS and found not in ASKING:
+            elif name not in LOOKUPS and found not in ASKING | _ASIDE:
                 why = f"handed on to {ast.unparse(node.func)}, which may call it. Call it by its name"
                 self._progress.hide(inner, why)
         return handed
@@ -127,7 +126,7 @@ class Callees:
         """A function that a global name means, if it is to be looked into."""
         function = run_by(function)
         inner = None if isinstance(function, type) else plain(function)
-        if inner is None or (is_in_torch(inner) and inner not in _OF_TORCH_FOLLOWED):
+        if inner is None or is_in_torch(inner):
             return None
         return function
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -86,7 +87,7 @@ class Progress:
         self._hinted: dict[types.FunctionType, bool] = {}
 
     def may_multiply(self, function: types.FunctionType) -> bool:
-        """Whether a function, or one that it calls by a global name, may have one of the operations in it."""
+        """Whether a function, or one that it calls, may have one of the operations in it."""
         if function not in self._hinted:
             self._hinted[function] = False  # it may call itself
             self._hinted[function] = any(self._is_hinted(code, function) for code in codes(function.__code__))
@@ -108,6 +109,10 @@ class Progress:
                     return True
                 inner = plain(run_by(value))
                 if inner is not None and not is_in_torch(inner) and self.may_multiply(inner):
+                    return True
+            if not hasattr(nn.Module, name):
+                method = plain(inspect.getattr_static(self.float_class, name, None))
+                if method is not None and self.may_multiply(method):
                     return True
         return False
 

@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch.nn import functional as F
 
 from quantpatch.errors import LayerError
@@ -208,6 +209,8 @@ class _Function(Branches):
         """``torch.add(x, y)``, ``x.add(y)``, and calls of functions that may have such inside."""
         function = node.func
         found = self._names.meaning(function)
+        if found is torch.backends.mha.get_fastpath_enabled:  # which has no operands to quantize
+            return ast.copy_location(ast.Constant(False), node)
         operation, skipped = (None if found is None else self._work.wanted.called(found)), 0
         if found is None and isinstance(function, ast.Attribute) and not self._is_part(function.value):
             operation, skipped = self._work.wanted.method(function.attr), 1

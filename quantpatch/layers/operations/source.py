@@ -11,12 +11,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn import functional as F
 
 from quantpatch.errors import LayerError
 
 #: What to write where a function cannot be read.
 BY_HAND = 'Write forward in the replacement, with self.quantize_operand("name", x) around each operand'
 
+# Written in Python by torch, and made of products; the others of its functions are taken as they are.
+_MADE_OF_PRODUCTS = {
+    getattr(F, name)
+    for name in ("multi_head_attention_forward", "_in_projection_packed", "_in_projection")
+    if hasattr(F, name)
+}
 # Where what torch.jit.script compiled has its function.
 _SCRIPTED_FROM = "_torchdynamo_inline"
 
@@ -46,8 +53,8 @@ def run_by(value: Any) -> Any:
 
 
 def is_in_torch(function: types.FunctionType) -> bool:
-    """Whether a function is torch's own."""
-    return str(function.__module__).partition(".")[0] == "torch"
+    """Whether a function is torch's own, and taken as it is."""
+    return str(function.__module__).partition(".")[0] == "torch" and function not in _MADE_OF_PRODUCTS
 
 
 def parsed(function: types.FunctionType, owner: Any) -> ast.FunctionDef:

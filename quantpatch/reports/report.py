@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import attrs
 
 from quantpatch.errors import listed
+from quantpatch.reports.folding import folded_names
 from quantpatch.torch_tools.notebooks import as_html
 
 if TYPE_CHECKING:  # imported when a report is printed
     from rich.table import Table
+
+_SHOWN = 10  # names of an outcome
 
 
 class Report:
@@ -120,6 +123,8 @@ def table_of(
 def outcome_table(title: str, groups: Mapping[str, Sequence[str]]) -> Table:
     """A table with a line for each outcome: how many came to it, and the names of the first.
 
+    Of many names those of alike blocks are one.
+
     Args:
         title: Stands above it.
         groups: Names by outcome; outcomes of nothing are left out.
@@ -127,7 +132,8 @@ def outcome_table(title: str, groups: Mapping[str, Sequence[str]]) -> Table:
     table = table_of("outcome", "count", "names", right=("count",), title=title)
     for outcome, names in groups.items():
         if names:
-            table.add_row(outcome, str(len(names)), listed(names))
+            shown = names if len(names) <= _SHOWN else folded_names(names)
+            table.add_row(outcome, str(len(names)), listed(shown, _SHOWN))
     return table
 
 

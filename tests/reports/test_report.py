@@ -124,3 +124,10 @@ def test_every_report_says_how_it_prints() -> None:
     assert quantpatch.cli.demo.DemoReport in reports
     own = [{"__rich__", "__str__"} & set(vars(cls)) for cls in reports]
     assert [cls.__name__ for cls, ways in zip(reports, own, strict=True) if len(ways) != 1] == []
+
+
+def test_many_names_of_alike_blocks_are_one():
+    names = [f"blocks.{n}.attn.input_quantizer" for n in range(12)]
+    text = str(CalibrationReport("Net", (*names, "head.input_quantizer")))
+    assert "blocks.*.attn.input_quantizer (12), head.input_quantizer" in text
+    assert "blocks.0.attn.input_quantizer, blocks.1." in str(CalibrationReport("Net", tuple(names[:3])))

@@ -130,3 +130,13 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Makes links lead within the site."""
     return localized(markdown, page.file.src_uri)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Lets tables that scroll be reached by keyboard."""
+    return html.replace("<table>", '<table tabindex="0">')
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Names the theme's search for screen readers."""
+    return output.replace('role="dialog"', 'role="dialog" aria-label="Search"', 1)

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import torch
 
-from quantpatch.layers.base import QuantizedLayer
+from quantpatch.layers.base import QuantizedLayer, inner_weights
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.numerics.fake_quant import quantize
 from quantpatch.numerics.formats import Blocked, Float, Integer, NumberFormat
@@ -203,19 +203,32 @@ def operands(model: nn.Module) -> list[ExportedQuantizer]:
 def reached(
     model: nn.Module, found: list[ExportedQuantizer], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[ExportedQuantizer]:
-    """A model's quantizers without those that have no range, and that a run does not reach.
+    """A model's quantizers as a run has them: without those that it does not reach and that have no range.
 
     No data reached these in calibration, as they are in a branch that is not taken; nor are they in a file of
-    this run.
+    this run. What forwards make of weights by themselves becomes the weight of its quantizer.
 
     Args:
         model: The model.
         found: Its quantizers.
-        args: Arguments to run it on, if one of them has no range.
+        args: Arguments to run it on, if one has no range, or quantizes what a forward makes of weights.
         kwargs: Its keyword arguments.
     """
-    if not any(operand.is_unknown for operand in found):
+    if any(operand.is_unknown for operand in found):
+        called = _called(model, found, args, kwargs)
+        found = [operand for operand in found if not operand.is_unknown or operand.name in called]
+    of_weights = {quantizer for _, quantizer in inner_weights(model)}
+    made = [operand for operand in found if operand.quantizer in of_weights]
+    if not made or any(operand.is_unknown for operand in found):
         return found
+    values = _made(model, [operand.quantizer for operand in made], args, kwargs)
+    return [attrs.evolve(operand, weight=values.get(operand.quantizer, operand.weight)) for operand in found]
+
+
+def _called(
+    model: nn.Module, found: list[ExportedQuantizer], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> set[str]:
+    """The names of the quantizers that a run reaches."""
     watched: dict[Any, set[str]] = {}
     for operand in found:  # a weight's quantizer is not called in float, but its layer is
         module = operand.quantizer if operand.weight is None else operand.layer
@@ -226,7 +239,29 @@ def reached(
             handle = module.register_forward_pre_hook(lambda module, _: called.update(watched[module]))
             hooks.callback(handle.remove)
         model(*args, **kwargs)
-    return [operand for operand in found if not operand.is_unknown or operand.name in called]
+    return called
+
+
+def _made(
+    model: nn.Module, quantizers: Sequence[TensorQuantizer], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[TensorQuantizer, torch.Tensor]:
+    """What each quantizer gets in a run, if that is the same at each of its calls.
+
+    With the others at work: a product of two weights is of quantized ones.
+    """
+    values: dict[TensorQuantizer, torch.Tensor] = {}
+    changing: set[TensorQuantizer] = set()
+
+    def look(quantizer: Any, given: tuple[torch.Tensor, ...]) -> None:
+        known = values.setdefault(quantizer, given[0])
+        if known is not given[0] and not torch.equal(known, given[0]):
+            changing.add(quantizer)
+
+    with torch.no_grad(), contextlib.ExitStack() as hooks:
+        for quantizer in quantizers:
+            hooks.callback(quantizer.register_forward_pre_hook(look).remove)
+        model(*args, **kwargs)
+    return {quantizer: value for quantizer, value in values.items() if quantizer not in changing}
 
 
 def codes_name(quantizer: str, call: int) -> str:

@@ -234,7 +234,8 @@ def _name_constants(program: ExportedProgram, constants: Mapping[str, Tensor]) -
 
 
 def _drop_unused(program: ExportedProgram) -> None:
-    """Takes out the parameters and buffers that nothing uses: weights in float, ranges."""
+    """Takes out parameters and buffers that nothing uses: weights in float, what is made of them, ranges."""
+    program.graph.eliminate_dead_code()
     specs = program.graph_signature.input_specs
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     for spec in list(specs):

@@ -87,6 +87,8 @@ _GAP = 2  # between columns
 # Lines of a row; a table whose rows are higher is harder to read than a list, the more so a narrow one.
 _MOST_LINES, _MOST_LINES_WHERE_WIDE, _WIDE = 3, 12, 100
 _INDENT = "    "
+# A title or caption is as long as that at least, where nothing says how wide a line may be.
+_LINE = 80
 
 Row = Sequence[str]
 
@@ -103,8 +105,9 @@ def table_lines(table: Table, width: int | None) -> Iterator[str]:
     is_right = [column.justify == "right" for column in table.columns]
     widths = _widths([headers, *rows], is_right, width) if headers else []
     total = width or sum(widths or ()) + _GAP * len(headers)
+    around = width or max(total, _LINE)
     if table.title:
-        yield from wrapped(str(table.title), total)
+        yield from wrapped(str(table.title), around)
     if widths is None:
         yield from _stacked(headers, rows, is_right, total)
     elif headers:
@@ -117,7 +120,7 @@ def table_lines(table: Table, width: int | None) -> Iterator[str]:
                 yield rule
     if table.caption:
         yield ""
-        yield from wrapped(str(table.caption), total)
+        yield from wrapped(str(table.caption), around)
 
 
 def width_of(table: Table) -> int:

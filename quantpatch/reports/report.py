@@ -129,11 +129,12 @@ def outcome_table(title: str, groups: Mapping[str, Sequence[str]]) -> Table:
         title: Stands above it.
         groups: Names by outcome; outcomes of nothing are left out.
     """
-    table = table_of("outcome", "count", "names", right=("count",), title=title)
-    for outcome, names in groups.items():
-        if names:
-            shown = names if len(names) <= _SHOWN else folded_names(names)
-            table.add_row(outcome, str(len(names)), listed(shown, _SHOWN))
+    found = {outcome: names for outcome, names in groups.items() if names}
+    headings = ("outcome", "count", "names") if found else ()
+    table = table_of(*headings, right=("count",), title=title)
+    for outcome, names in found.items():
+        shown = names if len(names) <= _SHOWN else folded_names(names)
+        table.add_row(outcome, str(len(names)), listed(shown, _SHOWN))
     return table
 
 

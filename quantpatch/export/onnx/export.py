@@ -23,7 +23,7 @@ from quantpatch.errors import ExportError, MissingExtraError, listed, warn_calle
 from quantpatch.export.checkpoint.description import describe
 from quantpatch.export.onnx.comparison import ExportReport
 from quantpatch.export.onnx.limits import problems
-from quantpatch.export.prepare.exported import ExportedQuantizer, operands, reached
+from quantpatch.export.prepare.exported import ExportedQuantizer, operands, reached, warn_if_float
 from quantpatch.plugins.registry import registry
 from quantpatch.plugins.runtime import Runtime
 from quantpatch.torch_tools import nn
@@ -214,11 +214,7 @@ def _checked_operands(
     demand_operators(model, runtime.name)
     every = operands(model)
     found = reached(model, every, args, kwargs)
-    if not found:
-        warn_caller(
-            f"{type(model).__name__} holds no quantizer that is on, so the file will be float. Build the "
-            f"model inside `with quantize_modules():`, or write qp.convert(model), and calibrate it"
-        )
+    warn_if_float(model, found, "file")
     refused = problems(found, runtime, opset)
     if refused:
         lines = listed((f"{name}: {why}" for name, why in refused.items()), 12, "\n  ")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 
+from quantpatch.errors import listed, warn_caller
 from quantpatch.layers.base import QuantizedLayer, inner_weights
 from quantpatch.layers.quantizer import TensorQuantizer, in_float, named_quantizers
 from quantpatch.numerics.fake_quant import quantize
@@ -262,6 +263,33 @@ def _made(
             hooks.callback(quantizer.register_forward_pre_hook(look).remove)
         model(*args, **kwargs)
     return {quantizer: value for quantizer, value in values.items() if quantizer not in changing}
+
+
+def warn_if_float(model: nn.Module, found: Collection[ExportedQuantizer], what: str) -> None:
+    """Reports that nothing in an export will be quantized.
+
+    Args:
+        model: The model.
+        found: Its quantizers that are on.
+        what: What is made of it, such as ``"file"``.
+
+    Warns:
+        QuantPatchWarning: That is so.
+    """
+    if found:
+        return
+    off = list(named_quantizers(model))
+    if off:
+        why = (
+            f"all its quantizers are off ({listed(off)}), so the {what} will be float. prepare() switches "
+            f"off what a runtime is slower with, and its report says why; enable() has it quantized"
+        )
+    else:
+        why = (
+            f"it holds no quantizer, so the {what} will be float. Build it inside `with "
+            f"quantize_modules():`, or write qp.convert(model), and calibrate it"
+        )
+    warn_caller(f"{type(model).__name__}: {why}")
 
 
 def codes_name(quantizer: str, call: int) -> str:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from quantpatch.errors import ExportError, listed, warn_caller
-from quantpatch.export.prepare.exported import ExportedQuantizer, operands, reached
+from quantpatch.errors import ExportError, listed
+from quantpatch.export.prepare.exported import ExportedQuantizer, operands, reached, warn_if_float
 from quantpatch.export.program.capture import captured, why_no_operator
 from quantpatch.torch_tools import nn
 from quantpatch.torch_tools.forward import arguments, demand_model, evaluating, explaining, uncompiled
@@ -72,11 +72,7 @@ def checked_operands(
     if isinstance(model, (nn.DataParallel, torch.jit.ScriptModule)):
         raise ExportError(f"a {type(model).__name__} cannot be traced; export the module inside it")
     found = reached(model, operands(model), args, kwargs)
-    if not found:
-        warn_caller(
-            f"{type(model).__name__} holds no quantizer that is on, so the program will be float. Build the "
-            f"model inside `with quantize_modules():`, or write qp.convert(model), and calibrate it"
-        )
+    warn_if_float(model, found, "program")
     refused: dict[str, str] = {}
     for operand in found:
         why = operand.why_not_constant()

@@ -236,5 +236,10 @@ def test_wrong_models() -> None:
         qp.export_program("model", X)  # type: ignore[arg-type]
     with pytest.raises(ExportError, match="export the module inside it"):
         qp.export_program(nn.DataParallel(nn.Linear(8, 4)), X)
-    with pytest.warns(QuantPatchWarning, match="holds no quantizer that is on"):
+    with pytest.warns(QuantPatchWarning, match="holds no quantizer, so the program will be float"):
         qp.export_program(nn.Linear(8, 4), X)
+    model = built(lambda: nn.Linear(8, 4), X)
+    for name in ("input", "weight"):
+        model.quantizer(name).disable()
+    with pytest.warns(QuantPatchWarning, match=r"are off \(input_quantizer, weight_quantizer\).*prepare"):
+        qp.export_program(model, X)

@@ -27,10 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The marker of tests that try more than differs from day to day."""
+    """The markers of tests that try more than differs from day to day, and of those that read our source."""
     config.addinivalue_line(
         "markers", "sweep(n): every n-th of its parameters unless --all or named by ::; without n, none"
     )
+    config.addinivalue_line("markers", "checkout: needs the source of the packages beside the tests")
 
 
 @pytest.hookimpl(tryfirst=True)  # before they are shuffled: each run makes the same choice

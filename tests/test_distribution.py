@@ -62,6 +62,7 @@ def package_files(folder):
     return {path.relative_to(folder).as_posix() for path in files if "__pycache__" not in path.parts}
 
 
+@pytest.mark.checkout
 def test_the_wheel_that_the_sdist_makes_has_every_file_of_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
@@ -80,6 +81,7 @@ def test_the_sdist_has_what_its_tests_need(unpacked):
         assert (unpacked / name).exists(), name
 
 
+@pytest.mark.checkout
 def test_the_wheel_is_installed_and_works_and_is_taken_away(wheel, tmp_path):
     there = Environment(tmp_path / "venv")
     there.pip("install", "--no-index", "--no-deps", str(wheel))

@@ -89,6 +89,7 @@ def anchors(page):
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
+@pytest.mark.checkout
 @pytest.mark.parametrize("page", [*PAGES, *PLUGIN_PAGES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_to_a_file_and_its_heading_leads_somewhere(page):
     for link in links(page):

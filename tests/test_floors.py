@@ -255,6 +255,7 @@ def test_every_room_has_a_floor() -> None:
     assert {room(module) for module in MODULES} == set(FLOOR)
 
 
+@pytest.mark.checkout
 def test_the_architecture_names_every_room_from_the_ground_up_and_only_files_that_are_there() -> None:
     page = (ROOT.parent / "ARCHITECTURE.md").read_text()
     table = page.partition("## Rooms")[2].partition("## ")[0]

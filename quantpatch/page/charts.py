@@ -56,6 +56,7 @@ def treemap(cells: Sequence[tuple[str, str, int]]) -> str:
                 "said": said,
             }
         )
+    on = "scale('color', datum.kind)"
     corners = {"x": {"field": "x0"}, "y": {"field": "y0"}, "x2": {"field": "x1"}, "y2": {"field": "y1"}}
     spec = {
         "$schema": _SCHEMA,
@@ -123,7 +124,9 @@ def treemap(cells: Sequence[tuple[str, str, int]]) -> str:
                         "text": {"field": "name"},
                         "align": {"value": "center"},
                         "baseline": {"value": "middle"},
-                        "fill": {"value": "#fff"},
+                        "fill": {
+                            "signal": f"contrast('#fff', {on}) > contrast('#111', {on}) ? '#fff' : '#111'"
+                        },
                         "limit": {"signal": "max(1, datum.x1 - datum.x0 - 6)"},
                     }
                 },

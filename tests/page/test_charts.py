@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from quantpatch.page import charts
@@ -29,3 +31,9 @@ def test_a_treemap_of_many_layers_beside_each_other_names_the_largest():
     assert len(said) == 401
     assert "399: 601 multiply-accumulates, 0.1%, int8" in said
     assert f"(smaller ones): {sum(range(1, 601)):,} multiply-accumulates, 36.0%, int8" in said
+
+
+def test_labels_are_light_on_dark_colours_and_dark_on_light_ones():
+    svg = charts.treemap([("dark", "int8", 10), ("light", "int4", 10), ("none", "float", 10)])
+    fills = {name: re.search(rf'fill="(\S+)"[^>]*>{name}<', svg)[1] for name in ("dark", "light", "none")}
+    assert fills == {"dark": "#fff", "light": "#111", "none": "#fff"}

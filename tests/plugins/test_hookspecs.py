@@ -43,6 +43,7 @@ def test_it_is_typed_and_documented_with_its_signature(hook):
     assert heading in (ROOT / "docs" / "plugins.md").read_text()
 
 
+@pytest.mark.checkout
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_plugin_that_ships_uses_it(hook):
     users = [path for path in SHIPPED if "tests" not in path.parts and hook in implementations(path)]

@@ -63,6 +63,8 @@ FORWARDS = {
     "OwnLinear": "F.linear(self.fc(x).relu() + 1, self.weight)",
     "OwnLinearOfInput": "F.linear(x, self.weight)",
     "OwnMatmul": "(self.fc(x) + 1) @ self.weight",
+    "OwnVector": "(self.fc(x) + 1) @ self.vector",
+    "OwnVectorOnTheLeft": "self.vector @ (self.fc(x) + 1).mT",
     "OwnMatmulOfInput": "x @ self.weight",
     "Experts": "torch.bmm(x + 1, self.experts)",
     "ChildsLinear": "F.linear(x.sigmoid(), self.fc.weight)",
@@ -95,6 +97,7 @@ class Base(nn.Module):
         super().__init__()
         self.fc = nn.Linear(8, 8)
         self.weight = nn.Parameter(torch.randn(8, 8))
+        self.vector = nn.Parameter(torch.randn(8))
         self.experts = nn.Parameter(torch.randn(2, 8, 4))
         self.cube = nn.Parameter(torch.randn(4, 8, 8))
         self.kernel1 = nn.Parameter(torch.randn(5, 5, 3))
@@ -153,6 +156,8 @@ def test_every_product_of_a_class_is_quantized_and_disabled_computes_what_it_did
     [
         ("OwnLinear", {"linear_0_weight": 0}),
         ("OwnMatmul", {"matmul_0_right": -1}),
+        ("OwnVector", {"matmul_0_right": None}),
+        ("OwnVectorOnTheLeft", {"matmul_0_left": None}),
         ("EinsumOfWeight", {"einsum_0_right": -2}),
         ("EinopsOfWeight", {"einsum_0_right": -2}),
         ("Experts", {"matmul_0_right": -1}),

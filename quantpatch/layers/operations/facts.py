@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from quantpatch.errors import warn_caller
 from quantpatch.layers.operations.source import Unreadable, is_in_torch, parsed, plain, run_by
@@ -96,6 +97,15 @@ class Asked:
         question = f"{where}: is_tensor({ast.unparse(node)})"
         tensor = torch.Tensor
         return self._ask(question, copy.deepcopy(node), {}, of, lambda x: isinstance(x, tensor)) is True
+
+    def is_vector(self, node: ast.expr, of: str, where: str) -> bool:
+        """Whether an expression is known to give a tensor of one axis, which has no output channels."""
+        question = f"{where}: is_vector({ast.unparse(node)})"
+
+        def answer(x: Any) -> bool | None:
+            return (isinstance(x, torch.Tensor) and not is_lazy(x) and x.dim() < 2) or None
+
+        return self._ask(question, copy.deepcopy(node), {}, of, answer) is True
 
     def function(self, node: ast.expr, scope: Mapping[str, Any], of: str, where: str) -> Any:
         """The function that an expression gives, if that is one that a pickle can name; else None."""

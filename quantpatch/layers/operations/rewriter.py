@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import attrs
 import torch
 from torch.nn import functional as F
 
@@ -276,7 +277,11 @@ class _Function(Branches):
         return {n for n, operand in enumerate(operands) if not self._names.depends.depends(operand)}
 
     def _quantized(self, name: str, operand: Any) -> ast.expr:
-        is_weight = self._work.operands[name].is_weight
+        inner = self._work.operands[name]
+        is_weight = inner.is_weight
+        if is_weight and self._work.asked.is_vector(operand, self._names.own, self._names.where):
+            one_axis = attrs.evolve(inner.operand, channels=None, summed=-1)
+            self._work.operands[name] = attrs.evolve(inner, operand=one_axis)
         function = _QUANTIZE_WEIGHT if is_weight else _QUANTIZE
         self.given[function] = quantized_weight if is_weight else quantized
         called = call(function, read(self._names.layer), ast.Constant(quantizer_name(name)), operand)

@@ -321,3 +321,19 @@ def test_what_a_weight_is_multiplied_with_is_quantized_on_either_side():
         computed = products(x, weight)
     for halved_product, product in zip(computed, expected, strict=True):
         torch.testing.assert_close(halved_product * 2, product)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_experts_are_exported_as_a_product_each_and_run_with_any_routing(tmp_path):
+    ort = pytest.importorskip("onnxruntime")
+    layer = filled(gpt_oss())
+    qp.convert(layer)
+    qp.calibrate(layer, [routed()], progress=False)
+    report = qp.export_onnx(layer, tuple(routed()), tmp_path / "m.onnx", latency=False, progress=False)
+    assert report.comparison.mismatching == 0
+    session = ort.InferenceSession(tmp_path / "m.onnx")
+    x, indices, weights = routed()
+    for given in (indices, torch.full_like(indices, COUNT - 1), indices.flip(0)):
+        feed = dict(zip((i.name for i in session.get_inputs()), (x, given, weights), strict=True))
+        (output,) = session.run(None, {name: tensor.numpy() for name, tensor in feed.items()})
+        torch.testing.assert_close(torch.from_numpy(output), layer(x, given, weights), atol=1e-5, rtol=1e-5)

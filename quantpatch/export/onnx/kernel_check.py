@@ -158,7 +158,8 @@ class _Twins:
 
         Where ONNX Runtime put channels last, it has the name of the node that computed it; where a
         QuantizeLinear was moved up to a float, that of the float with something added. Both are integers:
-        a float of that name, as of a sum with a Relu behind it, is what is quantized later.
+        a float of that name, as of a sum with a Relu behind it, is what is quantized later. A value that is
+        only turned into the file's own has any layout: the file's own comes next, and is compared.
         """
         if value in self._made:
             return value if value in self._typed else None
@@ -169,7 +170,10 @@ class _Twins:
             users = self._users_in_file.get(node.output[0], [])
             fused = len(users) == 1 and users[0].op_type in _FUSED
             node = users[0] if fused else None
-        return None if node is None or node.output[0] not in self._typed else str(node.output[0])
+        if node is None or node.output[0] not in self._typed:
+            return None
+        turned = any(node.output[0] in user.output for user in self._users.get(value, ()))
+        return None if turned else str(node.output[0])
 
     def _is_integer(self, value: str) -> bool:
         """Whether a value of the optimized graph is quantized: by its operator, or moved since."""

@@ -14,6 +14,7 @@ import torch
 from onnxscript.values import Opset
 from torch import Tensor
 
+from quantpatch.export.onnx.grouped_operators import grouped_products, grouped_to_onnx
 from quantpatch.export.onnx.recurrent_operators import recurrent_to_onnx
 
 
@@ -77,4 +78,5 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.quantpatch.quantize_dequantize.default: quantize_dequantize_to_onnx,
         torch.ops.quantpatch.dequantize.default: dequantize_to_onnx,
         torch.ops.quantpatch.recurrent.default: recurrent_to_onnx(op),
+        **dict.fromkeys(grouped_products(), grouped_to_onnx(op)),
     }

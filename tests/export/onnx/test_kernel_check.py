@@ -196,3 +196,37 @@ def test_a_float_product_of_integers_is_compared_with_what_the_file_says_of_its_
     assert check.skipped == ()
     assert check.share is not None
     assert check.share < 0.999
+
+
+def test_integers_that_onnxruntime_turns_later_are_compared_as_the_file_has_them(tmp_path: Path) -> None:
+    """It moves a transpose behind a QuantizeLinear, whose integers then have the name of the file's node."""
+    graph = onnx.parser.parse_model(
+        """
+        <ir_version: 10, opset_import: ["" : 21]>
+        heads (float[2,16,32] x) => (float[2,2,1,16,8] y, float[2,16,16] z)
+        <float s = {0.02}, uint8 u = {128}, int8 o = {0}, int64[4] split = {2,16,2,8},
+         int64[3] joined = {2,16,16}, int64[1] at = {2}>
+        {
+            codes = QuantizeLinear(x, s, u)
+            values = DequantizeLinear(codes, s, u)
+            weights = DequantizeLinear(w, s, o)
+            product = MatMul(values, weights)
+            parted = Reshape(product, split)
+            by_head = Transpose<perm = [0,2,1,3]>(parted)
+            [node_of_integers] integers = QuantizeLinear(by_head, s, u)
+            wider = Unsqueeze(integers, at)
+            y = DequantizeLinear(wider, s, u)
+            back = Transpose<perm = [0,2,1,3]>(integers)
+            together = Reshape(back, joined)
+            z = DequantizeLinear(together, s, u)
+        }
+        """
+    )
+    weights = torch.randint(-127, 128, (32, 16), generator=torch.Generator().manual_seed(0))
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(weights.to(torch.int8).numpy(), "w"))
+    path = tmp_path / "m.onnx"
+    onnx.save(onnx.shape_inference.infer_shapes(graph, data_prop=True), str(path))
+    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
+    check = checked(path, optimized(path), [x])
+    assert check.share == 1.0
+    assert check.skipped == ()

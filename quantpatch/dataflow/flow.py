@@ -88,11 +88,13 @@ class Dataflow:
         operators: In the order they ran. What runs inside a quantizer is not among them.
         calls: How often each module ran, by name.
         quantized: What each quantizer was given, call by call, whether it is switched on or not.
+        elsewhere: Modules that ran in other threads meanwhile, of which nothing else is noted.
     """
 
     operators: list[Operator] = attrs.field(factory=list)
     calls: Counter[str] = attrs.field(factory=Counter)
     quantized: dict[Any, list[Value]] = attrs.field(factory=dict)
+    elsewhere: set[str] = attrs.field(factory=set)
 
     def named(self, *names: str) -> Iterator[Operator]:
         """The operators of these names (``"add"``), in-place ones (``"add_"``) too."""

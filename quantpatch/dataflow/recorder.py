@@ -81,6 +81,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def entered(self, module: nn.Module, args: Any) -> None:
         """The hook before a module's forward."""
         if threading.get_ident() != self._thread:
+            if module in self._names:
+                self.flow.elsewhere.add(self._names[module])
             return
         if is_quantizer(module):
             if args and isinstance(args[0], Tensor):

@@ -14,7 +14,7 @@ from torch.jit import ScriptModule
 
 from quantpatch.analysis.audit.reasons import FloatOperands, reason_for, why_hidden
 from quantpatch.analysis.audit.trace import Trace, trace
-from quantpatch.errors import ArgumentError, CheckError
+from quantpatch.errors import ArgumentError, CheckError, listed, warn_caller
 from quantpatch.layers.base import QuantizedLayer, is_quantizer, named_layers, quantized_weights
 from quantpatch.layers.operations import quantizer_name
 from quantpatch.layers.quantizer import TensorQuantizer
@@ -251,6 +251,9 @@ def audit(
         ArgumentError: ``model`` is an ``nn.DataParallel``, or ``minimum`` is not a share.
         CheckError: The share is below ``minimum``. The error holds the report.
         InputError: The model failed, and its inputs are on a device where it is not.
+
+    Warns:
+        QuantPatchWarning: Modules ran in another thread, where products are not seen.
     """
     demand_model(model, "audit")
     if minimum is not None and not 0 <= minimum <= 1:
@@ -267,6 +270,12 @@ def audit(
     with explaining(runner, (args, kwargs)), CallRanges(runner) as calls:
         seen = trace(runner, lambda: runner(*args, **kwargs))
     calls.warn()
+    if seen.elsewhere:
+        warn_caller(
+            f"these modules ran in another thread, where the audit sees no product, so none of theirs is "
+            f"counted: {listed(sorted(seen.elsewhere))}. Have the model compute in the thread that calls it "
+            f"for the audit, or audit the part that runs there by itself"
+        )
     report = report_of(runner, seen)
     if minimum is not None and report.share < minimum:
         floats = (row for row in report.rows if not (row.quantized or row.of_weight))

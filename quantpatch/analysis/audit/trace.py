@@ -88,12 +88,14 @@ class Trace:
         seen: Every product, in order.
         reached: Names of the quantizers that a tensor passed through.
         opaque: Names of operators that are not torch's own, whose inside cannot be seen.
+        elsewhere: Names of modules that ran in other threads, where nothing is noted.
         origin_of: The name of the quantizer that a tensor came out of, or None.
     """
 
     seen: list[Seen] = attrs.field(factory=list)
     reached: set[str] = attrs.field(factory=set)
     opaque: set[str] = attrs.field(factory=set)
+    elsewhere: set[str] = attrs.field(factory=set)
     origin_of: Callable[[Tensor], str | None] = lambda tensor: None
 
 
@@ -123,6 +125,7 @@ class _TraceBuilder:
         """Notes what is known only when all has run."""
         self.catch_up()
         self.trace.reached.update(map(self._origins.name_of, self._recorder.flow.quantized))
+        self.trace.elsewhere.update(self._recorder.flow.elsewhere)
 
     def _origin_of(self, tensor: Tensor) -> str | None:
         self.catch_up()

@@ -7,6 +7,7 @@ import copy
 import importlib
 import json
 import sys
+import threading
 
 import pytest
 import torch
@@ -857,3 +858,25 @@ def test_twice_as_many_layers_are_twice_the_work(monkeypatch):
         qp.audit(quantized(*(nn.Linear(4, 4) for _ in range(layers))), torch.randn(2, 4))
         counts.append(len(asked))
     assert counts[1] == 2 * counts[0]
+
+
+class InAnotherThread(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        thread = threading.Thread(target=lambda: found.append(self.first(x)))
+        thread.start()
+        thread.join()
+        y: torch.Tensor = self.second(found[0])
+        return y
+
+
+def test_layers_that_run_in_another_thread_are_named() -> None:
+    model = InAnotherThread()
+    qp.convert(model)
+    with pytest.warns(qp.QuantPatchWarning, match=r"another thread.*counted: first, first\.input_quantizer"):
+        report = qp.audit(model, torch.randn(2, 4))
+    assert [row.module for row in report.rows] == ["second"]

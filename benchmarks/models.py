@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -165,8 +166,13 @@ def is_quantized(module: nn.Module) -> bool:
 
 def work(model: nn.Module, x: Tensor) -> dict[str, int]:
     """Operations of the products in each module of a float model, by name; ``""`` is all of it."""
-    # oneDNN's LSTM is one operation of unknown size; without it the products inside are seen.
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as flops:
+    # oneDNN's LSTM and fused attention are of unknown size; without them the products inside are seen.
+    with (
+        torch.no_grad(),
+        torch.backends.mkldnn.flags(enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as flops,
+    ):
         model.train()(x)
     counts = {name: sum(found.values()) for name, found in flops.get_flop_counts().items()}
     root = type(model).__name__

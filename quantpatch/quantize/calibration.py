@@ -244,7 +244,7 @@ class Calibration:
         if missed := [name for name in unseen if name not in aside]:
             problems.append(
                 f"{len(missed)} of {count} quantizers saw no data, because their layers did not run, or "
-                f"without that input: {listed(missed)}"
+                f"without that input, or on tensors that no format takes: {listed(missed)}"
             )
         if aside:
             problems.append(

@@ -33,8 +33,9 @@ def patterns(model: nn.Module, names: Iterable[str]) -> Iterable[str]:
     names = dict.fromkeys(names)
     others = {name.rpartition(".")[0] for name in named_quantizers(model) if name not in names}
     layers = (name.rpartition(".")[0] for name in names)
+    own = "" if others else "*"  # of a model that is a layer itself, and holds no other
     return dict.fromkeys(
-        name if layer in others else layer or "*" for name, layer in zip(names, layers, strict=True)
+        name if layer in others else layer or own or name for name, layer in zip(names, layers, strict=True)
     )
 
 

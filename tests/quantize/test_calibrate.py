@@ -422,7 +422,7 @@ def test_ranges_of_layers_that_do_not_run_stay_when_the_others_are_overwritten()
 def test_where_a_layer_ran_without_one_of_its_inputs_the_rule_to_leave_it_float_names_that_alone():
     with qp.quantize_modules():
         model = nn.Sequential(nn.LSTMCell(4, 4))
-    with pytest.raises(CalibrationError, match=r"without that input: 0\.hidden_quantizer") as caught:
+    with pytest.raises(CalibrationError, match=r"no format takes: 0\.hidden_quantizer") as caught:
         qp.calibrate(model, [torch.randn(2, 4)])
     assert "qp.configure(model, {'0.hidden_quantizer': None})" in str(caught.value)
     qp.configure(model, {"0.hidden_quantizer": None})
@@ -687,3 +687,26 @@ def test_quantizers_that_are_replaced_while_they_are_calibrated_are_an_error():
     assert all(
         q.amax is None and q.quantizing and not q.calibrating for q in named_quantizers(model).values()
     )
+
+
+class Spectrum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.fft.fft(self.layer(x))
+        return (y @ y.mT).abs()
+
+
+@pytest.mark.filterwarnings("ignore:.*multiplies tensors of complex64")
+def test_quantizers_of_the_model_itself_without_data_are_left_float_by_their_names() -> None:
+    with qp.quantize_modules(operations="products"):
+        model = Spectrum()
+    batches = [torch.randn(3, 4)]
+    with pytest.raises(CalibrationError, match="that no format takes") as caught:
+        qp.calibrate(model, batches, progress=False)
+    assert "{'matmul_0_left_quantizer': None, 'matmul_0_right_quantizer': None}" in str(caught.value)
+    qp.configure(model, {"matmul_0_left_quantizer": None, "matmul_0_right_quantizer": None})
+    qp.calibrate(model, batches, progress=False)
+    assert model.layer.input_quantizer.amax is not None

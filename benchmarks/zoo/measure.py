@@ -175,7 +175,9 @@ def _measure(row: Row, subject: Subject, *, export: bool) -> None:
     row.skipped = _prepared(subject, quantized)
     with in_float(quantized):
         row.exact = _off(subject.run(quantized), expected)
-    qp.calibrate(quantized, [subject.kwargs or subject.args], progress=False, strict=False)
+    report = qp.calibrate(quantized, [subject.kwargs or subject.args], progress=False, strict=False)
+    zeros = [name for name, why in report.skipped.items() if why == "saw only zeros"]
+    qp.configure(quantized, dict.fromkeys(zeros))  # as calibrate says, such as a first state
     row.error = _off(subject.run(quantized), expected)
     if export:
         try:

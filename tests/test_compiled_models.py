@@ -65,6 +65,7 @@ def small():
     return model.eval()
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("training", [True, False])
 def test_one_graph_serves_every_batch_size_and_equals_eager(name, training):

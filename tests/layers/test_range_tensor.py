@@ -461,6 +461,7 @@ def test_an_optimizer_that_misses_ranges_whose_shape_data_shows_is_named():
     del other
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("way", ["load_state_dict", "inside of another model", "file"])
 def test_an_optimizer_that_misses_ranges_whose_shape_a_checkpoint_shows_is_named_once(way, tmp_path):
     gc.collect()

@@ -277,6 +277,7 @@ def test_attributes_that_stand_in_for_a_call_are_the_layers_own_after_it():
     assert (type(table), type(stack)) == (QuantEmbedding, QuantLSTM)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated. Methods on autograd:DeprecationWarning")
 @pytest.mark.parametrize("ran_before", [False, True])
 def test_compilers_and_exporters_follow_it(ran_before):

@@ -60,6 +60,7 @@ def test_compiled_with_dynamic_shapes_it_equals_eager_bit_for_bit(name, fixed):
             assert torch.equal(bits(compiled(x)), bits(function(x)))
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("first", "second"),
     [("fp8_e4m3", "fp8_e5m2"), ("fp6_e3m2", "fp4_e2m1")],

@@ -495,6 +495,7 @@ def test_an_average_of_models_with_buffers_keeps_it(decay: float, average_of: An
             torch.testing.assert_close(function(SKEWED), expected)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("by", ["calibrate", "fit_zero_points"])
 def test_an_average_that_was_made_before_it_was_found_is_named(by: str) -> None:
     gc.collect()

@@ -363,6 +363,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("how", LAUNCHERS)
 def test_a_script_without_torch_says_what_its_children_built(how, write, tmp_path, environment):
     done = python(write(LAUNCHERS[how]), env=environment(), cwd=tmp_path)

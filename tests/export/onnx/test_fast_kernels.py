@@ -20,6 +20,7 @@ from exported_files import Exported, built, images  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("channels", [2, 6])
 def test_input_channels_are_padded_to_a_multiple_of_four(channels: int, tmp_path: Path) -> None:
     model = built(nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3))

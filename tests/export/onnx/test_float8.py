@@ -35,6 +35,7 @@ class Clipping(nn.Module):
         return self.last(self.layers(y).clamp(min=-0.1), y)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("half", [False, True])
 def test_it_gives_the_same_with_optimizations_on(half: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)  # of few numbers one in halves lies between two of 8 bits, where either is right

@@ -125,6 +125,7 @@ class Small(nn.Module):
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("recipe", ["int8", "w4a8", "int8 everywhere"])
 def test_a_model_agrees_with_optimizations_off_and_on(recipe: str, tmp_path: Path) -> None:
     chosen: Any = recipe

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import shlex
 import sys
 import threading
@@ -74,14 +73,15 @@ class WatchedModels:
             register_module_forward_pre_hook(self._entered),
             register_module_forward_hook(self._left, always_call=True),
         )
+        self._loaded_by = nn.Module.load_state_dict
         self._loading = None if operations is None else _with_operations_first(operations)
         if self._loading is not None:
             nn.Module.load_state_dict = self._loading  # type: ignore[method-assign]
 
     def close(self) -> None:
         """Stops watching; calibrations that are not over are given up."""
-        if self._loading is not None and nn.Module.load_state_dict is self._loading:
-            nn.Module.load_state_dict = inspect.unwrap(self._loading)  # type: ignore[method-assign]
+        if nn.Module.load_state_dict is self._loading:  # not what others have made of it since
+            nn.Module.load_state_dict = self._loaded_by  # type: ignore[method-assign]
         for hook in self._hooks:
             hook.remove()
         for model in self._all:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import warnings
 
@@ -351,3 +352,14 @@ def test_operations_come_before_their_ranges_are_loaded_into_a_model_that_has_no
     finally:
         watched.close()
     assert nn.Module.load_state_dict is load
+
+
+def test_closing_gives_back_what_another_library_had_made_of_loading(monkeypatch):
+    @functools.wraps(nn.Module.load_state_dict)
+    def of_another(model, *args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr(nn.Module, "load_state_dict", of_another)
+    settings = RunSettings(block={"operations": "products"})
+    WatchedModels(0, audit=True, operations=settings.quantize_operations).close()
+    assert nn.Module.load_state_dict is of_another

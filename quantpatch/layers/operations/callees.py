@@ -24,8 +24,8 @@ from quantpatch.layers.operations.syntax import get
 _SPARSE = {torch.sparse.mm, torch.sparse.addmm, torch.sspaddmm, torch.hspmm, torch.smm}
 # What calls a function that it is given, with the arguments that it is given besides.
 _RUNNERS = (checkpoint, threading.Thread, map, functools.partial, torch.vmap)
-# What gets functions and never calls them with tensors of torch's own class.
-_ASIDE = {torch.overrides.handle_torch_function}
+# What gets functions and does not call them, or not with tensors of torch's own class.
+_CALLING_NONE = ASKING | {torch.overrides.handle_torch_function}
 _RUNNING_METHODS = {"submit", "map", "starmap", "apply_async"}
 # Of compiled functions: those of torch, which the table has, and of packages that do not multiply tensors.
 _OWN_NAMESPACES = {"aten", "prims", "prim", "quantpatch"}
@@ -101,7 +101,7 @@ class Callees:
                 continue
             if runs:
                 handed.append((owner, key, function))
-            elif name not in LOOKUPS and found not in ASKING | _ASIDE:
+            elif name not in LOOKUPS and found not in _CALLING_NONE:
                 why = f"handed on to {ast.unparse(node.func)}, which may call it. Call it by its name"
                 self._progress.hide(inner, why)
         return handed

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo.measure import Row, Subject, Unbuilt, torchvision_of_any_torch
+from benchmarks.zoo.measure import Row, Subject, Unbuilt, lively, torchvision_of_any_torch
 
 # Configs name the same things differently: what a config has of these is made small.
 _SMALL: dict[int, str] = {
@@ -96,10 +96,7 @@ def _built(cls: Any, config: Any, kwargs: dict[str, Tensor]) -> Subject:
     if size > _LARGEST:
         raise ValueError(f"{size:,} parameters")
     torch.manual_seed(0)
-    twin = build().eval()
-    for parameter in twin.parameters():
-        if parameter.dim() > 1 and not parameter.any():
-            nn.init.normal_(parameter, 0, 0.1)  # a router of zeros has ties, which runtimes break otherwise
+    twin = lively(build())  # a router of zeros has ties, which runtimes break otherwise
     found = Subject(twin, build, kwargs=kwargs)
     if not found.run(found.twin).isfinite().all():
         raise ValueError("its output is not finite")

@@ -124,6 +124,22 @@ def torchvision_of_any_torch() -> Iterator[None]:
         yield
 
 
+def lively(model: nn.Module) -> nn.Module:
+    """A model whose batch norms and zeros are not those of a new one."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 1.5)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.7, 1.3)
+                nn.init.normal_(module.bias, 0, 0.3)
+    for parameter in model.parameters():
+        if (parameter.dim() > 1 or parameter.numel() == 1) and not parameter.any():
+            nn.init.normal_(parameter, 0, 0.1)  # branches that begin as nothing give nothing to calibrate on
+    return model.eval()
+
+
 class Unbuilt(Exception):
     """A float model that cannot be built or run here."""
 

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo.measure import Row, Subject, Unbuilt, torchvision_of_any_torch
+from benchmarks.zoo.measure import Row, Subject, Unbuilt, lively, torchvision_of_any_torch
 
 
 @attrs.frozen
@@ -195,15 +195,12 @@ def names() -> list[str]:
 
 
 def subject(row: Row) -> Subject:
-    """A model, with its batch norms' statistics drawn."""
+    """A model."""
     model = _MODELS[row.family]
     row.model = model.path
     try:
         with torchvision_of_any_torch():
-            twin = model.build().eval()
-        for module in twin.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
-                module.running_var.uniform_(0.5, 1.5)
+            twin = lively(model.build())
         inputs = tuple(x if isinstance(x, Tensor) else torch.randn(x) for x in model.inputs)
         found = Subject(twin, functools.partial(_Model.build, model), inputs)
         found.run(twin)

@@ -6,9 +6,8 @@ import functools
 from typing import Any
 
 import torch
-from torch import nn
 
-from benchmarks.zoo.measure import Row, Subject, torchvision_of_any_torch
+from benchmarks.zoo.measure import Row, Subject, lively, torchvision_of_any_torch
 
 # Sizes of images to try before that which a model was made for.
 _SIZES = (64, 112, 128, 224, 256)
@@ -72,22 +71,6 @@ def _smallest(timm: Any, family: str) -> str:
     return min(counts, key=lambda name: counts[name])
 
 
-def _lively(model: nn.Module) -> nn.Module:
-    """A model whose batch norms and zeros are not those of a new one."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            assert module.running_var is not None
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 1.5)
-            if module.affine:
-                nn.init.uniform_(module.weight, 0.7, 1.3)
-                nn.init.normal_(module.bias, 0, 0.3)
-    for parameter in model.parameters():
-        if (parameter.dim() > 1 or parameter.numel() == 1) and not parameter.any():
-            nn.init.normal_(parameter, 0, 0.1)  # branches that begin as nothing give nothing to calibrate on
-    return model.eval()
-
-
 def subject(row: Row) -> Subject:
     """A family's smallest model with the smallest images that it takes."""
     timm = _timm()
@@ -103,7 +86,7 @@ def subject(row: Row) -> Subject:
                 with torch.device("meta"):
                     timm.create_model(row.model, pretrained=False, **options)
             torch.manual_seed(0)
-            model = _lively(timm.create_model(row.model, pretrained=False, **options))
+            model = lively(timm.create_model(row.model, pretrained=False, **options))
             found = Subject(
                 model,
                 functools.partial(timm.create_model, row.model, pretrained=False, **options),
